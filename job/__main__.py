@@ -1,0 +1,157 @@
+"""The command line: ``python -m job VERB [CONFIG.toml | RUN] [--section.field VALUE …]``."""
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from job import config, parse
+from job.errors import RunFailed, UserError
+from job.screen import Screen
+
+
+@dataclass(frozen=True)
+class Line:
+    """A command line, taken apart."""
+
+    target: str | None
+    flags: dict[str, str]
+
+
+def _train(line: Line) -> int:
+    """train a model, or go on with a run: train [CONFIG.toml] [--section.field VALUE …]"""
+    options = parse.load(line.target, line.flags)
+    launcher = "job.onray" if options.scale.max_workers else "job.inprocess"
+    driver = importlib.import_module("job.driver")
+    launch = importlib.import_module(launcher).launch
+    stem = Path(line.target).stem if line.target else "run"
+    return int(driver.run(options, stem, Screen(), launch))
+
+
+def _generate(line: Line) -> int:
+    """continue a prefix: generate RUN|CHECKPOINT [--generate.prefix TEXT …]"""
+    driver, runs = importlib.import_module("job.driver"), importlib.import_module("job.runs")
+    values = _only(line, "generate", "run.seed")
+    _, restored = runs.open_checkpoint(_required(line, "a run's folder or a checkpoint's"))
+    print(driver.sample(restored, parse.override(restored.config, values)))
+    return 0
+
+
+def _evaluate(line: Line) -> int:
+    """perplexity of a text: evaluate RUN|CHECKPOINT [--corpus.source TEXT …]"""
+    driver, runs = importlib.import_module("job.driver"), importlib.import_module("job.runs")
+    evaluation = importlib.import_module("job.evaluate")
+    values = _only(line, "corpus.source", "corpus.cleaning", "corpus.max_tokens")
+    found, restored = runs.open_checkpoint(_required(line, "a run's folder or a checkpoint's"))
+    options = parse.override(restored.config, values).corpus
+    result = evaluation.evaluate(restored, driver.load_model(restored), options)
+    unit = "byte" if restored.vocabulary.kind == "byte" else "character"
+    perplexity = importlib.import_module("job.loop").perplexity(result.mean.nats_per_token)
+    print(
+        f"perplexity {perplexity:.6g}, {result.bits_per_character:.4f} bits per {unit}, "
+        f"{result.mean.nats_per_token:.6f} nats per token over {result.mean.tokens:,} targets "
+        f"(step {found.step:,}, {options.source})"
+    )
+    return 0
+
+
+VERBS: dict[str, Callable[[Line], int]] = {"train": _train, "generate": _generate, "evaluate": _evaluate}
+
+
+def _required(line: Line, what: str) -> str:
+    if line.target is None:
+        raise UserError(f"{what} is missing, such as runs/seed-1")
+    return line.target
+
+
+def _only(line: Line, *allowed: str) -> parse.Values:
+    """The flags' values, where they are among those that the verb takes."""
+    for name in line.flags:
+        if name in config.OPTIONS and name not in allowed and name.split(".")[0] not in allowed:
+            raise UserError(f"--{name}: is of the checkpoint and cannot be changed here; {', '.join(allowed)} can")
+    return parse.read_flags(line.flags)
+
+
+def _split(words: Sequence[str]) -> Line:
+    """``[TARGET] [--name VALUE | --name=VALUE …]``."""
+    target: str | None = None
+    flags: dict[str, str] = {}
+    rest = iter(words)
+    for word in rest:
+        if not word.startswith("--"):
+            if target is not None:
+                raise UserError(f"{word}: one configuration or folder is enough, and {target} was given")
+            target = word
+            continue
+        name, has_value, value = word[2:].partition("=")
+        if name not in config.OPTIONS:
+            parse.read_flags({name: ""})
+        if not has_value:
+            try:
+                value = next(rest)
+            except StopIteration:
+                raise UserError(f"--{name}: a value is missing") from None
+        flags[name] = value
+    return Line(target, flags)
+
+
+def _help(verb: str | None) -> str:
+    verbs = {verb: VERBS[verb]} if verb else VERBS
+    lines = ["python -m job VERB …", ""]
+    lines += [f"  {name:<10}{action.__doc__}" for name, action in verbs.items()]
+    shown = {"generate": ("generate",), "evaluate": ("corpus",)}.get(verb or "", tuple(config.SECTIONS))
+    for section in shown:
+        kind = config.SECTIONS[section]
+        lines += ["", f"[{section}] {kind.__doc__}"]
+        for option in fields(kind):
+            default = config.shown(option.default)
+            lines.append(f"  --{section}.{option.name:<20} {option.metadata['meaning']} ({default})")
+    lines += ["", "  --debug                        show where an error came from"]
+    return "\n".join(lines)
+
+
+def main(words: Sequence[str]) -> int:
+    """Runs a command line; the exit status."""
+    words = [word for word in words if word != "--debug"]
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_help(None))
+        return 0 if words else 2
+    verb, *rest = words
+    if verb not in VERBS:
+        raise UserError(f"{verb}: unknown verb{parse.nearest(verb, list(VERBS))}")
+    if "-h" in rest or "--help" in rest:
+        print(_help(verb))
+        return 0
+    return VERBS[verb](_split(rest))
+
+
+def command() -> None:
+    """The process: one plain line for any error, and its exit status."""
+    debug = "--debug" in sys.argv
+    try:
+        status = main(sys.argv[1:])
+    except UserError as error:
+        status = _told(error, 2, debug)
+    except RunFailed as error:
+        status = _told(error, 1, debug)
+    except KeyboardInterrupt:
+        status = 130
+    except BrokenPipeError:
+        status = 1
+    except Exception as error:
+        if debug:
+            raise
+        status = _told(RuntimeError(f"{type(error).__name__}: {error} (--debug shows where)"), 1, debug)
+    sys.exit(status)
+
+
+def _told(error: Exception, status: int, debug: bool) -> int:
+    if debug:
+        raise error
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return status
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,121 @@
+"""Which Ray cluster, what it can place, and Ray's own talk kept away."""
+
+import math
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass
+
+# Ray reads these when it is imported. What a user has set stays.
+_QUIET = {
+    "RAY_AUTH_MODE": "token",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how soon a dead worker, or the end, is seen
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_LOG_TO_DRIVER_EVENT_LEVEL": "ERROR",
+    "RAY_SCHEDULER_EVENTS": "0",
+}
+for _name, _value in _QUIET.items():
+    os.environ.setdefault(_name, _value)
+
+import ray  # noqa: E402
+import torch  # noqa: E402
+
+from job.config import Scale  # noqa: E402
+from job.errors import UserError  # noqa: E402
+from job.world import cores  # noqa: E402
+
+
+@dataclass(frozen=True)
+class Placement:
+    """How a run's workers lie on the cluster."""
+
+    min_workers: int
+    max_workers: int
+    use_gpu: bool
+    cpus_per_worker: int
+    strategy: str
+    notice: str = ""
+
+    @property
+    def resources(self) -> dict[str, float]:
+        """What Ray sets aside for one worker."""
+        return {"CPU": self.cpus_per_worker, "GPU": int(self.use_gpu)}
+
+
+@contextmanager
+def connected(scale: Scale) -> Iterator[Placement]:
+    """A cluster (``RAY_ADDRESS`` where it is set, else one of its own here) and a place on it.
+
+    UserError where it can never hold the workers.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    own = not address or address == "local"
+    if own:
+        placement = _on_this_machine(scale)
+        _start(placement)
+    else:
+        _join(address)
+    try:
+        yield placement if own else _on_cluster(scale, ray.nodes())
+    finally:
+        ray.shutdown()
+
+
+def _start(placement: Placement) -> None:
+    slots = max(cores(), placement.max_workers * placement.cpus_per_worker)
+    ray.init(
+        address="local",
+        num_cpus=slots,
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level="error",
+        _node_ip_address="127.0.0.1",
+    )
+
+
+def _join(address: str) -> None:
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+            ray.init(address=address, log_to_driver=False, logging_level="error")
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"RAY_ADDRESS = {address}: no cluster can be reached there: {reason}") from None
+
+
+def _on_this_machine(scale: Scale) -> Placement:
+    gpus, workers = torch.cuda.device_count(), scale.max_workers
+    if scale.accelerator == "gpu" and gpus < scale.min_workers:
+        raise UserError(
+            f"scale.accelerator = gpu: this machine has {gpus} GPUs for {scale.min_workers} workers; "
+            "lower scale.workers, or use auto or cpu"
+        )
+    use_gpu = scale.accelerator != "cpu" and gpus > 0
+    notice = ""
+    if use_gpu and gpus < workers:  # the same run on any number of workers, so on so many too
+        notice = f"{gpus} GPU{'s' * (gpus > 1)} here: {gpus} in the place of {workers} workers"
+        workers = gpus
+    cpus = scale.cpus_per_worker or max(1, cores() // max(1, workers))
+    return Placement(min(scale.min_workers, workers), workers, use_gpu, cpus, scale.placement.upper(), notice)
+
+
+def _on_cluster(scale: Scale, nodes: list[dict]) -> Placement:  # type: ignore[type-arg]
+    alive = [node["Resources"] for node in nodes if node["Alive"]]
+    gpus = sum(int(node.get("GPU", 0)) for node in alive)
+    use_gpu = scale.accelerator == "gpu" or (scale.accelerator == "auto" and gpus >= scale.min_workers)
+    cpus = scale.cpus_per_worker or 1
+    room = sum(_fit(node, cpus, use_gpu) for node in alive)
+    if room < scale.min_workers:
+        each = f"{cpus} CPU{'s' * (cpus > 1)}{' and a GPU' if use_gpu else ''} each"
+        raise UserError(
+            f"scale.workers = {scale.workers}: this cluster can never place more than {room} workers of {each}: "
+            "lower scale.workers or scale.cpus_per_worker, or add nodes"
+        )
+    return Placement(scale.min_workers, scale.max_workers, use_gpu, cpus, scale.placement.upper())
+
+
+def _fit(node: dict, cpus: int, use_gpu: bool) -> int:  # type: ignore[type-arg]
+    by_cpu = node.get("CPU", 0) / cpus
+    return math.floor(min(by_cpu, node.get("GPU", 0)) if use_gpu else by_cpu)

@@ -1,0 +1,321 @@
+"""The configuration: frozen dataclasses.
+
+Every value is checked where it is made, so nothing downstream checks it again.
+"""
+
+import math
+import re
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Union, get_args, get_origin
+
+from job.errors import UserError
+
+CELLS = ("rnn", "gru", "lstm")
+
+Check = Callable[[Any], str | None]
+
+
+def _at_least(low: float) -> Check:
+    return lambda value: None if value >= low else f"must be at least {low}"
+
+
+def _above_zero(value: float) -> str | None:
+    return None if value > 0 else "must be greater than 0"
+
+
+def _fraction(value: float) -> str | None:
+    return None if 0 <= value < 1 else "must be from 0 to below 1"
+
+
+def _one_of(*names: str) -> Check:
+    return lambda value: None if value in names else f"must be one of {', '.join(names)}"
+
+
+def _cell(value: str) -> str | None:
+    known = value in CELLS or re.fullmatch(r"[\w.]+:\w+", value)
+    return None if known else f"must be one of {', '.join(CELLS)}, or package.module:Class"
+
+
+def _offset(value: "str | int | tuple[int, ...]") -> str | None:
+    if isinstance(value, str):
+        return None if value == "random" else 'must be "random", an integer or a list of integers'
+    offsets = value if isinstance(value, tuple) else (value,)
+    return None if offsets and min(offsets) >= 0 else "must not be negative or empty"
+
+
+def _cadence(value: "str | int") -> str | None:
+    if isinstance(value, int):
+        return _at_least(1)(value)
+    seconds = re.fullmatch(r"(\d+(?:\.\d+)?)s", value)
+    return (
+        None
+        if seconds and float(seconds[1]) > 0
+        else 'must be steps (200) or seconds ("30s"), above 0'
+    )
+
+
+def _workers(value: "str | int") -> str | None:
+    if isinstance(value, int):
+        return _at_least(0)(value)
+    span = re.fullmatch(r"(\d+)-(\d+)", value)
+    return (
+        None
+        if span and 1 <= int(span[1]) <= int(span[2])
+        else 'must be an integer, or a range such as "2-8"'
+    )
+
+
+def _run_name(value: str) -> str | None:
+    plain = re.fullmatch(r"|[A-Za-z0-9][A-Za-z0-9._-]*", value)
+    return None if plain else "may hold letters, digits, '.', '_' and '-', a letter or digit first"
+
+
+def _typed(value: Any, hint: Any, place: str) -> Any:
+    """The value as its declared type; an integer serves as a float, a list as a tuple."""
+    choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
+    for choice in choices:
+        if choice is float and type(value) in (int, float) and math.isfinite(value):
+            return float(value)
+        if get_origin(choice) is tuple and isinstance(value, list | tuple):
+            if all(type(item) is int for item in value):
+                return tuple(value)
+        elif type(value) is choice:
+            return value
+    raise UserError(f"{place} = {shown(value)}: must be {' or '.join(map(_type_name, choices))}")
+
+
+def _type_name(hint: Any) -> str:
+    names = {str: "text", int: "an integer", float: "a finite number", bool: "true or false"}
+    return names.get(hint, "a list of integers")
+
+
+def shown(value: Any) -> str:
+    """A value as TOML writes it."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return _quoted(value)
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(shown, value))}]"
+    return repr(value)
+
+
+def _quoted(text: str) -> str:
+    escapes = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+    return '"%s"' % "".join(
+        escapes.get(c) or (f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else c) for c in text
+    )
+
+
+def _option(default: Any, meaning: str, check: Check | None = None) -> Any:
+    return field(default=default, metadata={"meaning": meaning, "check": check})
+
+
+@dataclass(frozen=True)
+class Section:
+    """A group of options; its values are checked, and made of their declared types, on creation."""
+
+    name_of_section: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            place = f"{self.name_of_section}.{option.name}"
+            value = _typed(getattr(self, option.name), option.type, place)
+            object.__setattr__(self, option.name, value)
+            problem = option.metadata["check"] and option.metadata["check"](value)
+            if problem:
+                raise UserError(f"{place} = {shown(value)}: {problem}")
+
+
+@dataclass(frozen=True)
+class Run(Section):
+    """Which run this is, and where it lies."""
+
+    name_of_section: ClassVar[str] = "run"
+    name: str = _option("", "the run's folder; empty: the configuration's stem and a number", _run_name)
+    storage: str = _option("runs", "where runs lie: a folder or an address pyarrow understands")
+    seed: int = _option(0, "everything random is a function of it", _at_least(0))
+    resume: str = _option("auto", "go on with a run of this name", _one_of("auto", "never", "must"))
+
+
+@dataclass(frozen=True)
+class Corpus(Section):
+    """The text."""
+
+    name_of_section: ClassVar[str] = "corpus"
+    source: str = _option("auto", "auto, time-machine, embedded, a path, a glob or an address")
+    cleaning: str = _option("auto", "d2l (lower-case letters), none, or auto", _one_of("auto", "d2l", "none"))
+    max_tokens: int = _option(0, "train on so many tokens; 0: all", _at_least(0))
+    validation_fraction: float = _option(0.0, "the last part of the text, kept to validate", _fraction)
+
+
+@dataclass(frozen=True)
+class Vocabulary(Section):
+    """What a token is."""
+
+    name_of_section: ClassVar[str] = "vocabulary"
+    kind: str = _option("char", "char, byte or word", _one_of("char", "byte", "word"))
+    size: int = _option(0, "the most tokens kept, <unk> included; 0: all", _at_least(0))
+    min_frequency: int = _option(0, "rarer tokens become <unk>", _at_least(0))
+
+
+@dataclass(frozen=True)
+class Stream(Section):
+    """How the text is cut into lanes and windows."""
+
+    name_of_section: ClassVar[str] = "stream"
+    batch_size: int = _option(32, "lanes, over all workers", _at_least(1))
+    num_steps: int = _option(40, "tokens of a lane in one window", _at_least(1))
+    offset: str | int | tuple[int, ...] = _option(
+        "random", "first token of an epoch: random, an integer, or a list with one per epoch", _offset
+    )
+
+
+@dataclass(frozen=True)
+class Model(Section):
+    """The recurrent language model."""
+
+    name_of_section: ClassVar[str] = "model"
+    cell: str = _option("rnn", "rnn, gru, lstm, or package.module:Class", _cell)
+    hidden_size: int = _option(256, "hidden units of a layer", _at_least(1))
+    num_layers: int = _option(1, "recurrent layers", _at_least(1))
+    embedding_size: int = _option(0, "input features; 0: one-hot", _at_least(0))
+    dropout: float = _option(0.0, "probability, between layers and before the output", _fraction)
+    init: str = _option("", "start from the weights in this .safetensors file")
+
+
+@dataclass(frozen=True)
+class Optimizer(Section):
+    """How weights are updated."""
+
+    name_of_section: ClassVar[str] = "optimizer"
+    name: str = _option("sgd", "sgd or adamw", _one_of("sgd", "adamw"))
+    learning_rate: float = _option(0.1, "step size at its height", _above_zero)
+    weight_decay: float = _option(0.0, "as torch's optimizer of that name has it", _at_least(0))
+    grad_clip_norm: float = _option(0.0, "longest gradient, over all weights; 0: none", _at_least(0))
+    schedule: str = _option("constant", "constant, or cosine (to zero)", _one_of("constant", "cosine"))
+    warmup_steps: int = _option(0, "steps in which the rate grows from zero", _at_least(0))
+
+
+@dataclass(frozen=True)
+class Train(Section):
+    """How long, how precisely, and how often it is written down."""
+
+    name_of_section: ClassVar[str] = "train"
+    epochs: int = _option(50, "passes over the text", _at_least(1))
+    max_steps: int = _option(0, "the most updates; 0: no bound", _at_least(0))
+    log_every: int = _option(0, "steps between two rows of metrics; 0: once an epoch", _at_least(0))
+    checkpoint_every: str | int = _option("30s", 'steps (200) or seconds ("30s")', _cadence)
+    keep_checkpoints: int = _option(3, "how many of the last ones are kept", _at_least(1))
+    precision: str = _option("auto", "auto, fp32, bf16 or fp64", _one_of("auto", "fp32", "bf16", "fp64"))
+    reproducible: bool = _option(False, "the same bits on any number of workers")
+    lane_groups: int = _option(8, "parts of the batch that reproducible adds in fixed order", _at_least(1))
+
+    @property
+    def checkpoint_steps(self) -> int:
+        """Steps between two checkpoints, 0 where the clock decides."""
+        return self.checkpoint_every if isinstance(self.checkpoint_every, int) else 0
+
+    @property
+    def checkpoint_seconds(self) -> float:
+        """Seconds between two checkpoints, infinite where steps decide."""
+        is_text = isinstance(self.checkpoint_every, str)
+        return float(str(self.checkpoint_every).rstrip("s")) if is_text else math.inf
+
+
+@dataclass(frozen=True)
+class Scale(Section):
+    """On how many workers, and on what."""
+
+    name_of_section: ClassVar[str] = "scale"
+    workers: str | int = _option(2, '0: in this process; "2-8": as many as there are', _workers)
+    accelerator: str = _option("auto", "auto, cpu or gpu", _one_of("auto", "cpu", "gpu"))
+    cpus_per_worker: int = _option(0, "cores of a worker; 0: its share of them", _at_least(0))
+    placement: str = _option("pack", "pack or spread workers over nodes", _one_of("pack", "spread"))
+    hang_timeout: float = _option(60.0, "seconds after which a silent worker is replaced", _above_zero)
+
+    @property
+    def min_workers(self) -> int:
+        """The fewest workers that a run goes on with."""
+        return int(str(self.workers).split("-")[0])
+
+    @property
+    def max_workers(self) -> int:
+        """The most workers that a run uses."""
+        return int(str(self.workers).split("-")[-1])
+
+
+@dataclass(frozen=True)
+class Generate(Section):
+    """What the model is asked to continue."""
+
+    name_of_section: ClassVar[str] = "generate"
+    prefix: str = _option("time traveller", "the text to continue")
+    length: int = _option(50, "tokens to add", _at_least(0))
+    temperature: float = _option(0.0, "0: greedy; else draw from the softmax", _at_least(0))
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything that defines a run."""
+
+    run: Run = Run()
+    corpus: Corpus = Corpus()
+    vocabulary: Vocabulary = Vocabulary()
+    stream: Stream = Stream()
+    model: Model = Model()
+    optimizer: Optimizer = Optimizer()
+    train: Train = Train()
+    scale: Scale = Scale()
+    generate: Generate = Generate()
+
+    def __post_init__(self) -> None:
+        lanes, workers, offset = self.stream.batch_size, self.scale.max_workers, self.stream.offset
+        if workers > lanes:
+            raise UserError(
+                f"scale.workers = {shown(self.scale.workers)}: each worker needs a lane, and "
+                f"stream.batch_size = {lanes}: lower the one or raise the other"
+            )
+        groups = min(self.train.lane_groups, lanes)
+        if self.train.reproducible and workers > groups:
+            raise UserError(
+                f"scale.workers = {shown(self.scale.workers)}: a reproducible run hands out whole lane "
+                f"groups, and there are {groups}: lower it, or raise train.lane_groups"
+            )
+        if isinstance(offset, tuple) and len(offset) < self.train.epochs:
+            raise UserError(
+                f"stream.offset has {len(offset)} entries for train.epochs = {self.train.epochs}: "
+                "give one for each epoch"
+            )
+
+
+SECTIONS: dict[str, type[Section]] = {
+    option.name: type(getattr(Config(), option.name)) for option in fields(Config)
+}
+OPTIONS = [f"{name}.{option.name}" for name, kind in SECTIONS.items() for option in fields(kind)]
+
+
+# What may change when a run goes on: where and how it is carried out, not what is computed.
+_FREE_SECTIONS = ("scale", "generate")
+_FREE_OPTIONS = (
+    "run.name", "run.storage", "run.resume",
+    "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
+)  # fmt: skip
+_MAY_GROW = ("train.epochs", "train.max_steps")
+
+
+def differences(old: Config, new: Config) -> list[str]:
+    """What keeps ``new`` from going on with a run of ``old``, as ``field (old → new)``."""
+    found = []
+    for name in OPTIONS:
+        section, key = name.split(".")
+        before, after = (getattr(getattr(config, section), key) for config in (old, new))
+        free = section in _FREE_SECTIONS or name in _FREE_OPTIONS
+        grown = name in _MAY_GROW and (after >= before or after == 0)
+        if name == "stream.offset" and isinstance(before, tuple) and isinstance(after, tuple):
+            grown = after[: len(before)] == before
+        if before != after and not free and not grown:
+            found.append(f"{name} ({shown(before)} → {shown(after)})")
+    return found

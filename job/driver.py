@@ -1,0 +1,209 @@
+"""Starts a run's workers, follows them, and finishes the run.
+
+How workers are started is the launcher's affair: in this process, or by Ray on a cluster.
+"""
+
+import json
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import numpy as np
+
+from job import checkpoint, generate, lease, model, parse, report, runs
+from job.config import Config
+from job.errors import RunFailed, UserError
+from job.loop import perplexity
+from job.prepare import prepare
+from job.record import Recorder
+from job.screen import Screen, duration
+from job.storage import Folder
+from job.trainer import Plan
+
+
+class Wishes:
+    """What signals ask of the run: SIGINT or SIGTERM once, to save and stop; again, to stop at once.
+
+    SIGHUP is ignored: a terminal may go away.
+    """
+
+    def __init__(self) -> None:
+        self.status = 0  # the exit status of a stop, once one is wanted
+
+    @contextmanager
+    def heard(self) -> Iterator[None]:
+        """Listens for signals within; only a main thread can."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, _: Any) -> None:
+        if self.status:
+            raise KeyboardInterrupt
+        self.status = 128 + number
+
+
+# Workers take the plan and the tokens; the recorder gets their events until the run is over.
+Follow = Callable[[Plan, np.ndarray, Recorder, Wishes], None]
+# Makes sure, before anything is written, that the workers have a place.
+Launcher = Callable[[Config, Screen], AbstractContextManager[Follow]]
+
+
+def run(options: Config, stem: str, screen: Screen, launch: Launcher) -> int:
+    """Trains as configured, or goes on with what is there; gives the exit status."""
+    folder, options, previous = runs.choose(options, stem)
+    if previous and previous.is_finished(options):
+        assert previous.result
+        screen.line(f"{folder} is finished; to train longer, raise train.epochs")
+        _show(previous.result, folder, screen)
+        return 0
+    lease.refuse_if_alive(folder)
+    wishes = Wishes()
+    with wishes.heard():
+        plan, tokens = prepare(options, folder)
+        _check_same_text(plan)
+        folder.check_writable()
+        screen.line(_about(plan))
+        with launch(plan.config, screen) as follow:
+            return _run(follow, plan, tokens, folder, wishes, screen)
+
+
+def _run(follow: Follow, plan: Plan, tokens: np.ndarray, folder: Folder, wishes: Wishes, screen: Screen) -> int:
+    owned = lease.acquire(folder)
+    try:
+        folder.write(runs.CONFIG, parse.to_toml(plan.config).encode())
+        recorder = Recorder(folder, plan.config, owned, screen)
+        try:
+            follow(plan, tokens, recorder, wishes)
+        except KeyboardInterrupt:
+            screen.line(f"stopped at once; {_what_is_kept(folder)}")
+            return wishes.status
+        except RunFailed as error:
+            recorder.failed = str(error)
+        finally:
+            recorder.close()
+        if recorder.failed or not recorder.finished:
+            raise RunFailed(f"{recorder.failed or 'the workers ended without a word'}; {_what_is_kept(folder)}")
+        if recorder.finished.stopped:
+            screen.line(f"stopped at step {recorder.finished.progress.step:,}; {_what_is_kept(folder)}")
+            return wishes.status
+        result = _finish(plan, recorder, folder)
+        _show(result, folder, screen)
+        return 0
+    finally:
+        owned.release()
+
+
+def _finish(plan: Plan, recorder: Recorder, folder: Folder) -> dict[str, Any]:
+    """Lets the model speak, draws the curve, and writes the result, which marks the run as finished."""
+    assert recorder.finished
+    done = recorder.finished
+    found, restored = runs.open_checkpoint((recorder.checkpoints / done.checkpoint).address)
+    text = sample(restored, plan.config)
+    folder.write("sample.txt", (text + "\n").encode())
+    folder.write("perplexity.png", report.curve(recorder.rows(), plan.config.run.name))
+    nats = done.progress.last_epoch_nats
+    assert nats is not None
+    result: dict[str, Any] = {"perplexity": perplexity(nats), "nats": nats}
+    if done.progress.last_validation_nats is not None and recorder.best:
+        result["validation_perplexity"] = perplexity(done.progress.last_validation_nats)
+        result["best_validation_perplexity"] = perplexity(recorder.best.validation_nats or 0.0)
+        result["best_checkpoint"] = f"checkpoints/{recorder.best.name}"
+    result |= {
+        "epochs": done.progress.epoch,
+        "steps": done.progress.step,
+        "tokens": done.progress.tokens,
+        "seconds": round(done.progress.seconds, 3),
+        "workers": done.workers,
+        "restarts": max(done.progress.restarts, recorder.starts - 1),
+        "checkpoint": f"checkpoints/{found.name}",
+        "weights_sha256": checkpoint.weights_sha256(restored.weights),
+        "generated": text,
+        "corpus": plan.corpus,
+    }
+    folder.write(runs.RESULT, json.dumps(result, indent=1, ensure_ascii=False).encode())
+    return result
+
+
+def sample(restored: checkpoint.Restored, options: Config) -> str:
+    """The prefix and its continuation by a checkpoint's model."""
+    prefix = generate.prefix_ids(options.generate.prefix, restored.config.corpus.cleaning, restored.vocabulary)
+    net = load_model(restored)
+    continued = generate.continuation(net, prefix, options.generate, options.run.seed)
+    return generate.text_of(restored.vocabulary, prefix, continued)
+
+
+def load_model(restored: checkpoint.Restored) -> model.LanguageModel:
+    """A checkpoint's model, on the CPU, in the precision of its weights."""
+    net = model.build(restored.config.model, len(restored.vocabulary), restored.config.run.seed)
+    net = net.to(next(iter(restored.weights.values())).dtype)
+    model.load_weights(net, restored.weights, "checkpoint")
+    return net
+
+
+def _check_same_text(plan: Plan) -> None:
+    """UserError where the run began on another text."""
+    for found in reversed(checkpoint.committed(plan.checkpoints)):
+        if isinstance(found, str):
+            continue
+        try:
+            before = checkpoint.restore(found).facts["corpus"]
+        except (checkpoint.Unsound, LookupError):
+            continue
+        if before["sha256"] != plan.corpus["sha256"]:
+            raise UserError(
+                f"corpus.source = {plan.corpus['source']}: the text is not the one this run began with "
+                f"({before['tokens']:,} tokens then, {plan.corpus['tokens']:,} now, or others): "
+                "bring it back or choose another run.name"
+            )
+        return
+
+
+def _about(plan: Plan) -> str:
+    facts, options = plan.corpus, plan.config
+    source = facts["source"]
+    if source == "embedded":
+        source = "the text embedded in Python (The Time Machine is neither cached nor to be had within seconds)"
+    unit = "bytes" if options.vocabulary.kind == "byte" else "characters"
+    return (
+        f"run {options.run.name}: {source}, {facts['characters']:,} {unit}, "
+        f"{facts['tokens']:,} tokens of {len(plan.vocabulary):,} kinds"
+    )
+
+
+def _what_is_kept(folder: Folder) -> str:
+    found = [entry for entry in checkpoint.committed(folder / "checkpoints") if not isinstance(entry, str)]
+    if not found:
+        return "no checkpoint was written yet: the same command starts anew"
+    return (
+        f"step {found[-1].step:,} is kept: the same command with --run.name {folder.address.rpartition('/')[2]} "
+        f"goes on, python -m job generate {folder} lets it speak"
+    )
+
+
+def _show(result: dict[str, Any], folder: Folder, screen: Screen) -> None:
+    workers = f"{result['workers']} worker{'s' * (result['workers'] != 1)}"
+    screen.line(
+        f"perplexity {result['perplexity']:.4g} after {result['epochs']} epochs, {result['steps']:,} steps, "
+        f"{duration(result['seconds'])} on {workers}"
+    )
+    if "validation_perplexity" in result:
+        screen.line(
+            f"validation {result['validation_perplexity']:.4g}, at best {result['best_validation_perplexity']:.4g} "
+            f"in {folder / result['best_checkpoint']}"
+        )
+    screen.line()
+    screen.line(f"    {result['generated']}")
+    screen.line()
+    for name, file in (("curve", "perplexity.png"), ("metrics", "metrics.jsonl"), ("checkpoint", result["checkpoint"])):
+        screen.line(f"{name:<11}{folder / file}")
+    screen.line(f"{'continue':<11}python -m job generate {folder} --generate.prefix '…'")

@@ -1,0 +1,55 @@
+"""A run in the caller's own process, without a cluster: one worker that holds all lanes."""
+
+import threading
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from job.config import Config
+from job.driver import Follow, Wishes
+from job.errors import UserError
+from job.events import Event
+from job.gradients import Signals
+from job.record import Recorder
+from job.screen import Screen
+from job.trainer import Plan, train
+from job.world import World, cores
+
+
+@contextmanager
+def launch(options: Config, _: Screen) -> Iterator[Follow]:
+    """A launcher for ``scale.workers = 0``."""
+    has_gpu = torch.cuda.is_available()
+    if options.scale.accelerator == "gpu" and not has_gpu:
+        raise UserError("scale.accelerator = gpu: this machine has no GPU that torch can use; use auto or cpu")
+    device = torch.device("cuda" if has_gpu and options.scale.accelerator != "cpu" else "cpu")
+    world = World(0, 1, device, options.scale.cpus_per_worker or cores(), uuid.uuid4().hex[:8])
+
+    def follow(plan: Plan, tokens: np.ndarray, recorder: Recorder, wishes: Wishes) -> None:
+        train(plan, tokens, world, _Link(recorder, wishes))
+
+    yield follow
+
+
+class _Link:
+    """Worker and driver are one process: events go straight to the recorder.
+
+    They come from the loop and from the thread that writes checkpoints.
+    """
+
+    def __init__(self, recorder: Recorder, wishes: Wishes) -> None:
+        self.recorder, self.wishes = recorder, wishes
+        self.lock = threading.Lock()
+
+    def post(self, event: Event) -> None:
+        with self.lock:
+            self.recorder.handle(event)
+
+    def signals(self) -> Signals:
+        return Signals(stop=bool(self.wishes.status))
+
+    def leaving(self) -> bool:
+        return False

@@ -1,0 +1,202 @@
+"""The recurrent language model: tokens and state in, logits and state out.
+
+The state is data that the caller owns. It is None (all zero), a tensor, or a tuple of tensors,
+each with the lane on axis 1, as torch's own cells have it; nothing recurrent hides in a module.
+
+Axes: T steps, B lanes, E input features, H hidden units, V tokens of the vocabulary, L layers.
+"""
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from job import config
+from job.dropout import Dropout
+from job.errors import UserError
+from job.recurrence import tanh_layer
+
+State = Tensor | tuple[Tensor, ...] | None
+
+
+def map_state(change: Callable[[Tensor], Tensor], state: State) -> State:
+    """The state with each of its tensors changed."""
+    if state is None:
+        return None
+    if isinstance(state, Tensor):
+        return change(state)
+    return tuple(change(part) for part in state)
+
+
+def detached(state: State) -> State:
+    """The state without the history that gradients would flow through."""
+    return map_state(Tensor.detach, state)
+
+
+def lanes_of_state(state: State, first: int, count: int) -> State:
+    """The state of some lanes, by their place in this state."""
+    return map_state(lambda part: part.narrow(1, first, count), state)
+
+
+def joined_states(states: list[State]) -> State:
+    """States of successive lanes as one."""
+    if states[0] is None or len(states) == 1:
+        return states[0]
+    if isinstance(states[0], Tensor):
+        return torch.cat(cast(list[Tensor], states), 1)
+    parts = zip(*cast(list[tuple[Tensor, ...]], states), strict=True)
+    return tuple(torch.cat(part, 1) for part in parts)
+
+
+class Recurrent(nn.RNNBase):
+    """Layers of torch's own cells, under torch's own names, with dropout that belongs to lanes."""
+
+    MODES = {"rnn": "RNN_TANH", "gru": "GRU", "lstm": "LSTM"}
+
+    def __init__(self, cell: str, input_size: int, hidden_size: int, num_layers: int) -> None:
+        super().__init__(self.MODES[cell], input_size, hidden_size, num_layers)
+
+    def forward(self, inputs: Tensor, state: State = None, dropout: Dropout | None = None) -> tuple[Tensor, State]:  # type: ignore[override]
+        """Hidden states (T, B, H) and the last state, tensors (L, B, H).
+
+        ``inputs`` are features (T, B, E), or the tokens (T, B) whose one-hot vectors they are.
+        """
+        lanes = inputs.shape[1]
+        if state is None:
+            zeros = self.weight_hh_l0.new_zeros(self.num_layers, lanes, self.hidden_size)
+            state = (zeros, zeros) if self.mode == "LSTM" else zeros
+        outputs, lasts = inputs, []
+        for layer in range(self.num_layers):
+            if layer and dropout is not None:
+                outputs = dropout(outputs, layer)
+            one = map_state(lambda part, layer=layer: part[layer : layer + 1], state)  # type: ignore[misc]
+            outputs, last = self._layer(outputs, one, layer)
+            lasts.append(last)
+        if isinstance(lasts[0], Tensor):
+            return outputs, torch.cat(cast(list[Tensor], lasts))
+        return outputs, tuple(torch.cat(parts) for parts in zip(*lasts, strict=True))
+
+    def _layer(self, inputs: Tensor, state: State, layer: int) -> tuple[Tensor, State]:
+        names = [f"{name}_l{layer}" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+        weights = [getattr(self, name) for name in names]
+        if self.mode == "RNN_TANH" and inputs.device.type == "cpu":
+            return self._tanh_layer(inputs, cast(Tensor, state), *weights)
+        if not inputs.is_floating_point():
+            inputs = F.one_hot(inputs, self.input_size).to(weights[0].dtype)
+        options = (True, 1, 0.0, self.training, False, False)
+        if self.mode == "LSTM":
+            hidden, *last = torch.lstm(inputs, cast(tuple[Tensor, ...], state), weights, *options)
+            return hidden, tuple(last)
+        run = torch.gru if self.mode == "GRU" else torch.rnn_tanh
+        return run(inputs, cast(Tensor, state), weights, *options)
+
+    @staticmethod
+    def _tanh_layer(inputs: Tensor, state: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        weight_ih, weight_hh, bias_ih, bias_hh = weights
+        low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight_hh.dtype
+        bias = bias_ih + bias_hh
+        if inputs.is_floating_point():
+            gates = F.linear(inputs, weight_ih, bias).to(low)
+        else:  # the product with a one-hot vector is a column of the weight
+            gates = F.embedding(inputs, (weight_ih.t() + bias).to(low))
+        hidden = tanh_layer(gates, state[0].to(low), weight_hh.to(low))
+        return hidden, hidden[-1:]
+
+
+class LanguageModel(nn.Module):
+    """Input, recurrent layers ``rnn``, and the output layer ``linear``."""
+
+    def __init__(self, options: config.Model, vocabulary_size: int) -> None:
+        super().__init__()
+        self.vocabulary_size = vocabulary_size
+        self.embedding = nn.Embedding(vocabulary_size, options.embedding_size) if options.embedding_size else None
+        features = options.embedding_size or vocabulary_size
+        self.rnn: nn.Module
+        if options.cell in config.CELLS:
+            self.rnn = Recurrent(options.cell, features, options.hidden_size, options.num_layers)
+        else:
+            self.rnn = _users_cell(options, features)
+        self.linear = nn.Linear(options.hidden_size, vocabulary_size)
+
+    def forward(self, tokens_TB: Tensor, state: State, dropout: Dropout | None = None) -> tuple[Tensor, State]:
+        """Logits (T, B, V) and the state after the last step; no dropout where it is None."""
+        own = isinstance(self.rnn, Recurrent)
+        if self.embedding is not None:
+            inputs = self.embedding(tokens_TB)
+        elif own:
+            inputs = tokens_TB
+        else:
+            inputs = F.one_hot(tokens_TB, self.vocabulary_size).to(self.linear.weight.dtype)
+        hidden_TBH, state = self.rnn(inputs, state, dropout) if own else self.rnn(inputs, state)
+        if dropout is not None:
+            hidden_TBH = dropout(hidden_TBH, 0)
+        return self.linear(hidden_TBH), state
+
+
+def build(options: config.Model, vocabulary_size: int, seed: int) -> LanguageModel:
+    """A model with torch's initial weights, a function of the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = LanguageModel(options, vocabulary_size)
+    if not isinstance(model.rnn, Recurrent):
+        _check_protocol(model.rnn, options, options.embedding_size or vocabulary_size)
+    return model
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
+    """Puts weights into the model in its own precision; UserError unless names and shapes agree."""
+    own = model.state_dict()
+    missing, foreign = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    if missing or foreign:
+        found = f"lacks {missing[0]}" if missing else f"holds {foreign[0]}, which the model has not"
+        raise UserError(f"{where}: weights of another model: {found}")
+    for name, tensor in own.items():
+        if tensor.shape != weights[name].shape:
+            shapes = f"{tuple(weights[name].shape)} and should be {tuple(tensor.shape)}"
+            raise UserError(f"{where}: weights of another model: {name} is {shapes}")
+    model.load_state_dict({name: weights[name].to(own[name].dtype) for name in own})
+
+
+def _users_cell(options: config.Model, features: int) -> nn.Module:
+    """A recurrent module of the user's own: ``Class(input_size, hidden_size, num_layers)``."""
+    module_name, _, class_name = options.cell.partition(":")
+    try:
+        kind = getattr(importlib.import_module(module_name), class_name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"model.cell = {options.cell}: cannot be imported: {error}") from None
+    if not (inspect.isclass(kind) and issubclass(kind, nn.Module)):
+        raise UserError(f"model.cell = {options.cell}: not a torch.nn.Module")
+    try:
+        return kind(features, options.hidden_size, options.num_layers)
+    except TypeError as error:
+        raise UserError(
+            f"model.cell = {options.cell}: is made as Class(input_size, hidden_size, num_layers): {error}"
+        ) from None
+
+
+def _check_protocol(cell: nn.Module, options: config.Model, features: int) -> None:
+    """UserError unless the cell takes and gives state as the loop needs it, tried on two lanes."""
+
+    def refuse(what: str) -> UserError:
+        return UserError(f"model.cell = {options.cell}: {what} (see README, A cell of your own)")
+
+    inputs_TBE = torch.zeros(3, 2, features)
+    was_training = cell.training
+    cell.eval()
+    try:
+        with torch.no_grad():
+            first = cell(inputs_TBE, None)
+            hidden, state = first
+            cell(inputs_TBE, state)
+    except Exception as error:
+        raise refuse(f"cell(inputs, state) must give outputs and state: {error}") from None
+    cell.train(was_training)
+    if not isinstance(hidden, Tensor) or hidden.shape != (3, 2, options.hidden_size):
+        raise refuse(f"outputs must be a tensor (steps, lanes, {options.hidden_size})")
+    parts = state if isinstance(state, tuple) else (state,)
+    if not all(isinstance(part, Tensor) and part.dim() >= 2 and part.shape[1] == 2 for part in parts):
+        raise refuse("the state must be a tensor or a tuple of tensors with the lane on axis 1")

@@ -1,0 +1,126 @@
+"""A run on Ray: the launcher that has Ray Train start the workers, and carries their events."""
+
+import math
+import os
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from job import cluster  # first: it sets what Ray reads when it is imported
+import ray  # isort: skip
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from job.cluster import Placement
+from job.config import Config
+from job.driver import Follow, Wishes
+from job.errors import RunFailed
+from job.gradients import Signals
+from job.record import Recorder
+from job.screen import Screen
+from job.trainer import Plan
+from job.worker import Mailbox, train_worker
+
+POLL = 0.25  # seconds
+PATIENCE = 10.0  # seconds without workers after which the user is told what is waited for
+RAY_FOLDER = "ray"  # Ray Train's own records; a run's truth is in its checkpoints
+
+
+@contextmanager
+def launch(options: Config, screen: Screen) -> Iterator[Follow]:
+    """A launcher for workers on a cluster."""
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(options.scale.hang_timeout)
+    with cluster.connected(options.scale) as placement:
+        if placement.notice:
+            screen.line(placement.notice)
+
+        def follow(plan: Plan, tokens: np.ndarray, recorder: Recorder, wishes: Wishes) -> None:
+            _Following(plan, tokens, placement, recorder, wishes).to_the_end()
+
+        yield follow
+
+
+class _Following:
+    """One run of Ray Train, whose events the driver's main thread takes as they come."""
+
+    def __init__(
+        self, plan: Plan, tokens: np.ndarray, placement: Placement, recorder: Recorder, wishes: Wishes
+    ) -> None:
+        self.plan, self.placement, self.recorder, self.wishes = plan, placement, recorder, wishes
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.mailbox: Any = Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+        self.trainer = self._trainer(ray.put(tokens))
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._fit, daemon=True)
+
+    def _trainer(self, tokens: Any) -> TorchTrainer:
+        options, placement = self.plan.config, self.placement
+        elastic = placement.min_workers < placement.max_workers
+        workers: Any = (placement.min_workers, placement.max_workers) if elastic else placement.max_workers
+        task = {
+            "plan": self.plan,
+            "tokens": tokens,
+            "mailbox": self.mailbox,
+            "threads": placement.cpus_per_worker,
+        }
+        self.recorder.folder.remove(RAY_FOLDER)
+        return TorchTrainer(
+            train_worker,
+            train_loop_config=task,
+            torch_config=TorchConfig(timeout_s=math.ceil(options.scale.hang_timeout)),
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=placement.use_gpu,
+                resources_per_worker=placement.resources,
+                placement_strategy=placement.strategy,
+            ),
+            run_config=RunConfig(
+                name=RAY_FOLDER,
+                storage_path=self.recorder.folder.address,
+                failure_config=FailureConfig(max_failures=-1),
+                logging_config=LoggingConfig(log_level="ERROR"),
+            ),
+        )
+
+    def _fit(self) -> None:
+        try:
+            self.trainer.fit()
+        except BaseException as error:  # told by the main thread
+            self.error = error
+
+    def to_the_end(self) -> None:
+        """Takes events until the run is over; RunFailed where Ray ends it before."""
+        self.thread.start()
+        told, silent_since, asked = False, time.monotonic(), False
+        while not self.recorder.over:
+            events = ray.get(self.mailbox.collect.remote(POLL))
+            for event in events:
+                self.recorder.handle(event)
+            if self.wishes.status and not asked:
+                ray.get(self.mailbox.order.remote(Signals(stop=True)))
+                asked = True
+            if not self.thread.is_alive() and not events and not self.recorder.over:
+                raise RunFailed(f"Ray Train ended: {_first_line(self.error)}")
+            if not told and not self.recorder.started and time.monotonic() - silent_since > PATIENCE:
+                told = True
+                self._say_what_is_awaited()
+        self.recorder.folder.remove(RAY_FOLDER)
+
+    def _say_what_is_awaited(self) -> None:
+        free = ray.available_resources()
+        need = self.placement.resources
+        kinds = " and ".join(f"{need[kind]:g} {kind}" for kind in ("CPU", "GPU") if need[kind])
+        have = ", ".join(f"{free.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU") if need[kind])
+        self.recorder.screen.line(
+            f"waiting for {self.placement.min_workers} workers of {kinds} each; free on the cluster: {have}"
+        )
+
+
+def _first_line(error: BaseException | None) -> str:
+    text = str(error).strip() if error else "without an error"
+    return text.splitlines()[0] if text else type(error).__name__

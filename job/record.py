@@ -1,0 +1,198 @@
+"""Events to the run's folder and to the screen: metrics, TensorBoard, and the commit of checkpoints."""
+
+import json
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from tensorboardX import SummaryWriter
+
+from job import checkpoint, events
+from job.checkpoint import Checkpoint, Receipt
+from job.config import Config
+from job.errors import RunFailed
+from job.lease import Lease
+from job.loop import perplexity
+from job.report import read_rows
+from job.screen import Screen, duration
+from job.storage import Folder
+
+METRICS = "metrics.jsonl"
+TRIES = 6
+
+
+class Recorder:
+    """The driver's ear: takes events in the order of their coming, and is the only one to commit.
+
+    A checkpoint is committed when the parts of all workers of one attempt are there, after the rows
+    of metrics that came before it: whatever a crash leaves, the rows up to the last checkpoint are
+    on the disk.
+    """
+
+    def __init__(self, folder: Folder, options: Config, lease: Lease, screen: Screen) -> None:
+        self.folder, self.options, self.lease, self.screen = folder, options, lease, screen
+        self.checkpoints = folder / "checkpoints"
+        self.place = folder.local or Path(tempfile.mkdtemp(prefix="lanes-"))
+        self.attempt = ""
+        self.started: events.Started | None = None
+        self.finished: events.Finished | None = None
+        self.failed: str | None = None
+        self.committed: list[Checkpoint] = []
+        self.starts = self.setbacks = 0
+        self.parts: dict[str, list[Receipt]] = {}
+        self.board: SummaryWriter | None = None
+        if folder.local is None and folder.has(METRICS):
+            (self.place / METRICS).write_bytes(folder.read(METRICS))
+
+    @property
+    def over(self) -> bool:
+        """Whether the run has come to an end, and its last checkpoint is committed."""
+        done = self.finished and any(entry.name == self.finished.checkpoint for entry in self.committed)
+        return bool(done or self.failed)
+
+    def handle(self, event: events.Event) -> None:
+        """Takes one event in; RunFailed where the folder cannot be written."""
+        if isinstance(event, events.Started):
+            return self._writing(self._start, event)
+        if isinstance(event, events.Crashed):
+            return self._crash(event)
+        if event.attempt != self.attempt:
+            return  # of workers that have been replaced
+        match event:
+            case events.Row():
+                self._writing(self._row, event.row)
+            case events.Part():
+                self._writing(self._part, event.receipt)
+            case events.Pulse():
+                self._pulse(event)
+            case events.Finished():
+                self.finished = event
+            case events.Failed():
+                self.failed = event.message
+
+    def _writing(self, action: Any, what: Any) -> None:
+        try:
+            action(what)
+        except OSError as error:
+            raise RunFailed(f"{self.folder}: cannot be written to: {error.strerror or error}") from None
+
+    def _crash(self, event: events.Crashed) -> None:
+        self.screen.warn(event.message)
+        if event.attempt != self.attempt:  # before its group even stood
+            self._setback(event.message)
+
+    def _setback(self, why: str) -> None:
+        """Counts starts that led to no checkpoint: what fails each time will fail for ever."""
+        self.setbacks += 1
+        if self.setbacks > TRIES:
+            self.failed = f"the workers started {TRIES} times without getting to a checkpoint; last: {why}"
+
+    def _start(self, event: events.Started) -> None:
+        """A group of workers goes on from a step: what came after it will come again."""
+        self.lease.check()
+        self.attempt, self.started, self.finished = event.attempt, event, None
+        self.starts += 1
+        self._setback(f"from step {event.step}")
+        self.parts.clear()
+        checkpoint.clear_for(self.checkpoints, event.step)
+        found = checkpoint.committed(self.checkpoints)
+        self.committed = [entry for entry in found if isinstance(entry, Checkpoint)]
+        self._cut_metrics(event.step)
+        if self.board:
+            self.board.close()
+        self.board = SummaryWriter(str(self.place / "tensorboard"), purge_step=event.step + 1 if event.step else None)
+        for problem in event.passed_over:
+            self.screen.warn(f"{problem}; the one before it is used")
+        self._say_start(event)
+
+    def _say_start(self, event: events.Started) -> None:
+        options, workers = self.options, f"{event.workers} worker{'s' * (event.workers != 1)}"
+        if self.starts > 1:
+            return self.screen.line(f"goes on from step {event.step:,} on {workers}")
+        layers = f"{options.model.num_layers} × " if options.model.num_layers > 1 else ""
+        self.screen.line(
+            f"{options.model.cell} {layers}{options.model.hidden_size}, {event.weights:,} weights; "
+            f"{options.stream.batch_size} lanes × {options.stream.num_steps} steps; "
+            f"{workers} on {event.device}, {event.precision}"
+        )
+        if event.step:
+            self.screen.line(f"goes on from step {event.step:,} of {event.total_steps:,}")
+
+    def _cut_metrics(self, step: int) -> None:
+        path = self.place / METRICS
+        rows = read_rows(path.read_bytes()) if path.exists() else []
+        kept = [json.dumps(row) for row in rows if row["step"] <= step]
+        Folder(str(self.place)).write(METRICS, "".join(f"{line}\n" for line in kept).encode())
+
+    def _row(self, row: dict[str, Any]) -> None:
+        with (self.place / METRICS).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        assert self.board
+        for name in ("perplexity", "nats", "tokens_per_second", "learning_rate"):
+            self.board.add_scalar(f"{name}/{row['split']}", row[name], row["step"])
+        if row["split"] != "train":
+            self._pulse(
+                events.Pulse(self.attempt, row["epoch"], row["step"], row["nats"], row["tokens_per_second"]),
+                "validation " if row["split"] == "validation" else "",
+            )
+
+    def _pulse(self, event: events.Pulse, split: str = "") -> None:
+        assert self.started
+        left = (self.started.total_steps - event.step) * self.tokens_of_step / max(event.tokens_per_second, 1.0)
+        self.screen.progress(
+            f"epoch {event.epoch}/{self.options.train.epochs}  step {event.step:,}/{self.started.total_steps:,}  "
+            f"{split}perplexity {perplexity(event.nats):.2f}  {event.tokens_per_second:,.0f} tokens/s  "
+            f"{duration(left)} left"
+        )
+
+    @property
+    def tokens_of_step(self) -> int:
+        """Tokens in a window of all lanes."""
+        return self.options.stream.batch_size * self.options.stream.num_steps
+
+    def _part(self, receipt: Receipt) -> None:
+        parts = self.parts.setdefault(receipt.checkpoint, [])
+        parts.append(receipt)
+        if len(parts) < receipt.workers:
+            return
+        del self.parts[receipt.checkpoint]
+        self.lease.check()
+        self.sync()
+        self.committed.append(checkpoint.commit(self.checkpoints, receipt.checkpoint, parts))
+        self.setbacks = 0
+        kept = [*self.committed[-self.options.train.keep_checkpoints :], self.best]
+        for entry in self.committed:
+            if entry not in kept:
+                checkpoint.remove(entry)
+        self.committed = [entry for entry in self.committed if entry in kept]
+
+    @property
+    def best(self) -> Checkpoint | None:
+        """The checkpoint with the lowest validation loss, where there is a validation."""
+        scored = [entry for entry in self.committed if entry.validation_nats is not None]
+        return min(scored, key=lambda entry: entry.validation_nats or 0.0, default=None)
+
+    def sync(self) -> None:
+        """Has the growing files on the disk, or in the storage where that cannot append."""
+        path = self.place / METRICS
+        if self.board:
+            self.board.flush()
+        if path.exists():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if self.folder.local is None:
+            self.folder.upload(self.place)
+
+    def rows(self) -> list[dict[str, Any]]:
+        """The rows of metrics so far."""
+        path = self.place / METRICS
+        return read_rows(path.read_bytes()) if path.exists() else []
+
+    def close(self) -> None:
+        """Lets go of files."""
+        if self.board:
+            self.board.close()
+        if self.folder.local is None:
+            shutil.rmtree(self.place, ignore_errors=True)

@@ -1,0 +1,54 @@
+"""What a person sees of a run: one line that moves on a terminal, plain lines elsewhere."""
+
+import shutil
+import sys
+import time
+from typing import TextIO
+
+PLAIN_EVERY = 10.0  # seconds between two plain lines of progress
+
+
+class Screen:
+    """Writes to a stream that may go away at any time without harm to the run."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self.stream = stream or sys.stdout
+        self.moving = self.stream.isatty()
+        self.shown_at = 0.0
+        self.drawn = False
+
+    def line(self, text: str = "") -> None:
+        """A line that stays."""
+        self._write(("\r\x1b[K" if self.drawn else "") + text + "\n")
+        self.drawn = False
+
+    def progress(self, text: str, *, milestone: bool = False) -> None:
+        """The line that moves; without a terminal a plain one now and then."""
+        if self.moving:
+            width = shutil.get_terminal_size().columns
+            self._write(f"\r\x1b[K{text[: width - 1]}")
+            self.drawn = True
+        elif time.monotonic() - self.shown_at >= PLAIN_EVERY or (milestone and not self.shown_at):
+            self.shown_at = time.monotonic()
+            self.line(text)
+
+    def warn(self, text: str) -> None:
+        """A warning, on a line of its own."""
+        self.line(f"warning: {text}")
+
+    def _write(self, text: str) -> None:
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except (OSError, ValueError):  # the terminal went away; the run goes on
+            self.moving = False
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a person reads them: 42 s, 3:05, 1:02:03."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, seconds_left = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds_left:02d}" if hours else f"{minutes}:{seconds_left:02d}"

@@ -1,0 +1,159 @@
+"""Folders on a local disk or on any of pyarrow's file systems, with atomic writes."""
+
+import contextlib
+import os
+import shutil
+import threading
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pyarrow
+from pyarrow import fs
+
+from job.errors import UserError
+
+
+def is_address(source: str) -> bool:
+    """Whether the text names a file system of its own (``s3://…``) and not a local path."""
+    return "://" in source
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder by its address; it exists once something is written into it.
+
+    A file that is written is there whole or not at all: on a local disk by renaming, elsewhere
+    because object stores show an object only when it is complete. Errors are OSError.
+    """
+
+    address: str
+
+    @classmethod
+    def at(cls, address: str) -> "Folder":
+        """A folder from what a user wrote; a local path is made absolute."""
+        if not is_address(address):
+            return cls(str(Path(address).expanduser().absolute()))
+        folder = cls(address.rstrip("/"))
+        folder._place  # noqa: B018  an address that nobody understands is refused here
+        return folder
+
+    @cached_property
+    def _place(self) -> tuple[fs.FileSystem, str]:
+        if not is_address(self.address):
+            return fs.LocalFileSystem(), self.address
+        try:
+            return fs.FileSystem.from_uri(self.address)
+        except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, ValueError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{self.address}: not an address pyarrow understands: {reason}") from None
+
+    @property
+    def local(self) -> Path | None:
+        """The folder's path where it lies on a local (or mounted) disk."""
+        system, path = self._place
+        return Path(path) if isinstance(system, fs.LocalFileSystem) else None
+
+    def __truediv__(self, name: str) -> "Folder":
+        base, mark, query = self.address.partition("?")
+        return Folder(f"{base}/{name}{mark}{query}")
+
+    def __str__(self) -> str:
+        """As a person would write it: a local path relative to where one stands, if below it."""
+        path = self.local
+        if path is None:
+            return self.address.partition("?")[0]
+        with contextlib.suppress(ValueError):
+            return str(path.relative_to(Path.cwd()))
+        return str(path)
+
+    def read(self, name: str, limit: int | None = None) -> bytes:
+        """A file's bytes; OSError where it is missing, or larger than ``limit`` bytes."""
+        system, path = self._place
+        size = system.get_file_info(f"{path}/{name}").size
+        if size is None:
+            raise FileNotFoundError(f"{self / name}: no such file")
+        if limit is not None and size > limit:
+            raise OSError(f"{self / name}: {size} bytes, more than the {limit} expected")
+        with system.open_input_stream(f"{path}/{name}") as stream:
+            return stream.read()
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes a file, whole or not at all, and has it on the disk before it returns."""
+        if self.local is not None:
+            return _write_local(self.local, name, data)
+        system, path = self._place
+        with system.open_output_stream(f"{path}/{name}") as stream:
+            stream.write(data)
+
+    def names(self) -> list[str]:
+        """What lies directly in the folder, sorted; nothing where it does not exist."""
+        system, path = self._place
+        found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        return sorted(info.base_name for info in found)
+
+    def has(self, name: str) -> bool:
+        """Whether there is a file or folder of that name."""
+        system, path = self._place
+        return system.get_file_info(f"{path}/{name}").type != fs.FileType.NotFound
+
+    def remove(self, name: str) -> None:
+        """Removes a file or a folder with all it holds; nothing where there is none."""
+        system, path = self._place
+        if self.local is not None:
+            target = self.local / name
+            if target.is_dir() and not target.is_symlink():
+                return shutil.rmtree(target, ignore_errors=True)
+            return target.unlink(missing_ok=True)
+        kind = system.get_file_info(f"{path}/{name}").type
+        if kind == fs.FileType.Directory:
+            system.delete_dir(f"{path}/{name}")
+        elif kind == fs.FileType.File:
+            system.delete_file(f"{path}/{name}")
+
+    def upload(self, source: Path) -> None:
+        """Copies a local folder's files into this one; those elsewhere are left alone."""
+        system, path = self._place
+        fs.copy_files(str(source), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=system)
+
+    def check_writable(self) -> None:
+        """UserError where nothing can be written here; leaves nothing behind."""
+        try:
+            missing = self._missing_parents()
+            self.write(".writable", b"")
+            self.remove(".writable")
+            for folder in missing:
+                folder.rmdir()
+        except OSError as error:
+            reason = error.strerror or str(error).splitlines()[0]
+            raise UserError(f"run.storage = {self}: cannot be written to: {reason}") from None
+
+    def _missing_parents(self) -> list[Path]:
+        """Folders that a write here would make, the deepest first."""
+        if self.local is None:
+            return []
+        return [folder for folder in (self.local, *self.local.parents) if not folder.exists()]
+
+
+def _write_local(folder: Path, name: str, data: bytes) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / f".{name}.{os.getpid()}-{threading.get_ident()}"
+    try:
+        with open(temporary, "wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(temporary, folder / name)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync(folder)
+
+
+def _sync(folder: Path) -> None:
+    """Has the folder's own entries, and so a rename in it, on the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

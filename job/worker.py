@@ -1,0 +1,127 @@
+"""The function that Ray Train runs on each worker, and the mailbox between workers and driver."""
+
+import asyncio
+import os
+import threading
+import uuid
+from typing import Any
+
+import numpy as np
+import ray
+import ray.train
+import ray.train.torch
+import torch.distributed as dist
+
+from job import trainer
+from job.events import Crashed, Event
+from job.gradients import Signals
+from job.trainer import Plan
+from job.world import World
+
+
+@ray.remote(num_cpus=0, max_restarts=0)
+class Mailbox:
+    """Carries events to the driver, in order, and its orders to rank 0."""
+
+    def __init__(self) -> None:
+        self.events: asyncio.Queue[Event] = asyncio.Queue()
+        self.orders: list[Signals] = []
+        self.ordered = asyncio.Condition()
+
+    async def post(self, event: Event) -> None:
+        """From a worker."""
+        await self.events.put(event)
+
+    async def collect(self, timeout: float) -> list[Event]:
+        """For the driver: what has come; waits so many seconds for the first event."""
+        found: list[Event] = []
+        try:
+            found.append(await asyncio.wait_for(self.events.get(), timeout))
+        except TimeoutError:
+            return found
+        while not self.events.empty():
+            found.append(self.events.get_nowait())
+        return found
+
+    async def order(self, signals: Signals) -> None:
+        """From the driver."""
+        async with self.ordered:
+            self.orders.append(signals)
+            self.ordered.notify_all()
+
+    async def orders_after(self, seen: int) -> list[Signals]:
+        """For a worker: the orders after those it has seen; waits for one."""
+        async with self.ordered:
+            await self.ordered.wait_for(lambda: len(self.orders) > seen)
+            return self.orders[seen:]
+
+
+class _RayLink:
+    """A worker's tie to its driver through the mailbox."""
+
+    def __init__(self, mailbox: Any, rank: int) -> None:
+        self.mailbox = mailbox
+        self.wanted = Signals()
+        self.last: Any = None
+        if rank == 0:  # one worker's word is everybody's: signals are added up over all
+            threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        seen = 0
+        while True:
+            try:
+                orders = ray.get(self.mailbox.orders_after.remote(seen))
+            except Exception:  # the driver is gone, and with it soon this process
+                return
+            seen += len(orders)
+            for order in orders:
+                self.wanted = Signals(*(a or b for a, b in zip(self.wanted, order, strict=True)))
+
+    def post(self, event: Event) -> None:
+        self.last = self.mailbox.post.remote(event)
+
+    def flush(self) -> None:
+        """Waits until the last event has arrived."""
+        if self.last is not None:
+            ray.get(self.last)
+
+    def signals(self) -> Signals:
+        asked, self.wanted = self.wanted, self.wanted._replace(checkpoint=False)
+        return asked
+
+    def leaving(self) -> bool:
+        return ray.train.get_preemption_info() is not None
+
+
+def train_worker(task: dict[str, Any]) -> None:
+    """One worker of the group: finds its place, takes its lanes, and trains.
+
+    ``task`` holds ``plan``, ``tokens`` (a reference into the object store), ``mailbox`` and
+    ``threads``.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be reproducible
+    context = ray.train.get_context()
+    rank, size = context.get_world_rank(), context.get_world_size()
+    link = _RayLink(task["mailbox"], rank)
+    attempt = ""
+    try:
+        attempt = _agreed_attempt(size)
+        world = World(rank, size, ray.train.torch.get_device(), task["threads"], attempt)
+        plan: Plan = task["plan"]
+        tokens: np.ndarray = ray.get(task["tokens"])
+        trainer.train(plan, tokens, world, link)
+    except Exception as error:
+        reason = str(error).splitlines()[0] if str(error) else ""
+        link.post(Crashed(attempt, f"worker {rank} of {size} crashed: {type(error).__name__}: {reason}"))
+        raise
+    finally:
+        link.flush()
+
+
+def _agreed_attempt(size: int) -> str:
+    """A name for this group of workers that none before it had."""
+    name = [uuid.uuid4().hex[:8]]
+    if size > 1:
+        dist.broadcast_object_list(name)
+    return name[0]
+

@@ -1,0 +1,52 @@
+"""A worker's place among all, and what its hardware is good at."""
+
+import os
+import platform
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class World:
+    """Read from the environment in one place (the worker, or the driver for a run without a cluster)."""
+
+    rank: int
+    size: int
+    device: torch.device
+    threads: int
+    attempt: str  # names this group of workers; new at each start
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The weights' type, and that of products where it is another."""
+
+    name: str
+    weights: torch.dtype
+    autocast: torch.dtype | None
+
+
+def precision_of(name: str, device: torch.device) -> Precision:
+    """The precision of that name; ``auto`` is bf16 where the hardware multiplies it, else fp32."""
+    if name == "auto":
+        name = "bf16" if _multiplies_bf16(device) else "fp32"
+    autocast = torch.bfloat16 if name == "bf16" else None
+    return Precision(name, torch.float64 if name == "fp64" else torch.float32, autocast)
+
+
+def _multiplies_bf16(device: torch.device) -> bool:
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    found = torch.cpu.get_capabilities()
+    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+
+
+def device_name(device: torch.device) -> str:
+    """The device as a person calls it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
