@@ -1,6 +1,7 @@
 """The command line: ``python -m job VERB [CONFIG.toml | RUN] [--section.field VALUE …]``."""
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -126,8 +127,8 @@ def main(words: Sequence[str]) -> int:
     return VERBS[verb](_split(rest))
 
 
-def command() -> None:
-    """The process: one plain line for any error, and its exit status."""
+def command() -> int:
+    """The whole command line, with one plain line for any error; the exit status."""
     debug = "--debug" in sys.argv
     try:
         status = main(sys.argv[1:])
@@ -143,7 +144,7 @@ def command() -> None:
         if debug:
             raise
         status = _told(RuntimeError(f"{type(error).__name__}: {error} (--debug shows where)"), 1, debug)
-    sys.exit(status)
+    return status
 
 
 def _told(error: Exception, status: int, debug: bool) -> int:
@@ -154,4 +155,7 @@ def _told(error: Exception, status: int, debug: bool) -> int:
 
 
 if __name__ == "__main__":
-    command()
+    STATUS = command()
+    sys.stdout.flush()
+    # Threads of Ray may still wait for a cluster that is gone; an orderly end would wait for them.
+    os._exit(STATUS)

@@ -2,8 +2,7 @@
 
 import math
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import redirect_stderr
 from dataclasses import dataclass
 
 # Ray reads these when it is imported. What a user has set stays.
@@ -12,7 +11,7 @@ _QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",  # how soon a dead worker, or the end, is seen
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # seconds until a dead worker is seen
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_LOG_TO_DRIVER_EVENT_LEVEL": "ERROR",
     "RAY_SCHEDULER_EVENTS": "0",
@@ -45,23 +44,22 @@ class Placement:
         return {"CPU": self.cpus_per_worker, "GPU": int(self.use_gpu)}
 
 
-@contextmanager
-def connected(scale: Scale) -> Iterator[Placement]:
-    """A cluster (``RAY_ADDRESS`` where it is set, else one of its own here) and a place on it.
+def connect(scale: Scale) -> Placement:
+    """Connects to a cluster (``RAY_ADDRESS`` where it is set, else one of its own on this machine).
 
-    UserError where it can never hold the workers.
+    Gives the workers' place on it; UserError where it can never hold them.
     """
     address = os.environ.get("RAY_ADDRESS", "")
-    own = not address or address == "local"
-    if own:
+    if not address or address == "local":
         placement = _on_this_machine(scale)
         _start(placement)
-    else:
-        _join(address)
+        return placement
+    _join(address)
     try:
-        yield placement if own else _on_cluster(scale, ray.nodes())
-    finally:
+        return _on_cluster(scale, ray.nodes())
+    except UserError:
         ray.shutdown()
+        raise
 
 
 def _start(placement: Placement) -> None:

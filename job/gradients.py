@@ -76,7 +76,7 @@ class Summed:
         self.objective = _Objective(model, autocast)
         self.module: nn.Module = self.objective
         if workers > 1:
-            ddp = DistributedDataParallel(self.objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+            ddp = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
             ddp.register_comm_hook(None, _add_bucket)
             self.module = ddp
 

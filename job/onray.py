@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from job import cluster  # first: it sets what Ray reads when it is imported
-import ray  # isort: skip
+from job import cluster  # isort: skip  first: it sets what Ray reads when it is imported
+import ray
+import ray.util
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -35,14 +36,25 @@ RAY_FOLDER = "ray"  # Ray Train's own records; a run's truth is in its checkpoin
 def launch(options: Config, screen: Screen) -> Iterator[Follow]:
     """A launcher for workers on a cluster."""
     os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(options.scale.hang_timeout)
-    with cluster.connected(options.scale) as placement:
-        if placement.notice:
-            screen.line(placement.notice)
+    fits: list[threading.Thread] = []
+    placement = cluster.connect(options.scale)
+    if placement.notice:
+        screen.line(placement.notice)
 
-        def follow(plan: Plan, tokens: np.ndarray, recorder: Recorder, wishes: Wishes) -> None:
-            _Following(plan, tokens, placement, recorder, wishes).to_the_end()
+    def follow(plan: Plan, tokens: np.ndarray, recorder: Recorder, wishes: Wishes) -> None:
+        following = _Following(plan, tokens, placement, recorder, wishes)
+        fits.append(following.thread)
+        following.to_the_end()
 
+    try:
         yield follow
+    finally:
+        # Ray must not be shut down under a thread that waits for it. One that waits for workers
+        # which wait for each other ends with this process, and the cluster or job with it.
+        for fit in fits:
+            fit.join(PATIENCE)
+        if not any(fit.is_alive() for fit in fits):
+            ray.shutdown()
 
 
 class _Following:
@@ -112,12 +124,15 @@ class _Following:
         self.recorder.folder.remove(RAY_FOLDER)
 
     def _say_what_is_awaited(self) -> None:
-        free = ray.available_resources()
-        need = self.placement.resources
-        kinds = " and ".join(f"{need[kind]:g} {kind}" for kind in ("CPU", "GPU") if need[kind])
-        have = ", ".join(f"{free.get(kind, 0):g} {kind}" for kind in ("CPU", "GPU") if need[kind])
+        groups = ray.util.placement_group_table().values()
+        if not any(group["state"] == "PENDING" for group in groups):
+            return  # the workers have their place and are starting
+        free, need = ray.available_resources(), self.placement.resources
+        kinds = [kind for kind in ("CPU", "GPU") if need[kind]]
+        each = " and ".join(f"{need[kind]:g} {kind}" for kind in kinds)
+        have = " and ".join(f"{free.get(kind, 0):g} {kind}" for kind in kinds)
         self.recorder.screen.line(
-            f"waiting for {self.placement.min_workers} workers of {kinds} each; free on the cluster: {have}"
+            f"waiting for {self.placement.min_workers} workers of {each} each; free on the cluster: {have}"
         )
 
 
