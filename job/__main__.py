@@ -21,7 +21,7 @@ class Line:
 
 
 def _train(line: Line) -> int:
-    """train a model, or go on with a run: train [CONFIG.toml] [--section.field VALUE …]"""
+    """Train a model, or go on with a run: train [CONFIG.toml] [--section.field VALUE …]"""
     options = parse.load(line.target, line.flags)
     launcher = "job.onray" if options.scale.max_workers else "job.inprocess"
     driver = importlib.import_module("job.driver")
@@ -31,7 +31,7 @@ def _train(line: Line) -> int:
 
 
 def _generate(line: Line) -> int:
-    """continue a prefix: generate RUN|CHECKPOINT [--generate.prefix TEXT …]"""
+    """Continue a prefix: generate RUN|CHECKPOINT [--generate.prefix TEXT …]"""
     driver, runs = importlib.import_module("job.driver"), importlib.import_module("job.runs")
     values = _only(line, "generate", "run.seed")
     _, restored = runs.open_checkpoint(_required(line, "a run's folder or a checkpoint's"))
@@ -40,7 +40,7 @@ def _generate(line: Line) -> int:
 
 
 def _evaluate(line: Line) -> int:
-    """perplexity of a text: evaluate RUN|CHECKPOINT [--corpus.source TEXT …]"""
+    """Perplexity of a text: evaluate RUN|CHECKPOINT [--corpus.source TEXT …]"""
     driver, runs = importlib.import_module("job.driver"), importlib.import_module("job.runs")
     evaluation = importlib.import_module("job.evaluate")
     values = _only(line, "corpus.source", "corpus.cleaning", "corpus.max_tokens")

@@ -113,9 +113,7 @@ def model_part(
     }
 
 
-def write_part(
-    folder: Folder, name: str, files: dict[str, bytes], workers: int, progress: Progress | None
-) -> Receipt:
+def write_part(folder: Folder, name: str, files: dict[str, bytes], workers: int, progress: Progress | None) -> Receipt:
     """Writes a worker's files into the checkpoint; the receipt is the driver's to commit."""
     place = folder / name
     for file, data in files.items():
@@ -262,7 +260,8 @@ def _progress(data: bytes, place: str) -> tuple[Progress, dict[str, Any]]:
         found = json.loads(data)
         means = {name: Mean(**found.pop(name)) for name in ("epoch_mean", "report_mean")}
         own = {name: found.pop(name) for name in asdict(Progress()) if name not in means}
-        return Progress(**own, **means), found
+        own |= means
+        return Progress(**own), found
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
         raise Unsound(f"{place}/progress.json: not a record of progress") from None
 
@@ -287,9 +286,7 @@ def lane_state(checkpoint: Checkpoint, lanes: range) -> State:
         kind, covered = _kind_of(data), end
     if covered != lanes.stop or any(piece.keys() != pieces[0].keys() for piece in pieces):
         raise Unsound(f"{place}: lacks the state of lane {covered}")
-    joined = [
-        torch.cat([piece[f"state.{index}"] for piece in pieces], 1) for index in range(len(pieces[0]))
-    ]
+    joined = [torch.cat([piece[f"state.{index}"] for piece in pieces], 1) for index in range(len(pieces[0]))]
     return tuple(joined) if kind == "tuple" else joined[0]
 
 

@@ -49,22 +49,14 @@ def _cadence(value: "str | int") -> str | None:
     if isinstance(value, int):
         return _at_least(1)(value)
     seconds = re.fullmatch(r"(\d+(?:\.\d+)?)s", value)
-    return (
-        None
-        if seconds and float(seconds[1]) > 0
-        else 'must be steps (200) or seconds ("30s"), above 0'
-    )
+    return None if seconds and float(seconds[1]) > 0 else 'must be steps (200) or seconds ("30s"), above 0'
 
 
 def _workers(value: "str | int") -> str | None:
     if isinstance(value, int):
         return _at_least(0)(value)
     span = re.fullmatch(r"(\d+)-(\d+)", value)
-    return (
-        None
-        if span and 1 <= int(span[1]) <= int(span[2])
-        else 'must be an integer, or a range such as "2-8"'
-    )
+    return None if span and 1 <= int(span[1]) <= int(span[2]) else 'must be an integer, or a range such as "2-8"'
 
 
 def _run_name(value: str) -> str | None:
@@ -76,9 +68,10 @@ def _typed(value: Any, hint: Any, place: str) -> Any:
     """The value as its declared type; an integer serves as a float, a list as a tuple."""
     choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     for choice in choices:
-        if choice is float and type(value) in (int, float) and math.isfinite(value):
-            return float(value)
-        if get_origin(choice) is tuple and isinstance(value, list | tuple):
+        if choice is float:
+            if type(value) in (int, float) and math.isfinite(value):
+                return float(value)
+        elif get_origin(choice) is tuple and isinstance(value, list | tuple):
             if all(type(item) is int for item in value):
                 return tuple(value)
         elif type(value) is choice:
@@ -104,9 +97,8 @@ def shown(value: Any) -> str:
 
 def _quoted(text: str) -> str:
     escapes = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
-    return '"%s"' % "".join(
-        escapes.get(c) or (f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else c) for c in text
-    )
+    escapes |= {chr(code): f"\\u{code:04x}" for code in (*range(32), 127) if chr(code) not in escapes}
+    return '"' + "".join(escapes.get(character, character) for character in text) + '"'
 
 
 def _option(default: Any, meaning: str, check: Check | None = None) -> Any:
@@ -291,9 +283,7 @@ class Config:
             )
 
 
-SECTIONS: dict[str, type[Section]] = {
-    option.name: type(getattr(Config(), option.name)) for option in fields(Config)
-}
+SECTIONS: dict[str, type[Section]] = {option.name: type(getattr(Config(), option.name)) for option in fields(Config)}
 OPTIONS = [f"{name}.{option.name}" for name, kind in SECTIONS.items() for option in fields(kind)]
 
 

@@ -31,12 +31,12 @@ class Dropout:
 
     def mask(self, like_TBH: Tensor, layer: int) -> Tensor:
         """True where an element is kept: (T, B, H) bool. The odds are exact to 2^-16."""
-        steps, lanes, units = like_TBH.shape
+        steps, _, units = like_TBH.shape
         pairs = (units + 1) // 2
         device = like_TBH.device
-        keys_B1 = torch.tensor(
-            [_key(self.seed, self.step, layer, lane) for lane in self.lanes], dtype=torch.int32
-        ).to(device)[:, None]
+        keys_B1 = torch.tensor([_key(self.seed, self.step, layer, lane) for lane in self.lanes], dtype=torch.int32).to(
+            device
+        )[:, None]
         counters_T1P = torch.arange(steps * pairs, dtype=torch.int32, device=device).view(steps, 1, pairs)
         # Two 16-bit draws from each 32-bit hash.
         bits = _mixed(counters_T1P * _signed(0x9E3779B9) ^ keys_B1).view(torch.int16)

@@ -58,7 +58,13 @@ class _Objective(nn.Module):
         self.tally = nn.Parameter(torch.zeros(4, dtype=weight.dtype, device=weight.device))
 
     def forward(
-        self, inputs_TB: Tensor, targets_TB: Tensor, state: State, dropout: Dropout | None, signals: Signals, tokens: int
+        self,
+        inputs_TB: Tensor,
+        targets_TB: Tensor,
+        state: State,
+        dropout: Dropout | None,
+        signals: Signals,
+        tokens: int,
     ) -> tuple[Tensor, State]:
         device = inputs_TB.device.type
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
@@ -86,14 +92,12 @@ class Summed:
             parameter.grad = None
         lanes = range(window.groups[0].start, window.groups[-1].stop)
         dropout = window.dropout(lanes) if window.dropout else None
-        loss, state = self.module(
-            window.inputs_TB, window.targets_TB, state, dropout, signals, window.global_tokens
-        )
+        loss, state = self.module(window.inputs_TB, window.targets_TB, state, dropout, signals, window.global_tokens)
         loss.backward()
         return _tally(self.objective.tally.grad), detached(state)
 
 
-def _add_bucket(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+def _add_bucket(_: Any, bucket: Any) -> torch.futures.Future[Tensor]:
     """DDP's exchange of one bucket, a sum over the workers."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda future: future.value()[0])
@@ -144,7 +148,9 @@ class Ordered:
         dist.all_gather(counts, counts[0].new_tensor([len(flats)]))
         held = [int(count) for count in counts]
         padded = flats + [torch.zeros_like(flats[0])] * (max(held) - len(flats))
-        gathered = [torch.empty(max(held), flats[0].numel(), dtype=flats[0].dtype, device=flats[0].device) for _ in held]
+        gathered = [
+            torch.empty(max(held), flats[0].numel(), dtype=flats[0].dtype, device=flats[0].device) for _ in held
+        ]
         dist.all_gather(gathered, torch.stack(padded))
         return [flat for flat_GN, count in zip(gathered, held, strict=True) for flat in flat_GN[:count]]
 

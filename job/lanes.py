@@ -11,6 +11,7 @@ known by its number alone: no result depends on which worker holds it.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 
 def split(total: int, parts: int) -> list[range]:
@@ -21,7 +22,7 @@ def split(total: int, parts: int) -> list[range]:
     """
     size, larger = divmod(total, parts)
     starts = [part * size + min(part, larger) for part in range(parts + 1)]
-    return [range(start, stop) for start, stop in zip(starts, starts[1:], strict=False)]
+    return [range(start, stop) for start, stop in pairwise(starts)]
 
 
 def groups_of(lanes: int, groups: int, worker: int, workers: int) -> list[range]:

@@ -9,7 +9,7 @@ Axes: T steps, B lanes, E input features, H hidden units, V tokens of the vocabu
 import importlib
 import inspect
 from collections.abc import Callable
-from typing import cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -55,7 +55,7 @@ def joined_states(states: list[State]) -> State:
 class Recurrent(nn.RNNBase):
     """Layers of torch's own cells, under torch's own names, with dropout that belongs to lanes."""
 
-    MODES = {"rnn": "RNN_TANH", "gru": "GRU", "lstm": "LSTM"}
+    MODES: ClassVar = {"rnn": "RNN_TANH", "gru": "GRU", "lstm": "LSTM"}
 
     def __init__(self, cell: str, input_size: int, hidden_size: int, num_layers: int) -> None:
         super().__init__(self.MODES[cell], input_size, hidden_size, num_layers)
@@ -67,7 +67,8 @@ class Recurrent(nn.RNNBase):
         """
         lanes = inputs.shape[1]
         if state is None:
-            zeros = self.weight_hh_l0.new_zeros(self.num_layers, lanes, self.hidden_size)
+            weight = cast(Tensor, self.weight_hh_l0)
+            zeros = weight.new_zeros(self.num_layers, lanes, self.hidden_size)
             state = (zeros, zeros) if self.mode == "LSTM" else zeros
         outputs, lasts = inputs, []
         for layer in range(self.num_layers):

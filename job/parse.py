@@ -74,9 +74,7 @@ def read_flags(flags: Mapping[str, str]) -> Values:
 
 def override(config: Config, values: Values) -> Config:
     """The configuration with some values replaced."""
-    sections = {
-        name: replace(getattr(config, name), **section) for name, section in values.items()
-    }
+    sections = {name: replace(getattr(config, name), **section) for name, section in values.items()}
     return replace(config, **sections)
 
 

@@ -6,6 +6,10 @@ from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+
+HIGHEST = 1e6  # a perplexity beyond it is drawn there
 
 
 def read_rows(data: bytes) -> list[dict[str, Any]]:
@@ -26,7 +30,7 @@ def curve(rows: list[dict[str, Any]], title: str) -> bytes:
     axes = figure.add_subplot()
     named = {"epoch": "training", "validation": "validation"}
     for split, name in named.items():
-        points = [(row["epoch"], row["perplexity"]) for row in rows if row["split"] == split]
+        points = [(row["epoch"], min(row["perplexity"], HIGHEST)) for row in rows if row["split"] == split]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 25 else None, markersize=4, label=name)
             epoch, last = points[-1]
@@ -36,7 +40,7 @@ def curve(rows: list[dict[str, Any]], title: str) -> bytes:
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
     axes.tick_params(axis="y", which="minor", labelsize=7)
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(True, which="both", alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     if axes.lines:

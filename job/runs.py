@@ -53,9 +53,7 @@ def choose(options: Config, stem: str) -> tuple[Folder, Config, Previous | None]
     options = _as_resolved(options, previous.config)
     differing = config.differences(previous.config, options)
     if differing:
-        raise UserError(
-            f"{folder}: exists with another configuration: {', '.join(differing)}; choose another run.name"
-        )
+        raise UserError(f"{folder}: exists with another configuration: {', '.join(differing)}; choose another run.name")
     return folder, options, previous
 
 
@@ -108,9 +106,7 @@ def open_checkpoint(address: str) -> tuple[Checkpoint, Restored]:
         if folder.has(checkpoint.MANIFEST):
             parent, _, name = folder.address.partition("?")[0].rpartition("/")
             query = folder.address.partition("?")[2]
-            found: Checkpoint | None = checkpoint.read_manifest(
-                Folder(parent + (f"?{query}" if query else "")), name
-            )
+            found: Checkpoint | None = checkpoint.read_manifest(Folder(parent + (f"?{query}" if query else "")), name)
             problems: tuple[str, ...] = ()
         else:
             found, problems = latest_sound(folder / "checkpoints")

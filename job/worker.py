@@ -124,4 +124,3 @@ def _agreed_attempt(size: int) -> str:
     if size > 1:
         dist.broadcast_object_list(name)
     return name[0]
-

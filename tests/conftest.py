@@ -85,7 +85,7 @@ def result(run: Path) -> dict[str, Any]:
 def prose(tmp_path_factory) -> Path:
     """English-like text that a test makes itself: 40,000 characters of words in a fixed random order."""
     rng = np.random.default_rng(7)
-    words = "the time traveller was a man who came and went with his machine in an evening of light".split()
+    words = ["the", "time", "traveller", "was", "a", "man", "who", "came", "with", "his", "machine", "of", "light"]
     lines = [" ".join(rng.choice(words, 12)) for _ in range(600)]
     path = tmp_path_factory.mktemp("corpus") / "prose.txt"
     path.write_text("\n".join(lines))
@@ -135,8 +135,9 @@ def trace(request, tmp_path) -> Trace:
 @pytest.fixture(scope="session")
 def cluster():
     """A Ray cluster of one node with eight slots, which tests reach by its address."""
-    import job.cluster  # sets what Ray reads when it is imported
     from ray.cluster_utils import Cluster
+
+    import job.cluster  # sets what Ray reads when it is imported
 
     assert job.cluster
     node = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "include_dashboard": False})

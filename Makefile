@@ -1,0 +1,37 @@
+# Two commands do everything on a fresh machine: make train, make test.
+
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+
+.PHONY: help setup train test test-quick lint bench clean
+
+help:  ## what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
+
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+setup: $(VENV)/ready  ## make .venv and install everything into it
+
+train: setup  ## train the seed's model on two workers of a Ray cluster of its own
+	$(RUN) -m job train configs/seed.toml
+
+test: setup  ## all tests (under 15 minutes on two cores)
+	$(RUN) -m pytest
+
+test-quick: setup  ## the tests that need no Ray (under a minute)
+	$(RUN) -m pytest -m "not cluster and not slow"
+
+lint: setup  ## formatter, linter and type checker, as CI runs them
+	$(RUN) -m ruff format --check job tests benchmarks
+	$(RUN) -m ruff check job tests benchmarks
+	$(RUN) -m mypy job benchmarks
+
+bench: setup  ## the seed's loop, ours, and the job on one and two workers, side by side
+	$(RUN) -m benchmarks.overhead
+
+clean:  ## remove the environment and what tools left, but no run
+	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

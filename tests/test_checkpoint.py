@@ -1,0 +1,193 @@
+"""Checkpoints: whole or not there, whatever happened to their bytes."""
+
+import json
+
+import pytest
+import torch
+from conftest import job, result, rows
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from job import checkpoint, runs
+from job.checkpoint import Unsound
+from job.errors import UserError
+from job.lanes import split
+from job.storage import Folder
+from job.trainer import latest_sound
+
+
+def flags(prose, storage, *more):
+    return [
+        "--corpus.source", prose, "--run.storage", storage, "--run.name", "run", "--scale.workers", 0,
+        "--model.hidden_size", 16, "--stream.num_steps", 20, "--generate.prefix", "the", "--train.epochs", 3, *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def run(prose, tmp_path_factory):
+    """A finished run of an LSTM, with momentum-like optimizer state."""
+    storage = tmp_path_factory.mktemp("runs")
+    ended = job("train", *flags(prose, storage, "--model.cell", "lstm", "--optimizer.name", "adamw"))
+    assert ended.status == 0, ended.err
+    return storage / "run"
+
+
+def test_a_run_leaves_what_the_contract_says(run):
+    names = {path.name for path in run.iterdir()}
+    assert names == {
+        "config.toml", "metrics.jsonl", "perplexity.png", "tensorboard", "checkpoints", "sample.txt", "result.json"
+    }  # fmt: skip
+    found = result(run)
+    last = run / found["checkpoint"]
+    assert {"model.safetensors", "optimizer.safetensors", "progress.json", "vocabulary.json", "config.toml"} < {
+        path.name for path in last.iterdir()
+    }
+    _, restored = runs.open_checkpoint(str(run))
+    assert found["weights_sha256"] == checkpoint.weights_sha256(restored.weights)
+    assert found["perplexity"] == rows(run, "epoch")[-1]["perplexity"]
+    assert (run / "sample.txt").read_text() == found["generated"] + "\n"
+    assert (run / "perplexity.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("cell", ["rnn", "lstm"])
+@pytest.mark.parametrize("stop", [7, 61, 100])
+def test_a_resumed_run_is_the_uninterrupted_one(prose, tmp_path, cell, stop):
+    """Bit for bit, wherever it was stopped; the rows of metrics too."""
+    more = ["--model.cell", cell, "--model.num_layers", 2, "--model.dropout", 0.3, "--optimizer.name", "adamw"]
+    more += ["--optimizer.learning_rate", 0.003, "--train.log_every", 9, "--corpus.validation_fraction", 0.1]
+    assert job("train", *flags(prose, tmp_path / "whole", *more)).status == 0
+    first = job("train", *flags(prose, tmp_path / "parts", *more, "--train.max_steps", stop))
+    assert first.status == 0, first.err
+    second = job("train", *flags(prose, tmp_path / "parts", *more))
+    assert f"goes on from step {stop} of" in second.out
+    whole, parts = tmp_path / "whole" / "run", tmp_path / "parts" / "run"
+    assert result(whole)["weights_sha256"] == result(parts)["weights_sha256"]
+    assert result(whole)["generated"] == result(parts)["generated"]
+    for split_name in ("train", "epoch", "validation"):
+        expected, found = rows(whole, split_name), rows(parts, split_name)
+        found = [row for row in found if row["step"] != stop or row["split"] == "train"]
+        expected = [row for row in expected if row["step"] != stop or row["split"] == "train"]
+        assert [(row["step"], row["nats"]) for row in found] == [(row["step"], row["nats"]) for row in expected]
+
+
+def stopped_inside(prose, storage):
+    job(
+        "train", *flags(prose, storage, "--model.cell", "lstm", "--train.max_steps", 30, "--train.checkpoint_every", 10)
+    )
+    found, _ = latest_sound(Folder(str(storage / "run" / "checkpoints")))
+    return found
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 7])
+def test_state_follows_its_lane(prose, tmp_path, workers):
+    found = stopped_inside(prose, tmp_path)
+    whole = checkpoint.lane_state(found, range(32))
+    assert whole[0].shape == (1, 32, 16)
+    # Written by so many workers, read by another number.
+    folder = Folder(str(tmp_path / "again"))
+    receipts = []
+    for rank, lanes in enumerate(split(32, workers)):
+        state = tuple(part[:, lanes.start : lanes.stop] for part in whole)
+        files = checkpoint.lanes_part(lanes, state)
+        _, restored = runs.open_checkpoint(str(tmp_path / "run"))
+        progress = None if rank else restored.progress
+        receipts.append(checkpoint.write_part(folder, "step-000030-abcdef", files, workers, progress))
+    again = checkpoint.commit(folder, "step-000030-abcdef", receipts)
+    for other in (1, 2, 5):
+        parts = [checkpoint.lane_state(again, lanes) for lanes in split(32, other)]
+        for index in (0, 1):
+            assert torch.equal(torch.cat([part[index] for part in parts], 1), whole[index])
+
+
+def test_a_damaged_checkpoint_is_told_and_passed_over(prose, tmp_path):
+    found = stopped_inside(prose, tmp_path)
+    place = tmp_path / "run" / "checkpoints"
+    names = sorted(path.name for path in place.iterdir())
+    assert [name[:11] for name in names] == ["step-000010", "step-000020", "step-000030"]
+    weights = place / names[2] / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    (place / names[1] / "manifest.json").write_bytes(b"{}")
+    (place / "step-000040-abcdef").mkdir()  # never committed
+    sound, problems = latest_sound(Folder(str(place)))
+    assert sound.step == 10
+    assert "model.safetensors: damaged" in problems[0]
+    assert "manifest is damaged" in problems[1]
+    assert found.step == 30
+    ended = job("train", *flags(prose, tmp_path, "--model.cell", "lstm", "--train.max_steps", 40))
+    assert "warning: " in ended.out
+    assert "damaged, its checksum is not the manifest's; the one before it is used" in ended.out
+    assert "goes on from step 10" in ended.out
+    assert ended.status == 0
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "manifest.json", "vocabulary.json", "progress.json"])
+def test_generate_refuses_a_truncated_checkpoint(prose, tmp_path, file):
+    found = stopped_inside(prose, tmp_path)
+    place = tmp_path / "run" / "checkpoints" / found.name
+    (place / file).write_bytes((place / file).read_bytes()[:-7])
+    ended = job("generate", place, "--generate.prefix", "the")
+    assert ended.status == 2
+    assert ended.err.startswith("error: ")
+    assert ended.err.count("\n") == 1
+    assert file in ended.err or "manifest" in ended.err
+
+
+def test_a_foreign_folder_is_told(tmp_path):
+    for name in ("manifest.json", "config.toml"):
+        (tmp_path / name).write_text('{"content": {"format": 99, "files": {}}, "sha256": "x"}')
+    ended = job("generate", tmp_path)
+    assert (ended.status, ended.err.count("\n")) == (2, 1)
+    assert "manifest is damaged" in ended.err
+    ended = job("generate", tmp_path / "none")
+    assert "neither a run with a checkpoint nor a checkpoint" in ended.err
+
+
+def test_a_format_of_the_future_is_told(run, tmp_path):
+    content = {"format": 99, "step": 1, "validation_nats": None, "files": {}}
+    manifest = {"content": content, "sha256": checkpoint._digest(content)}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    assert "of format 99, and this version reads 1" in job("generate", tmp_path).err
+
+
+@pytest.fixture(scope="module")
+def files(run):
+    """A sound checkpoint's files, by name."""
+    place = run / result(run)["checkpoint"]
+    return {path.name: path.read_bytes() for path in place.iterdir()}
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_readers_survive_any_bytes(files, tmp_path, data):
+    """What a stranger made is refused, or is sound: no other error, and no reader believes sizes it is told."""
+    place = tmp_path / "step-000001-abcdef"
+    place.mkdir(exist_ok=True)
+    for path in place.iterdir():
+        path.unlink()
+    victim = data.draw(st.sampled_from(sorted(files)))
+    changed = bytearray(files[victim])
+    for _ in range(data.draw(st.integers(1, 4))):
+        at = data.draw(st.integers(0, len(changed) - 1))
+        changed[at : at + data.draw(st.integers(0, 8))] = data.draw(st.binary(max_size=8))
+    for name, content in files.items():
+        (place / name).write_bytes(bytes(changed) if name == victim else content)
+    if victim != "manifest.json":  # as one who can also write the manifest would do it
+        receipt = checkpoint.write_part(
+            Folder(str(tmp_path)),
+            place.name,
+            {name: (place / name).read_bytes() for name in files if name != "manifest.json"},
+            1,
+            checkpoint.Progress(step=1),
+        )
+        checkpoint.commit(Folder(str(tmp_path)), place.name, [receipt])
+    try:
+        _, restored = runs.open_checkpoint(str(place))
+        found, _ = runs.open_checkpoint(str(place))
+        checkpoint.lane_state(found, range(4))
+        from job import driver
+
+        driver.load_model(restored)
+    except (UserError, Unsound):
+        pass

@@ -1,0 +1,72 @@
+"""Lane arithmetic: every token once, whoever holds it."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from job import config
+from job.lanes import cut, groups_of, split
+from job.stream import Stream
+
+
+@pytest.mark.parametrize(("total", "parts"), [(1, 1), (8, 3), (32, 3), (64, 7), (5, 5)])
+def test_split_is_contiguous_and_even(total, parts):
+    ranges = split(total, parts)
+    assert [number for part in ranges for number in part] == list(range(total))
+    sizes = [len(part) for part in ranges]
+    assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize("groups", [0, 1, 3, 8, 50])
+@pytest.mark.parametrize("workers", [1, 2, 3])
+def test_workers_hold_every_lane_once_in_order(groups, workers):
+    held = [groups_of(32, groups, worker, workers) for worker in range(workers)] if groups != 1 or workers == 1 else []
+    for worker in held:
+        assert worker
+        assert all(a.stop == b.start for a, b in itertools.pairwise(worker))
+    lanes = [lane for worker in held for group in worker for lane in group]
+    assert not held or lanes == list(range(32))
+
+
+def test_groups_are_the_same_on_any_number_of_workers():
+    alone = groups_of(30, 8, 0, 1)
+    for workers in range(2, 9):
+        assert [group for worker in range(workers) for group in groups_of(30, 8, worker, workers)] == alone
+
+
+def books_partition(corpus, batch_size, num_steps, offset):
+    """The sequential partition as the d2l book describes it, in plain numpy."""
+    used = (len(corpus) - offset - 1) // batch_size * batch_size
+    xs = corpus[offset : offset + used].reshape(batch_size, -1)
+    ys = corpus[offset + 1 : offset + 1 + used].reshape(batch_size, -1)
+    for start in range(0, xs.shape[1] // num_steps * num_steps, num_steps):
+        yield xs[:, start : start + num_steps], ys[:, start : start + num_steps]
+
+
+@pytest.mark.parametrize(("tokens", "batch", "steps", "offset"), [(35, 2, 5, 0), (1000, 7, 11, 3), (26, 3, 3, 1)])
+def test_windows_are_the_books(tokens, batch, steps, offset):
+    corpus = np.arange(tokens, dtype=np.int32)
+    stream = Stream(corpus, config.Stream(batch_size=batch, num_steps=steps, offset=offset), seed=0)
+    windows = list(books_partition(corpus, batch, steps, offset))
+    assert stream.cut(0).num_windows == len(windows)
+    for index, (xs, ys) in enumerate(windows):
+        parts = [stream.window(0, index, lanes) for lanes in split(batch, 2)]
+        np.testing.assert_array_equal(np.concatenate([x.numpy() for x, _ in parts], 1).T, xs)
+        np.testing.assert_array_equal(np.concatenate([y.numpy() for _, y in parts], 1).T, ys)
+
+
+def test_random_offsets_are_a_function_of_seed_and_epoch():
+    def offsets(seed):
+        stream = Stream(np.zeros(9, np.int32), config.Stream(num_steps=40), seed)
+        return [stream.offset(epoch) for epoch in range(500)]
+
+    assert offsets(1) == offsets(1) != offsets(2)
+    assert set(offsets(1)) == set(range(41))
+
+
+def test_a_cut_never_reads_past_the_end():
+    for tokens, offset, lanes, steps in itertools.product(range(60), range(4), range(1, 6), range(1, 6)):
+        found = cut(tokens, offset, lanes, steps)
+        if found.num_windows:
+            assert found.offset + lanes * found.lane_length + 1 <= tokens
