@@ -121,6 +121,9 @@ class _Following:
             if not told and not self.recorder.started and time.monotonic() - silent_since > PATIENCE:
                 told = True
                 self._say_what_is_awaited()
+        if self.recorder.failed:  # parts that were written before may still be on their way
+            for event in ray.get(self.mailbox.collect.remote(POLL)):
+                self.recorder.handle(event)
         self.recorder.folder.remove(RAY_FOLDER)
 
     def _say_what_is_awaited(self) -> None:

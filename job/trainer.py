@@ -16,7 +16,7 @@ import torch.distributed as dist
 from job import checkpoint, loop, model, optimizer
 from job.checkpoint import Checkpoint, Unsound
 from job.config import Config
-from job.errors import RunFailed
+from job.errors import Diverged, RunFailed
 from job.events import Event, Failed, Finished, Part, Post, Pulse, Row, Started
 from job.gradients import Ordered, Signals, Summed, tree_sum
 from job.lanes import groups_of
@@ -154,8 +154,14 @@ class _Worker:
     def run(self) -> None:
         self._announce()
         stopped = False
-        while not stopped and not loop.is_done(self.progress, self.options.train):
-            stopped = self._epoch()
+        try:
+            while not stopped and not loop.is_done(self.progress, self.options.train):
+                stopped = self._epoch()
+        except Diverged:  # all workers see it at the same step; what was good is kept
+            self.writer.finish()
+            if self.world.size > 1:
+                dist.barrier()
+            raise
         if self.writer.last != self.progress.step:
             self._save()
         self.writer.finish()
