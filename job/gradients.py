@@ -97,7 +97,7 @@ class Summed:
         return _tally(self.objective.tally.grad), detached(state)
 
 
-def _add_bucket(_: Any, bucket: Any) -> torch.futures.Future[Tensor]:
+def _add_bucket(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
     """DDP's exchange of one bucket, a sum over the workers."""
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda future: future.value()[0])
