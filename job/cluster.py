@@ -15,6 +15,7 @@ _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_LOG_TO_DRIVER_EVENT_LEVEL": "ERROR",
     "RAY_SCHEDULER_EVENTS": "0",
+    "RAY_worker_niceness": "0",  # else Ray's own housekeeping goes before training
 }
 for _name, _value in _QUIET.items():
     os.environ.setdefault(_name, _value)

@@ -27,7 +27,7 @@ from job.screen import Screen
 from job.trainer import Plan
 from job.worker import Mailbox, train_worker
 
-POLL = 0.25  # seconds
+POLL = 1.0  # seconds that a signal, or the end of Ray Train, may go unnoticed
 PATIENCE = 10.0  # seconds without workers after which the user is told what is waited for
 RAY_FOLDER = "ray"  # Ray Train's own records; a run's truth is in its checkpoints
 

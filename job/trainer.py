@@ -25,7 +25,7 @@ from job.model import map_state
 from job.storage import Folder
 from job.stream import Stream
 from job.vocabulary import Vocabulary
-from job.world import World, device_name, precision_of
+from job.world import World, device_name, keep_memory, precision_of
 
 PULSE = 0.5  # seconds between two signs of life
 LOOK = 5.0  # seconds between two looks for nodes that are about to go
@@ -125,6 +125,7 @@ class _Worker:
 
     def __init__(self, plan: Plan, tokens: np.ndarray, world: World, link: Link) -> None:
         self.options, self.world, self.link = plan.config, world, link
+        keep_memory()
         torch.set_num_threads(1 if self.options.train.reproducible else world.threads)
         torch.use_deterministic_algorithms(self.options.train.reproducible)
         training, self.validation = parts_of_text(tokens, self.options.corpus.validation_fraction)
@@ -191,12 +192,15 @@ class _Worker:
         """Reports an epoch, and what the model makes of the text kept to validate."""
         self._row("epoch", epoch, mean, self.epoch_lap.speed(self.progress.tokens))
         if len(self.validation) > 1:
+            begun = time.monotonic()
             mean = self._validate()
+            took = time.monotonic() - begun
+            self.report_lap.since += took  # the speed is that of training
             nats, best = mean.nats_per_token, self.progress.best_validation_nats
             self.progress.last_validation_nats, self.progress.validated_step = nats, self.progress.step
             self.progress.best_validation_nats = nats if best is None else min(best, nats)
-            self._row("validation", epoch, mean, self.epoch_lap.speed(self.progress.tokens))
-        self.epoch_lap = self.report_lap = _Lap(self.progress.tokens)
+            self._row("validation", epoch, mean, mean.tokens / took)
+        self.epoch_lap = _Lap(self.progress.tokens)
 
     def _validate(self) -> Mean:
         """The mean over the kept text, its lanes shared out like the stream's."""

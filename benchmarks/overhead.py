@@ -1,0 +1,128 @@
+"""What Ray costs: the plain loop, ours, and the job on one and two workers, in one run.
+
+    make bench        (or: python -m benchmarks.overhead [--rounds N])
+
+The loops run in this process on as many threads as a worker of the job has (one). The job's
+figure is that of its own rows of metrics, one row each hundred steps, the first two rows left
+out; all see the same stream and do the same number of steps.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks import measure, plain
+from job import corpus, model, optimizer, parse, vocabulary
+from job.gradients import Signals, Summed
+from job.loop import Learner, Progress, steps
+from job.stream import Stream
+from job.world import keep_memory, precision_of
+
+STEPS, EVERY, WARM = 1200, 100, 200
+SEED = str(Path(__file__).parent.parent / "configs" / "seed.toml")
+
+
+def stream_of() -> tuple[Stream, int]:
+    options = parse.load(SEED, {})
+    text = corpus.read(options.corpus, "char")
+    words = vocabulary.build(options.vocabulary, text)
+    return Stream(words.encode(text.lines), options.stream, 0), len(words)
+
+
+def timed(each_step) -> float:  # type: ignore[no-untyped-def]
+    """Tokens per second of an endless iterator of steps, its first ones left out."""
+    for _ in range(WARM):
+        next(each_step)
+    start = time.perf_counter()
+    for _ in range(STEPS - WARM):
+        next(each_step)
+    return (STEPS - WARM) * 32 * 40 / (time.perf_counter() - start) / 1000
+
+
+def plain_loop() -> float:
+    stream, size = stream_of()
+    torch.manual_seed(0)
+    return timed(plain.steps(plain.PlainModel("rnn", size, 256), stream, 0.1))
+
+
+def our_loop(precision: str) -> float:
+    stream, size = stream_of()
+    options = parse.load(SEED, {})
+    device = torch.device("cpu")
+    chosen = precision_of(precision, device)
+    net = model.build(options.model, size, 0).to(chosen.weights)
+    updates = optimizer.build(options.optimizer, net)
+    gradients = Summed(net, chosen.autocast, 1)
+    learner = Learner(net, updates, gradients, stream, [range(32)], device, chosen.autocast, Progress())
+
+    def endless():  # type: ignore[no-untyped-def]
+        while True:
+            yield from steps(learner, options, Signals)
+            learner.progress.epoch += 1
+            learner.progress.window, learner.state = 0, None
+
+    return timed(endless())
+
+
+def job(workers: int, precision: str, starts: list[float]) -> float:
+    with tempfile.TemporaryDirectory() as storage:
+        words = ["train", SEED, "--run.storage", storage, "--run.name", "run", "--scale.workers", str(workers)]
+        words += ["--train.max_steps", str(STEPS), "--train.log_every", str(EVERY), "--train.precision", precision]
+        words += ["--scale.cpus_per_worker", "1"]
+        begun = time.time()
+        subprocess.run(
+            [sys.executable, "-m", "job", *words],
+            check=True,
+            env={**os.environ, "RAY_ADDRESS": ""},
+            stdout=subprocess.DEVNULL,
+        )
+        run = Path(storage) / "run"
+        lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        trained = json.loads((run / "result.json").read_text())["seconds"]
+        starts.append(time.time() - begun - trained)
+    speeds = [row["tokens_per_second"] for row in lines if row["split"] == "train"]
+    return statistics.harmonic_mean(speeds[WARM // EVERY :]) / 1000
+
+
+def main() -> None:
+    keep_memory()  # as every worker does
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
+    starts: dict[int, list[float]] = {1: [], 2: []}
+    found = measure.interleaved(
+        {
+            "plain loop, fp32": plain_loop,
+            "our loop, fp32": lambda: our_loop("fp32"),
+            "our loop, auto": lambda: our_loop("auto"),
+            "job, 1 worker, auto": lambda: job(1, "auto", starts[1]),
+            "job, 2 workers, auto": lambda: job(2, "auto", starts[2]),
+        },
+        rounds,
+    )
+    print(f"\n{measure.machine()}\nthousand tokens per second, medians of {rounds} interleaved rounds:")
+    for name, values in found.items():
+        print(f"  {name:<34}{statistics.median(values):8.1f}")
+    print("ratios, pair by pair: median (range)")
+    for a, b in (
+        ("our loop, fp32", "plain loop, fp32"),
+        ("our loop, auto", "plain loop, fp32"),
+        ("job, 1 worker, auto", "our loop, auto"),
+        ("job, 2 workers, auto", "job, 1 worker, auto"),
+    ):
+        print(f"  {a:<22} / {b:<22}{measure.ratios(found[a], found[b])}")
+    for workers, seconds in starts.items():
+        print(f"  seconds of the command outside its loop, {workers} worker(s): {statistics.median(seconds):.1f}")
+
+
+if __name__ == "__main__":
+    main()

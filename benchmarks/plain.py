@@ -1,0 +1,44 @@
+"""The seed's loop, written plainly: one-hot input, torch's own modules, one step after the other."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from job.stream import Stream
+
+
+class PlainModel(nn.Module):
+    """As the d2l book has it: one-hot vectors into a recurrent module, then an output layer."""
+
+    def __init__(self, cell: str, vocabulary_size: int, hidden_size: int) -> None:
+        super().__init__()
+        kind = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}[cell]
+        self.rnn = kind(vocabulary_size, hidden_size)
+        self.linear = nn.Linear(hidden_size, vocabulary_size)
+        self.vocabulary_size = vocabulary_size
+
+    def forward(self, tokens: torch.Tensor, state):  # type: ignore[no-untyped-def]
+        inputs = F.one_hot(tokens, self.vocabulary_size).float()
+        hidden, state = self.rnn(inputs, state)
+        return self.linear(hidden.reshape(-1, hidden.shape[-1])), state
+
+
+def steps(model: PlainModel, stream: Stream, learning_rate: float) -> Iterator[float]:
+    """Trains epoch after epoch; yields each step's loss, as a number, as the book sums it up."""
+    updates = torch.optim.SGD(model.parameters(), learning_rate)
+    epoch = 0
+    while True:
+        state = None
+        for index in range(stream.cut(epoch).num_windows):
+            inputs, targets = stream.window(epoch, index, range(stream.options.batch_size))
+            if state is not None:
+                state = state.detach() if isinstance(state, torch.Tensor) else tuple(part.detach() for part in state)
+            logits, state = model(inputs, state)
+            loss = F.cross_entropy(logits, targets.reshape(-1))
+            updates.zero_grad()
+            loss.backward()
+            updates.step()
+            yield loss.item()
+        epoch += 1
