@@ -17,7 +17,12 @@ _QUIET = {
     "RAY_SCHEDULER_EVENTS": "0",
     "RAY_worker_niceness": "0",  # else Ray's own housekeeping goes before training
 }
-for _name, _value in _QUIET.items():
+# These concern Ray's processes on the nodes.
+_ON_NODES = {
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",  # seconds to wait for a worker that hangs
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what cuBLAS needs to be reproducible
+}
+for _name, _value in (_QUIET | _ON_NODES).items():
     os.environ.setdefault(_name, _value)
 
 import ray  # noqa: E402
@@ -78,7 +83,12 @@ def _start(placement: Placement) -> None:
 def _join(address: str) -> None:
     try:
         with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
-            ray.init(address=address, log_to_driver=False, logging_level="error")
+            ray.init(
+                address=address,
+                log_to_driver=False,
+                logging_level="error",
+                runtime_env={"env_vars": _ON_NODES},
+            )
     except Exception as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"RAY_ADDRESS = {address}: no cluster can be reached there: {reason}") from None

@@ -226,7 +226,9 @@ class Scale(Section):
     accelerator: str = _option("auto", "auto, cpu or gpu", _one_of("auto", "cpu", "gpu"))
     cpus_per_worker: int = _option(0, "cores of a worker; 0: its share of them", _at_least(0))
     placement: str = _option("pack", "pack or spread workers over nodes", _one_of("pack", "spread"))
-    hang_timeout: float = _option(60.0, "seconds after which a silent worker is replaced", _above_zero)
+    hang_timeout: float = _option(
+        60.0, "seconds until a silent worker is replaced, or a change in nodes is used", _above_zero
+    )
 
     @property
     def min_workers(self) -> int:

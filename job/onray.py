@@ -5,7 +5,7 @@ import os
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import numpy as np
@@ -47,7 +47,9 @@ def launch(options: Config, screen: Screen) -> Iterator[Follow]:
         following.to_the_end()
 
     try:
-        yield follow
+        # Ray prints pages of advice on each death of a worker; what matters comes as an event.
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            yield follow
     finally:
         # Ray must not be shut down under a thread that waits for it. One that waits for workers
         # which wait for each other ends with this process, and the cluster or job with it.
@@ -90,6 +92,7 @@ class _Following:
                 use_gpu=placement.use_gpu,
                 resources_per_worker=placement.resources,
                 placement_strategy=placement.strategy,
+                elastic_resize_monitor_interval_s=options.scale.hang_timeout,
             ),
             run_config=RunConfig(
                 name=RAY_FOLDER,

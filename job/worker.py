@@ -1,7 +1,7 @@
 """The function that Ray Train runs on each worker, and the mailbox between workers and driver."""
 
 import asyncio
-import os
+import re
 import threading
 import uuid
 from typing import Any
@@ -17,7 +17,6 @@ from job.events import Crashed, Event
 from job.gradients import Signals
 from job.trainer import Plan
 from job.world import World
-
 
 GATHER = 0.1  # seconds
 
@@ -106,7 +105,6 @@ def train_worker(task: dict[str, Any]) -> None:
     ``task`` holds ``plan``, ``tokens`` (a reference into the object store), ``mailbox`` and
     ``threads``.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what cuBLAS needs to be reproducible
     context = ray.train.get_context()
     rank, size = context.get_world_rank(), context.get_world_size()
     link = _RayLink(task["mailbox"], rank)
@@ -118,11 +116,17 @@ def train_worker(task: dict[str, Any]) -> None:
         tokens: np.ndarray = ray.get(task["tokens"])
         trainer.train(plan, tokens, world, link)
     except Exception as error:
-        reason = str(error).splitlines()[0] if str(error) else ""
-        link.post(Crashed(attempt, f"worker {rank} of {size} crashed: {type(error).__name__}: {reason}"))
+        link.post(Crashed(attempt, f"worker {rank} of {size} ended: {_in_a_line(error)}"))
         raise
     finally:
         link.flush()
+
+
+def _in_a_line(error: Exception) -> str:
+    """What went wrong, without the places in torch's source that its messages begin with."""
+    first = str(error).partition("\n")[0]
+    said = re.sub(r"\[\S+/\S+:\d+\] ", "", first.rpartition("RuntimeError: ")[2])
+    return f"{type(error).__name__}: {said.partition('. This is')[0]}"[:200]
 
 
 def _agreed_attempt(size: int) -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 import torch
 
-
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
 
 

@@ -1,0 +1,187 @@
+"""A storm: one run, many blows, and no trace of them.
+
+    make storm        (or: python -m tests.storm [--blows N] [--seed S] [--mode reproducible|fp64])
+
+On a cluster of several nodes on this machine one elastic run of a two-layer LSTM with dropout is
+hit at random steps: a worker is killed, a node's raylet is killed, the driver is killed and its
+command given again, a node leaves, a node joins, a worker is stopped and never answers. Then every
+window must be there once in the sequence of losses, and the sequence must be the undisturbed
+one-worker run's: bit for bit with ``reproducible``, to 1e-8 in float64.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from ray.cluster_utils import Cluster
+
+import job.cluster  # sets what Ray reads when it is imported
+
+ROOT = Path(__file__).parent.parent
+BLOWS = ("kill worker", "kill node", "kill driver", "node leaves", "node joins", "stop worker")
+MODES = {
+    "reproducible": ["--train.reproducible", "true", "--train.precision", "fp32"],
+    "fp64": ["--train.precision", "fp64"],
+}
+LONGEST = 240.0  # seconds that a run may need to get on after a blow
+
+assert job.cluster
+
+
+class Storm:
+    """The cluster, the driver's process, and what is done to them."""
+
+    def __init__(self, flags: list[str], folder: Path, workers: str) -> None:
+        self.flags = [*flags, "--run.storage", str(folder), "--run.name", "storm", "--scale.workers", workers]
+        self.run = folder / "storm"
+        # Nodes that die are noticed after three seconds, not thirty.
+        noticed = {
+            "health_check_initial_delay_ms": 1000,
+            "health_check_period_ms": 1000,
+            "health_check_timeout_ms": 1000,
+        }
+        head = {
+            "num_cpus": 0,
+            "include_dashboard": False,
+            "_system_config": {**noticed, "health_check_failure_threshold": 3},
+        }
+        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.nodes = [self.cluster.add_node(num_cpus=1) for _ in range(3)]
+        self.driver: subprocess.Popen[str] | None = None
+
+    def start_driver(self) -> None:
+        self.driver = subprocess.Popen(
+            [sys.executable, "-m", "job", "train", *self.flags],
+            cwd=ROOT,
+            env={**os.environ, "RAY_ADDRESS": self.cluster.address},
+            text=True,
+        )
+
+    def step(self) -> int:
+        """The last step whose loss is written down."""
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            return int(json.loads(self.run.joinpath("metrics.jsonl").read_bytes().splitlines()[-1])["step"])
+        return 0
+
+    def wait_for_step(self, wanted: int) -> bool:
+        """Waits until the run is there; False where it has ended."""
+        assert self.driver
+        seen, since = self.step(), time.monotonic()
+        while (step := self.step()) < wanted:
+            if step != seen:
+                seen, since = step, time.monotonic()
+            if self.driver.poll() is not None:
+                return False
+            assert time.monotonic() - since < LONGEST, f"no step for {LONGEST:.0f} s, at {step}"
+            time.sleep(0.02)
+        return True
+
+    def strike(self, blow: str, luck: random.Random) -> None:
+        assert self.driver
+        if blow == "kill driver":
+            self.driver.kill()
+            self.driver.wait()
+            self.start_driver()
+        elif blow in ("kill worker", "stop worker"):
+            workers = processes("ray::RayTrainWorker")
+            if workers:
+                os.kill(luck.choice(workers), signal.SIGKILL if blow == "kill worker" else signal.SIGSTOP)
+        elif blow == "node joins" or len(self.nodes) == 1:
+            self.nodes.append(self.cluster.add_node(num_cpus=1))
+        else:
+            node = self.nodes.pop(luck.randrange(len(self.nodes)))
+            self.cluster.remove_node(node, allow_graceful=blow == "node leaves")
+
+    def close(self) -> None:
+        if self.driver and self.driver.poll() is None:
+            self.driver.kill()
+        for process in processes("ray::RayTrainWorker"):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        self.cluster.shutdown()
+
+
+def processes(title: str) -> list[int]:
+    """Processes whose title begins so."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if path.read_text().startswith(title):
+                found.append(int(path.parent.name))
+    return sorted(found)
+
+
+def losses(run: Path) -> list[tuple[int, float]]:
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [(row["step"], row["nats"]) for row in rows if row["split"] == "train"]
+
+
+def plan_of(blows: int, luck: random.Random, steps: int) -> list[tuple[int, str]]:
+    """At which step which blow falls; every kind falls before any falls twice."""
+    kinds: list[str] = []
+    while len(kinds) < blows:
+        kinds += luck.sample(BLOWS, len(BLOWS))
+    at = sorted(luck.sample(range(10, steps - 20), blows))
+    return list(zip(at, kinds, strict=False))
+
+
+def storm(flags: list[str], steps: int, blows: int, seed: int, mode: str, folder: Path, workers: str = "1-3") -> None:
+    """Runs it, and raises AssertionError where a trace is left."""
+    flags = [*flags, *MODES[mode], "--train.max_steps", str(steps), "--train.log_every", "1"]
+    flags += ["--train.checkpoint_every", "25", "--scale.hang_timeout", "10"]
+    luck = random.Random(seed)
+    print(f"storm of {blows} blows, seed {seed}, {mode}", flush=True)
+    calm = [sys.executable, "-m", "job", "train", *flags, "--run.storage", str(folder), "--run.name", "calm"]
+    subprocess.run([*calm, "--scale.workers", "0"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+    it = Storm(flags, folder, workers)
+    try:
+        it.start_driver()
+        for at, blow in plan_of(blows, luck, steps):
+            assert it.wait_for_step(at), "the run ended before the storm did"
+            print(f"  at step {it.step()} of {steps}: {blow}, {len(it.nodes)} nodes", flush=True)
+            begun = time.monotonic()
+            before = it.step()
+            it.strike(blow, luck)
+            it.wait_for_step(before + 5)
+            print(f"    five steps on after {time.monotonic() - begun:.1f} s", flush=True)
+        assert it.driver
+        assert it.driver.wait(LONGEST) == 0
+    finally:
+        it.close()
+    expected, found = losses(folder / "calm"), losses(folder / "storm")
+    assert [step for step, _ in found] == list(range(1, steps + 1)), "a window is missing or was counted twice"
+    calm_result, storm_result = (json.loads((folder / name / "result.json").read_text()) for name in ("calm", "storm"))
+    if mode == "reproducible":
+        assert found == expected
+        assert storm_result["weights_sha256"] == calm_result["weights_sha256"]
+    else:
+        assert all(abs(a - b) <= 1e-8 * b for (_, a), (_, b) in zip(found, expected, strict=True))
+    assert storm_result["generated"] == calm_result["generated"]
+    print(
+        f"no trace: {steps} losses and the final weights are the undisturbed run's ({storm_result['restarts']} restarts)"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--blows", type=int, default=12)
+    parser.add_argument("--steps", type=int, default=2500)
+    parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
+    parser.add_argument("--mode", choices=MODES, default="reproducible")
+    chosen = parser.parse_args()
+    flags = ["--model.cell", "lstm", "--model.num_layers", "2", "--model.hidden_size", "64", "--model.dropout", "0.3"]
+    flags += ["--optimizer.name", "adamw", "--optimizer.learning_rate", "0.002", "--corpus.cleaning", "d2l"]
+    with tempfile.TemporaryDirectory() as folder:
+        storm(flags, chosen.steps, chosen.blows, chosen.seed, chosen.mode, Path(folder))
+
+
+if __name__ == "__main__":
+    main()
