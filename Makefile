@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help setup train test test-quick lint bench clean
+.PHONY: help setup train test test-quick storm lint bench clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -24,6 +24,9 @@ test: setup  ## all tests (under 15 minutes on two cores)
 
 test-quick: setup  ## the tests that need no Ray (under a minute)
 	$(RUN) -m pytest -m "not cluster and not slow"
+
+storm: setup  ## one run, twelve blows, no trace of them (about ten minutes)
+	$(RUN) -m tests.storm
 
 lint: setup  ## formatter, linter and type checker, as CI runs them
 	$(RUN) -m ruff format --check job tests benchmarks

@@ -1,5 +1,6 @@
 """A run on Ray: the launcher that has Ray Train start the workers, and carries their events."""
 
+import contextlib
 import math
 import os
 import threading
@@ -24,12 +25,14 @@ from job.errors import RunFailed
 from job.gradients import Signals
 from job.record import Recorder
 from job.screen import Screen
+from job.storage import Folder
 from job.trainer import Plan
 from job.worker import Mailbox, train_worker
 
 POLL = 1.0  # seconds that a signal, or the end of Ray Train, may go unnoticed
 PATIENCE = 10.0  # seconds without workers after which the user is told what is waited for
 RAY_FOLDER = "ray"  # Ray Train's own records; a run's truth is in its checkpoints
+REQUESTER = "requester"  # the file in it with the name under which workers are asked for
 
 
 @contextmanager
@@ -82,7 +85,6 @@ class _Following:
             "mailbox": self.mailbox,
             "threads": placement.cpus_per_worker,
         }
-        self.recorder.folder.remove(RAY_FOLDER)
         return TorchTrainer(
             train_worker,
             train_loop_config=task,
@@ -110,6 +112,9 @@ class _Following:
 
     def to_the_end(self) -> None:
         """Takes events until the run is over; RunFailed where Ray ends it before."""
+        _cancel_request_of_dead_driver(self.recorder.folder / RAY_FOLDER)
+        self.recorder.folder.remove(RAY_FOLDER)
+        (self.recorder.folder / RAY_FOLDER).write(REQUESTER, self.trainer.train_run_context.run_id.encode())
         self.thread.start()
         told, silent_since, asked = False, time.monotonic(), False
         while not self.recorder.over:
@@ -140,6 +145,18 @@ class _Following:
         self.recorder.screen.line(
             f"waiting for {self.placement.min_workers} workers of {each} each; free on the cluster: {have}"
         )
+
+
+def _cancel_request_of_dead_driver(folder: Folder) -> None:
+    """Takes back what a dead driver asked of the cluster for its elastic workers.
+
+    Ray would hold the dead run's resources for it for three minutes.
+    """
+    coordinator = "AutoscalingCoordinator"  # Ray's own actor, by the name that Ray gives it
+    with contextlib.suppress(OSError, ValueError, ray.exceptions.RayError):
+        requester = folder.read(REQUESTER, 100).decode()
+        actor = ray.get_actor(coordinator, namespace=coordinator)
+        ray.get(actor.cancel_request.remote(f"train-{requester}"), timeout=PATIENCE)
 
 
 def _first_line(error: BaseException | None) -> str:

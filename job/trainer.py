@@ -135,10 +135,9 @@ class _Worker:
         self.total_steps = stream.total_steps(self.options.train)
         self.writer = _Writer(plan, world, link.post, self.precision)
         self.rate = self.options.optimizer.learning_rate
-        self.report_lap = _Lap(self.progress.tokens)
+        self.report_lap = self.pulse_lap = _Lap(self.progress.tokens)
         self.epoch_lap = _Lap(self.progress.tokens)
-        self.pulse_at = self.clock = time.monotonic()
-        self.saved_at = self.looked_at = self.clock
+        self.clock = self.saved_at = self.looked_at = time.monotonic()
 
     def _agreed_checkpoint(self, folder: Folder) -> tuple[Checkpoint | None, tuple[str, ...]]:
         """The last sound checkpoint; one worker looks, so that all go on from the same."""
@@ -264,9 +263,9 @@ class _Worker:
             mean, progress.report_mean = progress.report_mean, Mean()
             self._row("train", progress.epoch + 1, mean, self.report_lap.speed(progress.tokens))
             self.report_lap = _Lap(progress.tokens)
-        if time.monotonic() - self.pulse_at >= PULSE:
-            self.pulse_at = time.monotonic()
-            speed, nats = self.report_lap.speed(progress.tokens), progress.epoch_mean.nats_per_token
+        if time.monotonic() - self.pulse_lap.since >= PULSE:
+            speed, nats = self.pulse_lap.speed(progress.tokens), progress.epoch_mean.nats_per_token
+            self.pulse_lap = _Lap(progress.tokens)
             self._tell(Pulse(self.world.attempt, progress.epoch + 1, progress.step, nats, speed))
 
     def _row(self, split: str, epoch: int, mean: Mean, speed: float) -> None:

@@ -19,11 +19,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
+import job.cluster  # isort: skip  first: it sets what Ray reads when it is imported
 from ray.cluster_utils import Cluster
-
-import job.cluster  # sets what Ray reads when it is imported
 
 ROOT = Path(__file__).parent.parent
 BLOWS = ("kill worker", "kill node", "kill driver", "node leaves", "node joins", "stop worker")
@@ -124,28 +124,30 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["nats"]) for row in rows if row["split"] == "train"]
 
 
-def plan_of(blows: int, luck: random.Random, steps: int) -> list[tuple[int, str]]:
-    """At which step which blow falls; every kind falls before any falls twice."""
-    kinds: list[str] = []
+def kinds_of(blows: int, seed: int) -> list[str]:
+    """Kinds of blows in a random order; every kind falls before any falls twice."""
+    luck, kinds = random.Random(seed), list[str]()
     while len(kinds) < blows:
         kinds += luck.sample(BLOWS, len(BLOWS))
-    at = sorted(luck.sample(range(10, steps - 20), blows))
-    return list(zip(at, kinds, strict=False))
+    return kinds[:blows]
 
 
-def storm(flags: list[str], steps: int, blows: int, seed: int, mode: str, folder: Path, workers: str = "1-3") -> None:
+def storm(
+    flags: list[str], steps: int, kinds: Sequence[str], seed: int, mode: str, folder: Path, workers: str = "1-3"
+) -> None:
     """Runs it, and raises AssertionError where a trace is left."""
     flags = [*flags, *MODES[mode], "--train.max_steps", str(steps), "--train.log_every", "1"]
     flags += ["--train.checkpoint_every", "25", "--scale.hang_timeout", "10"]
     luck = random.Random(seed)
-    print(f"storm of {blows} blows, seed {seed}, {mode}", flush=True)
+    at = sorted(luck.sample(range(10, steps - 20), len(kinds)))
+    print(f"storm of {len(kinds)} blows, seed {seed}, {mode}", flush=True)
     calm = [sys.executable, "-m", "job", "train", *flags, "--run.storage", str(folder), "--run.name", "calm"]
     subprocess.run([*calm, "--scale.workers", "0"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     it = Storm(flags, folder, workers)
     try:
         it.start_driver()
-        for at, blow in plan_of(blows, luck, steps):
-            assert it.wait_for_step(at), "the run ended before the storm did"
+        for step, blow in zip(at, kinds, strict=True):
+            assert it.wait_for_step(step), "the run ended before the storm did"
             print(f"  at step {it.step()} of {steps}: {blow}, {len(it.nodes)} nodes", flush=True)
             begun = time.monotonic()
             before = it.step()
@@ -165,9 +167,7 @@ def storm(flags: list[str], steps: int, blows: int, seed: int, mode: str, folder
     else:
         assert all(abs(a - b) <= 1e-8 * b for (_, a), (_, b) in zip(found, expected, strict=True))
     assert storm_result["generated"] == calm_result["generated"]
-    print(
-        f"no trace: {steps} losses and the final weights are the undisturbed run's ({storm_result['restarts']} restarts)"
-    )
+    print(f"no trace: {steps} losses and final weights as undisturbed, {storm_result['restarts']} restarts")
 
 
 def main() -> None:
@@ -180,7 +180,7 @@ def main() -> None:
     flags = ["--model.cell", "lstm", "--model.num_layers", "2", "--model.hidden_size", "64", "--model.dropout", "0.3"]
     flags += ["--optimizer.name", "adamw", "--optimizer.learning_rate", "0.002", "--corpus.cleaning", "d2l"]
     with tempfile.TemporaryDirectory() as folder:
-        storm(flags, chosen.steps, chosen.blows, chosen.seed, chosen.mode, Path(folder))
+        storm(flags, chosen.steps, kinds_of(chosen.blows, chosen.seed), chosen.seed, chosen.mode, Path(folder))
 
 
 if __name__ == "__main__":

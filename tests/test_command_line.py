@@ -1,5 +1,6 @@
 """The command line: what it prints, and how it says no."""
 
+import itertools
 import json
 import math
 import re
@@ -152,7 +153,7 @@ def test_evaluate_counts_each_target_once(storage, prose, tmp_path):
     ids = torch.tensor(restored.vocabulary.encode([text])).long()
     state, nats = None, 0.0
     with torch.no_grad():
-        for token, target in zip(ids, ids[1:], strict=False):
+        for token, target in itertools.pairwise(ids):
             logits, state = net(token.view(1, 1), state)
             nats -= float(torch.log_softmax(logits.double(), -1)[0, 0, target])
     found = re.search(r"([0-9.]+) bits per character, ([0-9.]+) nats per token over 499 targets", said)

@@ -1,7 +1,14 @@
 """The number of workers does not matter: real Ray Train workers, the same run."""
 
+import contextlib
+import os
+import signal
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
+import storm
 from conftest import job, result, rows, start_job
 from test_reference import assert_reproduces
 
@@ -37,3 +44,94 @@ def test_five_workers_run_on_the_cluster_that_a_job_starts_itself(prose, tmp_pat
         rtol=1e-9,
     )
     assert result(tmp_path / "five")["generated"] == result(tmp_path / "alone")["generated"]
+
+
+def small(prose, storage, name, *more):
+    return [
+        "train", "--corpus.source", prose, "--run.storage", storage, "--run.name", name, "--generate.prefix", "the",
+        "--model.hidden_size", 32, "--train.epochs", 2, "--train.log_every", 1, *more,
+    ]  # fmt: skip
+
+
+def test_reproducible_runs_have_the_same_bits_on_any_number_of_workers(prose, tmp_path, on_cluster):
+    more = ["--train.reproducible", "true", "--train.precision", "fp32", "--model.dropout", 0.3]
+    more += ["--model.cell", "lstm", "--model.num_layers", 2, "--corpus.validation_fraction", 0.1]
+    found = {}
+    for workers in (0, 2, 3):
+        ended = job(*small(prose, tmp_path, f"on-{workers}", *more, "--scale.workers", workers))
+        assert ended.status == 0, ended.err
+        run = tmp_path / f"on-{workers}"
+        losses = [(row["split"], row["step"], row["nats"]) for row in rows(run, "train") + rows(run, "validation")]
+        found[workers] = (result(run)["weights_sha256"], losses)
+    assert found[0] == found[2] == found[3]
+
+
+def test_a_users_cell_trains_on_ray(prose, tmp_path, on_cluster):
+    more = ["--model.cell", "test_model:ScaledCell", "--train.precision", "fp64"]
+    for workers in (0, 3):
+        ended = job(*small(prose, tmp_path, f"on-{workers}", *more, "--scale.workers", workers))
+        assert ended.status == 0, ended.err
+    one, three = ([row["nats"] for row in rows(tmp_path / f"on-{workers}", "train")] for workers in (0, 3))
+    np.testing.assert_allclose(three, one, rtol=1e-9)
+
+
+def test_more_workers_than_a_cluster_can_ever_hold_are_refused(prose, tmp_path, on_cluster):
+    ended = job(*small(prose, tmp_path / "runs", "big", "--scale.workers", 20))
+    assert (ended.status, ended.err.count("\n")) == (2, 1)
+    assert "can never place more than 8 workers of 1 CPU each" in ended.err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_loss_that_is_no_number_ends_the_run_on_ray(prose, tmp_path, on_cluster):
+    more = ["--model.cell", "test_cells:Bomb", "--train.checkpoint_every", 3, "--scale.workers", 2]
+    ended = job(*small(prose, tmp_path, "bomb", *more))
+    assert (ended.status, ended.err.count("\n")) == (1, 1)
+    assert "the loss is nan at step 8" in ended.err
+    assert "step 6 is kept" in ended.err
+
+
+def test_ctrl_c_on_ray_saves_and_leaves_no_process(prose, tmp_path):
+    def rays():
+        return {path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline") if is_rays(path)}
+
+    def is_rays(path):
+        with contextlib.suppress(OSError):
+            return b"ray" in path.read_bytes() and b"pytest" not in path.read_bytes()
+        return False
+
+    before = rays()
+    words = small(prose, tmp_path, "run", "--train.epochs", 3000, "--scale.workers", 2)
+    process = start_job(*words, env={"RAY_ADDRESS": ""}, start_new_session=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert process.poll() is None
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: to all processes of the group
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "")
+    steps = len(rows(tmp_path / "run", "train"))
+    assert f"stopped at step {steps:,}; step {steps:,} is kept" in out
+    until = time.monotonic() + 10
+    while rays() - before:
+        assert time.monotonic() < until, rays() - before
+        time.sleep(0.2)
+    again = job(*words, "--scale.workers", 0, "--train.max_steps", steps + 2)
+    assert f"goes on from step {steps:,}" in again.out
+
+
+@pytest.mark.slow
+def test_a_short_storm_leaves_no_trace(prose, tmp_path):
+    """Every kind of blow but the stopped worker, which takes longest; ``make storm`` has it too."""
+    flags = [
+        "--corpus.source",
+        str(prose),
+        "--generate.prefix",
+        "the",
+        "--model.cell",
+        "lstm",
+        "--model.num_layers",
+        "2",
+    ]
+    flags += ["--model.hidden_size", "32", "--model.dropout", "0.3", "--train.epochs", "1000"]
+    kinds = ("kill worker", "kill node", "kill driver", "node joins")
+    storm.storm(flags, 600, kinds, 5, "reproducible", tmp_path)

@@ -1,0 +1,321 @@
+"""What survives: writes that are cut off, full disks, object stores, second drivers, old formats."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, job, result, rows, start_job
+
+from job import checkpoint, lease, runs, storage
+from job.errors import RunFailed, UserError
+from job.loop import Progress
+from job.storage import Folder
+from job.trainer import latest_sound
+
+GOLDEN_WEIGHTS = "dc1bf71977736643653bbf855d05319b50205fb73b268713437b8096619f42a6"
+
+
+def flags(prose, place, *more):
+    return [
+        "train", "--corpus.source", prose, "--run.storage", place, "--run.name", "run", "--scale.workers", 0,
+        "--model.hidden_size", 16, "--stream.num_steps", 20, "--generate.prefix", "the", "--train.epochs", 2, *more,
+    ]  # fmt: skip
+
+
+# --- every write in turn ---
+
+
+class Cut:
+    """Ends the process at the n-th operation on the file system, in the middle of it where it is a write."""
+
+    def __init__(self, monkeypatch, last: int) -> None:
+        self.left = last
+        for name in ("replace", "fsync"):
+            monkeypatch.setattr(storage.os, name, self._before(getattr(os, name)))
+        monkeypatch.setattr(storage.Path, "mkdir", self._before(Path.mkdir))
+        monkeypatch.setattr(storage.shutil, "rmtree", self._before(shutil.rmtree))
+        monkeypatch.setattr(storage.Path, "unlink", self._before(Path.unlink))
+        monkeypatch.setattr(storage, "open", self._open, raising=False)
+
+    def count(self) -> bool:
+        self.left -= 1
+        return self.left < 0
+
+    def _before(self, action):
+        def cut(*args, **kwargs):
+            if self.count():
+                os._exit(9)
+            return action(*args, **kwargs)
+
+        return cut
+
+    def _open(self, *args):
+        if self.count():
+            os._exit(9)
+        return Torn(self, open(*args))
+
+
+class Torn:
+    """A file whose writing may end halfway."""
+
+    def __init__(self, cut: Cut, file) -> None:
+        self.cut, self.file = cut, file
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.file.close()
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def write(self, data):
+        if self.cut.count():
+            self.file.write(data[: len(data) // 2])
+            self.file.flush()
+            os._exit(9)
+        return self.file.write(data)
+
+
+def write_checkpoint(folder: Folder, step: int, attempt: str) -> None:
+    """As driver and worker do it, the clearing before and the pruning after included."""
+    checkpoint.clear_for(folder, step - 10)
+    name = checkpoint.name_of(step, attempt)
+    files = {"model.safetensors": bytes([step]) * 5000, "progress.json": b"{}"}
+    receipt = checkpoint.write_part(folder, name, files, 1, Progress(step=step))
+    checkpoint.commit(folder, name, [receipt])
+    for old in checkpoint.committed(folder)[:-2]:
+        checkpoint.remove(old)
+
+
+def in_a_child(action) -> int:
+    """The exit status of a forked process that does it."""
+    child = os.fork()
+    if child == 0:
+        with contextlib.suppress(BaseException):
+            action()
+            os._exit(0)
+        os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def test_a_checkpoint_cut_off_at_any_of_its_writes_harms_none(tmp_path, monkeypatch):
+    cuts = 0
+    for last in range(200):
+        folder = Folder(str(tmp_path / str(last)))
+        for step in (10, 20):
+            write_checkpoint(folder, step, "aaaaaa")
+        with monkeypatch.context() as patch:
+
+            def interrupted(last=last, folder=folder, patch=patch):
+                Cut(patch, last)
+                write_checkpoint(folder, 30, "bbbbbb")
+
+            status = in_a_child(interrupted)
+        assert status in (0, 9)
+        sound, problems = latest_sound(folder)
+        assert sound.step in (20, 30)
+        assert problems == ()  # what is not whole is not even taken for a checkpoint
+        write_checkpoint(folder, sound.step + 10, "cccccc")
+        names = [entry.name for entry in checkpoint.committed(folder)]
+        assert names[-1] == checkpoint.name_of(sound.step + 10, "cccccc")
+        leftovers = {path.name for path in Path(folder.address).iterdir()} - set(names)
+        assert not leftovers
+        if status == 0:
+            break
+        cuts += 1
+    assert 15 < cuts < 199
+
+
+@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounts a small disk, which takes root")
+def test_a_full_disk_stops_the_run_and_more_room_lets_it_go_on(prose, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(disk)], check=False)
+    if mounted.returncode:
+        pytest.skip("this machine mounts no tmpfs")
+    try:
+        more = ["--model.hidden_size", 64, "--train.checkpoint_every", 4, "--train.keep_checkpoints", 30]
+        ended = job(*flags(prose, disk, *more))
+        assert ended.status == 1
+        assert "No space left" in ended.err
+        assert "is kept" in ended.err
+        assert ended.err.count("\n") == 1
+        sound, _ = latest_sound(Folder(str(disk / "run" / "checkpoints")))
+        assert sound
+        subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
+        again = job(*flags(prose, disk, *more))
+        assert f"goes on from step {sound.step} of" in again.out
+        assert again.status == 0, again.err
+        assert job(*flags(prose, tmp_path / "calm", *more)).status == 0
+        assert result(disk / "run")["weights_sha256"] == result(tmp_path / "calm" / "run")["weights_sha256"]
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+# --- object stores ---
+
+
+@pytest.fixture(scope="module")
+def bucket():
+    """A bucket on an S3 server of the test's own: gives a function from a path to its address."""
+    pytest.importorskip("moto")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            patch.setenv(name, "test")
+        until = time.monotonic() + 30
+        while socket.socket().connect_ex(("127.0.0.1", port)):
+            assert time.monotonic() < until
+            time.sleep(0.1)
+        query = f"?scheme=http&endpoint_override=127.0.0.1%3A{port}&region=us-east-1"
+        from pyarrow import fs
+
+        options = {"endpoint_override": f"127.0.0.1:{port}", "scheme": "http", "region": "us-east-1"}
+        fs.S3FileSystem(allow_bucket_creation=True, **options).create_dir("bucket")
+        yield lambda path: f"s3://bucket/{path}{query}"
+    server.kill()
+    server.wait()
+
+
+def test_a_run_on_an_object_store_is_the_same_run(bucket, prose, tmp_path):
+    more = ["--train.log_every", 5, "--train.checkpoint_every", 10]
+    assert job(*flags(prose, tmp_path, *more)).status == 0
+    stopped = job(*flags(prose, bucket("runs"), *more, "--train.max_steps", 33))
+    assert stopped.status == 0, stopped.err
+    ended = job(*flags(prose, bucket("runs"), *more))
+    assert ended.status == 0, ended.err
+    assert "goes on from step 33" in ended.out
+    folder = Folder.at(bucket("runs")) / "run"
+    found, expected = runs.read_result(folder), result(tmp_path / "run")
+    assert found["weights_sha256"] == expected["weights_sha256"]
+    losses = [json.loads(line) for line in folder.read("metrics.jsonl").splitlines()]
+    assert [(row["step"], row["nats"]) for row in losses if row["split"] == "train"] == [
+        (row["step"], row["nats"]) for row in rows(tmp_path / "run", "train")
+    ]
+    assert job("generate", folder.address).out == expected["generated"] + "\n"
+
+
+# --- one driver ---
+
+
+def owner_of(folder, **changes):
+    mine = lease.acquire(folder)
+    owner = json.loads(folder.read("owner.json"))
+    mine.release()
+    folder.write("owner.json", json.dumps({**owner, **changes}).encode())
+
+
+def test_a_living_driver_keeps_its_run(tmp_path):
+    folder = Folder(str(tmp_path / "run"))
+    mine = lease.acquire(folder)
+    with pytest.raises(UserError, match=rf"this run is alive, driven by process {os.getpid()} on "):
+        lease.acquire(folder)
+    mine.check()
+    mine.release()
+    lease.acquire(folder).release()
+    assert not folder.has("owner.json")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"pid": 2**22 - 1}, {"born": "1"}, {"boot": "another"}, {"host": "elsewhere", "beat": time.time() - 100}],
+)
+def test_a_dead_drivers_run_is_taken_at_once(tmp_path, changes):
+    folder = Folder(str(tmp_path / "run"))
+    owner_of(folder, **changes)
+    lease.acquire(folder).release()
+
+
+def test_a_driver_elsewhere_is_given_time(tmp_path):
+    folder = Folder(str(tmp_path / "run"))
+    owner_of(folder, host="elsewhere")
+    with pytest.raises(UserError, match="if that is dead, start again in"):
+        lease.acquire(folder)
+
+
+def test_a_driver_that_lost_its_run_writes_no_more(tmp_path):
+    folder = Folder(str(tmp_path / "run"))
+    first = lease.acquire(folder)
+    folder.remove("owner.json")
+    second = lease.acquire(folder)
+    with pytest.raises(RunFailed, match="another driver has taken this run over"):
+        first.check()
+    second.check()
+    second.release()
+    first.released.set()
+
+
+def test_a_killed_driver_is_replaced_at_once_and_nothing_is_lost(prose, tmp_path):
+    """And a second driver, while the first lives, is refused before anything is touched."""
+    more = ["--train.epochs", 12, "--train.log_every", 1, "--train.checkpoint_every", 7]
+    words = flags(prose, tmp_path, *more)
+    first = start_job(*words)
+    until = time.monotonic() + 60
+    while len(list(tmp_path.glob("run/checkpoints/*/manifest.json"))) < 3:
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    refused = job(*words)
+    assert (refused.status, refused.err.count("\n")) == (2, 1)
+    assert "this run is alive" in refused.err
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    again = job(*words)
+    assert again.status == 0, again.err
+    assert "goes on from step" in again.out
+    assert job(*flags(prose, tmp_path / "calm", *more)).status == 0
+    assert result(tmp_path / "run")["weights_sha256"] == result(tmp_path / "calm" / "run")["weights_sha256"]
+    found, expected = (rows(place / "run", "train") for place in (tmp_path, tmp_path / "calm"))
+    assert [(row["step"], row["nats"]) for row in found] == [(row["step"], row["nats"]) for row in expected]
+
+
+# --- formats and memory ---
+
+
+def test_the_golden_checkpoint_opens():
+    """One of format 1, kept as it was written; what it says is what it said then."""
+    golden = ROOT / "tests" / "golden" / "format-1"
+    said = job("generate", golden / "step-000030-901de0", "--generate.prefix", "the", "--generate.length", 20)
+    assert said.status == 0, said.err
+    assert said.out == (golden / "said.txt").read_text()
+    found, restored = runs.open_checkpoint(str(golden / "step-000030-901de0"))
+    assert checkpoint.weights_sha256(restored.weights) == GOLDEN_WEIGHTS
+    assert (found.step, restored.progress.step, restored.progress.window) == (30, 30, 30)
+    hidden, memory = checkpoint.lane_state(found, range(3, 7))
+    assert hidden.shape == memory.shape == (1, 4, 8)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_memory_does_not_grow(prose, tmp_path):
+    """Over 10,000 steps: the last half takes no more than a few pages."""
+    words = flags(prose, tmp_path, "--stream.num_steps", 4, "--train.epochs", 1000, "--train.max_steps", 10_000)
+    process = start_job(*words, "--train.log_every", 1)
+    sizes = {}
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while process.poll() is None:
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            lines = metrics.read_bytes().splitlines()
+            resident = Path(f"/proc/{process.pid}/statm").read_text().split()[1]
+            sizes[json.loads(lines[-1])["step"]] = int(resident) * os.sysconf("SC_PAGE_SIZE")
+        time.sleep(0.2)
+    assert process.returncode == 0
+    second_half = [size for step, size in sizes.items() if 5000 <= step < 10_000]  # at the end it draws the curve
+    assert len(second_half) > 10
+    assert max(second_half) - min(second_half) < 4 << 20, second_half
