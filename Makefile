@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help setup train test test-quick storm lint bench clean
+.PHONY: help setup train test test-quick storm lint bench bench-survival clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -35,6 +35,9 @@ lint: setup  ## formatter, linter and type checker, as CI runs them
 
 bench: setup  ## the seed's loop, ours, and the job on one and two workers, side by side
 	$(RUN) -m benchmarks.overhead
+
+bench-survival: setup  ## what checkpoints, reproducibility and the death of a worker cost
+	$(RUN) -m benchmarks.survival
 
 clean:  ## remove the environment and what tools left, but no run
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -72,22 +72,27 @@ def our_loop(precision: str) -> float:
     return timed(endless())
 
 
-def job(workers: int, precision: str, starts: list[float]) -> float:
+def job(workers: int, precision: str, starts: list[dict[str, float]]) -> float:
+    """Thousand tokens per second of the job; ``starts`` takes the parts of its start in seconds."""
     with tempfile.TemporaryDirectory() as storage:
         words = ["train", SEED, "--run.storage", storage, "--run.name", "run", "--scale.workers", str(workers)]
         words += ["--train.max_steps", str(STEPS), "--train.log_every", str(EVERY), "--train.precision", precision]
         words += ["--scale.cpus_per_worker", "1"]
         begun = time.time()
-        subprocess.run(
-            [sys.executable, "-m", "job", *words],
-            check=True,
-            env={**os.environ, "RAY_ADDRESS": ""},
-            stdout=subprocess.DEVNULL,
+        process = subprocess.Popen(
+            [sys.executable, "-m", "job", *words], env={**os.environ, "RAY_ADDRESS": ""}, stdout=subprocess.PIPE
         )
+        assert process.stdout
+        said = [time.time() for line in process.stdout if line.startswith((b"run ", b"rnn "))]
+        assert process.wait() == 0
         run = Path(storage) / "run"
+        connected = (run / "config.toml").stat().st_mtime  # written when the cluster stands
+        parts = [begun, said[0], connected, said[1]]
+        names = ["imports and text", "Ray starts", "workers start, to the first step"]
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        starts.append({name: after - before for name, before, after in zip(names, parts, parts[1:], strict=False)})
         trained = json.loads((run / "result.json").read_text())["seconds"]
-        starts.append(time.time() - begun - trained)
+        starts[-1]["after the last step"] = time.time() - said[1] - trained
     speeds = [row["tokens_per_second"] for row in lines if row["split"] == "train"]
     return statistics.harmonic_mean(speeds[WARM // EVERY :]) / 1000
 
@@ -98,7 +103,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
-    starts: dict[int, list[float]] = {1: [], 2: []}
+    starts: dict[int, list[dict[str, float]]] = {1: [], 2: []}
     found = measure.interleaved(
         {
             "plain loop, fp32": plain_loop,
@@ -120,8 +125,10 @@ def main() -> None:
         ("job, 2 workers, auto", "job, 1 worker, auto"),
     ):
         print(f"  {a:<22} / {b:<22}{measure.ratios(found[a], found[b])}")
-    for workers, seconds in starts.items():
-        print(f"  seconds of the command outside its loop, {workers} worker(s): {statistics.median(seconds):.1f}")
+    for workers, found_parts in starts.items():
+        print(f"seconds of the command outside its loop, {workers} worker(s), medians:")
+        for part in found_parts[0]:
+            print(f"  {part:<34}{statistics.median(each[part] for each in found_parts):8.1f}")
 
 
 if __name__ == "__main__":

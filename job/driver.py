@@ -26,11 +26,12 @@ from job.trainer import Plan
 class Wishes:
     """What signals ask of the run: SIGINT or SIGTERM once, to save and stop; again, to stop at once.
 
-    SIGHUP is ignored: a terminal may go away.
+    SIGUSR1 asks for a checkpoint. SIGHUP is ignored: a terminal may go away.
     """
 
     def __init__(self) -> None:
         self.status = 0  # the exit status of a stop, once one is wanted
+        self.save = False
 
     @contextmanager
     def heard(self) -> Iterator[None]:
@@ -38,7 +39,8 @@ class Wishes:
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        heard = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        before = {number: signal.signal(number, self._hear) for number in heard}
         before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
         try:
             yield
@@ -47,9 +49,12 @@ class Wishes:
                 signal.signal(number, handler)
 
     def _hear(self, number: int, _: Any) -> None:
-        if self.status:
+        if number == signal.SIGUSR1:
+            self.save = True
+        elif self.status:
             raise KeyboardInterrupt
-        self.status = 128 + number
+        else:
+            self.status = 128 + number
 
 
 # Workers take the plan and the tokens; the recorder gets their events until the run is over.
@@ -73,7 +78,8 @@ def run(options: Config, stem: str, screen: Screen, launch: Launcher) -> int:
         _check_same_text(plan)
         folder.check_writable()
         screen.line(_about(plan))
-        with launch(plan.config, screen) as follow:
+        # Heard anew within: Ray, once it is connected, has handlers of its own.
+        with launch(plan.config, screen) as follow, wishes.heard():
             return _run(follow, plan, tokens, folder, wishes, screen)
 
 

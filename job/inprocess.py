@@ -49,7 +49,8 @@ class _Link:
             self.recorder.handle(event)
 
     def signals(self) -> Signals:
-        return Signals(stop=bool(self.wishes.status))
+        save, self.wishes.save = self.wishes.save, False
+        return Signals(checkpoint=save, stop=bool(self.wishes.status))
 
     def leaving(self) -> bool:
         return False

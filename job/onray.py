@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from job.cluster import Placement
 from job.config import Config
 from job.driver import Follow, Wishes
-from job.errors import RunFailed
+from job.errors import RunFailed, UserError
 from job.gradients import Signals
 from job.record import Recorder
 from job.screen import Screen
-from job.storage import Folder
+from job.storage import Folder, is_address
 from job.trainer import Plan
 from job.worker import Mailbox, train_worker
 
@@ -38,7 +39,8 @@ REQUESTER = "requester"  # the file in it with the name under which workers are 
 @contextmanager
 def launch(options: Config, screen: Screen) -> Iterator[Follow]:
     """A launcher for workers on a cluster."""
-    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(options.scale.hang_timeout)
+    _refuse_storage_that_a_job_loses(options.run.storage)
+    _tell_ray_how_patient_to_be(options)
     fits: list[threading.Thread] = []
     placement = cluster.connect(options.scale)
     if placement.notice:
@@ -60,6 +62,22 @@ def launch(options: Config, screen: Screen) -> Iterator[Follow]:
             fit.join(PATIENCE)
         if not any(fit.is_alive() for fit in fits):
             ray.shutdown()
+
+
+def _refuse_storage_that_a_job_loses(storage: str) -> None:
+    relative = not is_address(storage) and not Path(storage).expanduser().is_absolute()
+    if relative and cluster.inside_a_job():
+        raise UserError(
+            f"run.storage = {storage}: lies in this job's session folder and would be lost with it; "
+            "give an absolute path that all nodes see, or an object store"
+        )
+
+
+def _tell_ray_how_patient_to_be(options: Config) -> None:
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(options.scale.hang_timeout)
+    if options.scale.min_workers < options.scale.max_workers:
+        # For some time Ray counts on a node that has gone; fewer workers are tried after this.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
 
 
 class _Following:
@@ -116,11 +134,21 @@ class _Following:
         self.recorder.folder.remove(RAY_FOLDER)
         (self.recorder.folder / RAY_FOLDER).write(REQUESTER, self.trainer.train_run_context.run_id.encode())
         self.thread.start()
+        try:
+            self._take_events()
+        finally:
+            self.mailbox.end.remote()
+            self.recorder.folder.remove(RAY_FOLDER)
+
+    def _take_events(self) -> None:
         told, silent_since, asked = False, time.monotonic(), False
         while not self.recorder.over:
             events = ray.get(self.mailbox.collect.remote(POLL))
             for event in events:
                 self.recorder.handle(event)
+            if self.wishes.save:
+                self.wishes.save = False
+                ray.get(self.mailbox.order.remote(Signals(checkpoint=True)))
             if self.wishes.status and not asked:
                 ray.get(self.mailbox.order.remote(Signals(stop=True)))
                 asked = True
@@ -132,7 +160,6 @@ class _Following:
         if self.recorder.failed:  # parts that were written before may still be on their way
             for event in ray.get(self.mailbox.collect.remote(POLL)):
                 self.recorder.handle(event)
-        self.recorder.folder.remove(RAY_FOLDER)
 
     def _say_what_is_awaited(self) -> None:
         groups = ray.util.placement_group_table().values()

@@ -35,16 +35,26 @@ class Recorder:
         self.folder, self.options, self.lease, self.screen = folder, options, lease, screen
         self.checkpoints = folder / "checkpoints"
         self.place = folder.local or Path(tempfile.mkdtemp(prefix="lanes-"))
-        self.attempt = ""
+        self.attempts = [""]
         self.started: events.Started | None = None
         self.finished: events.Finished | None = None
         self.failed: str | None = None
         self.committed: list[Checkpoint] = []
-        self.starts = self.setbacks = 0
+        self.setbacks = 0
         self.parts: dict[str, list[Receipt]] = {}
         self.board: SummaryWriter | None = None
         if folder.local is None and folder.has(METRICS):
             (self.place / METRICS).write_bytes(folder.read(METRICS))
+
+    @property
+    def attempt(self) -> str:
+        """The group of workers that counts."""
+        return self.attempts[-1]
+
+    @property
+    def starts(self) -> int:
+        """Groups of workers that have stood."""
+        return len(self.attempts) - 1
 
     @property
     def over(self) -> bool:
@@ -58,6 +68,8 @@ class Recorder:
             return self._writing(self._start, event)
         if isinstance(event, events.Crashed):
             return self._crash(event)
+        if isinstance(event, events.Failed) and event.attempt not in self.attempts[:-1]:
+            self.failed = event.message  # perhaps before the group stood
         if event.attempt != self.attempt:
             return  # of workers that have been replaced
         match event:
@@ -69,8 +81,6 @@ class Recorder:
                 self._pulse(event)
             case events.Finished():
                 self.finished = event
-            case events.Failed():
-                self.failed = event.message
 
     def _writing(self, action: Any, what: Any) -> None:
         try:
@@ -92,8 +102,8 @@ class Recorder:
     def _start(self, event: events.Started) -> None:
         """A group of workers goes on from a step: what came after it will come again."""
         self.lease.check()
-        self.attempt, self.started, self.finished = event.attempt, event, None
-        self.starts += 1
+        self.attempts.append(event.attempt)
+        self.started, self.finished = event, None
         self._setback(f"from step {event.step}")
         self.parts.clear()
         checkpoint.clear_for(self.checkpoints, event.step)

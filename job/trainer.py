@@ -16,7 +16,7 @@ import torch.distributed as dist
 from job import checkpoint, loop, model, optimizer
 from job.checkpoint import Checkpoint, Unsound
 from job.config import Config
-from job.errors import Diverged, RunFailed
+from job.errors import Diverged, RunFailed, UserError
 from job.events import Event, Failed, Finished, Part, Post, Pulse, Row, Started
 from job.gradients import Ordered, Signals, Summed, tree_sum
 from job.lanes import groups_of
@@ -62,7 +62,7 @@ def train(plan: Plan, tokens: np.ndarray, world: World, link: Link) -> None:
     """
     try:
         _Worker(plan, tokens, world, link).run()
-    except (RunFailed, Unsound) as error:
+    except (RunFailed, UserError, Unsound) as error:
         link.post(Failed(world.attempt, str(error)))
     except OSError as error:
         link.post(Failed(world.attempt, f"{plan.checkpoints}: a checkpoint cannot be written or read: {error}"))

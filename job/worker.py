@@ -29,6 +29,7 @@ class Mailbox:
         self.events: asyncio.Queue[Event] = asyncio.Queue()
         self.orders: list[Signals] = []
         self.ordered = asyncio.Condition()
+        self.over = False
 
     async def post(self, event: Event) -> None:
         """From a worker."""
@@ -48,6 +49,14 @@ class Mailbox:
         while not self.events.empty():
             found.append(self.events.get_nowait())
         return found
+
+    async def end(self) -> None:
+        """From the driver: workers that Ray starts again have nothing left to do."""
+        self.over = True
+
+    async def is_over(self) -> bool:
+        """For a worker that starts."""
+        return self.over
 
     async def order(self, signals: Signals) -> None:
         """From the driver."""
@@ -105,6 +114,8 @@ def train_worker(task: dict[str, Any]) -> None:
     ``task`` holds ``plan``, ``tokens`` (a reference into the object store), ``mailbox`` and
     ``threads``.
     """
+    if ray.get(task["mailbox"].is_over.remote()):
+        return
     context = ray.train.get_context()
     rank, size = context.get_world_rank(), context.get_world_size()
     link = _RayLink(task["mailbox"], rank)

@@ -134,7 +134,11 @@ def trace(request, tmp_path) -> Trace:
 
 @pytest.fixture(scope="session")
 def cluster():
-    """A Ray cluster of one node with eight slots, which tests reach by its address."""
+    """A Ray cluster of one node with eight slots, which tests reach by its address.
+
+    Its workers find the tests' own modules, as a job's find those of its working directory.
+    """
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     from ray.cluster_utils import Cluster
 
     import job.cluster  # sets what Ray reads when it is imported

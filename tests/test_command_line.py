@@ -193,13 +193,16 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(prose, t
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(prose, tmp_path):
     words = ["train", "--corpus.source", prose, *SMALL, "--run.storage", tmp_path, "--run.name", "run"]
-    process = start_job(*words, "--train.epochs", 2000, "--train.log_every", 1)
+    process = start_job(*words, "--train.epochs", 2000, "--train.log_every", 1, "--stream.num_steps", 400)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not (metrics.exists() and metrics.stat().st_size):
         assert process.poll() is None
         time.sleep(0.05)
     process.send_signal(signal.SIGHUP)  # a terminal that goes away does not matter
-    time.sleep(0.2)
+    process.send_signal(signal.SIGUSR1)
+    while not list(tmp_path.glob("run/checkpoints/*/manifest.json")):
+        assert process.poll() is None
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (130, "")
@@ -207,7 +210,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(prose, tmp_path):
     assert "goes on" in out
     steps = [row["step"] for row in rows(tmp_path / "run", "train")]
     assert steps == list(range(1, len(steps) + 1))
-    again = job(*words, "--train.epochs", 2000, "--train.max_steps", len(steps) + 3, "--train.log_every", 1)
+    more = ["--train.epochs", 2000, "--train.max_steps", len(steps) + 3, "--stream.num_steps", 400]
+    again = job(*words, *more, "--train.log_every", 1)
     assert f"goes on from step {len(steps)}" in again.out
     assert result(tmp_path / "run")["steps"] == len(steps) + 3
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import storm
-from conftest import job, result, rows, start_job
+from conftest import ROOT, job, result, rows, start_job
 from test_reference import assert_reproduces
 
 pytestmark = pytest.mark.cluster
@@ -135,3 +135,24 @@ def test_a_short_storm_leaves_no_trace(prose, tmp_path):
     flags += ["--model.hidden_size", "32", "--model.dropout", "0.3", "--train.epochs", "1000"]
     kinds = ("kill worker", "kill node", "kill driver", "node joins")
     storm.storm(flags, 600, kinds, 5, "reproducible", tmp_path)
+
+
+def test_sigterm_on_ray_saves_and_stops(prose, tmp_path):
+    """As ``ray job stop`` and every scheduler send it; Ray's own handler must not come first."""
+    words = small(
+        prose, tmp_path, "run", "--train.epochs", 3000, "--scale.workers", 1, "--model.cell", "test_model:ScaledCell"
+    )
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    process = start_job(*words, env={"RAY_ADDRESS": "", "PYTHONPATH": path})
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    begun = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    while not list(tmp_path.glob("run/checkpoints/*/manifest.json")):
+        assert time.monotonic() - begun < 10
+        time.sleep(0.01)
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (143, "")
+    assert "stopped at step" in out
