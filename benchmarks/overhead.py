@@ -61,7 +61,7 @@ def our_loop(precision: str) -> float:
     net = model.build(options.model, size, 0).to(chosen.weights)
     updates = optimizer.build(options.optimizer, net)
     gradients = Summed(net, chosen.autocast, 1)
-    learner = Learner(net, updates, gradients, stream, [range(32)], device, chosen.autocast, Progress())
+    learner = Learner(net, updates, gradients, stream, 0, [range(32)], device, chosen.autocast, Progress())
 
     def endless():  # type: ignore[no-untyped-def]
         while True:

@@ -148,15 +148,15 @@ def remove(found: Checkpoint) -> None:
     found.folder.remove(found.name)
 
 
-def clear_for(folder: Folder, step: int) -> None:
-    """Makes room for a group of workers that goes on from ``step``.
+def clear_for(folder: Folder, step: int, attempt: str) -> None:
+    """Makes room for a group of workers, ``attempt``, that goes on from ``step``.
 
     Later checkpoints go, since it writes them again, and so do the parts of those that were never
-    committed.
+    committed. What it has already begun to write stays.
     """
     for name in folder.names():
         match = _NAME.fullmatch(name)
-        if match and (int(match[1]) > step or not (folder / name).has(MANIFEST)):
+        if match and match[2] != attempt and (int(match[1]) > step or not (folder / name).has(MANIFEST)):
             (folder / name).remove(MANIFEST)
             folder.remove(name)
 
@@ -268,6 +268,13 @@ def _progress(data: bytes, place: str) -> tuple[Progress, dict[str, Any]]:
 
 def lane_state(checkpoint: Checkpoint, lanes: range) -> State:
     """The state of some lanes, put together from whichever workers wrote them; on the CPU."""
+    try:
+        return _lane_state(checkpoint, lanes)
+    except (LookupError, TypeError, RuntimeError) as error:
+        raise Unsound(f"{checkpoint.folder / checkpoint.name}: holds no state of lanes: {error}") from None
+
+
+def _lane_state(checkpoint: Checkpoint, lanes: range) -> State:
     place = checkpoint.folder / checkpoint.name
     held = sorted((int(m[1]), int(m[2]) + 1, m[0]) for m in map(_LANES.fullmatch, checkpoint.files) if m)
     if not held:

@@ -128,8 +128,3 @@ def _on_cluster(scale: Scale, nodes: list[dict]) -> Placement:  # type: ignore[t
 def _fit(node: dict, cpus: int, use_gpu: bool) -> int:  # type: ignore[type-arg]
     by_cpu = node.get("CPU", 0) / cpus
     return math.floor(min(by_cpu, node.get("GPU", 0)) if use_gpu else by_cpu)
-
-
-def inside_a_job() -> bool:
-    """Whether ``ray job submit`` started this process."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ

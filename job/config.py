@@ -25,6 +25,10 @@ def _above_zero(value: float) -> str | None:
     return None if value > 0 else "must be greater than 0"
 
 
+def _seed(value: int) -> str | None:
+    return None if 0 <= value < 2**63 else "must be from 0 to below 2^63"
+
+
 def _fraction(value: float) -> str | None:
     return None if 0 <= value < 1 else "must be from 0 to below 1"
 
@@ -75,8 +79,17 @@ def _typed(value: Any, hint: Any, place: str) -> Any:
             if all(type(item) is int for item in value):
                 return tuple(value)
         elif type(value) is choice:
+            if choice is str:
+                _check_is_text(value, place)
             return value
     raise UserError(f"{place} = {shown(value)}: must be {' or '.join(map(_type_name, choices))}")
+
+
+def _check_is_text(value: str, place: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{place} = {value!a}: not text, it has bytes that are no UTF-8") from None
 
 
 def _type_name(hint: Any) -> str:
@@ -128,7 +141,7 @@ class Run(Section):
     name_of_section: ClassVar[str] = "run"
     name: str = _option("", "the run's folder; empty: the configuration's stem and a number", _run_name)
     storage: str = _option("runs", "where runs lie: a folder or an address pyarrow understands")
-    seed: int = _option(0, "everything random is a function of it", _at_least(0))
+    seed: int = _option(0, "everything random is a function of it", _seed)
     resume: str = _option("auto", "go on with a run of this name", _one_of("auto", "never", "must"))
 
 
@@ -293,9 +306,8 @@ OPTIONS = [f"{name}.{option.name}" for name, kind in SECTIONS.items() for option
 _FREE_SECTIONS = ("scale", "generate")
 _FREE_OPTIONS = (
     "run.name", "run.storage", "run.resume",
-    "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
+    "train.max_steps", "train.log_every", "train.checkpoint_every", "train.keep_checkpoints",
 )  # fmt: skip
-_MAY_GROW = ("train.epochs", "train.max_steps")
 
 
 def differences(old: Config, new: Config) -> list[str]:
@@ -305,7 +317,7 @@ def differences(old: Config, new: Config) -> list[str]:
         section, key = name.split(".")
         before, after = (getattr(getattr(config, section), key) for config in (old, new))
         free = section in _FREE_SECTIONS or name in _FREE_OPTIONS
-        grown = name in _MAY_GROW and (after >= before or after == 0)
+        grown = name == "train.epochs" and after > before
         if name == "stream.offset" and isinstance(before, tuple) and isinstance(after, tuple):
             grown = after[: len(before)] == before
         if before != after and not free and not grown:

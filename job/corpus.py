@@ -140,9 +140,10 @@ def _read_files(pattern: str) -> bytes:
 
 
 def _read_address(address: str) -> bytes:
-    folder, _, name = address.rpartition("/")
+    path, mark, query = address.partition("?")
+    folder, _, name = path.rpartition("/")
     try:
-        return Folder.at(folder).read(name)
+        return Folder.at(folder + mark + query).read(name)
     except (OSError, pyarrow.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"corpus.source = {address}: cannot be read: {reason}") from None

@@ -77,6 +77,8 @@ def run(options: Config, stem: str, screen: Screen, launch: Launcher) -> int:
         plan, tokens = prepare(options, folder)
         _check_same_text(plan)
         folder.check_writable()
+        if wishes.status:
+            return wishes.status
         screen.line(_about(plan))
         # Heard anew within: Ray, once it is connected, has handlers of its own.
         with launch(plan.config, screen) as follow, wishes.heard():
@@ -91,7 +93,7 @@ def _run(follow: Follow, plan: Plan, tokens: np.ndarray, folder: Folder, wishes:
         try:
             follow(plan, tokens, recorder, wishes)
         except KeyboardInterrupt:
-            screen.line(f"stopped at once; {_what_is_kept(folder)}")
+            screen.line(f"stopped; {_what_is_kept(folder)}")
             return wishes.status
         except RunFailed as error:
             recorder.failed = str(error)
@@ -102,7 +104,11 @@ def _run(follow: Follow, plan: Plan, tokens: np.ndarray, folder: Folder, wishes:
         if recorder.finished.stopped:
             screen.line(f"stopped at step {recorder.finished.progress.step:,}; {_what_is_kept(folder)}")
             return wishes.status
-        result = _finish(plan, recorder, folder)
+        try:
+            owned.check()
+            result = _finish(plan, recorder, folder)
+        except OSError as error:
+            raise RunFailed(f"{folder}: cannot be written to: {error}; {_what_is_kept(folder)}") from None
         _show(result, folder, screen)
         return 0
     finally:

@@ -33,5 +33,12 @@ def evaluate(restored: Restored, model: LanguageModel, options: config.Corpus) -
     if len(tokens) < 2:
         raise UserError(f"corpus.source = {options.source}: {len(tokens)} tokens, and two are the fewest")
     (nats,) = loop.evaluate(model, tokens, [range(1)], 1, WINDOW)
-    scored = words.decode(tokens[1:].tolist()) if words.kind == "word" else tokens[1:]
-    return Evaluation(Mean(nats, len(tokens) - 1), len(scored))
+    return Evaluation(Mean(nats, len(tokens) - 1), _characters(text, words.kind, len(tokens)))
+
+
+def _characters(text: corpus.Text, kind: str, tokens: int) -> int:
+    """Characters (bytes) of all tokens but the first; words with the space before each."""
+    if kind != "word":
+        return tokens - 1
+    words = [word for line in text.lines for word in line.split()]
+    return sum(len(word) + 1 for word in words[1:tokens])

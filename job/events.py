@@ -72,9 +72,10 @@ class Failed(Event):
 
 @dataclass(frozen=True)
 class Crashed(Event):
-    """A worker ended by an error of its own; the group starts again."""
+    """A worker ended by an error of its own; its group, of so many workers, starts again."""
 
     message: str
+    workers: int
 
 
 Post = Callable[[Event], None]

@@ -1,6 +1,6 @@
 """Who may write into a run's folder: one living driver.
 
-``owner.json`` names the driver (host, boot, process, and a word of its own) and when it last showed
+``owner.json`` names the driver (host, machine, boot, process, and a word of its own) and when it last showed
 a sign of life. A driver is provably dead when its process is gone from the host we are on, or that
 host has been started anew; of one elsewhere only a long silence tells. Before each commit the
 driver looks whether the file still names it.
@@ -32,6 +32,7 @@ class Lease:
     def __init__(self, folder: Folder, owner: dict[str, Any]) -> None:
         self.folder = folder
         self.owner = owner
+        self.checked = time.time()
         self.released = threading.Event()
         self.thread = threading.Thread(target=self._beat, daemon=True)
         self.thread.start()
@@ -43,10 +44,19 @@ class Lease:
                 _write(self.folder, self.owner)
 
     def check(self) -> None:
-        """RunFailed where another driver has taken the run over."""
-        found = _read(self.folder)
+        """RunFailed where another driver has taken the run over; OSError where that cannot be read."""
+        try:
+            found = _parsed(self.folder.read(OWNER, 4096))
+        except FileNotFoundError:
+            found = None
         if found is None or found["word"] != self.owner["word"]:
             raise RunFailed(f"{self.folder}: another driver has taken this run over; this one writes no more")
+        self.checked = time.time()
+
+    def check_now_and_then(self) -> None:
+        """``check``, unless it was done within two signs of life; by the wall's clock, which runs on in sleep."""
+        if abs(time.time() - self.checked) > 2 * BEAT:
+            self.check()
 
     def release(self) -> None:
         """Gives the run back, so that the next driver need not ask."""
@@ -75,6 +85,7 @@ def acquire(folder: Folder) -> Lease:
     """Takes the run; UserError where a living driver has it."""
     owner = {
         "host": socket.gethostname(),
+        "machine": _machine(),
         "boot": _boot(),
         "pid": os.getpid(),
         "born": _birth(os.getpid()),
@@ -106,10 +117,17 @@ def _one_at_a_time(folder: Folder) -> Iterator[None]:
 
 def _read(folder: Folder) -> dict[str, Any] | None:
     try:
-        owner = json.loads(folder.read(OWNER, 4096))
-        types = {"host": str, "boot": str, "pid": int, "born": str, "word": str, "beat": float}
+        return _parsed(folder.read(OWNER, 4096))
+    except OSError:
+        return None
+
+
+def _parsed(data: bytes) -> dict[str, Any] | None:
+    try:
+        owner = json.loads(data)
+        types = {"host": str, "machine": str, "boot": str, "pid": int, "born": str, "word": str, "beat": float}
         return owner if all(type(owner[key]) is kind for key, kind in types.items()) else None
-    except (OSError, ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError):
         return None
 
 
@@ -118,9 +136,18 @@ def _write(folder: Folder, owner: dict[str, Any]) -> None:
 
 
 def _is_dead(owner: dict[str, Any]) -> bool:
-    if owner["host"] == socket.gethostname():
+    if owner["host"] == socket.gethostname() and owner["machine"] == _machine():
         return bool(owner["boot"] != _boot() or owner["born"] != _birth(owner["pid"]))
     return bool(time.time() - owner["beat"] > SILENCE)
+
+
+def _machine() -> str:
+    """Which machine, and which container on it: only there does a process's number tell anything."""
+    with contextlib.suppress(OSError):
+        return f"{Path('/etc/machine-id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    with contextlib.suppress(OSError):
+        return os.readlink("/proc/self/ns/pid")
+    return ""
 
 
 def _boot() -> str:

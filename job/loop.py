@@ -83,6 +83,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     gradients: Summed | Ordered
     stream: Stream
+    total_steps: int
     groups: Sequence[range]
     device: torch.device
     autocast: torch.dtype | None
@@ -113,10 +114,9 @@ def steps(learner: Learner, options: config.Config, signals: Callable[[], Signal
     """
     progress, stream = learner.progress, learner.stream
     num_windows = stream.cut(progress.epoch).num_windows
-    total_steps = stream.total_steps(options.train)
     learner.model.train()
     while progress.window < num_windows and not is_done(progress, options.train):
-        rate = optimizer.learning_rate(options.optimizer, progress.step, total_steps)
+        rate = optimizer.learning_rate(options.optimizer, progress.step, learner.total_steps)
         tally, learner.state = learner.gradients(_window(learner, options), learner.state, signals())
         if not math.isfinite(tally.nats):
             raise Diverged(

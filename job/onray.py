@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,11 +21,11 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from job.cluster import Placement
 from job.config import Config
 from job.driver import Follow, Wishes
-from job.errors import RunFailed, UserError
+from job.errors import RunFailed
 from job.gradients import Signals
 from job.record import Recorder
 from job.screen import Screen
-from job.storage import Folder, is_address
+from job.storage import Folder
 from job.trainer import Plan
 from job.worker import Mailbox, train_worker
 
@@ -39,7 +38,6 @@ REQUESTER = "requester"  # the file in it with the name under which workers are 
 @contextmanager
 def launch(options: Config, screen: Screen) -> Iterator[Follow]:
     """A launcher for workers on a cluster."""
-    _refuse_storage_that_a_job_loses(options.run.storage)
     _tell_ray_how_patient_to_be(options)
     fits: list[threading.Thread] = []
     placement = cluster.connect(options.scale)
@@ -62,15 +60,6 @@ def launch(options: Config, screen: Screen) -> Iterator[Follow]:
             fit.join(PATIENCE)
         if not any(fit.is_alive() for fit in fits):
             ray.shutdown()
-
-
-def _refuse_storage_that_a_job_loses(storage: str) -> None:
-    relative = not is_address(storage) and not Path(storage).expanduser().is_absolute()
-    if relative and cluster.inside_a_job():
-        raise UserError(
-            f"run.storage = {storage}: lies in this job's session folder and would be lost with it; "
-            "give an absolute path that all nodes see, or an object store"
-        )
 
 
 def _tell_ray_how_patient_to_be(options: Config) -> None:
@@ -136,9 +125,12 @@ class _Following:
         self.thread.start()
         try:
             self._take_events()
+            self.recorder.lease.check()
+            self.recorder.folder.remove(RAY_FOLDER)
+        except ray.exceptions.RayError as error:
+            raise RunFailed(f"Ray ended: {_first_line(error)}") from None
         finally:
             self.mailbox.end.remote()
-            self.recorder.folder.remove(RAY_FOLDER)
 
     def _take_events(self) -> None:
         told, silent_since, asked = False, time.monotonic(), False
@@ -149,6 +141,8 @@ class _Following:
             if self.wishes.save:
                 self.wishes.save = False
                 ray.get(self.mailbox.order.remote(Signals(checkpoint=True)))
+            if self.wishes.status and not self.recorder.started:
+                raise KeyboardInterrupt  # no worker stands that could save anything
             if self.wishes.status and not asked:
                 ray.get(self.mailbox.order.remote(Signals(stop=True)))
                 asked = True

@@ -1,5 +1,6 @@
 """Events to the run's folder and to the screen: metrics, TensorBoard, and the commit of checkpoints."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -7,9 +8,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tensorboardX import SummaryWriter
-
 from job import checkpoint, events
+from job.board import Board
 from job.checkpoint import Checkpoint, Receipt
 from job.config import Config
 from job.errors import RunFailed
@@ -40,9 +40,9 @@ class Recorder:
         self.finished: events.Finished | None = None
         self.failed: str | None = None
         self.committed: list[Checkpoint] = []
-        self.setbacks = 0
+        self.setbacks = 0.0
         self.parts: dict[str, list[Receipt]] = {}
-        self.board: SummaryWriter | None = None
+        self.board: Board | None = None
         if folder.local is None and folder.has(METRICS):
             (self.place / METRICS).write_bytes(folder.read(METRICS))
 
@@ -91,11 +91,11 @@ class Recorder:
     def _crash(self, event: events.Crashed) -> None:
         self.screen.warn(event.message)
         if event.attempt != self.attempt:  # before its group even stood
-            self._setback(event.message)
+            self._setback(event.message, 1 / event.workers)
 
-    def _setback(self, why: str) -> None:
+    def _setback(self, why: str, weight: float = 1.0) -> None:
         """Counts starts that led to no checkpoint: what fails each time will fail for ever."""
-        self.setbacks += 1
+        self.setbacks += weight
         if self.setbacks > TRIES:
             self.failed = f"the workers started {TRIES} times without getting to a checkpoint; last: {why}"
 
@@ -106,13 +106,13 @@ class Recorder:
         self.started, self.finished = event, None
         self._setback(f"from step {event.step}")
         self.parts.clear()
-        checkpoint.clear_for(self.checkpoints, event.step)
+        checkpoint.clear_for(self.checkpoints, event.step, event.attempt)
         found = checkpoint.committed(self.checkpoints)
         self.committed = [entry for entry in found if isinstance(entry, Checkpoint)]
-        self._cut_metrics(event.step)
+        rows = self._cut_metrics(event.step)
         if self.board:
             self.board.close()
-        self.board = SummaryWriter(str(self.place / "tensorboard"), purge_step=event.step + 1 if event.step else None)
+        self.board = Board(self.place / "tensorboard", rows)
         for problem in event.passed_over:
             self.screen.warn(f"{problem}; the one before it is used")
         self._say_start(event)
@@ -130,18 +130,18 @@ class Recorder:
         if event.step:
             self.screen.line(f"goes on from step {event.step:,} of {event.total_steps:,}")
 
-    def _cut_metrics(self, step: int) -> None:
-        path = self.place / METRICS
-        rows = read_rows(path.read_bytes()) if path.exists() else []
-        kept = [json.dumps(row) for row in rows if row["step"] <= step]
-        Folder(str(self.place)).write(METRICS, "".join(f"{line}\n" for line in kept).encode())
+    def _cut_metrics(self, step: int) -> list[dict[str, Any]]:
+        """Leaves the rows up to a step, and gives them."""
+        kept = [row for row in self.rows() if row["step"] <= step]
+        Folder(str(self.place)).write(METRICS, "".join(f"{json.dumps(row)}\n" for row in kept).encode())
+        return kept
 
     def _row(self, row: dict[str, Any]) -> None:
+        self.lease.check_now_and_then()
         with (self.place / METRICS).open("a") as file:
             file.write(json.dumps(row) + "\n")
         assert self.board
-        for name in ("perplexity", "nats", "tokens_per_second", "learning_rate"):
-            self.board.add_scalar(f"{name}/{row['split']}", row[name], row["step"])
+        self.board.add(row)
         if row["split"] != "train":
             self._pulse(
                 events.Pulse(self.attempt, row["epoch"], row["step"], row["nats"], row["tokens_per_second"]),
@@ -203,6 +203,7 @@ class Recorder:
     def close(self) -> None:
         """Lets go of files."""
         if self.board:
-            self.board.close()
+            with contextlib.suppress(OSError):
+                self.board.close()
         if self.folder.local is None:
             shutil.rmtree(self.place, ignore_errors=True)

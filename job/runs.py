@@ -1,8 +1,10 @@
 """Runs that exist: which one is meant, and what it holds."""
 
 import json
+import os
 import re
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from job import checkpoint, config, parse
@@ -10,7 +12,7 @@ from job.checkpoint import Checkpoint, Restored, Unsound
 from job.config import Config
 from job.errors import UserError
 from job.loop import Progress, is_done
-from job.storage import Folder
+from job.storage import Folder, is_address
 from job.trainer import latest_sound
 
 RESULT = "result.json"
@@ -39,6 +41,7 @@ def choose(options: Config, stem: str) -> tuple[Folder, Config, Previous | None]
     What an earlier start resolved (``corpus.source = auto``) stays resolved. UserError where the
     name is taken by another configuration, or ``run.resume`` does not allow what is found.
     """
+    _refuse_storage_that_a_job_loses(options.run.storage)
     storage = Folder.at(options.run.storage)
     name = options.run.name or _default_name(storage, options, stem)
     options = replace(options, run=replace(options.run, name=name))
@@ -57,12 +60,24 @@ def choose(options: Config, stem: str) -> tuple[Folder, Config, Previous | None]
     return folder, options, previous
 
 
+def _refuse_storage_that_a_job_loses(storage: str) -> None:
+    """UserError for a relative path inside ``ray job submit``, whose working directory goes with it."""
+    relative = not is_address(storage) and not Path(storage).expanduser().is_absolute()
+    if relative and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+        raise UserError(
+            f"run.storage = {storage}: lies in this job's session folder and would be lost with it; "
+            "give an absolute path that all nodes see, or an object store"
+        )
+
+
 def read(folder: Folder) -> Previous | None:
     """What is known of the run in a folder; None where there is none."""
     try:
         text = folder.read(CONFIG, _LARGEST).decode()
-    except (OSError, UnicodeDecodeError):
+    except (FileNotFoundError, NotADirectoryError):
         return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder}/{CONFIG}: cannot be read: {error}") from None
     return Previous(parse.from_toml(text, f"{folder}/{CONFIG}"), read_result(folder))
 
 
@@ -78,7 +93,11 @@ def read_result(folder: Folder) -> dict[str, Any] | None:
 def _default_name(storage: Folder, options: Config, stem: str) -> str:
     """The stem and a number: the last one if it can go on with this configuration, else the next."""
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._") or "run"
-    taken = [int(m[1]) for m in (re.fullmatch(rf"{re.escape(stem)}-(\d+)", name) for name in storage.names()) if m]
+    try:
+        names = storage.names()
+    except OSError as error:
+        raise UserError(f"run.storage = {storage}: cannot be read: {error}") from None
+    taken = [int(m[1]) for m in (re.fullmatch(rf"{re.escape(stem)}-(\d+)", name) for name in names) if m]
     last = max(taken, default=0)
     if last and options.run.resume != "never":
         previous = read(storage / f"{stem}-{last}")

@@ -122,8 +122,9 @@ class Folder:
             missing = self._missing_parents()
             self.write(".writable", b"")
             self.remove(".writable")
-            for folder in missing:
-                folder.rmdir()
+            with contextlib.suppress(OSError):  # another run may have begun to use them
+                for folder in missing:
+                    folder.rmdir()
         except OSError as error:
             reason = error.strerror or str(error).splitlines()[0]
             raise UserError(f"run.storage = {self}: cannot be written to: {reason}") from None

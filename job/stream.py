@@ -45,8 +45,12 @@ class Stream:
 
     def total_steps(self, train: config.Train) -> int:
         """Windows of all epochs, or ``max_steps`` where that is less."""
-        steps = sum(self.cut(epoch).num_windows for epoch in range(train.epochs))
-        return min(steps, train.max_steps or steps)
+        steps = 0
+        for epoch in range(train.epochs):
+            steps += self.cut(epoch).num_windows
+            if train.max_steps and steps >= train.max_steps:
+                return train.max_steps
+        return steps
 
     def window(self, epoch: int, index: int, lanes: range) -> tuple[Tensor, Tensor]:
         """Inputs and targets of some lanes in one window: two (T, B) int64."""

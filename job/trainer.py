@@ -83,6 +83,7 @@ def latest_sound(folder: Folder) -> tuple[Checkpoint | None, tuple[str, ...]]:
             continue
         try:
             checkpoint.verify(found)
+            checkpoint.restore(found)
         except Unsound as error:
             passed_over.append(str(error))
         else:
@@ -90,14 +91,15 @@ def latest_sound(folder: Folder) -> tuple[Checkpoint | None, tuple[str, ...]]:
     return None, tuple(passed_over)
 
 
-def learner_of(plan: Plan, stream: Stream, world: World, found: Checkpoint | None) -> tuple[Learner, str]:
+def learner_of(
+    plan: Plan, stream: Stream, world: World, found: Checkpoint | None, precision_name: str
+) -> tuple[Learner, str]:
     """This worker's share of the run as the checkpoint has it, or new; and the precision's name."""
     options, device = plan.config, world.device
     restored = checkpoint.restore(found) if found else None
-    wanted = options.train.precision
-    if restored and wanted == "auto":  # a run keeps its precision wherever it goes on
-        wanted = restored.facts["precision"]
-    precision = precision_of(wanted, device)
+    if restored:  # a run keeps its precision wherever it goes on
+        precision_name = restored.facts["precision"]
+    precision = precision_of(precision_name, device)
     net = model.build(options.model, len(plan.vocabulary), options.run.seed).to(device, precision.weights)
     if restored:
         model.load_weights(net, restored.weights, str(plan.checkpoints))
@@ -112,7 +114,9 @@ def learner_of(plan: Plan, stream: Stream, world: World, found: Checkpoint | Non
     )
     gradients = (Ordered if reproducible else Summed)(net, precision.autocast, world.size)
     progress = restored.progress if restored else Progress()
-    learner = Learner(net, updates, gradients, stream, groups, device, precision.autocast, progress)
+    learner = Learner(
+        net, updates, gradients, stream, stream.total_steps(options.train), groups, device, precision.autocast, progress
+    )
     if found:
         progress.restarts += 1
         state = checkpoint.lane_state(found, learner.lanes)
@@ -130,21 +134,25 @@ class _Worker:
         torch.use_deterministic_algorithms(self.options.train.reproducible)
         training, self.validation = parts_of_text(tokens, self.options.corpus.validation_fraction)
         stream = Stream(training, self.options.stream, self.options.run.seed)
-        found, self.passed_over = self._agreed_checkpoint(plan.checkpoints)
-        self.learner, self.precision = learner_of(plan, stream, world, found)
-        self.total_steps = stream.total_steps(self.options.train)
+        found, self.passed_over, precision = self._agreed(plan.checkpoints)
+        self.learner, self.precision = learner_of(plan, stream, world, found, precision)
         self.writer = _Writer(plan, world, link.post, self.precision)
         self.rate = self.options.optimizer.learning_rate
         self.report_lap = self.pulse_lap = _Lap(self.progress.tokens)
         self.epoch_lap = _Lap(self.progress.tokens)
         self.clock = self.saved_at = self.looked_at = time.monotonic()
 
-    def _agreed_checkpoint(self, folder: Folder) -> tuple[Checkpoint | None, tuple[str, ...]]:
-        """The last sound checkpoint; one worker looks, so that all go on from the same."""
-        chosen: list[Any] = [latest_sound(folder) if self.world.rank == 0 else None]
+    def _agreed(self, folder: Folder) -> tuple[Checkpoint | None, tuple[str, ...], str]:
+        """The last sound checkpoint, what is wrong with later ones, and the precision for a new run.
+
+        One worker looks and chooses, so that all do the same on whatever they run.
+        """
+        chosen: list[Any] = [None]
+        if self.world.rank == 0:
+            chosen = [(*latest_sound(folder), precision_of(self.options.train.precision, self.world.device).name)]
         if self.world.size > 1:
             dist.broadcast_object_list(chosen)
-        found: tuple[Checkpoint | None, tuple[str, ...]] = chosen[0]
+        found: tuple[Checkpoint | None, tuple[str, ...], str] = chosen[0]
         return found
 
     @property
@@ -157,13 +165,15 @@ class _Worker:
         try:
             while not stopped and not loop.is_done(self.progress, self.options.train):
                 stopped = self._epoch()
+            if self.writer.last != self.progress.step:
+                self._save()
+            if self.writer.last != self.progress.step:
+                raise Diverged(f"weights are no longer finite after step {self.progress.step}")
         except Diverged:  # all workers see it at the same step; what was good is kept
             self.writer.finish()
             if self.world.size > 1:
                 dist.barrier()
             raise
-        if self.writer.last != self.progress.step:
-            self._save()
         self.writer.finish()
         last = copy.deepcopy(self.progress)
         name = checkpoint.name_of(last.step, self.world.attempt)
@@ -252,7 +262,7 @@ class _Worker:
                 device_name(self.world.device),
                 self.precision,
                 sum(weight.numel() for weight in self.learner.model.parameters()),
-                self.total_steps,
+                self.learner.total_steps,
                 self.passed_over,
             )
         )

@@ -1,6 +1,7 @@
 """The function that Ray Train runs on each worker, and the mailbox between workers and driver."""
 
 import asyncio
+import itertools
 import re
 import threading
 import uuid
@@ -27,13 +28,19 @@ class Mailbox:
 
     def __init__(self) -> None:
         self.events: asyncio.Queue[Event] = asyncio.Queue()
+        self.held: dict[str, dict[int, Event]] = {}  # Ray may swap the calls of one sender
+        self.taken: dict[str, int] = {}
         self.orders: list[Signals] = []
         self.ordered = asyncio.Condition()
         self.over = False
 
-    async def post(self, event: Event) -> None:
-        """From a worker."""
-        await self.events.put(event)
+    async def post(self, sender: str, number: int, event: Event) -> None:
+        """From a worker: its event of that number, from 0; those before it are waited for."""
+        held = self.held.setdefault(sender, {})
+        held[number] = event
+        while (following := self.taken.get(sender, 0)) in held:
+            self.events.put_nowait(held.pop(following))
+            self.taken[sender] = following + 1
 
     async def collect(self, timeout: float) -> list[Event]:
         """For the driver: what has come; waits so many seconds for the first event.
@@ -76,8 +83,11 @@ class _RayLink:
 
     def __init__(self, mailbox: Any, rank: int) -> None:
         self.mailbox = mailbox
+        self.name = uuid.uuid4().hex
+        self.sent: list[Any] = []  # calls, of which the last ones may not have arrived
+        self.numbers = itertools.count()
+        self.lock = threading.Lock()
         self.wanted = Signals()
-        self.last: Any = None
         if rank == 0:  # one worker's word is everybody's: signals are added up over all
             threading.Thread(target=self._listen, daemon=True).start()
 
@@ -89,19 +99,21 @@ class _RayLink:
             except Exception:  # the driver is gone, and with it soon this process
                 return
             seen += len(orders)
-            for order in orders:
-                self.wanted = Signals(*(a or b for a, b in zip(self.wanted, order, strict=True)))
+            with self.lock:
+                for order in orders:
+                    self.wanted = Signals(*(a or b for a, b in zip(self.wanted, order, strict=True)))
 
     def post(self, event: Event) -> None:
-        self.last = self.mailbox.post.remote(event)
+        with self.lock:  # the loop posts, and the thread that writes checkpoints
+            self.sent = [*self.sent[-100:], self.mailbox.post.remote(self.name, next(self.numbers), event)]
 
     def flush(self) -> None:
-        """Waits until the last event has arrived."""
-        if self.last is not None:
-            ray.get(self.last)
+        """Waits until all events have arrived."""
+        ray.get(self.sent)
 
     def signals(self) -> Signals:
-        asked, self.wanted = self.wanted, self.wanted._replace(checkpoint=False)
+        with self.lock:
+            asked, self.wanted = self.wanted, self.wanted._replace(checkpoint=False)
         return asked
 
     def leaving(self) -> bool:
@@ -127,7 +139,7 @@ def train_worker(task: dict[str, Any]) -> None:
         tokens: np.ndarray = ray.get(task["tokens"])
         trainer.train(plan, tokens, world, link)
     except Exception as error:
-        link.post(Crashed(attempt, f"worker {rank} of {size} ended: {_in_a_line(error)}"))
+        link.post(Crashed(attempt, f"worker {rank} of {size} ended: {_in_a_line(error)}", size))
         raise
     finally:
         link.flush()

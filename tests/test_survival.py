@@ -20,6 +20,7 @@ from job.loop import Progress
 from job.storage import Folder
 from job.trainer import latest_sound
 
+GOLDEN = ROOT / "tests" / "golden" / "format-1" / "step-000030-901de0"
 GOLDEN_WEIGHTS = "dc1bf71977736643653bbf855d05319b50205fb73b268713437b8096619f42a6"
 
 
@@ -88,9 +89,9 @@ class Torn:
 
 def write_checkpoint(folder: Folder, step: int, attempt: str) -> None:
     """As driver and worker do it, the clearing before and the pruning after included."""
-    checkpoint.clear_for(folder, step - 10)
+    checkpoint.clear_for(folder, step - 10, attempt)
     name = checkpoint.name_of(step, attempt)
-    files = {"model.safetensors": bytes([step]) * 5000, "progress.json": b"{}"}
+    files = {path.name: path.read_bytes() for path in GOLDEN.iterdir() if path.name != "manifest.json"}
     receipt = checkpoint.write_part(folder, name, files, 1, Progress(step=step))
     checkpoint.commit(folder, name, [receipt])
     for old in checkpoint.committed(folder)[:-2]:
@@ -194,6 +195,7 @@ def bucket():
     server.wait()
 
 
+@pytest.mark.slow
 def test_a_run_on_an_object_store_is_the_same_run(bucket, prose, tmp_path):
     more = ["--train.log_every", 5, "--train.checkpoint_every", 10]
     assert job(*flags(prose, tmp_path, *more)).status == 0
@@ -262,6 +264,7 @@ def test_a_driver_that_lost_its_run_writes_no_more(tmp_path):
     first.released.set()
 
 
+@pytest.mark.slow
 def test_a_killed_driver_is_replaced_at_once_and_nothing_is_lost(prose, tmp_path):
     """And a second driver, while the first lives, is refused before anything is touched."""
     more = ["--train.epochs", 12, "--train.log_every", 1, "--train.checkpoint_every", 7]
@@ -290,11 +293,10 @@ def test_a_killed_driver_is_replaced_at_once_and_nothing_is_lost(prose, tmp_path
 
 def test_the_golden_checkpoint_opens():
     """One of format 1, kept as it was written; what it says is what it said then."""
-    golden = ROOT / "tests" / "golden" / "format-1"
-    said = job("generate", golden / "step-000030-901de0", "--generate.prefix", "the", "--generate.length", 20)
+    said = job("generate", GOLDEN, "--generate.prefix", "the", "--generate.length", 20)
     assert said.status == 0, said.err
-    assert said.out == (golden / "said.txt").read_text()
-    found, restored = runs.open_checkpoint(str(golden / "step-000030-901de0"))
+    assert said.out == (GOLDEN.parent / "said.txt").read_text()
+    found, restored = runs.open_checkpoint(str(GOLDEN))
     assert checkpoint.weights_sha256(restored.weights) == GOLDEN_WEIGHTS
     assert (found.step, restored.progress.step, restored.progress.window) == (30, 30, 30)
     hidden, memory = checkpoint.lane_state(found, range(3, 7))
@@ -319,3 +321,41 @@ def test_memory_does_not_grow(prose, tmp_path):
     second_half = [size for step, size in sizes.items() if 5000 <= step < 10_000]  # at the end it draws the curve
     assert len(second_half) > 10
     assert max(second_half) - min(second_half) < 4 << 20, second_half
+
+
+# --- a group of workers that starts while the last one's parts lie there ---
+
+
+def test_what_a_new_attempt_has_begun_to_write_stays(tmp_path):
+    """The driver hears of a start a moment after it; by then the first parts may be written."""
+    folder = Folder(str(tmp_path))
+    write_checkpoint(folder, 10, "aaaaaa")
+    for attempt in ("aaaaaa", "bbbbbb"):
+        (folder / checkpoint.name_of(20, attempt)).write("model.safetensors", b"a part")
+    checkpoint.clear_for(folder, 10, "bbbbbb")
+    assert folder.names() == ["step-000010-aaaaaa", "step-000020-bbbbbb"]
+
+
+def test_weights_that_burst_at_the_last_step_are_told(prose, tmp_path):
+    ended = job(
+        *flags(
+            prose, tmp_path, "--train.max_steps", 1, "--optimizer.learning_rate", 1e38, "--optimizer.weight_decay", 1e3
+        )
+    )
+    assert ended.status == 1
+    assert "no longer finite" in ended.err
+
+
+def test_events_of_one_worker_are_taken_in_order():
+    """Ray may swap calls to an actor that is asynchronous."""
+    import asyncio
+
+    from job.worker import Mailbox
+
+    async def swapped():
+        box = Mailbox.__ray_metadata__.modified_class()
+        for number in (1, 0, 3, 2):
+            await box.post("worker", number, number)
+        return await box.collect(1.0)
+
+    assert asyncio.run(swapped()) == [0, 1, 2, 3]
