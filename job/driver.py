@@ -5,9 +5,11 @@ How workers are started is the launcher's affair: in this process, or by Ray on 
 
 import json
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -198,8 +200,14 @@ def _what_is_kept(folder: Folder) -> str:
         return "no checkpoint was written yet: the same command starts anew"
     return (
         f"step {found[-1].step:,} is kept: the same command with --run.name {folder.address.rpartition('/')[2]} "
-        f"goes on, python -m job generate {folder} lets it speak"
+        f"goes on, {_python()} -m job generate {folder} lets it speak"
     )
+
+
+def _python() -> str:
+    """This Python, as one would type it here."""
+    path = Path(sys.executable)
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else "python"
 
 
 def _show(result: dict[str, Any], folder: Folder, screen: Screen) -> None:
@@ -218,4 +226,4 @@ def _show(result: dict[str, Any], folder: Folder, screen: Screen) -> None:
     screen.line()
     for name, file in (("curve", "perplexity.png"), ("metrics", "metrics.jsonl"), ("checkpoint", result["checkpoint"])):
         screen.line(f"{name:<11}{folder / file}")
-    screen.line(f"{'continue':<11}python -m job generate {folder} --generate.prefix '…'")
+    screen.line(f"{'continue':<11}{_python()} -m job generate {folder} --generate.prefix '…'")

@@ -72,10 +72,16 @@ class Failed(Event):
 
 @dataclass(frozen=True)
 class Crashed(Event):
-    """A worker ended by an error of its own; its group, of so many workers, starts again."""
+    """A worker ended by an error of its own."""
 
     message: str
-    workers: int
+
+
+@dataclass(frozen=True)
+class GroupFailed(Event):
+    """A group of workers failed, whatever the cause, and Ray starts another; ``attempt`` is not known."""
+
+    message: str
 
 
 Post = Callable[[Event], None]

@@ -1,6 +1,7 @@
 """A run on Ray: the launcher that has Ray Train start the workers, and carries their events."""
 
 import contextlib
+import itertools
 import math
 import os
 import threading
@@ -14,7 +15,7 @@ import numpy as np
 from job import cluster  # isort: skip  first: it sets what Ray reads when it is imported
 import ray
 import ray.util
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -22,12 +23,13 @@ from job.cluster import Placement
 from job.config import Config
 from job.driver import Follow, Wishes
 from job.errors import RunFailed
+from job.events import GroupFailed
 from job.gradients import Signals
 from job.record import Recorder
 from job.screen import Screen
 from job.storage import Folder
 from job.trainer import Plan
-from job.worker import Mailbox, train_worker
+from job.worker import Mailbox, in_a_line, train_worker
 
 POLL = 1.0  # seconds that a signal, or the end of Ray Train, may go unnoticed
 PATIENCE = 10.0  # seconds without workers after which the user is told what is waited for
@@ -69,6 +71,20 @@ def _tell_ray_how_patient_to_be(options: Config) -> None:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
 
 
+class _Failures(UserCallback):
+    """Tells the driver, from Ray's controller, of each group of workers that failed."""
+
+    def __init__(self, mailbox: Any) -> None:
+        self.mailbox = mailbox
+        self.numbers = itertools.count()
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        """Called by Ray once for each failure, with the errors of the workers that had one."""
+        rank, error = sorted(worker_exceptions.items())[0]
+        event = GroupFailed("", f"worker {rank}: {in_a_line(error)}")
+        self.mailbox.post.remote("controller", next(self.numbers), event)
+
+
 class _Following:
     """One run of Ray Train, whose events the driver's main thread takes as they come."""
 
@@ -108,6 +124,7 @@ class _Following:
                 storage_path=self.recorder.folder.address,
                 failure_config=FailureConfig(max_failures=-1),
                 logging_config=LoggingConfig(log_level="ERROR"),
+                callbacks=[_Failures(self.mailbox)],
             ),
         )
 

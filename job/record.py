@@ -40,7 +40,7 @@ class Recorder:
         self.finished: events.Finished | None = None
         self.failed: str | None = None
         self.committed: list[Checkpoint] = []
-        self.setbacks = 0.0
+        self.setbacks = 0
         self.parts: dict[str, list[Receipt]] = {}
         self.board: Board | None = None
         if folder.local is None and folder.has(METRICS):
@@ -67,7 +67,9 @@ class Recorder:
         if isinstance(event, events.Started):
             return self._writing(self._start, event)
         if isinstance(event, events.Crashed):
-            return self._crash(event)
+            return self.screen.warn(event.message)
+        if isinstance(event, events.GroupFailed):
+            return self._setback(event.message)
         if isinstance(event, events.Failed) and event.attempt not in self.attempts[:-1]:
             self.failed = event.message  # perhaps before the group stood
         if event.attempt != self.attempt:
@@ -88,23 +90,17 @@ class Recorder:
         except OSError as error:
             raise RunFailed(f"{self.folder}: cannot be written to: {error.strerror or error}") from None
 
-    def _crash(self, event: events.Crashed) -> None:
-        self.screen.warn(event.message)
-        if event.attempt != self.attempt:  # before its group even stood
-            self._setback(event.message, 1 / event.workers)
-
-    def _setback(self, why: str, weight: float = 1.0) -> None:
-        """Counts starts that led to no checkpoint: what fails each time will fail for ever."""
-        self.setbacks += weight
-        if self.setbacks > TRIES:
-            self.failed = f"the workers started {TRIES} times without getting to a checkpoint; last: {why}"
+    def _setback(self, why: str) -> None:
+        """Counts failures with no checkpoint between them: what fails each time will fail for ever."""
+        self.setbacks += 1
+        if self.setbacks >= TRIES:
+            self.failed = f"the workers failed {TRIES} times without getting to a checkpoint; at last: {why}"
 
     def _start(self, event: events.Started) -> None:
         """A group of workers goes on from a step: what came after it will come again."""
         self.lease.check()
         self.attempts.append(event.attempt)
         self.started, self.finished = event, None
-        self._setback(f"from step {event.step}")
         self.parts.clear()
         checkpoint.clear_for(self.checkpoints, event.step, event.attempt)
         found = checkpoint.committed(self.checkpoints)

@@ -139,13 +139,13 @@ def train_worker(task: dict[str, Any]) -> None:
         tokens: np.ndarray = ray.get(task["tokens"])
         trainer.train(plan, tokens, world, link)
     except Exception as error:
-        link.post(Crashed(attempt, f"worker {rank} of {size} ended: {_in_a_line(error)}", size))
+        link.post(Crashed(attempt, f"worker {rank} of {size} ended: {in_a_line(error)}"))
         raise
     finally:
         link.flush()
 
 
-def _in_a_line(error: Exception) -> str:
+def in_a_line(error: Exception) -> str:
     """What went wrong, without the places in torch's source that its messages begin with."""
     first = str(error).partition("\n")[0]
     said = re.sub(r"\[\S+/\S+:\d+\] ", "", first.rpartition("RuntimeError: ")[2])

@@ -103,6 +103,19 @@ class Storm:
             node = self.nodes.pop(luck.randrange(len(self.nodes)))
             self.cluster.remove_node(node, allow_graceful=blow == "node leaves")
 
+    def announce_preemption(self, node_id: str, seconds: int) -> None:
+        """As a cloud's agent tells Ray that a spot node will be taken."""
+        words = ["drain-node", "--address", self.cluster.address, "--node-id", node_id]
+        words += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
+        ray = Path(sys.executable).parent / "ray"
+        subprocess.run(
+            [str(ray), *words, "--deadline-remaining-seconds", str(seconds)], check=True, stdout=subprocess.DEVNULL
+        )
+
+    def node_of_a_worker(self) -> str:
+        """The node on which one of the workers runs."""
+        return str(self.nodes[0].node_id)
+
     def close(self) -> None:
         if self.driver and self.driver.poll() is None:
             self.driver.kill()

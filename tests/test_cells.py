@@ -1,5 +1,7 @@
 """A user's own cells, through the command line; the first is the README's example."""
 
+import os
+
 import torch
 from conftest import job, result
 from torch import nn
@@ -26,3 +28,16 @@ def test_torchs_own_module_is_a_cell_and_trains_as_ours(prose, tmp_path):
     assert (ours.status, theirs.status) == (0, 0), ours.err + theirs.err
     assert result(tmp_path / "ours")["weights_sha256"] == result(tmp_path / "theirs")["weights_sha256"]
     assert torch.get_default_dtype() == torch.float32
+
+
+class Dies(nn.Module):
+    """Takes its process with it in the second window: no Python error is left to tell of it."""
+
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int) -> None:
+        super().__init__()
+        self.layer = nn.Linear(input_size, hidden_size)
+
+    def forward(self, inputs, state):
+        if state is not None and len(inputs) > 3:  # not where the protocol is tried
+            os._exit(1)
+        return self.layer(inputs), inputs.new_zeros(1, inputs.shape[1], 1)

@@ -156,3 +156,37 @@ def test_sigterm_on_ray_saves_and_stops(prose, tmp_path):
     out, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (143, "")
     assert "stopped at step" in out
+
+
+@pytest.mark.slow
+def test_workers_that_always_die_end_the_run(prose, tmp_path):
+    """Not by trying for ever, even where nothing is left to say why."""
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    words = small(prose, tmp_path, "run", "--scale.workers", 1, "--model.cell", "test_cells:Dies")
+    process = start_job(*words, env={"RAY_ADDRESS": "", "PYTHONPATH": path})
+    _, err = process.communicate(timeout=240)
+    assert process.returncode == 1
+    assert "the workers failed 6 times without getting to a checkpoint" in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_before_a_node_is_taken_away_the_run_is_saved(prose, tmp_path):
+    """Ray announces a pre-emption; no other checkpoint is due for a thousand seconds or an epoch."""
+    flags = small(prose, tmp_path, "storm", "--model.cell", "lstm", "--train.checkpoint_every", "1000s")[1:]
+    flags += ["--train.epochs", 4, "--stream.num_steps", 2, "--train.reproducible", "true", "--train.precision", "fp32"]
+    flags = [str(flag) for flag in flags]
+    it = storm.Storm(flags, tmp_path, "2")
+    try:
+        it.start_driver()
+        assert it.wait_for_step(50)
+        busy = storm.processes("ray::RayTrainWorker")
+        assert len(busy) == 2
+        begun = time.monotonic()
+        it.announce_preemption(it.node_of_a_worker(), 15)
+        while not list(it.run.glob("checkpoints/*/manifest.json")):
+            assert time.monotonic() - begun < 14, "nothing was saved before the node went"
+            assert it.driver.poll() is None
+            time.sleep(0.05)
+    finally:
+        it.close()
