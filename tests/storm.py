@@ -112,10 +112,6 @@ class Storm:
             [str(ray), *words, "--deadline-remaining-seconds", str(seconds)], check=True, stdout=subprocess.DEVNULL
         )
 
-    def node_of_a_worker(self) -> str:
-        """The node on which one of the workers runs."""
-        return str(self.nodes[0].node_id)
-
     def close(self) -> None:
         if self.driver and self.driver.poll() is None:
             self.driver.kill()

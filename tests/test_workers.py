@@ -176,14 +176,14 @@ def test_before_a_node_is_taken_away_the_run_is_saved(prose, tmp_path):
     flags = small(prose, tmp_path, "storm", "--model.cell", "lstm", "--train.checkpoint_every", "1000s")[1:]
     flags += ["--train.epochs", 4, "--stream.num_steps", 2, "--train.reproducible", "true", "--train.precision", "fp32"]
     flags = [str(flag) for flag in flags]
-    it = storm.Storm(flags, tmp_path, "2")
+    it = storm.Storm(flags, tmp_path, "3")  # a worker on each of the three nodes
     try:
         it.start_driver()
         assert it.wait_for_step(50)
         busy = storm.processes("ray::RayTrainWorker")
-        assert len(busy) == 2
+        assert len(busy) == 3
         begun = time.monotonic()
-        it.announce_preemption(it.node_of_a_worker(), 15)
+        it.announce_preemption(it.nodes[0].node_id, 15)
         while not list(it.run.glob("checkpoints/*/manifest.json")):
             assert time.monotonic() - begun < 14, "nothing was saved before the node went"
             assert it.driver.poll() is None
