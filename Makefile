@@ -25,8 +25,8 @@ test: setup  ## all tests (under 15 minutes on two cores)
 test-quick: setup  ## the tests that need no Ray (under a minute)
 	$(RUN) -m pytest -m "not cluster and not slow"
 
-storm: setup  ## one run, twelve blows, no trace of them (about ten minutes)
-	$(RUN) -m tests.storm
+storm: setup  ## one run, twelve blows, no trace of them (about ten minutes; STORM="--mode fp64" and so on)
+	$(RUN) -m tests.storm $(STORM)
 
 lint: setup  ## formatter, linter and type checker, as CI runs them
 	$(RUN) -m ruff format --check job tests benchmarks

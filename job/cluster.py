@@ -1,9 +1,12 @@
-"""Which Ray cluster, what it can place, and Ray's own talk kept away."""
+"""Which Ray cluster, what it can hold, and Ray's own talk kept away."""
 
-import math
+import contextlib
+import json
 import os
-from contextlib import redirect_stderr
-from dataclasses import dataclass
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
 
 # Ray reads these when it is imported. What a user has set stays.
 _QUIET = {
@@ -27,27 +30,22 @@ for _name, _value in (_QUIET | _ON_NODES).items():
 
 import ray  # noqa: E402
 import torch  # noqa: E402
+from ray.experimental.internal_kv import _internal_kv_get  # noqa: E402
 
+from job import placement  # noqa: E402
 from job.config import Scale  # noqa: E402
 from job.errors import UserError  # noqa: E402
+from job.placement import Growth, Placement, Resources  # noqa: E402
 from job.world import cores  # noqa: E402
 
+LISTENS_WITHIN, REACHED_WITHIN = 10.0, 60.0  # seconds that a cluster may take to answer, and to be joined
+_AUTOSCALER = "__autoscaling_status"  # where Ray's autoscaler keeps its report
 
-@dataclass(frozen=True)
-class Placement:
-    """How a run's workers lie on the cluster."""
 
-    min_workers: int
-    max_workers: int
-    use_gpu: bool
-    cpus_per_worker: int
-    strategy: str
-    notice: str = ""
-
-    @property
-    def resources(self) -> dict[str, float]:
-        """What Ray sets aside for one worker."""
-        return {"CPU": self.cpus_per_worker, "GPU": int(self.use_gpu)}
+def address() -> str:
+    """The cluster that is asked for; empty for one of this job's own."""
+    wanted = os.environ.get("RAY_ADDRESS", "")
+    return "" if wanted == "local" else wanted
 
 
 def connect(scale: Scale) -> Placement:
@@ -55,24 +53,22 @@ def connect(scale: Scale) -> Placement:
 
     Gives the workers' place on it; UserError where it can never hold them.
     """
-    address = os.environ.get("RAY_ADDRESS", "")
-    if not address or address == "local":
-        placement = _on_this_machine(scale)
-        _start(placement)
-        return placement
-    _join(address)
+    if not address():
+        found = placement.on_this_machine(scale, cores(), torch.cuda.device_count())
+        _start(found)
+        return found
+    join(address())
     try:
-        return _on_cluster(scale, ray.nodes())
+        return placement.on_cluster(scale, nodes(), growth())
     except UserError:
         ray.shutdown()
         raise
 
 
-def _start(placement: Placement) -> None:
-    slots = max(cores(), placement.max_workers * placement.cpus_per_worker)
+def _start(found: Placement) -> None:
     ray.init(
         address="local",
-        num_cpus=slots,
+        num_cpus=max(cores(), found.max_workers * found.cpus_per_worker),
         include_dashboard=False,
         log_to_driver=False,
         logging_level="error",
@@ -80,51 +76,93 @@ def _start(placement: Placement) -> None:
     )
 
 
-def _join(address: str) -> None:
+def join(where: str) -> None:
+    """Connects to the cluster at an address; UserError where that cannot be."""
+    if where != "auto":
+        _check_that_something_listens(where)
+    with _nothing_on_standard_error():
+        error = _within(REACHED_WITHIN, lambda: _init(where))
+    if error is not None:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"RAY_ADDRESS = {where}: {_why(reason)}")
+
+
+def _check_that_something_listens(where: str) -> None:
+    """Ray itself would try for a quarter of an hour."""
+    host, colon, port = where.rpartition(":")
+    if "://" in where or not (host and colon and port.isdigit()):
+        raise UserError(
+            f"RAY_ADDRESS = {where}: must be HOST:PORT of the cluster's head (6379 is usual), auto, or local; "
+            "from elsewhere use ray job submit"
+        )
     try:
-        with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
-            ray.init(
-                address=address,
-                log_to_driver=False,
-                logging_level="error",
-                runtime_env={"env_vars": _ON_NODES},
-            )
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"RAY_ADDRESS = {address}: no cluster can be reached there: {reason}") from None
+        socket.create_connection((host, int(port)), LISTENS_WITHIN).close()
+    except (OSError, OverflowError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"RAY_ADDRESS = {where}: nothing answers there: {reason}; is the cluster up?") from None
 
 
-def _on_this_machine(scale: Scale) -> Placement:
-    gpus, workers = torch.cuda.device_count(), scale.max_workers
-    if scale.accelerator == "gpu" and gpus < scale.min_workers:
-        raise UserError(
-            f"scale.accelerator = gpu: this machine has {gpus} GPUs for {scale.min_workers} workers; "
-            "lower scale.workers, or use auto or cpu"
-        )
-    use_gpu = scale.accelerator != "cpu" and gpus > 0
-    notice = ""
-    if use_gpu and gpus < workers:  # the same run on any number of workers, so on so many too
-        notice = f"{gpus} GPU{'s' * (gpus > 1)} here: {gpus} in the place of {workers} workers"
-        workers = gpus
-    cpus = scale.cpus_per_worker or max(1, cores() // max(1, workers))
-    return Placement(min(scale.min_workers, workers), workers, use_gpu, cpus, scale.placement.upper(), notice)
+def _init(where: str) -> None:
+    ray.init(address=where, log_to_driver=False, logging_level="error", runtime_env={"env_vars": _ON_NODES})
 
 
-def _on_cluster(scale: Scale, nodes: list[dict]) -> Placement:  # type: ignore[type-arg]
-    alive = [node["Resources"] for node in nodes if node["Alive"]]
-    gpus = sum(int(node.get("GPU", 0)) for node in alive)
-    use_gpu = scale.accelerator == "gpu" or (scale.accelerator == "auto" and gpus >= scale.min_workers)
-    cpus = scale.cpus_per_worker or 1
-    room = sum(_fit(node, cpus, use_gpu) for node in alive)
-    if room < scale.min_workers:
-        each = f"{cpus} CPU{'s' * (cpus > 1)}{' and a GPU' if use_gpu else ''} each"
-        raise UserError(
-            f"scale.workers = {scale.workers}: this cluster can never place more than {room} workers of {each}: "
-            "lower scale.workers or scale.cpus_per_worker, or add nodes"
-        )
-    return Placement(scale.min_workers, scale.max_workers, use_gpu, cpus, scale.placement.upper())
+def _within(seconds: float, action: Callable[[], None]) -> Exception | None:
+    """What an action raised, or a TimeoutError where it takes longer; it is not waited for then."""
+    found: list[Exception] = []
+
+    def run() -> None:
+        try:
+            action()
+        except Exception as error:
+            found.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if thread.is_alive():
+        return TimeoutError(f"no answer within {seconds:.0f} s")
+    return found[0] if found else None
 
 
-def _fit(node: dict, cpus: int, use_gpu: bool) -> int:  # type: ignore[type-arg]
-    by_cpu = node.get("CPU", 0) / cpus
-    return math.floor(min(by_cpu, node.get("GPU", 0)) if use_gpu else by_cpu)
+def _why(reason: str) -> str:
+    """What Ray says, with what helps."""
+    if "version mismatch" in reason.lower():
+        return f"{reason}; use the versions that the cluster has"
+    if "auth" in reason.lower() or "token" in reason.lower():
+        return f"the cluster refuses the token: {reason}; put the cluster's into ~/.ray/auth_token"
+    return f"no cluster can be joined there: {reason}"
+
+
+@contextlib.contextmanager
+def _nothing_on_standard_error() -> Iterator[None]:
+    """Ray's core writes to the file itself, not through Python."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(nowhere)
+        os.close(kept)
+
+
+def nodes() -> list[Resources]:
+    """What each living node has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def free() -> list[Resources]:
+    """What is free on each living node."""
+    return list(ray._private.state.available_resources_per_node().values())
+
+
+def growth() -> list[Growth] | None:
+    """What the cluster's autoscaler may add: nothing where there is none, None where it does not say."""
+    report = _internal_kv_get(_AUTOSCALER)
+    kinds: dict[str, str] = {}
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        kinds = json.loads(report or "{}")["autoscaler_report"]["node_type_mapping"]
+    # Without an autoscaler each node is a type of its own, named after it.
+    return None if any(kind != f"node_{node}" for node, kind in kinds.items()) else []

@@ -63,6 +63,10 @@ def _workers(value: "str | int") -> str | None:
     return None if span and 1 <= int(span[1]) <= int(span[2]) else 'must be an integer, or a range such as "2-8"'
 
 
+def _kind(value: str) -> str | None:
+    return None if re.fullmatch(r"[A-Za-z0-9._-]*", value) else "may hold letters, digits, '.', '_' and '-'"
+
+
 def _run_name(value: str) -> str | None:
     plain = re.fullmatch(r"|[A-Za-z0-9][A-Za-z0-9._-]*", value)
     return None if plain else "may hold letters, digits, '.', '_' and '-', a letter or digit first"
@@ -237,6 +241,7 @@ class Scale(Section):
     name_of_section: ClassVar[str] = "scale"
     workers: str | int = _option(2, '0: in this process; "2-8": as many as there are', _workers)
     accelerator: str = _option("auto", "auto, cpu or gpu", _one_of("auto", "cpu", "gpu"))
+    accelerator_type: str = _option("", "the kind of GPU that workers need, as Ray calls it: A100, H100, T4 …", _kind)
     cpus_per_worker: int = _option(0, "cores of a worker; 0: its share of them", _at_least(0))
     placement: str = _option("pack", "pack or spread workers over nodes", _one_of("pack", "spread"))
     hang_timeout: float = _option(
@@ -284,6 +289,11 @@ class Config:
             raise UserError(
                 f"scale.workers = {shown(self.scale.workers)}: each worker needs a lane, and "
                 f"stream.batch_size = {lanes}: lower the one or raise the other"
+            )
+        if self.scale.accelerator_type and self.scale.accelerator == "cpu":
+            raise UserError(
+                f"scale.accelerator_type = {shown(self.scale.accelerator_type)}: names a GPU, and scale.accelerator = "
+                '"cpu": leave out the one or the other'
             )
         groups = min(self.train.lane_groups, lanes)
         if self.train.reproducible and workers > groups:

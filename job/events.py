@@ -78,8 +78,11 @@ class Crashed(Event):
 
 
 @dataclass(frozen=True)
-class GroupFailed(Event):
-    """A group of workers failed, whatever the cause, and Ray starts another; ``attempt`` is not known."""
+class GroupEnded(Event):
+    """No group of workers stands: one failed, could not start, or makes way for one of another size.
+
+    ``message`` says what failed, and is empty where nothing did; ``attempt`` is not known.
+    """
 
     message: str
 

@@ -1,11 +1,9 @@
 """A run on Ray: the launcher that has Ray Train start the workers, and carries their events."""
 
 import contextlib
-import itertools
 import math
 import os
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
@@ -15,24 +13,25 @@ import numpy as np
 from job import cluster  # isort: skip  first: it sets what Ray reads when it is imported
 import ray
 import ray.util
-from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from job.cluster import Placement
+from job import probe
 from job.config import Config
 from job.driver import Follow, Wishes
 from job.errors import RunFailed
-from job.events import GroupFailed
 from job.gradients import Signals
+from job.placement import Placement
 from job.record import Recorder
 from job.screen import Screen
 from job.storage import Folder
 from job.trainer import Plan
-from job.worker import Mailbox, in_a_line, train_worker
+from job.watch import Waiting, Watch
+from job.worker import Mailbox, train_worker
 
 POLL = 1.0  # seconds that a signal, or the end of Ray Train, may go unnoticed
-PATIENCE = 10.0  # seconds without workers after which the user is told what is waited for
+PATIENCE = 10.0  # seconds for Ray to end in
 RAY_FOLDER = "ray"  # Ray Train's own records; a run's truth is in its checkpoints
 REQUESTER = "requester"  # the file in it with the name under which workers are asked for
 
@@ -52,6 +51,8 @@ def launch(options: Config, screen: Screen) -> Iterator[Follow]:
         following.to_the_end()
 
     try:
+        if cluster.address():
+            probe.check_nodes(placement, options.run.storage, options.model.cell)
         # Ray prints pages of advice on each death of a worker; what matters comes as an event.
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
             yield follow
@@ -69,20 +70,6 @@ def _tell_ray_how_patient_to_be(options: Config) -> None:
     if options.scale.min_workers < options.scale.max_workers:
         # For some time Ray counts on a node that has gone; fewer workers are tried after this.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
-
-
-class _Failures(UserCallback):
-    """Tells the driver, from Ray's controller, of each group of workers that failed."""
-
-    def __init__(self, mailbox: Any) -> None:
-        self.mailbox = mailbox
-        self.numbers = itertools.count()
-
-    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
-        """Called by Ray once for each failure, with the errors of the workers that had one."""
-        rank, error = sorted(worker_exceptions.items())[0]
-        event = GroupFailed("", f"worker {rank}: {in_a_line(error)}")
-        self.mailbox.post.remote("controller", next(self.numbers), event)
 
 
 class _Following:
@@ -124,7 +111,7 @@ class _Following:
                 storage_path=self.recorder.folder.address,
                 failure_config=FailureConfig(max_failures=-1),
                 logging_config=LoggingConfig(log_level="ERROR"),
-                callbacks=[_Failures(self.mailbox)],
+                callbacks=[Watch(self.mailbox)],
             ),
         )
 
@@ -150,7 +137,7 @@ class _Following:
             self.mailbox.end.remote()
 
     def _take_events(self) -> None:
-        told, silent_since, asked = False, time.monotonic(), False
+        waiting, asked = Waiting(self.placement, self.recorder.screen), False
         while not self.recorder.over:
             events = ray.get(self.mailbox.collect.remote(POLL))
             for event in events:
@@ -158,31 +145,17 @@ class _Following:
             if self.wishes.save:
                 self.wishes.save = False
                 ray.get(self.mailbox.order.remote(Signals(checkpoint=True)))
-            if self.wishes.status and not self.recorder.started:
+            if self.wishes.status and not self.recorder.standing:
                 raise KeyboardInterrupt  # no worker stands that could save anything
             if self.wishes.status and not asked:
                 ray.get(self.mailbox.order.remote(Signals(stop=True)))
                 asked = True
             if not self.thread.is_alive() and not events and not self.recorder.over:
                 raise RunFailed(f"Ray Train ended: {_first_line(self.error)}")
-            if not told and not self.recorder.started and time.monotonic() - silent_since > PATIENCE:
-                told = True
-                self._say_what_is_awaited()
+            waiting.look(standing=self.recorder.standing)
         if self.recorder.failed:  # parts that were written before may still be on their way
             for event in ray.get(self.mailbox.collect.remote(POLL)):
                 self.recorder.handle(event)
-
-    def _say_what_is_awaited(self) -> None:
-        groups = ray.util.placement_group_table().values()
-        if not any(group["state"] == "PENDING" for group in groups):
-            return  # the workers have their place and are starting
-        free, need = ray.available_resources(), self.placement.resources
-        kinds = [kind for kind in ("CPU", "GPU") if need[kind]]
-        each = " and ".join(f"{need[kind]:g} {kind}" for kind in kinds)
-        have = " and ".join(f"{free.get(kind, 0):g} {kind}" for kind in kinds)
-        self.recorder.screen.line(
-            f"waiting for {self.placement.min_workers} workers of {each} each; free on the cluster: {have}"
-        )
 
 
 def _cancel_request_of_dead_driver(folder: Folder) -> None:

@@ -41,6 +41,7 @@ class Recorder:
         self.failed: str | None = None
         self.committed: list[Checkpoint] = []
         self.setbacks = 0
+        self.standing = False  # whether a group of workers is there
         self.parts: dict[str, list[Receipt]] = {}
         self.board: Board | None = None
         if folder.local is None and folder.has(METRICS):
@@ -68,8 +69,8 @@ class Recorder:
             return self._writing(self._start, event)
         if isinstance(event, events.Crashed):
             return self.screen.warn(event.message)
-        if isinstance(event, events.GroupFailed):
-            return self._setback(event.message)
+        if isinstance(event, events.GroupEnded):
+            return self._ended(event.message)
         if isinstance(event, events.Failed) and event.attempt not in self.attempts[:-1]:
             self.failed = event.message  # perhaps before the group stood
         if event.attempt != self.attempt:
@@ -90,9 +91,10 @@ class Recorder:
         except OSError as error:
             raise RunFailed(f"{self.folder}: cannot be written to: {error.strerror or error}") from None
 
-    def _setback(self, why: str) -> None:
+    def _ended(self, why: str) -> None:
         """Counts failures with no checkpoint between them: what fails each time will fail for ever."""
-        self.setbacks += 1
+        self.standing = False
+        self.setbacks += bool(why)
         if self.setbacks >= TRIES:
             self.failed = f"the workers failed {TRIES} times without getting to a checkpoint; at last: {why}"
 
@@ -100,7 +102,7 @@ class Recorder:
         """A group of workers goes on from a step: what came after it will come again."""
         self.lease.check()
         self.attempts.append(event.attempt)
-        self.started, self.finished = event, None
+        self.started, self.finished, self.standing = event, None, True
         self.parts.clear()
         checkpoint.clear_for(self.checkpoints, event.step, event.attempt)
         found = checkpoint.committed(self.checkpoints)

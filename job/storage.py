@@ -4,6 +4,8 @@ import contextlib
 import os
 import shutil
 import threading
+import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -118,16 +120,26 @@ class Folder:
 
     def check_writable(self) -> None:
         """UserError where nothing can be written here; leaves nothing behind."""
+        with self.marked():
+            pass
+
+    @contextlib.contextmanager
+    def marked(self) -> Iterator[str]:
+        """A file that lies here meanwhile, by its name; UserError where nothing can be written."""
+        marker = f".writable-{uuid.uuid4().hex[:8]}"
         try:
             missing = self._missing_parents()
-            self.write(".writable", b"")
-            self.remove(".writable")
-            with contextlib.suppress(OSError):  # another run may have begun to use them
-                for folder in missing:
-                    folder.rmdir()
+            self.write(marker, b"")
         except OSError as error:
             reason = error.strerror or str(error).splitlines()[0]
             raise UserError(f"run.storage = {self}: cannot be written to: {reason}") from None
+        try:
+            yield marker
+        finally:
+            with contextlib.suppress(OSError):  # another run may have begun to use the folders
+                self.remove(marker)
+                for folder in missing:
+                    folder.rmdir()
 
     def _missing_parents(self) -> list[Path]:
         """Folders that a write here would make, the deepest first."""

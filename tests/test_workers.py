@@ -1,10 +1,9 @@
 """The number of workers does not matter: real Ray Train workers, the same run."""
 
-import contextlib
 import os
 import signal
 import time
-from pathlib import Path
+import uuid
 
 import numpy as np
 import pytest
@@ -91,17 +90,9 @@ def test_a_loss_that_is_no_number_ends_the_run_on_ray(prose, tmp_path, on_cluste
 
 
 def test_ctrl_c_on_ray_saves_and_leaves_no_process(prose, tmp_path):
-    def rays():
-        return {path.parent.name for path in Path("/proc").glob("[0-9]*/cmdline") if is_rays(path)}
-
-    def is_rays(path):
-        with contextlib.suppress(OSError):
-            return b"ray" in path.read_bytes() and b"pytest" not in path.read_bytes()
-        return False
-
-    before = rays()
+    mark = uuid.uuid4().hex
     words = small(prose, tmp_path, "run", "--train.epochs", 3000, "--scale.workers", 2)
-    process = start_job(*words, env={"RAY_ADDRESS": ""}, start_new_session=True)
+    process = start_job(*words, env={"RAY_ADDRESS": "", storm.MARK: mark}, start_new_session=True)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not (metrics.exists() and metrics.stat().st_size):
         assert process.poll() is None
@@ -112,8 +103,8 @@ def test_ctrl_c_on_ray_saves_and_leaves_no_process(prose, tmp_path):
     steps = len(rows(tmp_path / "run", "train"))
     assert f"stopped at step {steps:,}; step {steps:,} is kept" in out
     until = time.monotonic() + 10
-    while rays() - before:
-        assert time.monotonic() < until, rays() - before
+    while left := storm.marked(storm.MARK, mark):
+        assert time.monotonic() < until, [storm.title(one) for one in left]
         time.sleep(0.2)
     again = job(*words, "--scale.workers", 0, "--train.max_steps", steps + 2)
     assert f"goes on from step {steps:,}" in again.out
@@ -180,8 +171,7 @@ def test_before_a_node_is_taken_away_the_run_is_saved(prose, tmp_path):
     try:
         it.start_driver()
         assert it.wait_for_step(50)
-        busy = storm.processes("ray::RayTrainWorker")
-        assert len(busy) == 3
+        assert len(it.workers()) == 3
         begun = time.monotonic()
         it.announce_preemption(it.nodes[0].node_id, 15)
         while not list(it.run.glob("checkpoints/*/manifest.json")):

@@ -1,0 +1,191 @@
+"""What a cluster's nodes are like, asked on each of them before a run is begun there.
+
+The question travels with its code, so a node without this package can say that it lacks it.
+"""
+
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import platform
+import shutil
+import socket
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from job import cluster  # isort: skip  first: it sets what Ray reads when it is imported
+import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from job.errors import UserError
+from job.placement import Placement
+from job.storage import Folder
+
+assert cluster
+ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+
+PATIENCE = 60.0  # seconds in which a node must answer
+VERSIONS = ("torch", "ray", "pyarrow")
+INSTALL = "install it there, use an image that has it, or ray job submit --working-dir"
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked: whether a file is seen in the storage, and whether a user's cell can be imported."""
+
+    storage: str
+    marker: str
+    cell: str
+    gpus: bool = False  # slower
+
+
+@dataclass(frozen=True)
+class Node:
+    """What a node answered; ``silent`` where it did not."""
+
+    name: str
+    resources: dict[str, float]
+    facts: dict[str, Any]
+    silent: str = ""
+
+
+def ask(question: Question) -> list[Node]:
+    """Every living node's answer."""
+    living = [node for node in ray.nodes() if node["Alive"]]
+    calls = [_asked_of(node["NodeID"], question) for node in living]
+    ray.wait(calls, num_returns=len(calls), timeout=PATIENCE)
+    return [_node(node, call) for node, call in zip(living, calls, strict=True)]
+
+
+def _asked_of(node_id: str, question: Question) -> Any:
+    there = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    words = (question.storage, question.marker, question.cell, question.gpus)
+    return ray.remote(num_cpus=0, max_retries=0)(_facts).options(scheduling_strategy=there).remote(*words)
+
+
+def _node(node: dict[str, Any], call: Any) -> Node:
+    name = node["NodeManagerAddress"]
+    try:
+        return Node(name, node["Resources"], ray.get(call, timeout=0))
+    except ray.exceptions.GetTimeoutError:
+        ray.cancel(call, force=True)
+        return Node(name, node["Resources"], {}, f"gave no answer within {PATIENCE:.0f} s")
+    except ray.exceptions.RayError as error:
+        return Node(name, node["Resources"], {}, " ".join(str(error).split())[-200:])
+
+
+def here(question: Question) -> dict[str, Any]:
+    """This machine's own answer."""
+    return _facts(question.storage, question.marker, question.cell, question.gpus)
+
+
+def _facts(storage: str, marker: str, cell: str, gpus: bool) -> dict[str, Any]:
+    """Runs on the node; nothing of this package is used before it is known to be there."""
+    package = importlib.util.find_spec("job")
+    found: dict[str, Any] = {
+        "host": socket.gethostname(),
+        "python": platform.python_version(),
+        "package": _digest(Path(package.origin).parent) if package and package.origin else "",
+        "cell": not cell or importlib.util.find_spec(cell.partition(".")[0]) is not None,
+    }
+    for name in VERSIONS:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = ""
+    if found["package"]:
+        found |= _storage(storage, marker)
+    return found | (_gpus() if gpus else {})
+
+
+def _digest(folder: Path) -> str:
+    """Of the package's source."""
+    total = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        total.update(f"{path.relative_to(folder)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
+    return total.hexdigest()
+
+
+def _storage(storage: str, marker: str) -> dict[str, Any]:
+    """Whether the storage is the same here as where the marker was written, can be written to, and has room."""
+    folder = importlib.import_module("job.storage").Folder(storage)
+    found: dict[str, Any] = {"seen": False, "writable": "", "free": None}
+    try:
+        found["seen"] = bool(folder.has(marker))
+        if found["seen"]:
+            folder.write(f"{marker}-{socket.gethostname()}", b"")
+            folder.remove(f"{marker}-{socket.gethostname()}")
+        if folder.local is not None and folder.local.exists():
+            found["free"] = shutil.disk_usage(folder.local).free
+    except OSError as error:
+        found["writable"] = str(error).splitlines()[0]
+    return found
+
+
+def _gpus() -> dict[str, Any]:
+    """What the driver says of the GPUs here: its version; name, and bytes free and in all, of each."""
+    nvml = importlib.import_module("ray._private.thirdparty.pynvml")
+    try:
+        nvml.nvmlInit()
+        handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
+        memory = [nvml.nvmlDeviceGetMemoryInfo(handle) for handle in handles]
+        names = [nvml.nvmlDeviceGetName(handle) for handle in handles]
+        driver = nvml.nvmlSystemGetDriverVersion()
+    except nvml.NVMLError:
+        return {"gpus": [], "driver": "", "nccl": ""}
+    nccl = ".".join(map(str, importlib.import_module("torch.cuda.nccl").version()))
+    gpus = [(str(name), use.free, use.total) for name, use in zip(names, memory, strict=True)]
+    return {"gpus": gpus, "driver": str(driver), "nccl": nccl}
+
+
+Trouble = tuple[str, str] | None  # what is wrong, and the remedy
+
+
+def versions_trouble(node: Node, mine: dict[str, Any]) -> Trouble:
+    """What keeps a node's Python, libraries and this package from being those of this machine."""
+    for name in ("python", *VERSIONS):
+        if node.facts[name] != mine[name]:
+            found = f"{name} {node.facts[name]}" if node.facts[name] else f"no {name}"
+            return f"node {node.name} has {found}, and this machine {mine[name]}", "use one image on all nodes"
+    if node.facts["package"] != mine["package"]:
+        has = "another version of" if node.facts["package"] else "not"
+        return f"node {node.name} has {has} this package, job", INSTALL
+    return None
+
+
+def storage_trouble(node: Node, storage: str) -> Trouble:
+    """What keeps a node from using the storage that this machine uses."""
+    if node.facts["writable"]:
+        return f"run.storage = {storage}: node {node.name} cannot write there: {node.facts['writable']}", "grant it"
+    if not node.facts["seen"]:
+        return (
+            f"run.storage = {storage}: node {node.name} does not see what this machine writes there",
+            "give a folder that all nodes share, or an object store",
+        )
+    return None
+
+
+def trouble(node: Node, mine: dict[str, Any], question: Question) -> Trouble:
+    """What keeps a worker from running on a node; None where nothing does."""
+    if node.silent:
+        return f"node {node.name} {node.silent}", "see ray status, or remove the node"
+    different = versions_trouble(node, mine)
+    if different:
+        return different
+    if not node.facts["cell"]:
+        return f"node {node.name} cannot import model.cell = {question.cell}", INSTALL
+    return storage_trouble(node, question.storage)
+
+
+def check_nodes(placement: Placement, storage: str, cell: str) -> None:
+    """UserError where a node on which a worker may run could not do its work."""
+    folder = Folder.at(storage)
+    with folder.marked() as marker:
+        question = Question(folder.address, marker, cell)
+        mine = here(question)
+        for node in ask(question):
+            problem = placement.room([node.resources]) and trouble(node, mine, question)
+            if problem:
+                raise UserError(f"{problem[0]}: {problem[1]}")
