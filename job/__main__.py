@@ -1,5 +1,6 @@
 """The command line: ``python -m job VERB [CONFIG.toml | RUN] [--section.field VALUE …]``."""
 
+import difflib
 import importlib
 import os
 import sys
@@ -57,7 +58,23 @@ def _evaluate(line: Line) -> int:
     return 0
 
 
-VERBS: dict[str, Callable[[Line], int]] = {"train": _train, "generate": _generate, "evaluate": _evaluate}
+def _doctor(line: Line) -> int:
+    """What would go wrong: doctor [CONFIG.toml] [--address HOST:PORT] [--section.field VALUE …]"""
+    address = line.flags.pop("address", None)
+    if address is not None:
+        os.environ["RAY_ADDRESS"] = address
+    doctor = importlib.import_module("job.doctor")
+    return int(doctor.examine(parse.load(line.target, line.flags), Screen()))
+
+
+VERBS: dict[str, Callable[[Line], int]] = {
+    "train": _train,
+    "generate": _generate,
+    "evaluate": _evaluate,
+    "doctor": _doctor,
+}
+# Flags of a verb that are no part of a configuration.
+FLAGS = {"doctor": ("address",)}
 
 
 def _required(line: Line, what: str) -> str:
@@ -74,8 +91,8 @@ def _only(line: Line, *allowed: str) -> parse.Values:
     return parse.read_flags(line.flags)
 
 
-def _split(words: Sequence[str]) -> Line:
-    """``[TARGET] [--name VALUE | --name=VALUE …]``."""
+def _split(words: Sequence[str], more: Sequence[str] = ()) -> Line:
+    """``[TARGET] [--name VALUE | --name=VALUE …]``, names those of a configuration and some ``more``."""
     target: str | None = None
     flags: dict[str, str] = {}
     rest = iter(words)
@@ -86,7 +103,9 @@ def _split(words: Sequence[str]) -> Line:
             target = word
             continue
         name, has_value, value = word[2:].partition("=")
-        if name not in config.OPTIONS:
+        if name not in config.OPTIONS and name not in more:
+            if difflib.get_close_matches(name, more):
+                raise UserError(f"--{name}: unknown option{parse.nearest(name, more)}")
             parse.read_flags({name: ""})
         if not has_value:
             try:
@@ -124,7 +143,7 @@ def main(words: Sequence[str]) -> int:
     if "-h" in rest or "--help" in rest:
         print(_help(verb))
         return 0
-    return VERBS[verb](_split(rest))
+    return VERBS[verb](_split(rest, FLAGS.get(verb, ())))
 
 
 def command() -> int:

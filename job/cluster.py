@@ -1,7 +1,6 @@
 """Which Ray cluster, what it can hold, and Ray's own talk kept away."""
 
 import contextlib
-import json
 import os
 import socket
 import sys
@@ -30,16 +29,14 @@ for _name, _value in (_QUIET | _ON_NODES).items():
 
 import ray  # noqa: E402
 import torch  # noqa: E402
-from ray.experimental.internal_kv import _internal_kv_get  # noqa: E402
 
-from job import placement  # noqa: E402
+from job import autoscaler, placement  # noqa: E402
 from job.config import Scale  # noqa: E402
 from job.errors import UserError  # noqa: E402
-from job.placement import Growth, Placement, Resources  # noqa: E402
+from job.placement import Placement, Resources  # noqa: E402
 from job.world import cores  # noqa: E402
 
 LISTENS_WITHIN, REACHED_WITHIN = 10.0, 60.0  # seconds that a cluster may take to answer, and to be joined
-_AUTOSCALER = "__autoscaling_status"  # where Ray's autoscaler keeps its report
 
 
 def address() -> str:
@@ -59,7 +56,7 @@ def connect(scale: Scale) -> Placement:
         return found
     join(address())
     try:
-        return placement.on_cluster(scale, nodes(), growth())
+        return placement.on_cluster(scale, nodes(), autoscaler.growth())
     except UserError:
         ray.shutdown()
         raise
@@ -128,8 +125,8 @@ def _why(reason: str) -> str:
     """What Ray says, with what helps."""
     if "version mismatch" in reason.lower():
         return f"{reason}; use the versions that the cluster has"
-    if "auth" in reason.lower() or "token" in reason.lower():
-        return f"the cluster refuses the token: {reason}; put the cluster's into ~/.ray/auth_token"
+    if "failed to connect" in reason.lower():  # all that Ray says of a wrong token
+        return f"{reason}; is Ray's head there, and is its token in RAY_AUTH_TOKEN or ~/.ray/auth_token?"
     return f"no cluster can be joined there: {reason}"
 
 
@@ -156,13 +153,3 @@ def nodes() -> list[Resources]:
 def free() -> list[Resources]:
     """What is free on each living node."""
     return list(ray._private.state.available_resources_per_node().values())
-
-
-def growth() -> list[Growth] | None:
-    """What the cluster's autoscaler may add: nothing where there is none, None where it does not say."""
-    report = _internal_kv_get(_AUTOSCALER)
-    kinds: dict[str, str] = {}
-    with contextlib.suppress(ValueError, LookupError, TypeError):
-        kinds = json.loads(report or "{}")["autoscaler_report"]["node_type_mapping"]
-    # Without an autoscaler each node is a type of its own, named after it.
-    return None if any(kind != f"node_{node}" for node, kind in kinds.items()) else []

@@ -93,6 +93,6 @@ def on_cluster(scale: Scale, nodes: list[Resources], growth: list[Growth] | None
     if growth is not None and room < scale.min_workers:
         raise UserError(
             f"scale.workers = {scale.workers}: this cluster can never place more than {room} workers of "
-            f"{placement.each}: lower scale.workers or scale.cpus_per_worker, or add nodes"
+            f"{placement.each}; lower scale.workers or scale.cpus_per_worker, or add nodes"
         )
     return placement

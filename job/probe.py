@@ -8,6 +8,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import platform
+import re
 import shutil
 import socket
 import sys
@@ -88,7 +89,7 @@ def _facts(storage: str, marker: str, cell: str, gpus: bool) -> dict[str, Any]:
         "host": socket.gethostname(),
         "python": platform.python_version(),
         "package": _digest(Path(package.origin).parent) if package and package.origin else "",
-        "cell": not cell or importlib.util.find_spec(cell.partition(".")[0]) is not None,
+        "cell": ":" not in cell or importlib.util.find_spec(re.split(r"[.:]", cell)[0]) is not None,
     }
     for name in VERSIONS:
         try:

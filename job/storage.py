@@ -132,7 +132,9 @@ class Folder:
             self.write(marker, b"")
         except OSError as error:
             reason = error.strerror or str(error).splitlines()[0]
-            raise UserError(f"run.storage = {self}: cannot be written to: {reason}") from None
+            raise UserError(
+                f"run.storage = {self}: cannot be written to: {reason}; choose another, or grant it"
+            ) from None
         try:
             yield marker
         finally:

@@ -9,6 +9,7 @@ import ray
 import ray.util
 from ray.train.v2._internal.execution.callback import ControllerCallback
 
+from job import autoscaler
 from job.events import GroupEnded
 from job.placement import Placement
 from job.screen import Screen
@@ -70,7 +71,7 @@ class Waiting:
             return  # the workers have their place and are starting
         wanted = self.placement.min_workers
         lacking = wanted - min(wanted, self.placement.room(cluster.free()))
-        more = "" if cluster.growth() == [] else "; the cluster's autoscaler is asked for more"
+        more = "" if autoscaler.growth() == [] else "; the cluster's autoscaler is asked for more"
         self.screen.line(
             f"waiting for {lacking or wanted} of {wanted} workers: {self.placement.each}, and "
             f"{'that is not free' if lacking else 'Ray has not placed them yet'}{more}"

@@ -7,7 +7,7 @@ import sys
 
 from conftest import ROOT
 
-KNOW_RAY = {"cluster", "worker", "onray", "watch", "probe"}
+KNOW_RAY = {"autoscaler", "cluster", "doctor", "onray", "probe", "watch", "worker"}
 
 
 def imports():
