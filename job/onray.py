@@ -14,7 +14,7 @@ from job import cluster  # isort: skip  first: it sets what Ray reads when it is
 import ray
 import ray.util
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchTrainer
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from job import probe
@@ -22,6 +22,7 @@ from job.config import Config
 from job.driver import Follow, Wishes
 from job.errors import RunFailed
 from job.gradients import Signals
+from job.network import Networked
 from job.placement import Placement
 from job.record import Recorder
 from job.screen import Screen
@@ -98,7 +99,7 @@ class _Following:
         return TorchTrainer(
             train_worker,
             train_loop_config=task,
-            torch_config=TorchConfig(timeout_s=math.ceil(options.scale.hang_timeout)),
+            torch_config=Networked(timeout_s=math.ceil(options.scale.hang_timeout)),
             scaling_config=ScalingConfig(
                 num_workers=workers,
                 use_gpu=placement.use_gpu,

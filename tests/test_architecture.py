@@ -7,7 +7,7 @@ import sys
 
 from conftest import ROOT
 
-KNOW_RAY = {"autoscaler", "cluster", "doctor", "onray", "probe", "watch", "worker"}
+KNOW_RAY = {"autoscaler", "cluster", "doctor", "network", "onray", "probe", "watch", "worker"}
 
 
 def imports():
