@@ -144,7 +144,7 @@ class Run(Section):
 
     name_of_section: ClassVar[str] = "run"
     name: str = _option("", "the run's folder; empty: the configuration's stem and a number", _run_name)
-    storage: str = _option("runs", "where runs lie: a folder or an address pyarrow understands")
+    storage: str = _option("runs", "where runs lie: a folder or an address pyarrow understands; $NAME is filled in")
     seed: int = _option(0, "everything random is a function of it", _seed)
     resume: str = _option("auto", "go on with a run of this name", _one_of("auto", "never", "must"))
 

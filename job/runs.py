@@ -41,6 +41,8 @@ def choose(options: Config, stem: str) -> tuple[Folder, Config, Previous | None]
     What an earlier start resolved (``corpus.source = auto``) stays resolved. UserError where the
     name is taken by another configuration, or ``run.resume`` does not allow what is found.
     """
+    # A cluster says in its environment where its runs lie: run.storage = $RUNS.
+    options = replace(options, run=replace(options.run, storage=os.path.expandvars(options.run.storage)))
     _refuse_storage_that_a_job_loses(options.run.storage)
     storage = Folder.at(options.run.storage)
     name = options.run.name or _default_name(storage, options, stem)
