@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.experimental.internal_kv import _internal_kv_get
 
 from job.placement import Growth
@@ -25,30 +26,33 @@ def growth() -> list[Growth] | None:
     with contextlib.suppress(ValueError, LookupError, TypeError):
         kinds = json.loads(_internal_kv_get(_REPORT) or "{}")["autoscaler_report"]["node_type_mapping"]
     # Without an autoscaler Ray takes each node for a type of its own, named after it.
-    if all(kind == f"node_{node}" for node, kind in kinds.items()):
+    if all(kind == f"node_{node}" for node, kind in kinds.items()) and not is_autoscaler_v2():
         return []
+    on_head = ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001}, max_retries=0)(_configuration)
     try:
-        on_head = ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001}, max_retries=0)(_configuration)
-        return _limits(ray.get(on_head.remote(), timeout=PATIENCE))
+        found = ray.get(on_head.remote(), timeout=PATIENCE)
+        return found if found is None else _limits(found)
     except (ray.exceptions.RayError, LookupError, TypeError, ValueError):
         return None
 
 
-def _configuration() -> dict[str, Any]:
-    """Runs on the head: the file that the autoscaler was started with. On Kubernetes it runs elsewhere."""
+def _configuration() -> dict[str, Any] | None:
+    """Runs on the head: what its autoscaler was started with, if anything; None where it runs elsewhere."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             words = path.read_bytes().decode(errors="replace").split("\0")
-            files = [word.removeprefix(_FLAG) for word in words if word.startswith(_FLAG)]
-            if files and any(word.endswith("monitor.py") for word in words):
-                return dict(importlib.import_module("yaml").safe_load(Path(files[0]).read_text()))
-    raise LookupError("no autoscaler runs here")
+            if any(word.endswith("monitor.py") and "autoscaler" in word for word in words):
+                files = [word.removeprefix(_FLAG) for word in words if word.startswith(_FLAG)]
+                return dict(importlib.import_module("yaml").safe_load(Path(files[0]).read_text())) if files else {}
+    return None
 
 
-def _limits(configuration: dict[str, Any]) -> list[Growth]:
+def _limits(configuration: dict[str, Any]) -> list[Growth] | None:
+    if not configuration:
+        return []
     most = int(configuration["max_workers"])
-    return [
-        Growth(kind["resources"], min(most, kind.get("max_workers", most)))
-        for name, kind in configuration["available_node_types"].items()
-        if name != configuration["head_node_type"]
-    ]
+    kinds = configuration["available_node_types"]
+    brought = [kind for name, kind in kinds.items() if name != configuration["head_node_type"]]
+    if not all(kind["resources"] for kind in brought):
+        return None
+    return [Growth(kind["resources"], min(most, kind.get("max_workers", most))) for kind in brought]

@@ -3,6 +3,7 @@
 How workers are started is the launcher's affair: in this process, or by Ray on a cluster.
 """
 
+import contextlib
 import json
 import signal
 import sys
@@ -206,8 +207,9 @@ def _what_is_kept(folder: Folder) -> str:
 
 def _python() -> str:
     """This Python, as one would type it here."""
-    path = Path(sys.executable)
-    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else "python"
+    with contextlib.suppress(ValueError, OSError):
+        return str(Path(sys.executable).relative_to(Path.cwd()))
+    return "python"
 
 
 def _show(result: dict[str, Any], folder: Folder, screen: Screen) -> None:

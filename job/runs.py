@@ -12,7 +12,7 @@ from job.checkpoint import Checkpoint, Restored, Unsound
 from job.config import Config
 from job.errors import UserError
 from job.loop import Progress, is_done
-from job.storage import Folder, is_address
+from job.storage import Folder, is_address, written_out
 from job.trainer import latest_sound
 
 RESULT = "result.json"
@@ -41,8 +41,6 @@ def choose(options: Config, stem: str) -> tuple[Folder, Config, Previous | None]
     What an earlier start resolved (``corpus.source = auto``) stays resolved. UserError where the
     name is taken by another configuration, or ``run.resume`` does not allow what is found.
     """
-    # A cluster says in its environment where its runs lie: run.storage = $RUNS.
-    options = replace(options, run=replace(options.run, storage=os.path.expandvars(options.run.storage)))
     _refuse_storage_that_a_job_loses(options.run.storage)
     storage = Folder.at(options.run.storage)
     name = options.run.name or _default_name(storage, options, stem)
@@ -64,8 +62,8 @@ def choose(options: Config, stem: str) -> tuple[Folder, Config, Previous | None]
 
 def _refuse_storage_that_a_job_loses(storage: str) -> None:
     """UserError for a relative path inside ``ray job submit``, whose working directory goes with it."""
-    relative = not is_address(storage) and not Path(storage).expanduser().is_absolute()
-    if relative and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+    place = written_out(storage)
+    if not is_address(place) and not Path(place).is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         raise UserError(
             f"run.storage = {storage}: lies in this job's session folder and would be lost with it; "
             "give an absolute path that all nodes see, or an object store"

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shutil
 import threading
 import uuid
@@ -21,6 +22,17 @@ def is_address(source: str) -> bool:
     return "://" in source
 
 
+def written_out(source: str) -> str:
+    """The text with ``~`` and ``$NAME`` filled in; UserError where no such name is set.
+
+    A cluster says in its environment where its runs lie: ``run.storage = $RUNS``.
+    """
+    missing = [name for name in re.findall(r"\$\{?(\w+)", source) if name not in os.environ]
+    if missing:
+        raise UserError(f"{source}: {missing[0]} is not set in the environment; set it, or write the place itself")
+    return os.path.expanduser(os.path.expandvars(source))
+
+
 @dataclass(frozen=True)
 class Folder:
     """A folder by its address; it exists once something is written into it.
@@ -34,8 +46,9 @@ class Folder:
     @classmethod
     def at(cls, address: str) -> "Folder":
         """A folder from what a user wrote; a local path is made absolute."""
+        address = written_out(address)
         if not is_address(address):
-            return cls(str(Path(address).expanduser().absolute()))
+            return cls(str(Path(address).absolute()))
         folder = cls(address.rstrip("/"))
         folder._place  # noqa: B018  an address that nobody understands is refused here
         return folder
@@ -65,7 +78,7 @@ class Folder:
         path = self.local
         if path is None:
             return self.address.partition("?")[0]
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OSError):  # where one stands may be gone
             return str(path.relative_to(Path.cwd()))
         return str(path)
 
