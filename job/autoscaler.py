@@ -26,12 +26,14 @@ def growth() -> list[Growth] | None:
     with contextlib.suppress(ValueError, LookupError, TypeError):
         kinds = json.loads(_internal_kv_get(_REPORT) or "{}")["autoscaler_report"]["node_type_mapping"]
     # Without an autoscaler Ray takes each node for a type of its own, named after it.
-    if all(kind == f"node_{node}" for node, kind in kinds.items()) and not is_autoscaler_v2():
+    if kinds and all(kind == f"node_{node}" for node, kind in kinds.items()):
         return []
     on_head = ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001}, max_retries=0)(_configuration)
     try:
         found = ray.get(on_head.remote(), timeout=PATIENCE)
-        return found if found is None else _limits(found)
+        if found is None:
+            return None if kinds or is_autoscaler_v2() else []
+        return _limits(found)
     except (ray.exceptions.RayError, LookupError, TypeError, ValueError):
         return None
 

@@ -15,8 +15,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import job.cluster  # isort: skip  first: it sets what Ray reads when it is imported
 import ray.util
-from storm import MARK, marked
+from storm import MARK, marked, title
+
+assert job.cluster
 
 RAY = Path(sys.executable).parent / "ray"
 _MAPPINGS = ("auth", "docker", "file_mounts", "head_node", "worker_nodes")
@@ -24,6 +27,8 @@ _LISTS = (
     "initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands",
     "head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter",
 )  # fmt: skip
+# All nodes have one address, so the autoscaler must tell them apart by their names.
+_PROVIDER = ("use_node_id_as_ip", "disable_node_updaters", "disable_launch_config_check")
 
 
 def free_port() -> int:
@@ -79,6 +84,10 @@ class Nodes:
         """All that was started here."""
         return marked(MARK, self.mark)
 
+    def raylets(self) -> int:
+        """Nodes that run."""
+        return sum("/raylet " in title(process) for process in self.processes())
+
     def close(self) -> None:
         until = time.monotonic() + 20
         while left := self.processes():
@@ -101,7 +110,7 @@ class Nodes:
             "upscaling_speed": 20,
             "idle_timeout_minutes": 0.2,
             "file_mounts_sync_continuously": False,
-            "provider": {"type": "fake_multinode", "gcs_address": self.address},
+            "provider": {"type": "fake_multinode", "gcs_address": self.address, **dict.fromkeys(_PROVIDER, True)},
             "available_node_types": types,
             "head_node_type": "head",
         }

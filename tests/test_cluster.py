@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 from conftest import ROOT, job, result, rows, start_job
 from nodes import RAY, Nodes, free_port
-from storm import title
 from test_workers import small
 
 pytestmark = pytest.mark.cluster
 
 
 class Company(Nodes):
-    """A head of one CPU with a job server, and an autoscaler that may bring two nodes of one CPU."""
+    """A head of one CPU with a job server."""
 
     def __init__(self) -> None:
         self.jobs = f"http://127.0.0.1:{free_port()}"
         server = ("--dashboard-host=127.0.0.1", f"--dashboard-port={self.jobs.rpartition(':')[2]}")
-        super().__init__("--num-cpus=1", *server, kinds={"small": {"resources": {"CPU": 1}, "max_workers": 2}})
+        agent = f"--dashboard-agent-listen-port={free_port()}"  # Ray's own is taken where another head runs here
+        super().__init__("--num-cpus=1", agent, *server)
 
     def job(self, *words: object, timeout: float = 240) -> subprocess.CompletedProcess[str]:
         """``ray job …``, as a user types it."""
@@ -36,10 +36,6 @@ class Company(Nodes):
     def submit(self, name: str, *words: object, wait: bool = True) -> subprocess.CompletedProcess[str]:
         how = ["--submission-id", name, "--working-dir", ".", *([] if wait else ["--no-wait"])]
         return self.job("submit", *how, "--", "python", "-m", "job", *words)
-
-    def num_nodes(self) -> int:
-        """Raylets that run."""
-        return sum("/raylet " in title(process) for process in self.processes())
 
 
 @pytest.fixture(scope="module")
@@ -91,25 +87,34 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(company, prose, tmp_pa
     assert [row["step"] for row in rows(tmp_path / "run", "train")] == list(range(1, steps + 4))
 
 
-def test_the_autoscaler_brings_what_a_run_asks_for(company, prose, tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def growing():
+    """A head of one CPU, and an autoscaler that may bring two nodes of one CPU."""
+    kinds = {"small": {"resources": {"CPU": 1}, "max_workers": 2}}
+    nodes = Nodes("--num-cpus=1", "--include-dashboard=false", kinds=kinds)
+    yield nodes
+    nodes.close()
+
+
+def test_the_autoscaler_brings_what_a_run_asks_for(growing, prose, tmp_path, monkeypatch):
     """Two workers on a head with room for one; the node goes again when it is idle."""
-    monkeypatch.setenv("RAY_ADDRESS", company.address)
+    monkeypatch.setenv("RAY_ADDRESS", growing.address)
     ended = job(*small(prose, tmp_path, "run", "--scale.workers", 2))
     assert ended.status == 0, ended.err
     assert re.search(r"waiting for 1 of 2 workers: 1 CPU each, .*autoscaler is asked for more", ended.out)
     assert {row["workers"] for row in rows(tmp_path / "run", "epoch")} == {2}
-    until(lambda: company.num_nodes() == 1, 120, "the node that was brought stays")
+    until(lambda: growing.raylets() == 1, 120, "the node that was brought stays")
 
 
-def test_more_than_an_autoscaler_may_ever_bring_is_refused(company, prose, tmp_path, monkeypatch):
-    monkeypatch.setenv("RAY_ADDRESS", company.address)
+def test_more_than_an_autoscaler_may_ever_bring_is_refused(growing, prose, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", growing.address)
     ended = job(*small(prose, tmp_path, "run", "--scale.workers", 9))
     assert (ended.status, ended.err.count("\n")) == (2, 1)
     assert "can never place more than 3 workers of 1 CPU each" in ended.err
 
 
-def test_the_doctor_looks_at_a_cluster(company, prose, tmp_path):
-    words = ["doctor", "--address", company.address, "--corpus.source", prose, "--run.storage", tmp_path / "runs"]
+def test_the_doctor_looks_at_a_cluster(growing, prose, tmp_path):
+    words = ["doctor", "--address", growing.address, "--corpus.source", prose, "--run.storage", tmp_path / "runs"]
     words += ["--generate.prefix", "the"]
     well = job(*words, "--scale.workers", 3)
     assert well.status == 0, well.out
