@@ -83,7 +83,7 @@ def _build(compiler: str, path: Path) -> None:
     """Makes the file under another name and renames it: workers may race, and each finds it whole."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
+        command = [compiler, *FLAGS, str(SOURCE), "-lm", "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)  # noqa: S603
         if done.returncode:
             raise _Unusable(f"{compiler} failed: {done.stderr.strip()[-500:]}")

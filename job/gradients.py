@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from job.dropout import Dropout
@@ -68,9 +67,7 @@ class _Objective(nn.Module):
     ) -> tuple[Tensor, State]:
         device = inputs_TB.device.type
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-            logits_TBV, state = self.model(inputs_TB, state, dropout)
-        logits_TBV = logits_TBV.to(self.tally.dtype)
-        nats = F.cross_entropy(logits_TBV.flatten(0, 1), targets_TB.flatten(), reduction="sum")
+            nats, state = self.model.nats(inputs_TB, targets_TB, state, dropout)
         facts = torch.cat([nats.detach().view(1), nats.new_tensor(signals)])
         return nats / tokens + (self.tally * facts).sum(), state
 

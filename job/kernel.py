@@ -1,6 +1,7 @@
-"""The compiled recurrence as one operation of autograd, with its own backward.
+"""The compiled kernels as operations of autograd, with their own backward.
 
-Axes: T steps, B lanes, H hidden units (a multiple of WIDTH), G gates times hidden units, V rows of a table.
+Axes: T steps, B lanes, R rows (T times B), E input features, H hidden units, G gates times hidden units,
+V tokens. E, H and what G is made of are multiples of WIDTH: the caller pads.
 """
 
 import ctypes
@@ -9,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from job import compiled
 
-WIDTH = 32  # the kernel works on so many hidden units at a time
+WIDTH = 32
 CELLS = {"RNN_TANH": 0, "GRU": 1, "LSTM": 2}
 _SIZES = ("steps", "lanes", "units", "threads", "rows")
 _ARRAYS = ("inputs", "tokens", "weight", "bias", "hidden", "carry", "gates")
@@ -27,26 +29,59 @@ class _Window(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in (*_ARRAYS, *_GRADIENTS)),
     )
 
-    def __init__(self, steps: int, lanes: int, units: int, rows: int, **arrays: Tensor | None) -> None:
+    def __init__(self, steps: int, lanes: int, units: int, rows: int = 0, **arrays: Tensor | None) -> None:
         super().__init__(steps, lanes, units, torch.get_num_threads(), rows)
         for name, array in arrays.items():
             if array is not None:
-                assert array.is_contiguous()
                 setattr(self, name, array.data_ptr())
 
 
 def _call(function: str, *arguments: Any) -> None:
-    failed = getattr(compiled.library(), function)(*arguments)
+    """Calls a function of recurrence.c; integers are passed as ``long``, tensors by their address."""
+    failed = getattr(compiled.library(), function)(*map(_argument, arguments))
     if failed == 2:
         raise IndexError("a token is not in the vocabulary")
     if failed:
         raise MemoryError(f"{function}: no memory is left")
 
 
+def _argument(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    if isinstance(value, float):
+        return ctypes.c_float(value)
+    return ctypes.c_long(value) if isinstance(value, int) else value
+
+
 def works_in(dtype: torch.dtype) -> bool:
-    """Whether the kernel is there and computes with numbers of that type on this processor."""
+    """Whether the kernels are there and compute with numbers of that type on this processor."""
     library = compiled.library()
     return library is not None and (dtype == torch.float32 or (dtype == torch.bfloat16 and library.multiplies_bf16()))
+
+
+def _linear(left_RK: Tensor, weight: Tensor, bias: Tensor | None, columns: int, to: Tensor, scale: float = 1.0) -> Tensor:
+    """``to`` = scale × left × weight + bias, the weight (columns, K), or (K, columns) where there is no bias."""
+    rows, inner = left_RK.shape
+    _call(
+        "linear", _is_low(left_RK), _is_low(to), bias is not None, rows, inner, columns, len(weight),
+        left_RK, weight, bias, scale, to, None, None, torch.get_num_threads(),
+    )  # fmt: skip
+    return to
+
+
+def _weight_gradient(left_RM: Tensor, columns: int, right_RN: Tensor) -> Tensor:
+    """The first columns of the left factor, transposed, times the right one: (columns, N) in float32."""
+    rows, width = left_RM.shape
+    found = torch.empty(columns, right_RN.shape[1])
+    _call(
+        "weight_gradient", _is_low(left_RM), rows, columns, width, left_RM, right_RN.shape[1], right_RN, found,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return found
+
+
+def _is_low(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16
 
 
 class _Recurrence(torch.autograd.Function):
@@ -57,94 +92,131 @@ class _Recurrence(torch.autograd.Function):
         dtype: torch.dtype,
         keep: bool,
         inputs: Tensor,
-        tokens_TB: Tensor | None,
+        vectors_VE: Tensor | None,
         h0_BH: Tensor,
         c0_BH: Tensor | None,
+        weight_GE: Tensor,
         weight_GH: Tensor,
-        bias_H: Tensor | None,
+        bias_ih_G: Tensor,
+        bias_hh_G: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        (steps, lanes), units = (inputs if tokens_TB is None else tokens_TB).shape[:2], weight_GH.shape[1]
-        hidden = inputs.new_empty(steps + 1, lanes, units, dtype=dtype)
+        (steps, lanes), (width, units) = inputs.shape[:2], weight_GH.shape
+        bias_G, bias_H = bias_ih_G + bias_hh_G, None
+        if cell == "GRU":
+            bias_H = bias_hh_G[2 * units :].contiguous()
+            bias_G[2 * units :] = bias_ih_G[2 * units :]
+        tokens_TB = None if inputs.is_floating_point() else inputs
+        if tokens_TB is None:
+            inputs = inputs.to(dtype).contiguous()
+            given = _linear(inputs.flatten(0, 1), weight_GE, bias_G, width, torch.empty(steps * lanes, width))
+        elif vectors_VE is None:
+            given = torch.add(weight_GE.t(), bias_G, out=torch.empty(weight_GE.shape[1], width))
+        else:
+            given = F.linear(vectors_VE, weight_GE, bias_G)
+        hidden = torch.empty(steps + 1, lanes, units, dtype=dtype)
         hidden[0] = h0_BH
         carry = None
-        if cell == "LSTM" or (cell == "GRU" and dtype != torch.float32):
-            carry = inputs.new_empty(steps + 1, lanes, units)
-            carry[0] = h0_BH if c0_BH is None else c0_BH
-        elif cell == "GRU":
+        if cell == "GRU" and dtype == torch.float32:
             carry = hidden
-        gates = inputs.new_empty(steps, lanes, 4 * units, dtype=dtype) if keep and cell != "RNN_TANH" else None
+        elif cell != "RNN_TANH":
+            carry = torch.empty(steps + 1, lanes, units)
+            carry[0] = h0_BH if c0_BH is None else c0_BH
+        gates = torch.empty(steps, lanes, 4 * units, dtype=dtype) if keep and cell != "RNN_TANH" else None
         window = _Window(
-            steps, lanes, units, len(inputs), inputs=inputs, tokens=tokens_TB,
-            weight=weight_GH, bias=bias_H, hidden=hidden, carry=carry, gates=gates,
+            steps, lanes, units, len(given), inputs=given, tokens=tokens_TB, weight=weight_GH, bias=bias_H,
+            hidden=hidden, carry=carry, gates=gates,
         )  # fmt: skip
         _call("forward", CELLS[cell], dtype == torch.bfloat16, ctypes.byref(window))
-        ctx.cell, ctx.inputs_shape = cell, inputs.shape
-        ctx.save_for_backward(tokens_TB, weight_GH, hidden, carry, gates)
+        ctx.cell = cell
+        if keep:
+            ctx.save_for_backward(inputs, vectors_VE, weight_GE, weight_GH, hidden, carry, gates)
         ctx.set_materialize_grads(False)
         return hidden[1:], None if carry is None else carry[-1]
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dhidden: Tensor | None, dcarry_end: Tensor | None) -> tuple[Tensor | None, ...]:
-        tokens_TB, weight_GH, hidden, carry, gates = ctx.saved_tensors
-        cell, dtype = ctx.cell, hidden.dtype
-        low, units, columns = dtype == torch.bfloat16, hidden.shape[2], weight_GH.shape[0]
-        steps, lanes = hidden.shape[0] - 1, hidden.shape[1]
+    def backward(ctx: Any, dhidden: Tensor | None, dcarry: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs, vectors_VE, weight_GE, weight_GH, hidden, carry, gates = ctx.saved_tensors
+        cell, (width, units) = ctx.cell, weight_GH.shape
+        steps, lanes = inputs.shape[:2]
         dhidden = hidden.new_zeros(steps, lanes, units) if dhidden is None else dhidden.contiguous()
-        dgates = hidden.new_empty(steps, lanes, units if cell == "RNN_TANH" else 4 * units)
-        dcarry = None
         if cell != "RNN_TANH":
-            dcarry = weight_GH.new_zeros(lanes, units) if dcarry_end is None else dcarry_end.contiguous().clone()
-        dh0 = weight_GH.new_empty(lanes, units) if ctx.needs_input_grad[5] else None
+            dcarry = torch.zeros(lanes, units) if dcarry is None else dcarry.clone(memory_format=torch.contiguous_format)
+        dh0 = torch.empty(lanes, units) if ctx.needs_input_grad[5] else None
+        dgates = hidden.new_empty(steps * lanes, units if cell == "RNN_TANH" else 4 * units)
         window = _Window(
-            steps, lanes, units, 0, weight=weight_GH, hidden=hidden, carry=carry, gates=gates,
+            steps, lanes, units, weight=weight_GH, hidden=hidden, carry=carry, gates=gates,
             dhidden=dhidden, dgates=dgates, dh0=dh0, dcarry=dcarry,
         )  # fmt: skip
-        _call("backward", CELLS[cell], low, ctypes.byref(window))
-        dweight = torch.empty_like(weight_GH)
-        _call(
-            "weight_gradient", low, *map(ctypes.c_long, (steps * lanes, columns, dgates.shape[2])),
-            ctypes.c_void_p(dgates.data_ptr()), ctypes.c_long(units), ctypes.c_void_p(hidden.data_ptr()),
-            ctypes.c_void_p(dweight.data_ptr()), ctypes.c_long(torch.get_num_threads()),
-        )  # fmt: skip
-        dbias = dgates[..., 2 * units : 3 * units].sum((0, 1), dtype=torch.float32) if cell == "GRU" else None
-        dinputs = _inputs_gradient(cell, dgates, tokens_TB, ctx.inputs_shape)
-        return None, None, None, dinputs, None, dh0, dcarry if cell == "LSTM" else None, dweight, dbias
+        _call("backward", CELLS[cell], _is_low(hidden), ctypes.byref(window))
+        dweight_GH = _weight_gradient(dgates, width, hidden[:-1].flatten(0, 1))
+        dbias_H = None
+        if cell == "GRU":  # four blocks: the new state's gate as the hidden state sees it, then as the input does
+            dbias_H = dgates[:, 2 * units : 3 * units].sum(0, dtype=torch.float32)
+            dgates = torch.cat([dgates[:, : 2 * units], dgates[:, 3 * units :]], 1)
+        dinputs = dvectors_VE = None
+        if inputs.is_floating_point():
+            if ctx.needs_input_grad[3]:
+                dinputs = _linear(dgates, weight_GE, None, inputs.shape[2], torch.empty_like(inputs))
+            dweight_GE = _weight_gradient(dgates, width, inputs.flatten(0, 1))
+            dbias_G = dgates.sum(0, dtype=torch.float32)
+        else:
+            dgiven_VG = torch.zeros(weight_GE.shape[1] if vectors_VE is None else len(vectors_VE), width)
+            _call("scatter", _is_low(dgates), steps * lanes, width, dgates, inputs, dgiven_VG)
+            dbias_G = dgiven_VG.sum(0)
+            dweight_GE = dgiven_VG.t() if vectors_VE is None else dgiven_VG.t() @ vectors_VE
+            dvectors_VE = None if vectors_VE is None else dgiven_VG @ weight_GE
+        dbias_hh_G = dbias_G if dbias_H is None else torch.cat([dbias_G[: 2 * units], dbias_H])
+        dc0 = dcarry if cell == "LSTM" else None
+        return None, None, None, dinputs, dvectors_VE, dh0, dc0, dweight_GE, dweight_GH, dbias_G, dbias_hh_G
 
 
-def _inputs_gradient(cell: str, dgates: Tensor, tokens_TB: Tensor | None, shape: torch.Size) -> Tensor:
-    """The gradient of a table's rows, summed over their uses, or of each step's inputs."""
-    units = dgates.shape[2] // (1 if cell == "RNN_TANH" else 4)
-    # A GRU's dgates are four: the new state's is one as the hidden state sees it, and one as the input does.
-    blocks = [(0, 0, 2 * units), (2 * units, 3 * units, units)] if cell == "GRU" else [(0, 0, dgates.shape[2])]
-    if tokens_TB is None:
-        return torch.cat([dgates[..., at : at + width] for _, at, width in blocks], -1).float()
-    found = torch.zeros(shape)
-    for to, at, width in blocks:
+class _Nats(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, keep: bool, hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_R: Tensor
+    ) -> Tensor:
+        (rows, units), tokens = hidden_RH.shape, len(weight_VH)
+        missing = -tokens % WIDTH
+        nats_R = torch.empty(rows)
+        dlogits = hidden_RH.new_empty(rows, tokens + missing) if keep else None
         _call(
-            "scatter", dgates.dtype == torch.bfloat16, *map(ctypes.c_long, (tokens_TB.numel(), width, dgates.shape[2])),
-            ctypes.c_void_p(dgates[..., at:].data_ptr()), ctypes.c_void_p(tokens_TB.data_ptr()),
-            ctypes.c_void_p(found[:, to:].data_ptr()), ctypes.c_long(shape[1]),
+            "linear", _is_low(hidden_RH), False, True, rows, units, tokens + missing, tokens, hidden_RH, weight_VH,
+            F.pad(bias_V, (0, missing)), 1.0, dlogits, targets_R, nats_R, torch.get_num_threads(),
         )  # fmt: skip
-    return found
+        if keep:
+            ctx.save_for_backward(hidden_RH, weight_VH, dlogits)
+        return nats_R.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dnats: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_RH, weight_VH, dlogits = ctx.saved_tensors
+        tokens, scale = len(weight_VH), float(dnats)
+        dhidden = _linear(dlogits, weight_VH, None, hidden_RH.shape[1], torch.empty_like(hidden_RH), scale)
+        dweight = _weight_gradient(dlogits, dlogits.shape[1], hidden_RH)[:tokens].mul_(scale)
+        dbias = dlogits.sum(0, dtype=torch.float32)[:tokens].mul_(scale)
+        return None, dhidden, dweight, dbias, None
 
 
 def recurrence(
     cell: str,
     dtype: torch.dtype,
     inputs: Tensor,
-    tokens_TB: Tensor | None,
+    vectors_VE: Tensor | None,
     state: tuple[Tensor, ...],
-    weight_GH: Tensor,
-    bias_H: Tensor | None,
+    weights: list[Tensor],
 ) -> tuple[Tensor, Tensor | None]:
     """Hidden states (T, B, H) of ``dtype`` and, but for a tanh cell, the last carry (B, H) in float32.
 
-    ``inputs`` is what input and biases give the gates: (T, B, G), or a table (V, G) of which ``tokens_TB``
-    choose. The carry is an LSTM's cell, a GRU's hidden state; ``bias_H`` is the GRU's that its reset
-    gate scales.
+    The carry is an LSTM's cell or a GRU's hidden state. Inputs, state and weights are as
+    ``recurrence.layer`` has them, the weights in float32.
     """
-    tokens_TB = None if tokens_TB is None else tokens_TB.contiguous()
-    h0, c0 = state[0], state[1] if cell == "LSTM" else None
+    keep, c0 = torch.is_grad_enabled(), state[1] if cell == "LSTM" else None
+    return _Recurrence.apply(cell, dtype, keep, inputs.contiguous(), vectors_VE, state[0], c0, *weights)
+
+
+def nats(hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_R: Tensor) -> Tensor:
+    """The cross-entropy of an output layer, summed: products in ``hidden``'s type, all else in float32."""
     keep = torch.is_grad_enabled()
-    return _Recurrence.apply(cell, dtype, keep, inputs.float().contiguous(), tokens_TB, h0, c0, weight_GH, bias_H)
+    return _Nats.apply(keep, hidden_RH.contiguous(), weight_VH, bias_V, targets_R.contiguous())

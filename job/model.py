@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from job import config, recurrence
+from job import config, loss, recurrence
 from job.dropout import Dropout
 from job.errors import UserError
 
@@ -101,6 +101,17 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens_TB: Tensor, state: State, dropout: Dropout | None = None) -> tuple[Tensor, State]:
         """Logits (T, B, V) and the state after the last step; no dropout where it is None."""
+        hidden_TBH, state = self._hidden(tokens_TB, state, dropout)
+        return self.linear(hidden_TBH), state
+
+    def nats(
+        self, tokens_TB: Tensor, targets_TB: Tensor, state: State, dropout: Dropout | None = None
+    ) -> tuple[Tensor, State]:
+        """The cross-entropy of the targets, summed, and the state after the last step."""
+        hidden_TBH, state = self._hidden(tokens_TB, state, dropout)
+        return loss.nats(hidden_TBH, self.linear.weight, self.linear.bias, targets_TB), state
+
+    def _hidden(self, tokens_TB: Tensor, state: State, dropout: Dropout | None) -> tuple[Tensor, State]:
         if isinstance(self.rnn, Recurrent):
             vectors_VE = None if self.embedding is None else self.embedding.weight
             hidden_TBH, state = self.rnn(tokens_TB, state, dropout, vectors_VE)
@@ -109,9 +120,7 @@ class LanguageModel(nn.Module):
         else:
             inputs = F.one_hot(tokens_TB, self.vocabulary_size).to(self.linear.weight.dtype)
             hidden_TBH, state = self.rnn(inputs, state)
-        if dropout is not None:
-            hidden_TBH = dropout(hidden_TBH, 0)
-        return self.linear(hidden_TBH), state
+        return (hidden_TBH if dropout is None else dropout(hidden_TBH, 0)), state
 
 
 def build(options: config.Model, vocabulary_size: int, seed: int) -> LanguageModel:

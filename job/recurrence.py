@@ -36,17 +36,19 @@ def layer(
 def _by_kernel(
     cell: str, dtype: torch.dtype, inputs: Tensor, vectors_VE: Tensor | None, state: State, weights: list[Tensor]
 ) -> tuple[Tensor, State]:
+    if vectors_VE is not None and len(vectors_VE) > inputs.numel():
+        inputs, vectors_VE = F.embedding(inputs, vectors_VE), None
     units = weights[1].shape[1]
     missing = -units % kernel.WIDTH
     if missing:  # the kernel works on whole vectors: beside them stand units that stay zero
         weights = [_widened(weight, GATES[cell], missing) for weight in weights]
         weights[1] = F.pad(weights[1], (0, missing))
         state = tuple(F.pad(part, (0, missing)) for part in state)
-    weight_ih, weight_hh, *biases = weights
-    bias_G, bias_new_H = _biases(cell, *biases)
-    given, tokens = _given(inputs, vectors_VE, weight_ih, bias_G, dtype)
-    hidden, carry = kernel.recurrence(cell, dtype, given, tokens, state, weight_hh, bias_new_H)
-    last = {"RNN_TANH": (hidden[-1],), "GRU": (carry,), "LSTM": (hidden[-1], carry)}[cell]
+    if inputs.is_floating_point() and inputs.shape[2] % kernel.WIDTH:
+        filling = (0, -inputs.shape[2] % kernel.WIDTH)
+        inputs, weights[0] = F.pad(inputs, filling), F.pad(weights[0], filling)
+    hidden, carry = kernel.recurrence(cell, dtype, inputs, vectors_VE, state, weights)
+    last = (hidden[-1],) if carry is None else (carry,) if cell == "GRU" else (hidden[-1], carry)
     if missing:
         hidden, last = hidden[..., :units], tuple(part[:, :units] for part in last)
     return hidden, last

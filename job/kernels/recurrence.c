@@ -1,4 +1,5 @@
-/* Recurrent layers on a processor: all steps of a window in one call, forward and backward.
+/* What a recurrent language model spends its time on, on a processor: the recurrence, all steps of a
+   window in one call, forward and backward; the products around it; the loss of the output layer.
 
    A product takes its left factor as rows of 32-bit units, a float or a pair of bf16, and its right
    factor packed: panels of PANEL columns, in which the units of a row of PANEL lie side by side. Both
@@ -8,6 +9,7 @@
    Sizes: T steps, B lanes, H hidden units (a multiple of 32: the caller pads), G gates (1, 3 or 4).
    Weights, inputs and carries are float; hidden states and saved gates are float, or bf16 where `low`. */
 
+#include <math.h>
 #include <pthread.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -134,17 +136,18 @@ INLINE void pack_rows(int low, int source_low, uint32_t *to, const void *matrix,
                  rows - k * step, columns, depth);
 }
 
-/* A matrix (columns, inner) of floats as panels for products that sum over `inner`. */
+/* A matrix (columns, inner) of floats as panels for products that sum over `inner`; the last is filled with zeros. */
 INLINE void pack_columns(int low, uint32_t *to, const float *matrix, size columns, size inner, uint32_t *scratch) {
     size depth = low ? inner / 2 : inner;
     for (size panel = 0; panel < columns; panel += PANEL, to += depth * PANEL) {
         const uint32_t *units = (const uint32_t *)(matrix + panel * inner);
+        size here = columns - panel < PANEL ? columns - panel : PANEL;
         if (low) {
-            for (size i = 0; i < PANEL * inner; i += WIDTH) store(1, scratch, i, load(0, matrix, panel * inner + i));
+            for (size i = 0; i < here * inner; i += WIDTH) store(1, scratch, i, load(0, matrix, panel * inner + i));
             units = scratch;
         }
         for (size k = 0; k < depth; k++)
-            for (size j = 0; j < PANEL; j++) to[k * PANEL + j] = units[j * depth + k];
+            for (size j = 0; j < PANEL; j++) to[k * PANEL + j] = j < here ? units[j * depth + k] : 0;
     }
 }
 
@@ -368,7 +371,7 @@ static uint32_t *room(size units) { return aligned_alloc(64, (units * 4 + 63) / 
 
 /* --- what Python calls; each gives 0, 1 where memory is short, 2 for a token that is no row --- */
 
-int forward(int cell, int low, window *w) {
+int forward(size cell, size low, window *w) {
     size H = w->units, columns = gates_of(cell) * H;
     for (size i = 0; w->tokens && i < w->steps * w->lanes; i++)
         if (w->tokens[i] < 0 || w->tokens[i] >= w->rows) return 2;
@@ -380,7 +383,7 @@ int forward(int cell, int low, window *w) {
             pack_columns(1, w->packed, w->weight, columns, H, scratch);
         else
             pack_columns(0, w->packed, w->weight, columns, H, scratch);
-        lanes_task task = {cell, low, 0, w};
+        lanes_task task = {(enum cell)cell, (int)low, 0, w};
         shared_out(work_on_lanes, &task, w->lanes, ROWS, w->threads);
     }
     free(w->packed);
@@ -388,7 +391,7 @@ int forward(int cell, int low, window *w) {
     return failed;
 }
 
-int backward(int cell, int low, window *w) {
+int backward(size cell, size low, window *w) {
     size H = w->units, rows = gates_of(cell) * H;
     w->packed = room(rows * H);
     if (!w->packed) return 1;
@@ -396,7 +399,7 @@ int backward(int cell, int low, window *w) {
         pack_rows(1, 0, w->packed, w->weight, H, rows, H, rows / 2);
     else
         pack_rows(0, 0, w->packed, w->weight, H, rows, H, rows);
-    lanes_task task = {cell, low, 1, w};
+    lanes_task task = {(enum cell)cell, (int)low, 1, w};
     shared_out(work_on_lanes, &task, w->lanes, ROWS, w->threads);
     free(w->packed);
     return 0;
@@ -439,22 +442,142 @@ static void work_on_columns(const void *given, size first, size count) {
         gradient_columns(0, task, first, count);
 }
 
-int weight_gradient(int low, size rows, size left_columns, size left_stride, const void *left, size columns,
+int weight_gradient(size low, size rows, size left_columns, size left_stride, const void *left, size columns,
                     const void *right, float *to, size threads) {
-    gradient_task task = {low, rows, columns, left_columns, columns, left_stride, left, right, to, 0};
+    gradient_task task = {(int)low, rows, columns, left_columns, columns, left_stride, left, right, to, 0};
     shared_out(work_on_columns, &task, left_columns, PANEL, threads);
     return task.failed;
 }
 
 /* to (V, columns) += rows of `from`, each to its token's. */
-int scatter(int low, size rows, size columns, size stride, const void *from, const int64_t *tokens, float *to,
-            size to_stride) {
+int scatter(size low, size rows, size columns, const void *from, const int64_t *tokens, float *to) {
     for (size r = 0; r < rows; r++)
         for (size j = 0; j < columns; j += WIDTH) {
-            size at = tokens[r] * to_stride + j;
-            store(0, to, at, load(0, to, at) + (low ? load(1, from, r * stride + j) : load(0, from, r * stride + j)));
+            vec x = low ? load(1, from, r * columns + j) : load(0, from, r * columns + j);
+            store(0, to, tokens[r] * columns + j, load(0, to, tokens[r] * columns + j) + x);
         }
     return 0;
+}
+
+/* --- products and the loss --- */
+
+typedef struct {
+    int low, to_low;
+    size rows, depth, columns; /* of the left factor: rows and units; of the right one: columns, a multiple of PANEL */
+    const void *left;
+    const uint32_t *packed;
+    const float *bias; /* or NULL */
+    float scale;
+    void *to;               /* (rows, columns) */
+    const int64_t *targets; /* (rows): the loss is wanted, and `to`, or NULL, takes the logits' gradient */
+    float *nats;            /* (rows) */
+    size tokens;            /* columns that are not padding */
+    int failed;
+} rows_task;
+
+INLINE void rows_of_product(int low, int to_low, const rows_task *task, size first, size count, void *to) {
+    float sums[LANES * PANEL] __attribute__((aligned(64)));
+    size N = task->columns;
+    for (size n = 0; n < N; n += PANEL) {
+        product(low, count, (const uint32_t *)task->left + first * task->depth, task->depth, 1,
+                task->packed + n * task->depth, task->depth, sums, PANEL, 0);
+        for (size i = 0; i < count; i++)
+            for (size v = 0; v < PANEL; v += WIDTH) {
+                vec x = task->scale * load(0, sums, i * PANEL + v);
+                store(to_low, to, i * N + n + v, task->bias ? x + load(0, task->bias, n + v) : x);
+            }
+    }
+}
+
+INLINE float largest(const float *x, size count) {
+    vec most = load(0, x, 0);
+    for (size j = WIDTH; j < count; j += WIDTH) {
+        vec here = load(0, x, j);
+        ints more = here > most;
+        most = (vec)((more & (ints)here) | (~more & (ints)most));
+    }
+    float found = most[0];
+    for (size v = 1; v < WIDTH; v++) found = most[v] > found ? most[v] : found;
+    return found;
+}
+
+/* A row's loss; its logits, with padding up to `padded`, become their exponentials less the largest one's. */
+INLINE float row_of_loss(float *logits, size count, size padded, int64_t target, float *sum) {
+    for (size j = count; j < padded; j++) logits[j] = -INFINITY;
+    float most = largest(logits, padded), right = logits[target] - most;
+    vec total = {};
+    for (size j = 0; j < padded; j += WIDTH) {
+        vec power, rest = expm1_parts(clamped(load(0, logits, j) - most, 87), &power), e = power * rest + power;
+        store(0, logits, j, e);
+        total += e;
+    }
+    *sum = 0;
+    for (size v = 0; v < WIDTH; v++) *sum += total[v];
+    return logf(*sum) - right;
+}
+
+INLINE void rows_of_loss(int low, const rows_task *task, size first, size count, float *logits) {
+    size N = task->columns;
+    rows_of_product(low, 0, task, first, count, logits);
+    for (size i = 0; i < count; i++) {
+        float sum, *row = logits + i * N;
+        int64_t target = task->targets[first + i];
+        task->nats[first + i] = row_of_loss(row, task->tokens, N, target, &sum);
+        if (!task->to) continue;
+        for (size j = 0; j < N; j += WIDTH) store(0, row, j, load(0, row, j) / sum);
+        row[target] -= 1;
+        for (size j = 0; j < N; j += WIDTH) store(low, task->to, (first + i) * N + j, load(0, row, j));
+    }
+}
+
+INLINE void work_on_typed_rows(int low, const rows_task *task, size first, size count) {
+    float *logits = task->targets ? (float *)room(LANES * task->columns) : NULL;
+    if (task->targets && !logits) ((rows_task *)task)->failed = 1;
+    for (; count > 0 && !task->failed; first += LANES, count -= LANES) {
+        size some = count < LANES ? count : LANES;
+        if (task->targets)
+            rows_of_loss(low, task, first, some, logits);
+        else if (task->to_low)
+            rows_of_product(low, 1, task, first, some, (uint16_t *)task->to + first * task->columns);
+        else
+            rows_of_product(low, 0, task, first, some, (float *)task->to + first * task->columns);
+    }
+    free(logits);
+}
+
+static void work_on_rows(const void *given, size first, size count) {
+    const rows_task *task = given;
+    if (task->low)
+        work_on_typed_rows(1, task, first, count);
+    else
+        work_on_typed_rows(0, task, first, count);
+}
+
+/* to (rows, columns) = scale left (rows, inner) weight + bias; the weight is (columns, inner) where `transposed`,
+   else (inner, columns). It has `given` rows of its first axis; more are zero. Or the loss: see rows_task. */
+int linear(size low, size to_low, size transposed, size rows, size inner, size columns, size given, const void *left,
+           const float *weight, const float *bias, float scale, void *to, const int64_t *targets, float *nats,
+           size threads) {
+    size depth = low ? inner / 2 : inner;
+    for (size i = 0; targets && i < rows; i++)
+        if (targets[i] < 0 || targets[i] >= given) return 2;
+    uint32_t *packed = room(depth * columns), *scratch = room(inner * PANEL);
+    rows_task task = {(int)low, (int)to_low, rows, depth, columns, left, packed, bias, scale, to, targets, nats, given, 0};
+    if (packed && scratch) {
+        if (transposed && low)
+            pack_columns(1, packed, weight, given, inner, scratch);
+        else if (transposed)
+            pack_columns(0, packed, weight, given, inner, scratch);
+        else if (low)
+            pack_rows(1, 0, packed, weight, columns, given, columns, depth);
+        else
+            pack_rows(0, 0, packed, weight, columns, given, columns, depth);
+        shared_out(work_on_rows, &task, rows, ROWS, threads);
+    }
+    task.failed |= !packed || !scratch;
+    free(packed);
+    free(scratch);
+    return task.failed;
 }
 
 /* Whether this processor multiplies bf16 here. */
