@@ -69,7 +69,7 @@ class _Objective(nn.Module):
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
             nats, state = self.model.nats(inputs_TB, targets_TB, state, dropout)
         facts = torch.cat([nats.detach().view(1), nats.new_tensor(signals)])
-        return nats / tokens + (self.tally * facts).sum(), state
+        return nats / tokens + torch.dot(self.tally, facts), state
 
 
 class Summed:

@@ -48,8 +48,6 @@ def _call(function: str, *arguments: Any) -> None:
 def _argument(value: Any) -> Any:
     if isinstance(value, Tensor):
         return ctypes.c_void_p(value.data_ptr())
-    if isinstance(value, float):
-        return ctypes.c_float(value)
     return ctypes.c_long(value) if isinstance(value, int) else value
 
 
@@ -64,7 +62,7 @@ def _linear(left_RK: Tensor, weight: Tensor, bias: Tensor | None, columns: int, 
     rows, inner = left_RK.shape
     _call(
         "linear", _is_low(left_RK), _is_low(to), bias is not None, rows, inner, columns, len(weight),
-        left_RK, weight, bias, scale, to, None, None, torch.get_num_threads(),
+        left_RK, weight, bias, ctypes.c_float(scale), to, None, None, torch.get_num_threads(),
     )  # fmt: skip
     return to
 
@@ -77,6 +75,14 @@ def _weight_gradient(left_RM: Tensor, columns: int, right_RN: Tensor) -> Tensor:
         "weight_gradient", _is_low(left_RM), rows, columns, width, left_RM, right_RN.shape[1], right_RN, found,
         torch.get_num_threads(),
     )  # fmt: skip
+    return found
+
+
+def _sums(from_RN: Tensor, columns: int, skip: range, tokens: Tensor | None, places: int) -> Tensor:
+    """The rows' sums by their tokens, or of all, without some columns: (places, columns) in float32."""
+    found = torch.empty(places, columns)
+    rows, stride = from_RN.shape
+    _call("sums", _is_low(from_RN), rows, columns, stride, skip.start, len(skip), from_RN, tokens, places, found)
     return found
 
 
@@ -127,46 +133,51 @@ class _Recurrence(torch.autograd.Function):
             hidden=hidden, carry=carry, gates=gates,
         )  # fmt: skip
         _call("forward", CELLS[cell], dtype == torch.bfloat16, ctypes.byref(window))
-        ctx.cell = cell
+        ctx.cell, ctx.gates = cell, gates
         if keep:
-            ctx.save_for_backward(inputs, vectors_VE, weight_GE, weight_GH, hidden, carry, gates)
+            ctx.save_for_backward(inputs, vectors_VE, weight_GE, weight_GH, hidden, carry)
         ctx.set_materialize_grads(False)
         return hidden[1:], None if carry is None else carry[-1]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dhidden: Tensor | None, dcarry: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs, vectors_VE, weight_GE, weight_GH, hidden, carry, gates = ctx.saved_tensors
+        inputs, vectors_VE, weight_GE, weight_GH, hidden, carry = ctx.saved_tensors
         cell, (width, units) = ctx.cell, weight_GH.shape
         steps, lanes = inputs.shape[:2]
         dhidden = hidden.new_zeros(steps, lanes, units) if dhidden is None else dhidden.contiguous()
-        if cell != "RNN_TANH":
+        dgates, ctx.gates = ctx.gates, None  # what was kept makes room for its gradient
+        if cell == "RNN_TANH":
+            dgates = torch.empty_like(dhidden)
+        else:
+            assert dgates is not None, "the kernel's backward runs once"
             dcarry = torch.zeros(lanes, units) if dcarry is None else dcarry.clone(memory_format=torch.contiguous_format)
         dh0 = torch.empty(lanes, units) if ctx.needs_input_grad[5] else None
-        dgates = hidden.new_empty(steps * lanes, units if cell == "RNN_TANH" else 4 * units)
         window = _Window(
-            steps, lanes, units, weight=weight_GH, hidden=hidden, carry=carry, gates=gates,
+            steps, lanes, units, weight=weight_GH, hidden=hidden, carry=carry, gates=dgates,
             dhidden=dhidden, dgates=dgates, dh0=dh0, dcarry=dcarry,
         )  # fmt: skip
         _call("backward", CELLS[cell], _is_low(hidden), ctypes.byref(window))
+        dgates = dgates.flatten(0, 1)
         dweight_GH = _weight_gradient(dgates, width, hidden[:-1].flatten(0, 1))
-        dbias_H = None
-        if cell == "GRU":  # four blocks: the new state's gate as the hidden state sees it, then as the input does
-            dbias_H = dgates[:, 2 * units : 3 * units].sum(0, dtype=torch.float32)
-            dgates = torch.cat([dgates[:, : 2 * units], dgates[:, 3 * units :]], 1)
+        # A GRU's new state has two gradients: the third block is the hidden state's, the fourth the input's.
+        third = range(2 * units, 3 * units) if cell == "GRU" else range(width, width)
+        dnew_H = _sums(dgates, units, range(0, third.start), None, 1)[0] if third else None
         dinputs = dvectors_VE = None
         if inputs.is_floating_point():
+            if third:
+                dgates = torch.cat([dgates[:, : third.start], dgates[:, third.stop :]], 1)
             if ctx.needs_input_grad[3]:
                 dinputs = _linear(dgates, weight_GE, None, inputs.shape[2], torch.empty_like(inputs))
             dweight_GE = _weight_gradient(dgates, width, inputs.flatten(0, 1))
-            dbias_G = dgates.sum(0, dtype=torch.float32)
+            dbias_G = _sums(dgates, width, range(width, width), None, 1)[0]
         else:
-            dgiven_VG = torch.zeros(weight_GE.shape[1] if vectors_VE is None else len(vectors_VE), width)
-            _call("scatter", _is_low(dgates), steps * lanes, width, dgates, inputs, dgiven_VG)
+            tokens = weight_GE.shape[1] if vectors_VE is None else len(vectors_VE)
+            dgiven_VG = _sums(dgates, width, third, inputs, tokens)
             dbias_G = dgiven_VG.sum(0)
             dweight_GE = dgiven_VG.t() if vectors_VE is None else dgiven_VG.t() @ vectors_VE
             dvectors_VE = None if vectors_VE is None else dgiven_VG @ weight_GE
-        dbias_hh_G = dbias_G if dbias_H is None else torch.cat([dbias_G[: 2 * units], dbias_H])
+        dbias_hh_G = dbias_G if dnew_H is None else torch.cat([dbias_G[: third.start], dnew_H])
         dc0 = dcarry if cell == "LSTM" else None
         return None, None, None, dinputs, dvectors_VE, dh0, dc0, dweight_GE, dweight_GH, dbias_G, dbias_hh_G
 
@@ -182,7 +193,7 @@ class _Nats(torch.autograd.Function):
         dlogits = hidden_RH.new_empty(rows, tokens + missing) if keep else None
         _call(
             "linear", _is_low(hidden_RH), False, True, rows, units, tokens + missing, tokens, hidden_RH, weight_VH,
-            F.pad(bias_V, (0, missing)), 1.0, dlogits, targets_R, nats_R, torch.get_num_threads(),
+            F.pad(bias_V, (0, missing)), ctypes.c_float(1), dlogits, targets_R, nats_R, torch.get_num_threads(),
         )  # fmt: skip
         if keep:
             ctx.save_for_backward(hidden_RH, weight_VH, dlogits)
@@ -195,7 +206,7 @@ class _Nats(torch.autograd.Function):
         tokens, scale = len(weight_VH), float(dnats)
         dhidden = _linear(dlogits, weight_VH, None, hidden_RH.shape[1], torch.empty_like(hidden_RH), scale)
         dweight = _weight_gradient(dlogits, dlogits.shape[1], hidden_RH)[:tokens].mul_(scale)
-        dbias = dlogits.sum(0, dtype=torch.float32)[:tokens].mul_(scale)
+        dbias = _sums(dlogits, dlogits.shape[1], range(0), None, 1)[0, :tokens].mul_(scale)
         return None, dhidden, dweight, dbias, None
 
 

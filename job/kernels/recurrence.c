@@ -15,7 +15,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-#ifdef __AVX512BF16__
+#ifdef __AVX512F__
 #include <immintrin.h>
 #endif
 
@@ -90,20 +90,36 @@ INLINE vec expm1_parts(vec x, vec *power) {
     return p * r * r + r;
 }
 
-/* Held within; a number that is none stays none. */
-INLINE vec clamped(vec x, float most) {
-    ints under = x < -most, over = x > most;
-    return (vec)((under & (ints)all(-most)) | (over & (ints)all(most)) | (~(under | over) & (ints)x));
+/* The larger of two; where one is no number, the second. */
+INLINE vec larger(vec a, vec b) {
+#ifdef __AVX512F__
+    return (vec)_mm512_max_ps((__m512)a, (__m512)b);
+#else
+    ints more = a > b;
+    return (vec)((more & (ints)a) | (~more & (ints)b));
+#endif
 }
 
+/* a / b; the processor's estimate, mended once, is good to 1e-7 and takes half a division's time. */
+INLINE vec divided(vec a, vec b) {
+#ifdef __AVX512F__
+    vec guess = (vec)_mm512_rcp14_ps((__m512)b), found = a * guess;
+    return found + guess * (a - found * b);
+#else
+    return a / b;
+#endif
+}
+
+/* (1 - exp(-2|x|)) / (1 + exp(-2|x|)), with the sign of x. */
 INLINE vec vtanh(vec x) {
-    vec power, rest = expm1_parts(2 * clamped(x, 10), &power), e = power * rest + (power - 1);
-    return e / (e + 2);
+    ints sign = (ints)x & INT32_MIN;
+    vec power, rest = expm1_parts(larger(all(-40), -2 * (vec)((ints)x ^ sign)), &power), e = power * rest + (power - 1);
+    return (vec)((ints)divided(-e, e + 2) | sign);
 }
 
 INLINE vec sigmoid(vec x) {
-    vec power, rest = expm1_parts(-clamped(x, 80), &power);
-    return 1 / (power * rest + power + 1);
+    vec power, rest = expm1_parts(-larger(all(-80), -larger(all(-80), -x)), &power);
+    return divided(all(1), power * rest + power + 1);
 }
 
 /* --- packing --- */
@@ -199,7 +215,8 @@ typedef struct {
     void *gates;             /* (T, B, 1, 4 or 4 times H): what backward needs; NULL: nothing is kept */
     const void *dhidden;     /* (T, B, H) */
     const float *dcarry_end; /* (B, H), or NULL */
-    void *dgates;            /* (T, B, 1, 4 or 4 times H); of a GRU: reset, update, new as hidden and as input see it */
+    void *dgates;            /* (T, B, 1, 4 or 4 times H), may be `gates`; of a GRU: reset, update, new as the hidden
+                                state and as the input sees it */
     float *dh0, *dcarry;     /* (B, H) */
     uint32_t *packed;
 } window;
@@ -272,7 +289,8 @@ INLINE void cell_backward(enum cell cell, int low, const window *w, size row, si
 
 /* --- windows: some lanes, all steps --- */
 
-INLINE void run_forward(enum cell cell, int low, const window *w, size first, size count) {
+INLINE void run_forward(enum cell cell, int low, const window *given, size first, size count) {
+    const window own = *given, *w = &own; /* which no store can change */
     float sums[4][LANES * PANEL] __attribute__((aligned(64)));
     size H = w->units, depth = low ? H / 2 : H;
     for (size t = 0; t < w->steps; t++)
@@ -287,7 +305,8 @@ INLINE void run_forward(enum cell cell, int low, const window *w, size first, si
         }
 }
 
-INLINE void run_backward(enum cell cell, int low, const window *w, size first, size count) {
+INLINE void run_backward(enum cell cell, int low, const window *given, size first, size count) {
+    const window own = *given, *w = &own;
     float sums[LANES * PANEL] __attribute__((aligned(64)));
     size H = w->units, kept = kept_of(cell) * H, stride = low ? kept / 2 : kept;
     size depth = gates_of(cell) * (low ? H / 2 : H);
@@ -449,12 +468,15 @@ int weight_gradient(size low, size rows, size left_columns, size left_stride, co
     return task.failed;
 }
 
-/* to (V, columns) += rows of `from`, each to its token's. */
-int scatter(size low, size rows, size columns, const void *from, const int64_t *tokens, float *to) {
+/* to (V, columns) = the sums of the rows of `from`, each in its token's place, or all in one where there are no tokens.
+   A row is `stride` long; from `skip_from` on, `skip` of its columns are passed over. */
+int sums(size low, size rows, size columns, size stride, size skip_from, size skip, const void *from,
+         const int64_t *tokens, size places, float *to) {
+    memset(to, 0, places * columns * sizeof *to);
     for (size r = 0; r < rows; r++)
         for (size j = 0; j < columns; j += WIDTH) {
-            vec x = low ? load(1, from, r * columns + j) : load(0, from, r * columns + j);
-            store(0, to, tokens[r] * columns + j, load(0, to, tokens[r] * columns + j) + x);
+            size at = r * stride + j + (j >= skip_from ? skip : 0), place = (tokens ? tokens[r] * columns : 0) + j;
+            store(0, to, place, load(0, to, place) + (low ? load(1, from, at) : load(0, from, at)));
         }
     return 0;
 }
@@ -491,11 +513,7 @@ INLINE void rows_of_product(int low, int to_low, const rows_task *task, size fir
 
 INLINE float largest(const float *x, size count) {
     vec most = load(0, x, 0);
-    for (size j = WIDTH; j < count; j += WIDTH) {
-        vec here = load(0, x, j);
-        ints more = here > most;
-        most = (vec)((more & (ints)here) | (~more & (ints)most));
-    }
+    for (size j = WIDTH; j < count; j += WIDTH) most = larger(most, load(0, x, j));
     float found = most[0];
     for (size v = 1; v < WIDTH; v++) found = most[v] > found ? most[v] : found;
     return found;
@@ -507,7 +525,7 @@ INLINE float row_of_loss(float *logits, size count, size padded, int64_t target,
     float most = largest(logits, padded), right = logits[target] - most;
     vec total = {};
     for (size j = 0; j < padded; j += WIDTH) {
-        vec power, rest = expm1_parts(clamped(load(0, logits, j) - most, 87), &power), e = power * rest + power;
+        vec power, rest = expm1_parts(larger(all(-87), load(0, logits, j) - most), &power), e = power * rest + power;
         store(0, logits, j, e);
         total += e;
     }
