@@ -14,17 +14,23 @@ enum { WIDTH = 8, SUMS = 12 };
 enum { WIDTH = 4, SUMS = 12 };
 #endif
 
+#if defined __x86_64__
+#define UNKNOWN(x) __asm__ volatile("" : "+v"(x)) /* a number that the compiler knows nothing of */
+#else
+#define UNKNOWN(x) __asm__ volatile("" : "+w"(x))
+#endif
+
 typedef float vec __attribute__((vector_size(4 * WIDTH)));
 
-/* Operations done in `turns`. The sums differ, and the compiler cannot know them: it must do them all. */
+/* Operations done in `turns`: the sums differ, so that all must be done. */
 double multiply_floats(long turns) {
-    vec sum[SUMS], x = {};
-    for (int i = 0; i < SUMS; i++) sum[i] = x + (float)i;
+    vec sum[SUMS] = {}, x = {};
+    for (int i = 0; i < SUMS; i++) UNKNOWN(sum[i]);
     for (long t = 0; t < turns; t++) {
         for (int i = 0; i < SUMS; i++) sum[i] += x * x;
-        __asm__ volatile("" : "+m"(x)); /* a number that may have changed */
+        UNKNOWN(x);
     }
-    for (int i = 0; i < SUMS; i++) __asm__ volatile("" : : "m"(sum[i]));
+    for (int i = 0; i < SUMS; i++) UNKNOWN(sum[i]);
     return 2.0 * turns * SUMS * WIDTH;
 }
 
@@ -33,13 +39,13 @@ double multiply_bf16(long turns) {
 #ifdef __AVX512BF16__
     __m512 sum[SUMS];
     __m512bh x = (__m512bh)_mm512_setzero_si512();
-    for (int i = 0; i < SUMS; i++) sum[i] = _mm512_set1_ps((float)i);
-    for (int i = 0; i < SUMS; i++) __asm__ volatile("" : "+v"(sum[i]));
+    for (int i = 0; i < SUMS; i++) sum[i] = _mm512_setzero_ps();
+    for (int i = 0; i < SUMS; i++) UNKNOWN(sum[i]);
     for (long t = 0; t < turns; t++) {
         for (int i = 0; i < SUMS; i++) sum[i] = _mm512_dpbf16_ps(sum[i], x, x);
-        __asm__ volatile("" : "+v"(x));
+        UNKNOWN(x);
     }
-    for (int i = 0; i < SUMS; i++) __asm__ volatile("" : : "v"(sum[i]));
+    for (int i = 0; i < SUMS; i++) UNKNOWN(sum[i]);
     return 4.0 * turns * SUMS * WIDTH;
 #else
     return 0.0 * turns;

@@ -77,6 +77,7 @@ class Summed:
 
     def __init__(self, model: LanguageModel, autocast: torch.dtype | None, workers: int) -> None:
         self.objective = _Objective(model, autocast)
+        self.parameters = list(self.objective.parameters())
         self.module: nn.Module = self.objective
         if workers > 1:
             ddp = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
@@ -85,7 +86,7 @@ class Summed:
 
     def __call__(self, window: Window, state: State, signals: Signals) -> tuple[Tally, State]:
         """Leaves the global gradient in the model's parameters; gives the tally and the new state."""
-        for parameter in self.objective.parameters():
+        for parameter in self.parameters:
             parameter.grad = None
         lanes = range(window.groups[0].start, window.groups[-1].stop)
         dropout = window.dropout(lanes) if window.dropout else None

@@ -21,6 +21,9 @@ _ARRAYS = ("inputs", "tokens", "weight", "bias", "hidden", "carry", "gates")
 _GRADIENTS = ("dhidden", "dcarry_end", "dgates", "dh0", "dcarry", "packed")
 
 
+_Weights = list[Tensor]  # a layer's, in torch's order
+
+
 class _Window(ctypes.Structure):
     """``window`` of recurrence.c."""
 
@@ -34,6 +37,17 @@ class _Window(ctypes.Structure):
         for name, array in arrays.items():
             if array is not None:
                 setattr(self, name, array.data_ptr())
+
+
+class _Storey(ctypes.Structure):
+    """``storey`` of recurrence.c: a layer that takes one step at a time."""
+
+    _fields_ = (
+        ("recurrence", _Window),
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("packed", ctypes.c_void_p),
+    )
 
 
 def _call(function: str, *arguments: Any) -> None:
@@ -90,6 +104,22 @@ def _is_low(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16
 
 
+def _biases(cell: str, bias_ih_G: Tensor, bias_hh_G: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What is added to the gates, and the part of a GRU's that its reset gate scales."""
+    if cell != "GRU":
+        return bias_ih_G + bias_hh_G, None
+    new = len(bias_hh_G) // 3 * 2
+    return torch.cat([bias_ih_G[:new] + bias_hh_G[:new], bias_ih_G[new:]]), bias_hh_G[new:]
+
+
+def _table(weight_GE: Tensor, vectors_VE: Tensor | None, bias_G: Tensor) -> Tensor:
+    """What each token gives the gates: (V, G); a product with a one-hot vector is a column of the weight."""
+    if vectors_VE is None:
+        return torch.add(weight_GE.t(), bias_G, out=torch.empty(weight_GE.shape[1], len(bias_G)))
+    with torch.autocast("cpu", enabled=False):
+        return F.linear(vectors_VE, weight_GE, bias_G)
+
+
 class _Recurrence(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -107,18 +137,13 @@ class _Recurrence(torch.autograd.Function):
         bias_hh_G: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         (steps, lanes), (width, units) = inputs.shape[:2], weight_GH.shape
-        bias_G, bias_H = bias_ih_G + bias_hh_G, None
-        if cell == "GRU":
-            bias_H = bias_hh_G[2 * units :].contiguous()
-            bias_G[2 * units :] = bias_ih_G[2 * units :]
+        bias_G, bias_H = _biases(cell, bias_ih_G, bias_hh_G)
         tokens_TB = None if inputs.is_floating_point() else inputs
         if tokens_TB is None:
             inputs = inputs.to(dtype).contiguous()
             given = _linear(inputs.flatten(0, 1), weight_GE, bias_G, width, torch.empty(steps * lanes, width))
-        elif vectors_VE is None:
-            given = torch.add(weight_GE.t(), bias_G, out=torch.empty(weight_GE.shape[1], width))
         else:
-            given = F.linear(vectors_VE, weight_GE, bias_G)
+            given = _table(weight_GE, vectors_VE, bias_G)
         hidden = torch.empty(steps + 1, lanes, units, dtype=dtype)
         hidden[0] = h0_BH
         carry = None
@@ -231,3 +256,35 @@ def nats(hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_R: Tensor
     """The cross-entropy of an output layer, summed: products in ``hidden``'s type, all else in float32."""
     keep = torch.is_grad_enabled()
     return _Nats.apply(keep, hidden_RH.contiguous(), weight_VH, bias_V, targets_R.contiguous())
+
+
+@torch.no_grad()
+def speech(
+    cell: str,
+    layers: list[_Weights],
+    vectors_VE: Tensor | None,
+    weight_VH: Tensor,
+    bias_V: Tensor,
+    state: tuple[Tensor, ...],
+    first_B: Tensor,
+    length: int,
+) -> Tensor:
+    """The most likely tokens, each the next one's input: (length, B), after ``first_B`` and the state (L, B, H)."""
+    lanes, tokens, units = len(first_B), len(weight_VH), weight_VH.shape[1]
+    spoken = torch.empty(length + 1, lanes, dtype=torch.int64)
+    spoken[0] = first_B
+    bias_V = F.pad(bias_V, (0, -tokens % WIDTH))
+    alive: list[Tensor | None] = []  # what the storeys point to
+    storeys = (_Storey * len(layers))()
+    for number, (storey, (weight_GE, weight_GH, *biases)) in enumerate(zip(storeys, layers, strict=True)):
+        bias_G, bias_H = _biases(cell, *biases)
+        inputs = torch.empty(lanes, len(bias_G)) if number else _table(weight_GE, vectors_VE, bias_G)
+        hidden, carry = (torch.stack([part[number]] * 2).contiguous() for part in (state[0], state[-1]))
+        storey.recurrence = _Window(
+            1, lanes, units, len(inputs), inputs=inputs, weight=weight_GH, bias=bias_H,
+            hidden=hidden, carry=carry if cell == "LSTM" else hidden,
+        )  # fmt: skip
+        storey.weight, storey.bias = weight_GE.data_ptr(), bias_G.data_ptr()
+        alive += [inputs, bias_G, bias_H, hidden, carry]
+    _call("speak", CELLS[cell], len(layers), storeys, weight_VH, bias_V, tokens, length, spoken)
+    return spoken[1:]

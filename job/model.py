@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from job import config, loss, recurrence
+from job import config, kernel, loss, recurrence
 from job.dropout import Dropout
 from job.errors import UserError
 
@@ -68,20 +68,37 @@ class Recurrent(nn.RNNBase):
         ``inputs`` are features (T, B, E), or tokens (T, B) whose features ``vectors_VE`` has; they are
         one-hot where it is None.
         """
-        if state is None:
-            zeros = cast(Tensor, self.weight_hh_l0).new_zeros(self.num_layers, inputs.shape[1], self.hidden_size)
-            state = (zeros, zeros) if self.mode == "LSTM" else zeros
-        parts = (state,) if isinstance(state, Tensor) else state
-        outputs, lasts = inputs, []
+        parts, outputs, lasts = self._parts(state, inputs.shape[1]), inputs, []
         for number in range(self.num_layers):
             if number and dropout is not None:
                 outputs = dropout(outputs, number)
-            weights = [getattr(self, f"{name}_l{number}") for name in self.WEIGHTS]
+            weights = self._weights(number)
             before = tuple(part[number] for part in parts)
             outputs, last = recurrence.layer(self.mode, outputs, None if number else vectors_VE, before, weights)
             lasts.append(last)
         after = tuple(torch.stack(part) for part in zip(*lasts, strict=True))
         return outputs, after if self.mode == "LSTM" else after[0]
+
+    def speech(
+        self, first_B: Tensor, state: State, vectors_VE: Tensor | None, head: nn.Linear, length: int
+    ) -> Tensor | None:
+        """As ``LanguageModel.speech``."""
+        own, units = head.weight.dtype, self.hidden_size
+        if head.weight.device.type != "cpu" or own != torch.float32 or units % kernel.WIDTH or not kernel.works_in(own):
+            return None
+        layers = [self._weights(number) for number in range(self.num_layers)]
+        parts = self._parts(state, len(first_B))
+        return kernel.speech(self.mode, layers, vectors_VE, head.weight, head.bias, parts, first_B, length)
+
+    def _weights(self, layer: int) -> list[Tensor]:
+        return [getattr(self, f"{name}_l{layer}") for name in self.WEIGHTS]
+
+    def _parts(self, state: State, lanes: int) -> tuple[Tensor, ...]:
+        """The state's tensors, of zeros where there is none yet."""
+        if state is None:
+            zeros = cast(Tensor, self.weight_hh_l0).new_zeros(self.num_layers, lanes, self.hidden_size)
+            return (zeros, zeros) if self.mode == "LSTM" else (zeros,)
+        return (state,) if isinstance(state, Tensor) else state
 
 
 class LanguageModel(nn.Module):
@@ -110,6 +127,13 @@ class LanguageModel(nn.Module):
         """The cross-entropy of the targets, summed, and the state after the last step."""
         hidden_TBH, state = self._hidden(tokens_TB, state, dropout)
         return loss.nats(hidden_TBH, self.linear.weight, self.linear.bias, targets_TB), state
+
+    def speech(self, first_B: Tensor, state: State, length: int) -> Tensor | None:
+        """The most likely tokens, each the next one's input: (length, B), in one call; None where there is no such."""
+        if not isinstance(self.rnn, Recurrent):
+            return None
+        vectors_VE = None if self.embedding is None else self.embedding.weight
+        return self.rnn.speech(first_B, state, vectors_VE, self.linear, length)
 
     def _hidden(self, tokens_TB: Tensor, state: State, dropout: Dropout | None) -> tuple[Tensor, State]:
         if isinstance(self.rnn, Recurrent):

@@ -26,8 +26,7 @@ def layer(
     kind, own = inputs.device.type, weights[0].dtype
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else own
     if kind == "cpu" and own == torch.float32 and kernel.works_in(dtype):
-        with torch.autocast(kind, enabled=False):
-            return _by_kernel(cell, dtype, inputs, vectors_VE, state, weights)
+        return _by_kernel(cell, dtype, inputs, vectors_VE, state, weights)
     if kind == "cpu" and (cell == "RNN_TANH" or (cell == "GRU" and dtype != torch.float64)):
         return _by_steps(cell, dtype, inputs, vectors_VE, state, weights)
     return _by_torch(cell, inputs, vectors_VE, state, weights)

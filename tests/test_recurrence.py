@@ -10,7 +10,7 @@ from conftest import ROOT
 from torch import nn
 from torch.nn import functional as F
 
-from job import compiled, config, kernel, loss, model, recurrence, stepwise
+from job import compiled, config, generate, kernel, loss, model, recurrence, stepwise
 from job.dropout import Dropout
 
 KINDS = {"RNN_TANH": nn.RNN, "GRU": nn.GRU, "LSTM": nn.LSTM}
@@ -232,3 +232,20 @@ def test_the_cache_is_ours_alone(tmp_path):
     assert why_not(tmp_path) != "None"
     folder.chmod(0o777)
     assert "others may write it" in why_not(tmp_path)
+
+
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+@pytest.mark.parametrize(("layers", "embedding"), [(1, 0), (2, 7)])
+def test_speech_is_one_step_after_the_other(way, cell, layers, embedding):
+    net = model.build(config.Model(cell=cell, num_layers=layers, embedding_size=embedding, hidden_size=64), 28, 3)
+    prefixes = torch.randint(0, 28, (5, 7))
+    spoken = generate.continuations(net, prefixes, config.Generate(length=40), 0)
+    inputs, state, expected = prefixes, None, []
+    with torch.no_grad():
+        for _ in range(40):
+            logits, state = net(inputs, state)
+            inputs = logits[-1:].argmax(2)
+            expected.append(inputs[0])
+    assert torch.equal(spoken, torch.stack(expected))
+    alone = generate.continuation(net, prefixes[:, 3].numpy(), config.Generate(length=40), 0)
+    assert alone == spoken[:, 3].tolist()

@@ -598,6 +598,73 @@ int linear(size low, size to_low, size transposed, size rows, size inner, size c
     return task.failed;
 }
 
+/* --- speech --- */
+
+typedef struct {
+    window recurrence;   /* of one step; an upper layer's inputs are made here, (B, G H) */
+    const float *weight; /* (G H, H): what an upper layer makes of the one below, with `bias` (G H) */
+    const float *bias;
+    uint32_t *packed;
+} storey;
+
+static uint32_t *packed_columns(const float *matrix, size columns, size inner) {
+    uint32_t *packed = room((columns + PANEL - 1) / PANEL * PANEL * inner);
+    if (packed) pack_columns(0, packed, matrix, columns, inner, NULL);
+    return packed;
+}
+
+static void step_of_storey(enum cell cell, storey *s, const window *below) {
+    window *w = &s->recurrence;
+    size state = w->lanes * w->units;
+    if (below) {
+        rows_task task = {.rows = w->lanes, .depth = w->units, .columns = gates_of(cell) * w->units, .scale = 1,
+                          .left = (float *)below->hidden + state, .packed = s->packed, .bias = s->bias,
+                          .to = (float *)w->inputs};
+        work_on_rows(&task, 0, w->lanes);
+    }
+    lanes_task task = {cell, 0, 0, w};
+    work_on_lanes(&task, 0, w->lanes);
+    memcpy(w->hidden, (float *)w->hidden + state, state * sizeof(float));
+    if (w->carry && w->carry != w->hidden) memcpy(w->carry, w->carry + state, state * sizeof(float));
+}
+
+/* Greedily: spoken (length + 1, B), of which the first tokens are given; the storeys' hidden and carry, (2, B, H),
+   begin with the state. The output layer has a weight (V, H) and a bias (V, to a multiple of PANEL). */
+int speak(size cell, size count, storey *storeys, const float *weight, const float *bias, size tokens, size length,
+          int64_t *spoken) {
+    window *last = &storeys[count - 1].recurrence;
+    size H = last->units, B = last->lanes, columns = (tokens + PANEL - 1) / PANEL * PANEL, G = gates_of(cell) * H;
+    uint32_t *packed = packed_columns(weight, tokens, H);
+    float *logits = (float *)room(B * columns);
+    int failed = !packed || !logits;
+    for (size i = 0; i < count; i++) {
+        failed |= !(storeys[i].recurrence.packed = packed_columns(storeys[i].recurrence.weight, G, H));
+        failed |= i && !(storeys[i].packed = packed_columns(storeys[i].weight, G, H));
+    }
+    rows_task task = {.rows = B, .depth = H, .columns = columns, .left = (float *)last->hidden + B * H,
+                      .packed = packed, .bias = bias, .scale = 1, .to = logits};
+    for (size t = 0; t < length && !failed; t++) {
+        storeys[0].recurrence.tokens = spoken + t * B;
+        for (size i = 0; i < count; i++)
+            step_of_storey((enum cell)cell, storeys + i, i ? &storeys[i - 1].recurrence : NULL);
+        work_on_rows(&task, 0, B);
+        for (size lane = 0; lane < B; lane++) {
+            const float *row = logits + lane * columns;
+            size best = 0;
+            for (size j = 1; j < tokens; j++)
+                if (row[j] > row[best]) best = j;
+            spoken[(t + 1) * B + lane] = best;
+        }
+    }
+    for (size i = 0; i < count; i++) {
+        free(storeys[i].recurrence.packed);
+        if (i) free(storeys[i].packed);
+    }
+    free(logits);
+    free(packed);
+    return failed;
+}
+
 /* Whether this processor multiplies bf16 here. */
 int multiplies_bf16(void) {
 #ifdef __AVX512BF16__
