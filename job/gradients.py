@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from job.dropout import Dropout
@@ -68,11 +67,9 @@ class _Objective(nn.Module):
     ) -> tuple[Tensor, State]:
         device = inputs_TB.device.type
         with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-            logits_TBV, state = self.model(inputs_TB, state, dropout)
-        logits_TBV = logits_TBV.to(self.tally.dtype)
-        nats = F.cross_entropy(logits_TBV.flatten(0, 1), targets_TB.flatten(), reduction="sum")
+            nats, state = self.model.nats(inputs_TB, targets_TB, state, dropout)
         facts = torch.cat([nats.detach().view(1), nats.new_tensor(signals)])
-        return nats / tokens + (self.tally * facts).sum(), state
+        return nats / tokens + torch.dot(self.tally, facts), state
 
 
 class Summed:
@@ -80,6 +77,7 @@ class Summed:
 
     def __init__(self, model: LanguageModel, autocast: torch.dtype | None, workers: int) -> None:
         self.objective = _Objective(model, autocast)
+        self.parameters = list(self.objective.parameters())
         self.module: nn.Module = self.objective
         if workers > 1:
             ddp = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
@@ -88,7 +86,7 @@ class Summed:
 
     def __call__(self, window: Window, state: State, signals: Signals) -> tuple[Tally, State]:
         """Leaves the global gradient in the model's parameters; gives the tally and the new state."""
-        for parameter in self.objective.parameters():
+        for parameter in self.parameters:
             parameter.grad = None
         lanes = range(window.groups[0].start, window.groups[-1].stop)
         dropout = window.dropout(lanes) if window.dropout else None

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from job import config
+from job import config, kernel, loss, recurrence
 from job.dropout import Dropout
 from job.errors import UserError
-from job.recurrence import tanh_layer
 
 State = Tensor | tuple[Tensor, ...] | None
 
@@ -56,56 +55,50 @@ class Recurrent(nn.RNNBase):
     """Layers of torch's own cells, under torch's own names, with dropout that belongs to lanes."""
 
     MODES: ClassVar = {"rnn": "RNN_TANH", "gru": "GRU", "lstm": "LSTM"}
+    WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
     def __init__(self, cell: str, input_size: int, hidden_size: int, num_layers: int) -> None:
         super().__init__(self.MODES[cell], input_size, hidden_size, num_layers)
 
-    def forward(self, inputs: Tensor, state: State = None, dropout: Dropout | None = None) -> tuple[Tensor, State]:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, inputs: Tensor, state: State = None, dropout: Dropout | None = None, vectors_VE: Tensor | None = None
+    ) -> tuple[Tensor, State]:
         """Hidden states (T, B, H) and the last state, tensors (L, B, H).
 
-        ``inputs`` are features (T, B, E), or the tokens (T, B) whose one-hot vectors they are.
+        ``inputs`` are features (T, B, E), or tokens (T, B) whose features ``vectors_VE`` has; they are
+        one-hot where it is None.
         """
-        lanes = inputs.shape[1]
-        if state is None:
-            weight = cast(Tensor, self.weight_hh_l0)
-            zeros = weight.new_zeros(self.num_layers, lanes, self.hidden_size)
-            state = (zeros, zeros) if self.mode == "LSTM" else zeros
-        outputs, lasts = inputs, []
-        for layer in range(self.num_layers):
-            if layer and dropout is not None:
-                outputs = dropout(outputs, layer)
-            one = map_state(lambda part, layer=layer: part[layer : layer + 1], state)  # type: ignore[misc]
-            outputs, last = self._layer(outputs, one, layer)
+        parts, outputs, lasts = self._parts(state, inputs.shape[1]), inputs, []
+        for number in range(self.num_layers):
+            if number and dropout is not None:
+                outputs = dropout(outputs, number)
+            weights = self._weights(number)
+            before = tuple(part[number] for part in parts)
+            outputs, last = recurrence.layer(self.mode, outputs, None if number else vectors_VE, before, weights)
             lasts.append(last)
-        if isinstance(lasts[0], Tensor):
-            return outputs, torch.cat(cast(list[Tensor], lasts))
-        return outputs, tuple(torch.cat(parts) for parts in zip(*lasts, strict=True))
+        after = tuple(torch.stack(part) for part in zip(*lasts, strict=True))
+        return outputs, after if self.mode == "LSTM" else after[0]
 
-    def _layer(self, inputs: Tensor, state: State, layer: int) -> tuple[Tensor, State]:
-        names = [f"{name}_l{layer}" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-        weights = [getattr(self, name) for name in names]
-        if self.mode == "RNN_TANH" and inputs.device.type == "cpu":
-            return self._tanh_layer(inputs, cast(Tensor, state), *weights)
-        if not inputs.is_floating_point():
-            inputs = F.one_hot(inputs, self.input_size).to(weights[0].dtype)
-        options = (True, 1, 0.0, self.training, False, False)
-        if self.mode == "LSTM":
-            hidden, *last = torch.lstm(inputs, cast(tuple[Tensor, ...], state), weights, *options)
-            return hidden, tuple(last)
-        run = torch.gru if self.mode == "GRU" else torch.rnn_tanh
-        return run(inputs, cast(Tensor, state), weights, *options)
+    def speech(
+        self, first_B: Tensor, state: State, vectors_VE: Tensor | None, head: nn.Linear, length: int
+    ) -> Tensor | None:
+        """As ``LanguageModel.speech``."""
+        own, units = head.weight.dtype, self.hidden_size
+        if head.weight.device.type != "cpu" or own != torch.float32 or units % kernel.WIDTH or not kernel.works_in(own):
+            return None
+        layers = [self._weights(number) for number in range(self.num_layers)]
+        parts = self._parts(state, len(first_B))
+        return kernel.speech(self.mode, layers, vectors_VE, head.weight, head.bias, parts, first_B, length)
 
-    @staticmethod
-    def _tanh_layer(inputs: Tensor, state: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
-        weight_ih, weight_hh, bias_ih, bias_hh = weights
-        low = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else weight_hh.dtype
-        bias = bias_ih + bias_hh
-        if inputs.is_floating_point():
-            gates = F.linear(inputs, weight_ih, bias).to(low)
-        else:  # the product with a one-hot vector is a column of the weight
-            gates = F.embedding(inputs, (weight_ih.t() + bias).to(low))
-        hidden = tanh_layer(gates, state[0].to(low), weight_hh.to(low))
-        return hidden, hidden[-1:]
+    def _weights(self, layer: int) -> list[Tensor]:
+        return [getattr(self, f"{name}_l{layer}") for name in self.WEIGHTS]
+
+    def _parts(self, state: State, lanes: int) -> tuple[Tensor, ...]:
+        """The state's tensors, of zeros where there is none yet."""
+        if state is None:
+            zeros = cast(Tensor, self.weight_hh_l0).new_zeros(self.num_layers, lanes, self.hidden_size)
+            return (zeros, zeros) if self.mode == "LSTM" else (zeros,)
+        return (state,) if isinstance(state, Tensor) else state
 
 
 class LanguageModel(nn.Module):
@@ -125,17 +118,33 @@ class LanguageModel(nn.Module):
 
     def forward(self, tokens_TB: Tensor, state: State, dropout: Dropout | None = None) -> tuple[Tensor, State]:
         """Logits (T, B, V) and the state after the last step; no dropout where it is None."""
-        own = isinstance(self.rnn, Recurrent)
-        if self.embedding is not None:
-            inputs = self.embedding(tokens_TB)
-        elif own:
-            inputs = tokens_TB
+        hidden_TBH, state = self._hidden(tokens_TB, state, dropout)
+        return self.linear(hidden_TBH), state
+
+    def nats(
+        self, tokens_TB: Tensor, targets_TB: Tensor, state: State, dropout: Dropout | None = None
+    ) -> tuple[Tensor, State]:
+        """The cross-entropy of the targets, summed, and the state after the last step."""
+        hidden_TBH, state = self._hidden(tokens_TB, state, dropout)
+        return loss.nats(hidden_TBH, self.linear.weight, self.linear.bias, targets_TB), state
+
+    def speech(self, first_B: Tensor, state: State, length: int) -> Tensor | None:
+        """The most likely tokens, each the next one's input: (length, B), in one call; None where there is no such."""
+        if not isinstance(self.rnn, Recurrent):
+            return None
+        vectors_VE = None if self.embedding is None else self.embedding.weight
+        return self.rnn.speech(first_B, state, vectors_VE, self.linear, length)
+
+    def _hidden(self, tokens_TB: Tensor, state: State, dropout: Dropout | None) -> tuple[Tensor, State]:
+        if isinstance(self.rnn, Recurrent):
+            vectors_VE = None if self.embedding is None else self.embedding.weight
+            hidden_TBH, state = self.rnn(tokens_TB, state, dropout, vectors_VE)
+        elif self.embedding is not None:
+            hidden_TBH, state = self.rnn(self.embedding(tokens_TB), state)
         else:
             inputs = F.one_hot(tokens_TB, self.vocabulary_size).to(self.linear.weight.dtype)
-        hidden_TBH, state = self.rnn(inputs, state, dropout) if own else self.rnn(inputs, state)
-        if dropout is not None:
-            hidden_TBH = dropout(hidden_TBH, 0)
-        return self.linear(hidden_TBH), state
+            hidden_TBH, state = self.rnn(inputs, state)
+        return (hidden_TBH if dropout is None else dropout(hidden_TBH, 0)), state
 
 
 def build(options: config.Model, vocabulary_size: int, seed: int) -> LanguageModel:

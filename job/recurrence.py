@@ -1,50 +1,107 @@
-"""The recurrence of a tanh layer as one operation with its own backward, for processors.
+"""A recurrent layer, by the fastest way at hand: always the same function of torch's own weights.
 
-Autograd would record two operations a step and add up the recurrent weight's gradient step by
-step; with the backward pass written out, that gradient is one product over all steps.
+On a processor that is the compiled kernel, else torch's operators; on a GPU it is cuDNN, through torch.
 
-Axes: T steps, B lanes, H hidden units.
+Axes: T steps, B lanes, E input features, H hidden units, G gates times hidden units, V tokens.
 """
-
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from job import kernel, stepwise
+
+GATES = {"RNN_TANH": 1, "GRU": 3, "LSTM": 4}
+State = tuple[Tensor, ...]
 
 
-class _Tanh(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gates_TBH: Tensor, h0_BH: Tensor, weight_HH: Tensor) -> Tensor:
-        h_TBH = torch.empty_like(gates_TBH)
-        weight_t = weight_HH.t()
-        previous = h0_BH
-        for gate, h in zip(gates_TBH.unbind(), h_TBH.unbind(), strict=True):
-            torch.addmm(gate, previous, weight_t, out=h)
-            previous = h.tanh_()
-        ctx.save_for_backward(h_TBH, h0_BH, weight_HH)
-        return h_TBH
+def layer(
+    cell: str, inputs: Tensor, vectors_VE: Tensor | None, state: State, weights: list[Tensor]
+) -> tuple[Tensor, State]:
+    """Hidden states (T, B, H), and the last state: tensors (B, H) as ``state``, which is h and an LSTM's c.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dh_TBH: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        h_TBH, h0_BH, weight_HH = ctx.saved_tensors
-        slopes = (1 - h_TBH * h_TBH).unbind()
-        dgates_TBH = torch.empty_like(h_TBH)
-        dgates, dhs = dgates_TBH.unbind(), dh_TBH.unbind()
-        dh = dhs[-1]
-        for t in range(len(dgates) - 1, 0, -1):
-            torch.mul(dh, slopes[t], out=dgates[t])
-            dh = torch.addmm(dhs[t - 1], dgates[t], weight_HH)
-        torch.mul(dh, slopes[0], out=dgates[0])
-        previous_TBH = torch.cat([h0_BH[None], h_TBH[:-1]])
-        dweight_HH = dgates_TBH.flatten(0, 1).t() @ previous_TBH.flatten(0, 1)
-        return dgates_TBH, dgates[0] @ weight_HH, dweight_HH
-
-
-def tanh_layer(gates_TBH: Tensor, h0_BH: Tensor, weight_HH: Tensor) -> Tensor:
-    """Hidden states ``h_t = tanh(gates_t + W h_{t-1})`` of all steps: (T, B, H).
-
-    ``gates`` is what input and biases give each step; all three are of one floating type.
+    ``inputs`` are features (T, B, E), or tokens (T, B) whose features ``vectors_VE`` has; they are one-hot
+    where it is None. ``weights`` are torch's: (G, E) of the input, (G, H) of the hidden state, two biases (G).
     """
-    return _Tanh.apply(gates_TBH, h0_BH, weight_HH)
+    kind, own = inputs.device.type, weights[0].dtype
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else own
+    if kind == "cpu" and own == torch.float32 and kernel.works_in(dtype):
+        return _by_kernel(cell, dtype, inputs, vectors_VE, state, weights)
+    if kind == "cpu" and (cell == "RNN_TANH" or (cell == "GRU" and dtype != torch.float64)):
+        return _by_steps(cell, dtype, inputs, vectors_VE, state, weights)
+    return _by_torch(cell, inputs, vectors_VE, state, weights)
+
+
+def _by_kernel(
+    cell: str, dtype: torch.dtype, inputs: Tensor, vectors_VE: Tensor | None, state: State, weights: list[Tensor]
+) -> tuple[Tensor, State]:
+    if vectors_VE is not None and len(vectors_VE) > inputs.numel():
+        inputs, vectors_VE = F.embedding(inputs, vectors_VE), None
+    units = weights[1].shape[1]
+    missing = -units % kernel.WIDTH
+    if missing:  # the kernel works on whole vectors: beside them stand units that stay zero
+        weights = [_widened(weight, GATES[cell], missing) for weight in weights]
+        weights[1] = F.pad(weights[1], (0, missing))
+        state = tuple(F.pad(part, (0, missing)) for part in state)
+    if inputs.is_floating_point() and inputs.shape[2] % kernel.WIDTH:
+        filling = (0, -inputs.shape[2] % kernel.WIDTH)
+        inputs, weights[0] = F.pad(inputs, filling), F.pad(weights[0], filling)
+    hidden, carry = kernel.recurrence(cell, dtype, inputs, vectors_VE, state, weights)
+    last = (hidden[-1],) if carry is None else (carry,) if cell == "GRU" else (hidden[-1], carry)
+    if missing:
+        hidden, last = hidden[..., :units], tuple(part[:, :units] for part in last)
+    return hidden, last
+
+
+def _by_steps(
+    cell: str, dtype: torch.dtype, inputs: Tensor, vectors_VE: Tensor | None, state: State, weights: list[Tensor]
+) -> tuple[Tensor, State]:
+    weight_ih, weight_hh, *biases = weights
+    bias_G, bias_new_H = _biases(cell, *biases)
+    given, tokens_TB = _given(inputs, vectors_VE, weight_ih, bias_G, dtype)
+    gates_TBG = given.to(dtype) if tokens_TB is None else F.embedding(tokens_TB, given.to(dtype))
+    h0, weight = state[0].to(dtype), weight_hh.to(dtype)
+    if bias_new_H is None:
+        hidden = stepwise.tanh_layer(gates_TBG, h0, weight)
+    else:
+        hidden = stepwise.gru_layer(gates_TBG, h0, weight, bias_new_H.to(dtype))
+    return hidden, (hidden[-1],)
+
+
+def _by_torch(
+    cell: str, inputs: Tensor, vectors_VE: Tensor | None, state: State, weights: list[Tensor]
+) -> tuple[Tensor, State]:
+    if not inputs.is_floating_point():
+        one_hot = vectors_VE is None
+        inputs = F.one_hot(inputs, weights[0].shape[1]).to(weights[0].dtype) if one_hot else F.embedding(inputs, vectors_VE)
+    run = {"RNN_TANH": torch.rnn_tanh, "GRU": torch.gru, "LSTM": torch.lstm}[cell]
+    first = tuple(part[None] for part in state)
+    hidden, *last = run(inputs, first if cell == "LSTM" else first[0], weights, True, 1, 0.0, True, False, False)
+    return hidden, tuple(part[0] for part in last)
+
+
+def _widened(weight: Tensor, gates: int, missing: int) -> Tensor:
+    """A weight or bias (G, …) with zeros for more units in each gate."""
+    widening = (0, 0) * (weight.dim() - 1) + (0, missing)
+    return F.pad(weight.unflatten(0, (gates, -1)), widening).flatten(0, 1)
+
+
+def _biases(cell: str, bias_ih: Tensor, bias_hh: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What is added to the gates, and a GRU's part that its reset gate scales."""
+    if cell != "GRU":
+        return bias_ih + bias_hh, None
+    units = len(bias_hh) // 3
+    return bias_ih + F.pad(bias_hh[: 2 * units], (0, units)), bias_hh[2 * units :]
+
+
+def _given(
+    inputs: Tensor, vectors_VE: Tensor | None, weight_ih: Tensor, bias_G: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """What input and biases give the gates: of each step (T, B, G), or of each token (V, G) with the tokens."""
+    if not inputs.is_floating_point() and vectors_VE is None:  # a product with a one-hot vector is a column
+        return weight_ih.t() + bias_G, inputs
+    if not inputs.is_floating_point() and len(vectors_VE) <= inputs.numel():
+        return F.linear(vectors_VE, weight_ih, bias_G), inputs
+    if not inputs.is_floating_point():
+        inputs = F.embedding(inputs, vectors_VE)
+    return F.linear(inputs.to(dtype), weight_ih.to(dtype), bias_G.to(dtype)), None

@@ -58,13 +58,13 @@ class Stream:
         first = layout.offset + lanes.start * layout.lane_length + index * steps
         # Successive lanes lie lane_length tokens apart: a view, and only these lanes are read.
         stride = self.tokens.itemsize
-        rows_BT = np.lib.stride_tricks.as_strided(
+        view_TB = np.ndarray(
+            (steps + 1, len(lanes)),
+            self.tokens.dtype,
             self.tokens[first:],
-            (len(lanes), steps + 1),
-            (layout.lane_length * stride, stride),
-            writeable=False,
+            strides=(stride, layout.lane_length * stride),
         )
-        window_TB = torch.from_numpy(rows_BT.T.astype(np.int64, order="C"))
+        window_TB = torch.from_numpy(view_TB.astype(np.int64, order="C"))
         return window_TB[:-1], window_TB[1:]
 
     def check(self, train: config.Train) -> None:

@@ -8,7 +8,7 @@ from job import config, model
 from job.dropout import Dropout
 from job.errors import UserError
 from job.gradients import Signals, Summed, Window
-from job.recurrence import tanh_layer
+from job.stepwise import tanh_layer
 
 KINDS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 

@@ -1,0 +1,67 @@
+"""Endless iterators of steps, ours and the plain one, over the same random text."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from benchmarks import plain
+from job import config, model, optimizer
+from job.gradients import Signals, Summed
+from job.loop import Learner, Progress, steps
+from job.stream import Stream
+from job.world import precision_of
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a step's cost depends on."""
+
+    cell: str
+    lanes: int
+    steps: int
+    units: int
+    tokens: int
+
+    @property
+    def recurrent_operations(self) -> int:
+        """Forward, and backward to states and weights: a product of the same size each."""
+        gates = {"rnn": 1, "gru": 3, "lstm": 4}[self.cell]
+        return 3 * 2 * self.lanes * self.steps * gates * self.units**2
+
+    @property
+    def operations(self) -> int:
+        """With the output layer's three products; the input is a look-up."""
+        return self.recurrent_operations + 3 * 2 * self.lanes * self.steps * self.units * self.tokens
+
+    def bytes(self, width: int) -> int:
+        """What is written once and read once at the least: hidden states, kept gates, their gradients."""
+        kept = {"rnn": 0, "gru": 4, "lstm": 4}[self.cell]
+        rows = self.lanes * self.steps
+        return 2 * rows * width * (self.units * (3 + 2 * kept) + self.tokens)
+
+    def stream(self) -> Stream:
+        text = np.random.default_rng(0).integers(0, self.tokens, 200 * self.lanes * self.steps).astype(np.uint8)
+        return Stream(text, config.Stream(batch_size=self.lanes, num_steps=self.steps, offset=0), 0)
+
+
+def plain_steps(shapes: Shapes) -> Iterator[object]:
+    torch.manual_seed(0)
+    return plain.steps(plain.PlainModel(shapes.cell, shapes.tokens, shapes.units), shapes.stream(), 0.1)
+
+
+def our_steps(shapes: Shapes, precision: str, workers: int = 1) -> Iterator[object]:
+    """As a worker of ``workers`` takes them, which hold as many lanes each."""
+    stream = shapes.stream()
+    options = config.Config(model=config.Model(cell=shapes.cell, hidden_size=shapes.units), stream=stream.options)
+    chosen, device = precision_of(precision, torch.device("cpu")), torch.device("cpu")
+    net = model.build(options.model, shapes.tokens, 0).to(chosen.weights)
+    updates = optimizer.build(options.optimizer, net)
+    gradients = Summed(net, chosen.autocast, workers)
+    lanes = [range(shapes.lanes)]
+    learner = Learner(net, updates, gradients, stream, 0, lanes, device, chosen.autocast, Progress())
+    while True:
+        yield from steps(learner, options, Signals)
+        learner.progress.epoch += 1
+        learner.progress.window, learner.state = 0, None

@@ -1,0 +1,48 @@
+"""The machine's measured limits, for one core."""
+
+import ctypes
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Operations and bytes a second."""
+
+    float32: float
+    bfloat16: float
+    memory: float
+
+    def of(self, dtype: torch.dtype) -> float:
+        return self.bfloat16 if dtype == torch.bfloat16 else self.float32
+
+
+def limits() -> Limits:
+    """The best of some short tries, in seconds of the processor that this process had."""
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "peak.so"
+        source = Path(__file__).parent / "peak.c"
+        subprocess.run(["cc", "-O3", "-march=native", "-fPIC", "-shared", str(source), "-o", str(made)], check=True)
+        library = ctypes.CDLL(str(made))
+        turns = ctypes.c_long(200_000)
+        size = 64 << 20
+        to, source_bytes = torch.zeros(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
+        copied = ctypes.c_void_p(to.data_ptr()), ctypes.c_void_p(source_bytes.data_ptr()), ctypes.c_long(size)
+        return Limits(
+            _best(library.multiply_floats, turns), _best(library.multiply_bf16, turns), _best(library.copy, *copied)
+        )
+
+
+def _best(function, *arguments) -> float:  # type: ignore[no-untyped-def]
+    function.restype = ctypes.c_double
+    found = 0.0
+    for _ in range(20):
+        start = time.process_time()
+        done = function(*arguments)
+        found = max(found, done / (time.process_time() - start))
+    return found

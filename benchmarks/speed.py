@@ -1,0 +1,93 @@
+"""One core: a step of ours against the seed's loop written plainly, and against the machine's limits.
+
+    make bench-speed        (or: python -m benchmarks.speed [--rounds N])
+
+All ways take turns in this process on one thread. A time is the processor's that this process had,
+which neighbours on a shared machine lengthen less than the wall's; ratios are of neighbouring turns.
+"""
+
+import argparse
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from unittest import mock
+
+import torch
+
+from benchmarks import measure
+from benchmarks.loops import Shapes, our_steps, plain_steps
+from benchmarks.peak import Limits, limits
+from job import kernel, model, recurrence
+from job.world import keep_memory
+
+SIZES = {"seed's": (32, 40, 256, 28), "larger": (64, 64, 512, 256)}
+WAYS = {"auto": "auto", "auto, no compiler": "auto", "fp32": "fp32", "fp32, no compiler": "fp32"}
+
+
+def without_kernel(name: str) -> contextlib.AbstractContextManager[object]:
+    """No compiled kernel, where the way's name says so."""
+    if "no compiler" not in name:
+        return contextlib.nullcontext()
+    return mock.patch.object(kernel, "works_in", lambda dtype: False)
+
+
+def milliseconds(run: Callable[[], object], times: int) -> float:
+    start = time.process_time()
+    for _ in range(times):
+        run()
+    return (time.process_time() - start) / times * 1e3
+
+
+def recurrences(shapes: Shapes, dtype: torch.dtype) -> Iterator[object]:
+    """Forward and backward of the recurrent layer alone."""
+    layer = model.Recurrent(shapes.cell, shapes.tokens, shapes.units, 1)
+    tokens_TB = torch.randint(0, shapes.tokens, (shapes.steps, shapes.lanes))
+    slopes_TBH = torch.randn(shapes.steps, shapes.lanes, shapes.units).to(dtype)
+    while True:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            hidden_TBH, _ = layer(tokens_TB)
+        torch.autograd.backward(hidden_TBH, slopes_TBH)
+        yield None
+
+
+def row(shapes: Shapes, rounds: int, found_limits: Limits) -> None:
+    """One cell at one size, all ways."""
+    low = torch.bfloat16 if kernel.works_in(torch.bfloat16) else torch.float32
+    runs = {"plain": plain_steps(shapes)} | {name: our_steps(shapes, way) for name, way in WAYS.items()}
+    runs |= {"auto: recurrence": recurrences(shapes, low), "fp32: recurrence": recurrences(shapes, torch.float32)}
+    times = max(1, round(4e9 / shapes.operations))
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            with without_kernel(name):
+                taken = milliseconds(lambda run=run: next(run), times)  # type: ignore[misc]
+            if number:  # the first round warms up
+                found[name].append(taken)
+    for name, values in found.items():
+        dtype = low if name.startswith("auto") else torch.float32
+        operations = shapes.recurrent_operations if "recurrence" in name else shapes.operations
+        floor = 1e3 * operations / found_limits.of(dtype)
+        moving = 1e3 * shapes.bytes(dtype.itemsize) / found_limits.memory
+        ms = statistics.median(values)
+        ratio = "" if "recurrence" in name else measure.ratios(found["plain"], values)
+        print(f"  {name:<20}{ms:9.2f}{floor:8.2f}{moving:8.2f}{floor / ms:8.0%}   {ratio}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    rounds = parser.parse_args().rounds
+    keep_memory()  # as every worker does
+    torch.set_num_threads(1)
+    peak = limits()
+    print(f"{measure.machine()}\none core: {peak.float32 / 1e9:.0f} GFLOP/s in float32, {peak.bfloat16 / 1e9:.0f} in bf16,")
+    print(f"{peak.memory / 1e9:.0f} GB/s by copying. Medians of {rounds} rounds; floors from operations and from bytes.")
+    for size, numbers in SIZES.items():
+        for cell in ("rnn", "gru", "lstm"):
+            print(f"{size} {cell}: ms, floors in ms, share of the peak, plain / this: median (range)")
+            row(Shapes(cell, *numbers), rounds, peak)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,290 @@
+"""The compiled kernels as operations of autograd, with their own backward.
+
+Axes: T steps, B lanes, R rows (T times B), E input features, H hidden units, G gates times hidden units,
+V tokens. E, H and what G is made of are multiples of WIDTH: the caller pads.
+"""
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from job import compiled
+
+WIDTH = 32
+CELLS = {"RNN_TANH": 0, "GRU": 1, "LSTM": 2}
+_SIZES = ("steps", "lanes", "units", "threads", "rows")
+_ARRAYS = ("inputs", "tokens", "weight", "bias", "hidden", "carry", "gates")
+_GRADIENTS = ("dhidden", "dcarry_end", "dgates", "dh0", "dcarry", "packed")
+
+
+_Weights = list[Tensor]  # a layer's, in torch's order
+
+
+class _Window(ctypes.Structure):
+    """``window`` of recurrence.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_long) for name in _SIZES),
+        *((name, ctypes.c_void_p) for name in (*_ARRAYS, *_GRADIENTS)),
+    )
+
+    def __init__(self, steps: int, lanes: int, units: int, rows: int = 0, **arrays: Tensor | None) -> None:
+        super().__init__(steps, lanes, units, torch.get_num_threads(), rows)
+        for name, array in arrays.items():
+            if array is not None:
+                setattr(self, name, array.data_ptr())
+
+
+class _Storey(ctypes.Structure):
+    """``storey`` of recurrence.c: a layer that takes one step at a time."""
+
+    _fields_ = (
+        ("recurrence", _Window),
+        ("weight", ctypes.c_void_p),
+        ("bias", ctypes.c_void_p),
+        ("packed", ctypes.c_void_p),
+    )
+
+
+def _call(function: str, *arguments: Any) -> None:
+    """Calls a function of recurrence.c; integers are passed as ``long``, tensors by their address."""
+    failed = getattr(compiled.library(), function)(*map(_argument, arguments))
+    if failed == 2:
+        raise IndexError("a token is not in the vocabulary")
+    if failed:
+        raise MemoryError(f"{function}: no memory is left")
+
+
+def _argument(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return ctypes.c_void_p(value.data_ptr())
+    return ctypes.c_long(value) if isinstance(value, int) else value
+
+
+def works_in(dtype: torch.dtype) -> bool:
+    """Whether the kernels are there and compute with numbers of that type on this processor."""
+    library = compiled.library()
+    return library is not None and (dtype == torch.float32 or (dtype == torch.bfloat16 and library.multiplies_bf16()))
+
+
+def _linear(left_RK: Tensor, weight: Tensor, bias: Tensor | None, columns: int, to: Tensor, scale: float = 1.0) -> Tensor:
+    """``to`` = scale × left × weight + bias, the weight (columns, K), or (K, columns) where there is no bias."""
+    rows, inner = left_RK.shape
+    _call(
+        "linear", _is_low(left_RK), _is_low(to), bias is not None, rows, inner, columns, len(weight),
+        left_RK, weight, bias, ctypes.c_float(scale), to, None, None, torch.get_num_threads(),
+    )  # fmt: skip
+    return to
+
+
+def _weight_gradient(left_RM: Tensor, columns: int, right_RN: Tensor) -> Tensor:
+    """The first columns of the left factor, transposed, times the right one: (columns, N) in float32."""
+    rows, width = left_RM.shape
+    found = torch.empty(columns, right_RN.shape[1])
+    _call(
+        "weight_gradient", _is_low(left_RM), rows, columns, width, left_RM, right_RN.shape[1], right_RN, found,
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return found
+
+
+def _sums(from_RN: Tensor, columns: int, skip: range, tokens: Tensor | None, places: int) -> Tensor:
+    """The rows' sums by their tokens, or of all, without some columns: (places, columns) in float32."""
+    found = torch.empty(places, columns)
+    rows, stride = from_RN.shape
+    _call("sums", _is_low(from_RN), rows, columns, stride, skip.start, len(skip), from_RN, tokens, places, found)
+    return found
+
+
+def _is_low(x: Tensor) -> bool:
+    return x.dtype == torch.bfloat16
+
+
+def _biases(cell: str, bias_ih_G: Tensor, bias_hh_G: Tensor) -> tuple[Tensor, Tensor | None]:
+    """What is added to the gates, and the part of a GRU's that its reset gate scales."""
+    if cell != "GRU":
+        return bias_ih_G + bias_hh_G, None
+    new = len(bias_hh_G) // 3 * 2
+    return torch.cat([bias_ih_G[:new] + bias_hh_G[:new], bias_ih_G[new:]]), bias_hh_G[new:]
+
+
+def _table(weight_GE: Tensor, vectors_VE: Tensor | None, bias_G: Tensor) -> Tensor:
+    """What each token gives the gates: (V, G); a product with a one-hot vector is a column of the weight."""
+    if vectors_VE is None:
+        return torch.add(weight_GE.t(), bias_G, out=torch.empty(weight_GE.shape[1], len(bias_G)))
+    with torch.autocast("cpu", enabled=False):
+        return F.linear(vectors_VE, weight_GE, bias_G)
+
+
+class _Recurrence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        cell: str,
+        dtype: torch.dtype,
+        keep: bool,
+        inputs: Tensor,
+        vectors_VE: Tensor | None,
+        h0_BH: Tensor,
+        c0_BH: Tensor | None,
+        weight_GE: Tensor,
+        weight_GH: Tensor,
+        bias_ih_G: Tensor,
+        bias_hh_G: Tensor,
+    ) -> tuple[Tensor, Tensor | None]:
+        (steps, lanes), (width, units) = inputs.shape[:2], weight_GH.shape
+        bias_G, bias_H = _biases(cell, bias_ih_G, bias_hh_G)
+        tokens_TB = None if inputs.is_floating_point() else inputs
+        if tokens_TB is None:
+            inputs = inputs.to(dtype).contiguous()
+            given = _linear(inputs.flatten(0, 1), weight_GE, bias_G, width, torch.empty(steps * lanes, width))
+        else:
+            given = _table(weight_GE, vectors_VE, bias_G)
+        hidden = torch.empty(steps + 1, lanes, units, dtype=dtype)
+        hidden[0] = h0_BH
+        carry = None
+        if cell == "GRU" and dtype == torch.float32:
+            carry = hidden
+        elif cell != "RNN_TANH":
+            carry = torch.empty(steps + 1, lanes, units)
+            carry[0] = h0_BH if c0_BH is None else c0_BH
+        gates = torch.empty(steps, lanes, 4 * units, dtype=dtype) if keep and cell != "RNN_TANH" else None
+        window = _Window(
+            steps, lanes, units, len(given), inputs=given, tokens=tokens_TB, weight=weight_GH, bias=bias_H,
+            hidden=hidden, carry=carry, gates=gates,
+        )  # fmt: skip
+        _call("forward", CELLS[cell], dtype == torch.bfloat16, ctypes.byref(window))
+        ctx.cell, ctx.gates = cell, gates
+        if keep:
+            ctx.save_for_backward(inputs, vectors_VE, weight_GE, weight_GH, hidden, carry)
+        ctx.set_materialize_grads(False)
+        return hidden[1:], None if carry is None else carry[-1]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dhidden: Tensor | None, dcarry: Tensor | None) -> tuple[Tensor | None, ...]:
+        inputs, vectors_VE, weight_GE, weight_GH, hidden, carry = ctx.saved_tensors
+        cell, (width, units) = ctx.cell, weight_GH.shape
+        steps, lanes = inputs.shape[:2]
+        dhidden = hidden.new_zeros(steps, lanes, units) if dhidden is None else dhidden.contiguous()
+        dgates, ctx.gates = ctx.gates, None  # what was kept makes room for its gradient
+        if cell == "RNN_TANH":
+            dgates = torch.empty_like(dhidden)
+        else:
+            assert dgates is not None, "the kernel's backward runs once"
+            dcarry = torch.zeros(lanes, units) if dcarry is None else dcarry.clone(memory_format=torch.contiguous_format)
+        dh0 = torch.empty(lanes, units) if ctx.needs_input_grad[5] else None
+        window = _Window(
+            steps, lanes, units, weight=weight_GH, hidden=hidden, carry=carry, gates=dgates,
+            dhidden=dhidden, dgates=dgates, dh0=dh0, dcarry=dcarry,
+        )  # fmt: skip
+        _call("backward", CELLS[cell], _is_low(hidden), ctypes.byref(window))
+        dgates = dgates.flatten(0, 1)
+        dweight_GH = _weight_gradient(dgates, width, hidden[:-1].flatten(0, 1))
+        # A GRU's new state has two gradients: the third block is the hidden state's, the fourth the input's.
+        third = range(2 * units, 3 * units) if cell == "GRU" else range(width, width)
+        dnew_H = _sums(dgates, units, range(0, third.start), None, 1)[0] if third else None
+        dinputs = dvectors_VE = None
+        if inputs.is_floating_point():
+            if third:
+                dgates = torch.cat([dgates[:, : third.start], dgates[:, third.stop :]], 1)
+            if ctx.needs_input_grad[3]:
+                dinputs = _linear(dgates, weight_GE, None, inputs.shape[2], torch.empty_like(inputs))
+            dweight_GE = _weight_gradient(dgates, width, inputs.flatten(0, 1))
+            dbias_G = _sums(dgates, width, range(width, width), None, 1)[0]
+        else:
+            tokens = weight_GE.shape[1] if vectors_VE is None else len(vectors_VE)
+            dgiven_VG = _sums(dgates, width, third, inputs, tokens)
+            dbias_G = dgiven_VG.sum(0)
+            dweight_GE = dgiven_VG.t() if vectors_VE is None else dgiven_VG.t() @ vectors_VE
+            dvectors_VE = None if vectors_VE is None else dgiven_VG @ weight_GE
+        dbias_hh_G = dbias_G if dnew_H is None else torch.cat([dbias_G[: third.start], dnew_H])
+        dc0 = dcarry if cell == "LSTM" else None
+        return None, None, None, dinputs, dvectors_VE, dh0, dc0, dweight_GE, dweight_GH, dbias_G, dbias_hh_G
+
+
+class _Nats(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, keep: bool, hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_R: Tensor
+    ) -> Tensor:
+        (rows, units), tokens = hidden_RH.shape, len(weight_VH)
+        missing = -tokens % WIDTH
+        nats_R = torch.empty(rows)
+        dlogits = hidden_RH.new_empty(rows, tokens + missing) if keep else None
+        _call(
+            "linear", _is_low(hidden_RH), False, True, rows, units, tokens + missing, tokens, hidden_RH, weight_VH,
+            F.pad(bias_V, (0, missing)), ctypes.c_float(1), dlogits, targets_R, nats_R, torch.get_num_threads(),
+        )  # fmt: skip
+        if keep:
+            ctx.save_for_backward(hidden_RH, weight_VH, dlogits)
+        return nats_R.sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dnats: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_RH, weight_VH, dlogits = ctx.saved_tensors
+        tokens, scale = len(weight_VH), float(dnats)
+        dhidden = _linear(dlogits, weight_VH, None, hidden_RH.shape[1], torch.empty_like(hidden_RH), scale)
+        dweight = _weight_gradient(dlogits, dlogits.shape[1], hidden_RH)[:tokens].mul_(scale)
+        dbias = _sums(dlogits, dlogits.shape[1], range(0), None, 1)[0, :tokens].mul_(scale)
+        return None, dhidden, dweight, dbias, None
+
+
+def recurrence(
+    cell: str,
+    dtype: torch.dtype,
+    inputs: Tensor,
+    vectors_VE: Tensor | None,
+    state: tuple[Tensor, ...],
+    weights: list[Tensor],
+) -> tuple[Tensor, Tensor | None]:
+    """Hidden states (T, B, H) of ``dtype`` and, but for a tanh cell, the last carry (B, H) in float32.
+
+    The carry is an LSTM's cell or a GRU's hidden state. Inputs, state and weights are as
+    ``recurrence.layer`` has them, the weights in float32.
+    """
+    keep, c0 = torch.is_grad_enabled(), state[1] if cell == "LSTM" else None
+    return _Recurrence.apply(cell, dtype, keep, inputs.contiguous(), vectors_VE, state[0], c0, *weights)
+
+
+def nats(hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_R: Tensor) -> Tensor:
+    """The cross-entropy of an output layer, summed: products in ``hidden``'s type, all else in float32."""
+    keep = torch.is_grad_enabled()
+    return _Nats.apply(keep, hidden_RH.contiguous(), weight_VH, bias_V, targets_R.contiguous())
+
+
+@torch.no_grad()
+def speech(
+    cell: str,
+    layers: list[_Weights],
+    vectors_VE: Tensor | None,
+    weight_VH: Tensor,
+    bias_V: Tensor,
+    state: tuple[Tensor, ...],
+    first_B: Tensor,
+    length: int,
+) -> Tensor:
+    """The most likely tokens, each the next one's input: (length, B), after ``first_B`` and the state (L, B, H)."""
+    lanes, tokens, units = len(first_B), len(weight_VH), weight_VH.shape[1]
+    spoken = torch.empty(length + 1, lanes, dtype=torch.int64)
+    spoken[0] = first_B
+    bias_V = F.pad(bias_V, (0, -tokens % WIDTH))
+    alive: list[Tensor | None] = []  # what the storeys point to
+    storeys = (_Storey * len(layers))()
+    for number, (storey, (weight_GE, weight_GH, *biases)) in enumerate(zip(storeys, layers, strict=True)):
+        bias_G, bias_H = _biases(cell, *biases)
+        inputs = torch.empty(lanes, len(bias_G)) if number else _table(weight_GE, vectors_VE, bias_G)
+        hidden, carry = (torch.stack([part[number]] * 2).contiguous() for part in (state[0], state[-1]))
+        storey.recurrence = _Window(
+            1, lanes, units, len(inputs), inputs=inputs, weight=weight_GH, bias=bias_H,
+            hidden=hidden, carry=carry if cell == "LSTM" else hidden,
+        )  # fmt: skip
+        storey.weight, storey.bias = weight_GE.data_ptr(), bias_G.data_ptr()
+        alive += [inputs, bias_G, bias_H, hidden, carry]
+    _call("speak", CELLS[cell], len(layers), storeys, weight_VH, bias_V, tokens, length, spoken)
+    return spoken[1:]
