@@ -53,23 +53,38 @@ class Placement:
 def connect(scale: Scale) -> Placement:
     """Connects to a cluster (``RAY_ADDRESS`` where it is set, else one of its own on this machine).
 
-    Gives the workers' place on it; UserError where it can never hold them.
+    Gives the workers' place on it; UserError where it can never hold them. Within a cluster, as a
+    trial of a search is, their place was found before.
+    """
+    if ray.is_initialized():
+        return _placed(scale, _alive())[0]
+    return connect_for_many(scale, 1)[0]
+
+
+def connect_for_many(scale: Scale, runs: int) -> tuple[Placement, int]:
+    """Connects as ``connect`` does; the place of one run, and how many of so many have room at once.
+
+    0 asks for as many as there is room for.
     """
     address = os.environ.get("RAY_ADDRESS", "")
     if not address or address == "local":
         placement = _on_this_machine(scale)
-        _start(placement)
-        return placement
+        each = placement.max_workers * placement.cpus_per_worker
+        slots = max(cores(), each * max(1, runs))
+        _start(slots)
+        room = min(slots // each, torch.cuda.device_count() // placement.max_workers if placement.use_gpu else slots)
+        return placement, min(room, runs or room)
     _join(address)
     try:
-        return _on_cluster(scale, ray.nodes())
+        placement, workers = _on_cluster(scale, _alive())
     except UserError:
         ray.shutdown()
         raise
+    room = max(1, workers // placement.max_workers)
+    return placement, min(room, runs or room)
 
 
-def _start(placement: Placement) -> None:
-    slots = max(cores(), placement.max_workers * placement.cpus_per_worker)
+def _start(slots: int) -> None:
     ray.init(
         address="local",
         num_cpus=slots,
@@ -110,21 +125,32 @@ def _on_this_machine(scale: Scale) -> Placement:
     return Placement(min(scale.min_workers, workers), workers, use_gpu, cpus, scale.placement.upper(), notice)
 
 
-def _on_cluster(scale: Scale, nodes: list[dict]) -> Placement:  # type: ignore[type-arg]
-    alive = [node["Resources"] for node in nodes if node["Alive"]]
-    gpus = sum(int(node.get("GPU", 0)) for node in alive)
-    use_gpu = scale.accelerator == "gpu" or (scale.accelerator == "auto" and gpus >= scale.min_workers)
-    cpus = scale.cpus_per_worker or 1
-    room = sum(_fit(node, cpus, use_gpu) for node in alive)
+def _alive() -> list[dict[str, float]]:
+    """What each living node has."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def _on_cluster(scale: Scale, nodes: list[dict[str, float]]) -> tuple[Placement, int]:
+    """The workers' place, and how many of them the cluster can hold; UserError where that is too few."""
+    placement, room = _placed(scale, nodes)
     if room < scale.min_workers:
-        each = f"{cpus} CPU{'s' * (cpus > 1)}{' and a GPU' if use_gpu else ''} each"
+        cpus = placement.cpus_per_worker
+        each = f"{cpus} CPU{'s' * (cpus > 1)}{' and a GPU' if placement.use_gpu else ''} each"
         raise UserError(
             f"scale.workers = {scale.workers}: this cluster can never place more than {room} workers of {each}: "
             "lower scale.workers or scale.cpus_per_worker, or add nodes"
         )
-    return Placement(scale.min_workers, scale.max_workers, use_gpu, cpus, scale.placement.upper())
+    return placement, room
 
 
-def _fit(node: dict, cpus: int, use_gpu: bool) -> int:  # type: ignore[type-arg]
+def _placed(scale: Scale, nodes: list[dict[str, float]]) -> tuple[Placement, int]:
+    gpus = sum(int(node.get("GPU", 0)) for node in nodes)
+    use_gpu = scale.accelerator == "gpu" or (scale.accelerator == "auto" and gpus >= scale.min_workers)
+    cpus = scale.cpus_per_worker or 1
+    placement = Placement(scale.min_workers, scale.max_workers, use_gpu, cpus, scale.placement.upper())
+    return placement, sum(_fit(node, cpus, use_gpu) for node in nodes)
+
+
+def _fit(node: dict[str, float], cpus: int, use_gpu: bool) -> int:
     by_cpu = node.get("CPU", 0) / cpus
     return math.floor(min(by_cpu, node.get("GPU", 0)) if use_gpu else by_cpu)

@@ -39,9 +39,10 @@ REQUESTER = "requester"  # the file in it with the name under which workers are 
 
 @contextmanager
 def launch(options: Config, screen: Screen) -> Iterator[Follow]:
-    """A launcher for workers on a cluster."""
+    """A launcher for workers on a cluster; one that this process is part of stays connected."""
     _tell_ray_how_patient_to_be(options)
     fits: list[threading.Thread] = []
+    within = ray.is_initialized()
     placement = cluster.connect(options.scale)
     if placement.notice:
         screen.line(placement.notice)
@@ -60,7 +61,7 @@ def launch(options: Config, screen: Screen) -> Iterator[Follow]:
         # which wait for each other ends with this process, and the cluster or job with it.
         for fit in fits:
             fit.join(PATIENCE)
-        if not any(fit.is_alive() for fit in fits):
+        if not within and not any(fit.is_alive() for fit in fits):
             ray.shutdown()
 
 

@@ -7,7 +7,7 @@ import sys
 
 from conftest import ROOT
 
-KNOW_RAY = {"cluster", "worker", "onray"}
+KNOW_RAY = {"cluster", "worker", "onray", "tune"}
 
 
 def imports():
