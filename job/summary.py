@@ -257,7 +257,7 @@ def _in_logarithm(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _number(value: float, _: int) -> str:
+def _number(value: float, _: float) -> str:
     return f"{value:g}"
 
 

@@ -110,6 +110,8 @@ def check(base: Config, wanted: Search, folder: Folder) -> Config:
     points = list(wanted.space.corners)
     if wanted.searcher != "optuna":
         points += [wanted.space.point(base.run.seed, number) for number in range(wanted.total)]
+    if "corpus.validation_fraction" not in wanted.space.domains:
+        _check_metric(base, wanted)
     plan, _ = prepare(base, folder)
     base = plan.config
     tried = {_text_and_model(base)}
@@ -123,7 +125,6 @@ def check(base: Config, wanted: Search, folder: Folder) -> Config:
         except UserError as error:
             where = ", ".join(f"{name} = {config.shown(value)}" for name, value in point.items())
             raise UserError(f"search.space, at {where}: {error}") from None
-    _check_metric(base, wanted)
     return base
 
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
+from pathlib import Path
 from signal import SIGTERM
 from types import SimpleNamespace
 from typing import Any
@@ -267,6 +268,14 @@ def _short(error: Exception) -> str:
 # --- the search's driver -----------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Place:
+    """What Ray sets aside for a trial, and how many trials have room at once."""
+
+    resources: dict[str, float]
+    room: int
+
+
 class _Kept:
     """Stays in the driver: Ray Tune would write it into its own records, which nobody reads."""
 
@@ -301,8 +310,7 @@ class Ear(_Kept, tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial has died too often."""
-        error = trial.get_error() or RuntimeError("its process died")
-        self._end(trial, "failed", in_a_line(error))
+        self._end(trial, "failed", _last_line(trial.error_file))
 
     def _end(self, trial: Any, state: str, why: str) -> None:
         number = int(str(trial))
@@ -316,6 +324,13 @@ class Ear(_Kept, tune.Callback):
         """A line for each trial that has ended."""
         while not self.ended.empty():
             screen.line(summary.line(self.known, self.ended.get()))
+
+
+def _last_line(file: str | None) -> str:
+    """The end of a traceback, which says what went wrong."""
+    with contextlib.suppress(OSError, TypeError, IndexError):
+        return [line for line in Path(str(file)).read_text().splitlines() if line.strip()][-1].strip()[:200]
+    return "its process died"
 
 
 class Stop(_Kept, tune.Stopper):
@@ -401,43 +416,50 @@ def _recall(scheduler: TrialScheduler, trial: Trial) -> None:
         scheduler.on_trial_result(None, stub, {"epoch": epoch, "score": value})
 
 
-def _tuner(known: Trials, resources: dict[str, float], room: int, ear: Ear, stop: Stop, mailbox: Any) -> tune.Tuner:
-    """The experiment of what is left to do."""
-    wanted = known.search
-    left = [trial for trial in known if not trial.is_over]
-    asker = Asker(known, Suggester(wanted.space, known.base.run.seed)) if wanted.searcher == "optuna" else None
-    space = tune.grid_search([{"number": trial.number, "point": trial.point} for trial in left])
-    actor = tune.with_parameters(Actor, task=Task(known.base, wanted, known.folder, mailbox))
-    return tune.Tuner(
-        tune.with_resources(actor, tune.PlacementGroupFactory([resources])),
-        param_space={} if asker else {"trial": space},
-        tune_config=tune.TuneConfig(
-            scheduler=_scheduler(known),
-            search_alg=asker,
-            num_samples=len(asker.left) if asker else 1,
-            # A population is compared as a whole; there the resources alone bound how many run at once.
-            max_concurrent_trials=None if wanted.scheduler == "pbt" else room,
-            reuse_actors=True,
-            trial_name_creator=lambda trial: trials.name_of(trial.config["trial"]["number"]),
-            trial_dirname_creator=lambda trial: trials.name_of(trial.config["trial"]["number"]),
-        ),
-        run_config=tune.RunConfig(
+class Experiment(threading.Thread):
+    """Ray Tune at work on what is left to do; the main thread is left to hear signals."""
+
+    def __init__(self, known: Trials, place: Place, ear: Ear, stop: Stop, mailbox: Any) -> None:
+        super().__init__(daemon=True)
+        self.known, self.place, self.ear, self.stop, self.mailbox = known, place, ear, stop, mailbox
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        """Called by the thread."""
+        try:
+            self._run()
+        except Exception as error:  # told by the main thread
+            self.error = error
+
+    def _run(self) -> None:
+        known, wanted = self.known, self.known.search
+        left = [{"number": trial.number, "point": trial.point} for trial in known if not trial.is_over]
+        asker = Asker(known, Suggester(wanted.space, known.base.run.seed)) if wanted.searcher == "optuna" else None
+        actor = tune.with_parameters(Actor, task=Task(known.base, wanted, known.folder, self.mailbox))
+        tune.run(
+            tune.with_resources(actor, tune.PlacementGroupFactory([self.place.resources])),
             name=RAY_FOLDER,
             storage_path=known.folder.address,
-            failure_config=tune.FailureConfig(max_failures=TRIES),
-            callbacks=[ear],
-            stop=stop,
+            config={} if asker else {"trial": tune.grid_search(left)},
+            search_alg=asker,
+            num_samples=len(asker.left) if asker else 1,
+            scheduler=_scheduler(known),
+            # A population is compared as a whole; there the resources alone bound how many run at once.
+            max_concurrent_trials=None if wanted.scheduler == "pbt" else self.place.room,
+            reuse_actors=True,
+            max_failures=TRIES,
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the run keeps its own
+            raise_on_failed_trial=False,
+            trial_name_creator=_name,
+            trial_dirname_creator=_name,
+            callbacks=[self.ear],
+            stop=self.stop,
             verbose=0,
-        ),
-    )
+        )
 
 
-@dataclass(frozen=True)
-class Place:
-    """What Ray sets aside for a trial, and how many trials have room at once."""
-
-    resources: dict[str, float]
-    room: int
+def _name(trial: Any) -> str:
+    return trials.name_of(trial.config["trial"]["number"])
 
 
 @contextmanager
@@ -492,6 +514,8 @@ def run(options: Config, wanted: Search, stem: str, screen: Screen) -> int:
                     screen.line(f"stopped; the same command goes on with {folder}")
                     return wishes.status
                 owned.check()
+                if left := summary.left(known):
+                    screen.line(f"time is up with {left} trials left; the same command goes on")
                 summary.write(known)
                 summary.show(known, screen)
                 return 0
@@ -506,7 +530,7 @@ def _search(known: Trials, place: Place, owned: lease.Lease, wishes: Wishes, scr
     stop = Stop(ear)
     mailbox: Any = Mailbox.remote()  # type: ignore[attr-defined]
     known.folder.remove(RAY_FOLDER)
-    experiment = Experiment(_tuner(known, place.resources, place.room, ear, stop, mailbox))
+    experiment = Experiment(known, place, ear, stop, mailbox)
     until = time.monotonic() + (60 * known.search.minutes or math.inf)
     with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # Ray Tune's own talk
         experiment.start()
@@ -522,19 +546,3 @@ def _search(known: Trials, place: Place, owned: lease.Lease, wishes: Wishes, scr
     known.folder.remove(RAY_FOLDER)
     if experiment.error:
         raise RunFailed(f"Ray Tune ended: {in_a_line(experiment.error)}; the same command goes on")
-
-
-class Experiment(threading.Thread):
-    """Ray Tune at work; the main thread is left to hear signals."""
-
-    def __init__(self, tuner: tune.Tuner) -> None:
-        super().__init__(daemon=True)
-        self.tuner = tuner
-        self.error: Exception | None = None
-
-    def run(self) -> None:
-        """Called by the thread."""
-        try:
-            self.tuner.fit()
-        except Exception as error:  # told by the main thread
-            self.error = error
