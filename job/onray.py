@@ -72,6 +72,12 @@ def _tell_ray_how_patient_to_be(options: Config) -> None:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
 
 
+def mailbox_here() -> Any:
+    """A mailbox that lives and dies with this node, as its driver does."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+
+
 class _Failures(UserCallback):
     """Tells the driver, from Ray's controller, of each group of workers that failed."""
 
@@ -93,8 +99,7 @@ class _Following:
         self, plan: Plan, tokens: np.ndarray, placement: Placement, recorder: Recorder, wishes: Wishes
     ) -> None:
         self.plan, self.placement, self.recorder, self.wishes = plan, placement, recorder, wishes
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.mailbox: Any = Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+        self.mailbox = mailbox_here()
         self.trainer = self._trainer(ray.put(tokens))
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._fit, daemon=True)

@@ -45,6 +45,10 @@ class Range:
             return self._held(math.exp(luck.uniform(math.log(self.low), math.log(self.high))))
         return self._held(luck.uniform(self.low, self.high))
 
+    def holds(self, value: Any) -> bool:
+        """Whether a value is one of them."""
+        return self.low <= value <= self.high
+
     def explore(self, value: Any, luck: random.Random) -> Any:
         """A value near another."""
         return self.draw(luck) if luck.random() < _AFRESH else self._held(value * luck.choice(_STEP))
@@ -67,6 +71,10 @@ class Choice:
     def draw(self, luck: random.Random) -> Any:
         """One of the values."""
         return luck.choice(self.corners)
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value is one of them."""
+        return value in self.corners
 
     def explore(self, value: Any, luck: random.Random) -> Any:
         """The one before or after another."""
@@ -159,6 +167,10 @@ class Space:
                 point[name] = domain.draw(random.Random(f"{seed} {number} {name}"))
         return {name: point[name] for name in self.domains}
 
+    def holds(self, point: Point) -> bool:
+        """Whether a point is one that might be drawn."""
+        return all(domain.kind != "grid" and domain.holds(point[name]) for name, domain in self.domains.items())
+
     def explore(self, point: Point, luck: random.Random) -> Point:
         """A point near another."""
         return {name: domain.explore(point[name], luck) for name, domain in self.domains.items()}
@@ -192,7 +204,9 @@ class Search(Section):
         if not isinstance(self.space, Space):
             object.__setattr__(self, "space", Space.read(self.space))
         if self.searcher == "grid":
-            object.__setattr__(self, "space", _as_grid(self.space))
+            object.__setattr__(self, "space", _with_lists(self.space, "grid"))
+        if self.searcher == "optuna":
+            object.__setattr__(self, "space", _with_lists(self.space, "choice"))
         if self.scheduler == "pbt":
             _check_population(self)
 
@@ -208,12 +222,12 @@ class Search(Section):
 NAMES = [f"search.{option.name}" for option in fields(Search) if option.name != "space"]
 
 
-def _as_grid(space: Space) -> Space:
-    """The space with every list gone through."""
+def _with_lists(space: Space, kind: str) -> Space:
+    """The space with every list gone through, or drawn from."""
     for name, domain in space.domains.items():
-        if isinstance(domain, Range):
+        if kind == "grid" and isinstance(domain, Range):
             raise UserError(f'search.searcher = "grid": {name} = {domain} has no end of values; write {{ grid = […] }}')
-    return Space({name: Choice("grid", domain.corners) for name, domain in space.domains.items()})
+    return Space({n: Choice(kind, d.corners) if isinstance(d, Choice) else d for n, d in space.domains.items()})
 
 
 def _check_population(search: Search) -> None:

@@ -22,7 +22,7 @@ from job.errors import RunFailed
 from job.report import HIGHEST
 from job.screen import Screen
 from job.search import Range
-from job.trials import BEST, Trial, Trials, name_of
+from job.trials import BEST, Trial, Trials, name_of, own_point
 
 SAMPLE, CURVES, SPACE, PARQUET = "sample.txt", "curves.png", "space.png", "trials.parquet"
 
@@ -117,6 +117,8 @@ def show(known: Trials, screen: Screen) -> None:
     screen.line()
     best = f"{spoken(known.search.metric)} {known.best_of(winner):.4g}"
     screen.line(f"best is trial {winner.number}: {best} with {of_point(winner)}")
+    if (own := configurations_own(known)) and own is not winner and (value := known.best_of(own)) is not None:
+        screen.line(f"the configuration's own, trial {own.number}: {value:.4g} with {of_point(own)}")
     screen.line()
     screen.line(f"    {folder.read(SAMPLE).decode().rstrip()}")
     screen.line()
@@ -126,6 +128,12 @@ def show(known: Trials, screen: Screen) -> None:
     for name, place in [*((name, folder / file) for name, file in files), ("checkpoint", found.folder / found.name)]:
         screen.line(f"{name:<11}{place}")
     screen.line(f"{'train':<11}{driver.python()} -m job train {folder / BEST}")
+
+
+def configurations_own(known: Trials) -> Trial | None:
+    """The trial that is the configuration as it was written."""
+    point = own_point(known.base, known.search)
+    return next((trial for trial in known if trial.point == point), None)
 
 
 # --- files ----

@@ -56,6 +56,25 @@ def at(base: Config, point: Point) -> Config:
     return parse.override(base, values)
 
 
+def value_of(options: Config, name: str) -> Any:
+    """The value of a field such as ``optimizer.learning_rate``."""
+    section, key = name.split(".")
+    return getattr(getattr(options, section), key)
+
+
+def own_point(base: Config, wanted: Search) -> Point | None:
+    """The configuration's own point, where it lies in a space that is drawn from: it is tried first."""
+    own = {name: value_of(base, name) for name in wanted.space.domains}
+    return own if wanted.space.holds(own) else None
+
+
+def point_of(base: Config, wanted: Search, number: int) -> Point | None:
+    """The point of a trial; None where a model chooses it when it is time."""
+    if number == 0 and (own := own_point(base, wanted)):
+        return own
+    return None if wanted.searcher == "optuna" else wanted.space.point(base.run.seed, number)
+
+
 def options_of(base: Config, folder: Folder, number: int, point: Point) -> Config:
     """The configuration of a trial's run."""
     run = replace(base.run, name=name_of(number), storage=(folder / RUNS).address, resume="auto")
@@ -103,24 +122,22 @@ def choose(options: Config, wanted: Search, stem: str) -> tuple[Folder, Config]:
 def check(base: Config, wanted: Search, folder: Folder) -> Config:
     """The configuration with its text resolved; UserError for whatever keeps a trial from running.
 
-    Tried are the configuration itself, each field at its ends, and every point that is known before.
+    Tried are the configuration itself and each field at its ends, with text and model; every point
+    that is known before is made a configuration of.
     """
     if not wanted.space.domains:
         raise UserError('nothing to search: write [search.space] with lines such as "optimizer.learning_rate" = …')
-    points = list(wanted.space.corners)
-    if wanted.searcher != "optuna":
-        points += [wanted.space.point(base.run.seed, number) for number in range(wanted.total)]
     if "corpus.validation_fraction" not in wanted.space.domains:
         _check_metric(base, wanted)
     plan, _ = prepare(base, folder)
     base = plan.config
-    tried = {_text_and_model(base)}
-    for point in points:
+    corners = wanted.space.corners
+    known = [point_of(base, wanted, number) for number in range(wanted.total)]
+    for point in [*corners, *(point for point in known if point)]:
         try:
             options = at(base, point)
             _check_metric(options, wanted)
-            if _text_and_model(options) not in tried:
-                tried.add(_text_and_model(options))
+            if point in corners and _text_and_model(options) != _text_and_model(base):
                 prepare(options, folder)
         except UserError as error:
             where = ", ".join(f"{name} = {config.shown(value)}" for name, value in point.items())
@@ -183,10 +200,9 @@ class Trials:
         place = self.folder / RUNS / name_of(number)
         run = runs.read(place)
         if run is None:
-            if self.search.searcher == "optuna":
-                return None
-            return Trial(number, self.search.space.point(self.base.run.seed, number))
-        point = {name: _value(run.config, name) for name in self.search.space.domains}
+            begins = point_of(self.base, self.search, number)
+            return Trial(number, begins) if begins else None
+        point = {name: value_of(run.config, name) for name in self.search.space.domains}
         trial = Trial(number, point, scores=self._scores(place))
         if run.is_finished(options_of(self.base, self.folder, number, point)):
             trial.state = "finished"
@@ -253,8 +269,3 @@ def rows(place: Folder) -> list[dict[str, Any]]:
         return report.read_rows(place.read(METRICS, _LARGEST))
     except OSError:
         return []
-
-
-def _value(options: Config, name: str) -> Any:
-    section, key = name.split(".")
-    return getattr(getattr(options, section), key)

@@ -6,6 +6,7 @@ of what is left to do.
 """
 
 import contextlib
+import logging
 import math
 import os
 import queue
@@ -50,12 +51,13 @@ from job.storage import Folder
 from job.suggest import Suggester
 from job.trainer import Plan
 from job.trials import Trial, Trials
-from job.worker import Mailbox, in_a_line
+from job.worker import in_a_line
 
 RAY_FOLDER = "ray"  # Ray Tune's own records
 TRIES = 5  # how often a trial is taken up again after its process died
 LOOK = 0.2  # seconds between two looks at signals and the clock
-KEEP = 3  # a trial that survives a rung of ASHA is among the best third
+KEPT = 5  # checkpoints of a trial that others may go on from
+BEST_OF = 3  # a trial that survives a rung of ASHA is among the best third
 PERTURBATIONS = 8  # how often population-based training compares, over a run
 
 
@@ -79,6 +81,7 @@ class Actor(tune.Trainable):
         """Called by Ray Tune once."""
         self.task = task
         self.attempt: Attempt | None = None
+        self.told_to_stop = False
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
@@ -87,8 +90,6 @@ class Actor(tune.Trainable):
             self.told_to_stop = True
             if self.attempt:
                 self.attempt.ask_to_stop()
-
-    told_to_stop = False
 
     @property
     def options(self) -> Config:
@@ -386,7 +387,7 @@ def _scheduler(known: Trials) -> TrialScheduler:
     wanted, base = known.search, known.base
     epochs = max(trials.at(base, corner).train.epochs for corner in [{}, *wanted.space.corners])
     if wanted.scheduler == "asha":
-        asha = ASHAScheduler("epoch", "score", "min", max_t=epochs, reduction_factor=KEEP, stop_last_trials=False)
+        asha = ASHAScheduler("epoch", "score", "min", max_t=epochs, reduction_factor=BEST_OF, stop_last_trials=False)
         for trial in known:
             if trial.is_over:
                 _recall(asha, trial)
@@ -448,7 +449,8 @@ class Experiment(threading.Thread):
             max_concurrent_trials=None if wanted.scheduler == "pbt" else self.place.room,
             reuse_actors=True,
             max_failures=TRIES,
-            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # the run keeps its own
+            # The runs keep their own checkpoints; these go from winners to losers.
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=KEPT, checkpoint_at_end=False),
             raise_on_failed_trial=False,
             trial_name_creator=_name,
             trial_dirname_creator=_name,
@@ -466,7 +468,6 @@ def _name(trial: Any) -> str:
 def _cluster(base: Config, wanted: Search, screen: Screen) -> Iterator[tuple[Config, Place]]:
     """Connects; gives the configuration as the cluster can hold it, and a trial's place."""
     scale = base.scale
-    within = ray.is_initialized()
     # A trial without workers is itself the one that works.
     placement, room = cluster.connect_for_many(
         scale if scale.max_workers else replace(scale, workers=1), wanted.concurrent
@@ -484,8 +485,7 @@ def _cluster(base: Config, wanted: Search, screen: Screen) -> Iterator[tuple[Con
         share = math.floor(0.9 / room * 1e4) / 1e4
         yield replace(base, scale=scale), Place({"node:__internal_head__": share}, room)
     finally:
-        if not within:
-            ray.shutdown()
+        ray.shutdown()
 
 
 def run(options: Config, wanted: Search, stem: str, screen: Screen) -> int:
@@ -526,9 +526,10 @@ def run(options: Config, wanted: Search, stem: str, screen: Screen) -> int:
 def _search(known: Trials, place: Place, owned: lease.Lease, wishes: Wishes, screen: Screen) -> None:
     """Has Ray Tune run what is left to do, and shows it, until all is done or a stop is wanted."""
     screen.line(summary.about(known, place.room))
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what matters comes through the ear
     ear = Ear(known)
     stop = Stop(ear)
-    mailbox: Any = Mailbox.remote()  # type: ignore[attr-defined]
+    mailbox = onray.mailbox_here()
     known.folder.remove(RAY_FOLDER)
     experiment = Experiment(known, place, ear, stop, mailbox)
     until = time.monotonic() + (60 * known.search.minutes or math.inf)

@@ -5,10 +5,11 @@ import json
 import os
 import signal
 import time
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import job, result, rows, start_job
+from conftest import ROOT, job, result, rows, start_job
 
 from job import checkpoint, parse, trials
 from job.storage import Folder
@@ -247,3 +248,64 @@ def test_a_driver_that_lives_keeps_its_search(calm, prose, tmp_path, on_cluster)
     mine.release()
     assert (ended.status, ended.err.count("\n")) == (2, 1)
     assert "this run is alive" in ended.err
+
+
+@pytest.fixture
+def three_nodes():
+    """A cluster of a head that only drives and three nodes of one processor."""
+    from ray.cluster_utils import Cluster
+
+    noticed = {f"health_check_{name}_ms": 1000 for name in ("initial_delay", "period", "timeout")}
+    head = {"num_cpus": 0, "include_dashboard": False, "_system_config": noticed}
+    it = Cluster(initialize_head=True, head_node_args=head)
+    nodes = [it.add_node(num_cpus=1) for _ in range(3)]
+    yield it, nodes
+    it.shutdown()
+
+
+def workers_on(nodes):
+    """The processes that train on some nodes, which their raylets have started."""
+    raylets = {node.all_processes["raylet"][0].process.pid for node in nodes}
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError, ValueError):
+            parent = int((path / "stat").read_text().rpartition(")")[2].split()[1])
+            if parent in raylets and (path / "cmdline").read_text().startswith("ray::RayTrainWorker"):
+                found.append(int(path.name))
+    return found
+
+
+@pytest.mark.slow
+def test_two_workers_a_trial_on_three_nodes_whatever_dies(prose, tmp_path, three_nodes, monkeypatch):
+    """A worker, a node and the driver are killed; the trials are those of a calm search without workers."""
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    it, nodes = three_nodes
+    space = '"optimizer.learning_rate" = { grid = [0.1, 1.0] }'
+    more = ["--train.reproducible", "true", "--train.epochs", 40, "--train.checkpoint_every", 10]
+    calm = job(*small(prose, tmp_path, "calm", space, *more, "--train.log_every", 0))
+    assert calm.status == 0, calm.err
+    words = small(prose, tmp_path, "struck", space, *more, "--scale.workers", 2)
+    place = tmp_path / "struck"
+    process = start_job(*words, env={"RAY_ADDRESS": it.address})
+    wait_for(lambda: "00000" in trials_with_a_checkpoint(place), process)
+    os.kill(wait_for(lambda: workers_on(nodes), process)[0], signal.SIGKILL)
+    wait_for(lambda: "00001" in trials_with_a_checkpoint(place), process)
+    busy = wait_for(lambda: [node for node in nodes if workers_on([node])], process)
+    it.remove_node(busy[0], allow_graceful=False)
+    nodes.remove(busy[0])
+    last = steps_of(place)
+    wait_for(lambda: steps_of(place) > last, process)
+    process.kill()
+    process.wait()
+    again = start_job(*words, env={"RAY_ADDRESS": it.address})
+    out, err = again.communicate(timeout=LONGEST)
+    assert (again.returncode, err) == (0, ""), out
+    assert outcome(place) == outcome(tmp_path / "calm")
+    assert len(outcome(place)[0]) == 2
+
+
+def steps_of(place):
+    """The last steps that the trials have in their checkpoints."""
+    return sorted(int(path.parent.name.split("-")[1]) for path in place.glob("trials/*/checkpoints/*/manifest.json"))[
+        -1:
+    ]
