@@ -386,8 +386,11 @@ def _told(known: Trials, trial: Trial) -> float | None:
 def _scheduler(known: Trials) -> TrialScheduler:
     wanted, base = known.search, known.base
     epochs = max(trials.at(base, corner).train.epochs for corner in [{}, *wanted.space.corners])
-    if wanted.scheduler == "asha":
-        asha = ASHAScheduler("epoch", "score", "min", max_t=epochs, reduction_factor=BEST_OF, stop_last_trials=False)
+    if wanted.scheduler == "asha" and epochs > 1:
+        # The last epoch has no rung: who gets there has ended by itself.
+        asha = ASHAScheduler(
+            "epoch", "score", "min", max_t=epochs - 1, reduction_factor=BEST_OF, stop_last_trials=False
+        )
         for trial in known:
             if trial.is_over:
                 _recall(asha, trial)
