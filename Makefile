@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help setup train test test-quick storm lint bench bench-survival clean
+.PHONY: help setup train tune test test-quick storm lint bench bench-survival bench-tuning clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -18,6 +18,9 @@ setup: $(VENV)/ready  ## make .venv and install everything into it
 
 train: setup  ## train the seed's model on two workers of a Ray cluster of its own
 	$(RUN) -m job train configs/seed.toml
+
+tune: setup  ## search a learning rate for a small model, on this machine, into runs/tune
+	$(RUN) -m job tune configs/tune.toml
 
 test: setup  ## all tests (under 15 minutes on two cores)
 	$(RUN) -m pytest
@@ -38,6 +41,9 @@ bench: setup  ## the seed's loop, ours, and the job on one and two workers, side
 
 bench-survival: setup  ## what checkpoints, reproducibility and the death of a worker cost
 	$(RUN) -m benchmarks.survival
+
+bench-tuning: setup  ## what stopping hopeless trials early costs and spares (about a quarter of an hour)
+	$(RUN) -m benchmarks.tuning
 
 clean:  ## remove the environment and what tools left, but no run
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

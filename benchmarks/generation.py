@@ -1,10 +1,12 @@
 """Characters a second of greedy generation: the seed's way, one module call a character, and ours.
 
-    make bench-speed        (or: python -m benchmarks.generation [--rounds N])
+make bench-speed        (or: python -m benchmarks.generation [--rounds N])
 """
 
 import argparse
 import statistics
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import torch
@@ -40,10 +42,10 @@ def main() -> None:
         theirs = plain.PlainModel(cell, TOKENS, UNITS)
         theirs.load_state_dict(net.state_dict())
         prefixes = torch.randint(0, TOKENS, (8, LANES))
-        runs = {
-            "the seed's": lambda theirs=theirs: seeds(theirs),
-            "one prefix": lambda net=net: generate.continuation(net, np.zeros(1, np.int64), options, 0),
-            f"{LANES} prefixes": lambda net=net, some=prefixes: generate.continuations(net, some, options, 0),
+        runs: dict[str, Callable[[], object]] = {
+            "the seed's": partial(seeds, theirs),
+            "one prefix": partial(generate.continuation, net, np.zeros(1, np.int64), options, 0),
+            f"{LANES} prefixes": partial(generate.continuations, net, prefixes, options, 0),
         }
         found: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(rounds):

@@ -1,6 +1,5 @@
 """The command line: ``python -m job VERB [CONFIG.toml | RUN] [--section.field VALUE …]``."""
 
-import difflib
 import importlib
 import os
 import sys
@@ -67,8 +66,16 @@ def _doctor(line: Line) -> int:
     return int(doctor.examine(parse.load(line.target, line.flags), Screen()))
 
 
+def _tune(line: Line) -> int:
+    """Search for the best configuration: tune CONFIG.toml with a [search] [--section.field VALUE …]"""
+    options, search = parse.load_search(line.target, line.flags)
+    tune = importlib.import_module("job.tune")
+    return int(tune.run(options, search, Path(line.target).stem if line.target else "search", Screen()))
+
+
 VERBS: dict[str, Callable[[Line], int]] = {
     "train": _train,
+    "tune": _tune,
     "generate": _generate,
     "evaluate": _evaluate,
     "doctor": _doctor,
@@ -91,8 +98,8 @@ def _only(line: Line, *allowed: str) -> parse.Values:
     return parse.read_flags(line.flags)
 
 
-def _split(words: Sequence[str], more: Sequence[str] = ()) -> Line:
-    """``[TARGET] [--name VALUE | --name=VALUE …]``, names those of a configuration and some ``more``."""
+def _split(verb: str, words: Sequence[str]) -> Line:
+    """``[TARGET] [--name VALUE | --name=VALUE …]``."""
     target: str | None = None
     flags: dict[str, str] = {}
     rest = iter(words)
@@ -103,10 +110,8 @@ def _split(words: Sequence[str], more: Sequence[str] = ()) -> Line:
             target = word
             continue
         name, has_value, value = word[2:].partition("=")
-        if name not in config.OPTIONS and name not in more:
-            if difflib.get_close_matches(name, more):
-                raise UserError(f"--{name}: unknown option{parse.nearest(name, more)}")
-            parse.read_flags({name: ""})
+        if name not in FLAGS.get(verb, ()):
+            parse.check_known(name, searched=verb == "tune")
         if not has_value:
             try:
                 value = next(rest)
@@ -120,11 +125,13 @@ def _help(verb: str | None) -> str:
     verbs = {verb: VERBS[verb]} if verb else VERBS
     lines = ["python -m job VERB …", ""]
     lines += [f"  {name:<10}{action.__doc__}" for name, action in verbs.items()]
-    shown = {"generate": ("generate",), "evaluate": ("corpus",)}.get(verb or "", tuple(config.SECTIONS))
-    for section in shown:
-        kind = config.SECTIONS[section]
+    shown = {"generate": ("generate",), "evaluate": ("corpus",), "tune": ("search", *config.SECTIONS)}
+    for section in shown.get(verb or "", tuple(config.SECTIONS)):
+        kind = parse.SECTIONS_OF_FILES[section]
         lines += ["", f"[{section}] {kind.__doc__}"]
         for option in fields(kind):
+            if option.name == "space":
+                continue
             default = config.shown(option.default)
             lines.append(f"  --{section}.{option.name:<20} {option.metadata['meaning']} ({default})")
     lines += ["", "  --debug                        show where an error came from"]
@@ -143,7 +150,7 @@ def main(words: Sequence[str]) -> int:
     if "-h" in rest or "--help" in rest:
         print(_help(verb))
         return 0
-    return VERBS[verb](_split(rest, FLAGS.get(verb, ())))
+    return VERBS[verb](_split(verb, rest))
 
 
 def command() -> int:

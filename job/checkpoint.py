@@ -228,6 +228,16 @@ def verify(checkpoint: Checkpoint) -> None:
         read_file(checkpoint, file)
 
 
+def copy(checkpoint: Checkpoint, folder: Folder) -> Checkpoint:
+    """The same checkpoint, byte for byte, in another folder; whole or not there."""
+    place = folder / checkpoint.name
+    manifest = (checkpoint.folder / checkpoint.name).read(MANIFEST, _LARGEST_MANIFEST)
+    for file in checkpoint.files:
+        place.write(file, read_file(checkpoint, file))
+    place.write(MANIFEST, manifest)
+    return read_manifest(folder, checkpoint.name)
+
+
 def tensors(data: bytes, where: str) -> dict[str, Tensor]:
     """The tensors in a safetensors file; Unsound where it is none."""
     try:

@@ -48,24 +48,40 @@ def address() -> str:
 def connect(scale: Scale) -> Placement:
     """Connects to a cluster (``RAY_ADDRESS`` where it is set, else one of its own on this machine).
 
-    Gives the workers' place on it; UserError where it can never hold them.
+    Gives the workers' place on it; UserError where it can never hold them. Within a cluster, as a
+    trial of a search is, their place was found before.
+    """
+    if ray.is_initialized():
+        return placement.on_cluster(scale, nodes(), None)
+    return connect_for_many(scale, 1)[0]
+
+
+def connect_for_many(scale: Scale, runs: int) -> tuple[Placement, int]:
+    """Connects as ``connect`` does; the place of one run, and how many of so many have room at once.
+
+    0 asks for as many as there is room for.
     """
     if not address():
         found = placement.on_this_machine(scale, cores(), torch.cuda.device_count())
-        _start(found)
-        return found
+        each = found.max_workers * found.cpus_per_worker
+        slots = max(cores(), each * max(1, runs))
+        _start(slots)
+        room = min(slots // each, torch.cuda.device_count() // found.max_workers if found.use_gpu else slots)
+        return found, min(room, runs or room)
     join(address())
     try:
-        return placement.on_cluster(scale, nodes(), autoscaler.growth())
+        found = placement.on_cluster(scale, nodes(), autoscaler.growth())
     except UserError:
         ray.shutdown()
         raise
+    room = max(1, found.room(nodes()) // found.max_workers)
+    return found, min(room, runs or room)
 
 
-def _start(found: Placement) -> None:
+def _start(slots: int) -> None:
     ray.init(
         address="local",
-        num_cpus=max(cores(), found.max_workers * found.cpus_per_worker),
+        num_cpus=slots,
         include_dashboard=False,
         log_to_driver=False,
         logging_level="error",

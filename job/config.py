@@ -130,6 +130,8 @@ class Section:
 
     def __post_init__(self) -> None:
         for option in fields(self):
+            if "check" not in option.metadata:
+                continue
             place = f"{self.name_of_section}.{option.name}"
             value = _typed(getattr(self, option.name), option.type, place)
             object.__setattr__(self, option.name, value)
@@ -320,16 +322,21 @@ _FREE_OPTIONS = (
 )  # fmt: skip
 
 
+def defines_run(name: str) -> bool:
+    """Whether an option is of what is computed."""
+    section, _, _ = name.partition(".")
+    return section not in _FREE_SECTIONS and name not in _FREE_OPTIONS
+
+
 def differences(old: Config, new: Config) -> list[str]:
     """What keeps ``new`` from going on with a run of ``old``, as ``field (old → new)``."""
     found = []
     for name in OPTIONS:
         section, key = name.split(".")
         before, after = (getattr(getattr(config, section), key) for config in (old, new))
-        free = section in _FREE_SECTIONS or name in _FREE_OPTIONS
         grown = name == "train.epochs" and after > before
         if name == "stream.offset" and isinstance(before, tuple) and isinstance(after, tuple):
             grown = after[: len(before)] == before
-        if before != after and not free and not grown:
+        if before != after and defines_run(name) and not grown:
             found.append(f"{name} ({shown(before)} → {shown(after)})")
     return found

@@ -17,7 +17,7 @@ import numpy as np
 
 from job import checkpoint, generate, lease, model, parse, report, runs
 from job.config import Config
-from job.errors import RunFailed, UserError
+from job.errors import Diverged, RunFailed, UserError
 from job.loop import perplexity
 from job.prepare import prepare
 from job.record import Recorder
@@ -103,7 +103,8 @@ def _run(follow: Follow, plan: Plan, tokens: np.ndarray, folder: Folder, wishes:
         finally:
             recorder.close()
         if recorder.failed or not recorder.finished:
-            raise RunFailed(f"{recorder.failed or 'the workers ended without a word'}; {_what_is_kept(folder)}")
+            failure = Diverged if recorder.diverged else RunFailed
+            raise failure(f"{recorder.failed or 'the workers ended without a word'}; {_what_is_kept(folder)}")
         if recorder.finished.stopped:
             screen.line(f"stopped at step {recorder.finished.progress.step:,}; {_what_is_kept(folder)}")
             return wishes.status
@@ -201,11 +202,11 @@ def _what_is_kept(folder: Folder) -> str:
         return "no checkpoint was written yet: the same command starts anew"
     return (
         f"step {found[-1].step:,} is kept: the same command with --run.name {folder.address.rpartition('/')[2]} "
-        f"goes on, {_python()} -m job generate {folder} lets it speak"
+        f"goes on, {python()} -m job generate {folder} lets it speak"
     )
 
 
-def _python() -> str:
+def python() -> str:
     """This Python, as one would type it here."""
     with contextlib.suppress(ValueError, OSError):
         return str(Path(sys.executable).relative_to(Path.cwd()))
@@ -228,4 +229,4 @@ def _show(result: dict[str, Any], folder: Folder, screen: Screen) -> None:
     screen.line()
     for name, file in (("curve", "perplexity.png"), ("metrics", "metrics.jsonl"), ("checkpoint", result["checkpoint"])):
         screen.line(f"{name:<11}{folder / file}")
-    screen.line(f"{'continue':<11}{_python()} -m job generate {folder} --generate.prefix '…'")
+    screen.line(f"{'continue':<11}{python()} -m job generate {folder} --generate.prefix '…'")

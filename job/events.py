@@ -68,6 +68,7 @@ class Failed(Event):
     """The run cannot go on, and trying again would not help."""
 
     message: str
+    diverged: bool = False
 
 
 @dataclass(frozen=True)

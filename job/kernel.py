@@ -71,7 +71,9 @@ def works_in(dtype: torch.dtype) -> bool:
     return library is not None and (dtype == torch.float32 or (dtype == torch.bfloat16 and library.multiplies_bf16()))
 
 
-def _linear(left_RK: Tensor, weight: Tensor, bias: Tensor | None, columns: int, to: Tensor, scale: float = 1.0) -> Tensor:
+def _linear(
+    left_RK: Tensor, weight: Tensor, bias: Tensor | None, columns: int, to: Tensor, scale: float = 1.0
+) -> Tensor:
     """``to`` = scale × left × weight + bias, the weight (columns, K), or (K, columns) where there is no bias."""
     rows, inner = left_RK.shape
     _call(
@@ -176,7 +178,9 @@ class _Recurrence(torch.autograd.Function):
             dgates = torch.empty_like(dhidden)
         else:
             assert dgates is not None, "the kernel's backward runs once"
-            dcarry = torch.zeros(lanes, units) if dcarry is None else dcarry.clone(memory_format=torch.contiguous_format)
+            dcarry = (
+                torch.zeros(lanes, units) if dcarry is None else dcarry.clone(memory_format=torch.contiguous_format)
+            )
         dh0 = torch.empty(lanes, units) if ctx.needs_input_grad[5] else None
         window = _Window(
             steps, lanes, units, weight=weight_GH, hidden=hidden, carry=carry, gates=dgates,

@@ -39,9 +39,10 @@ REQUESTER = "requester"  # the file in it with the name under which workers are 
 
 @contextmanager
 def launch(options: Config, screen: Screen) -> Iterator[Follow]:
-    """A launcher for workers on a cluster."""
+    """A launcher for workers on a cluster; one that this process is part of stays connected."""
     _tell_ray_how_patient_to_be(options)
     fits: list[threading.Thread] = []
+    within = ray.is_initialized()
     placement = cluster.connect(options.scale)
     if placement.notice:
         screen.line(placement.notice)
@@ -52,7 +53,7 @@ def launch(options: Config, screen: Screen) -> Iterator[Follow]:
         following.to_the_end()
 
     try:
-        if cluster.address():
+        if cluster.address() and not within:
             probe.check_nodes(placement, options.run.storage, options.model.cell)
         # Ray prints pages of advice on each death of a worker; what matters comes as an event.
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
@@ -62,7 +63,7 @@ def launch(options: Config, screen: Screen) -> Iterator[Follow]:
         # which wait for each other ends with this process, and the cluster or job with it.
         for fit in fits:
             fit.join(PATIENCE)
-        if not any(fit.is_alive() for fit in fits):
+        if not within and not any(fit.is_alive() for fit in fits):
             ray.shutdown()
 
 
@@ -73,6 +74,12 @@ def _tell_ray_how_patient_to_be(options: Config) -> None:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
 
 
+def mailbox_here() -> Any:
+    """A mailbox that lives and dies with this node, as its driver does."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+
+
 class _Following:
     """One run of Ray Train, whose events the driver's main thread takes as they come."""
 
@@ -80,8 +87,7 @@ class _Following:
         self, plan: Plan, tokens: np.ndarray, placement: Placement, recorder: Recorder, wishes: Wishes
     ) -> None:
         self.plan, self.placement, self.recorder, self.wishes = plan, placement, recorder, wishes
-        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-        self.mailbox: Any = Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+        self.mailbox = mailbox_here()
         self.trainer = self._trainer(ray.put(tokens))
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._fit, daemon=True)

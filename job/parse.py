@@ -7,10 +7,14 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-from job.config import OPTIONS, SECTIONS, Config, shown
+from job import search
+from job.config import OPTIONS, SECTIONS, Config, Section, shown
 from job.errors import UserError
+from job.search import Search
 
 Values = dict[str, dict[str, Any]]
+SECTIONS_OF_FILES: dict[str, type[Section]] = {**SECTIONS, "search": Search}
+_OPTIONS = [*OPTIONS, *search.NAMES]
 
 
 def _parsed(text: str, hint: Any) -> Any:
@@ -30,15 +34,15 @@ def nearest(name: str, known: Sequence[str]) -> str:
 
 
 def _unknown_section(name: str, where: str) -> UserError:
-    return UserError(f"{where}: unknown section [{name}]{nearest(name, list(SECTIONS))}")
+    return UserError(f"{where}: unknown section [{name}]{nearest(name, list(SECTIONS_OF_FILES))}")
 
 
 def _unknown_option(name: str, where: str) -> UserError:
     section, _, option = name.partition(".")
-    known = OPTIONS
-    if section in SECTIONS:
-        known = [key for key in OPTIONS if key.startswith(section + ".")]
-    by_option = [key for key in OPTIONS if key.endswith("." + (option or section))]
+    known = _OPTIONS
+    if section in SECTIONS_OF_FILES:
+        known = [key for key in _OPTIONS if key.startswith(section + ".")]
+    by_option = [key for key in _OPTIONS if key.endswith("." + (option or section))]
     close = by_option[0] if by_option else nearest(name, known).removeprefix("; did you mean ")[:-1]
     return UserError(f"{where}: unknown option {name}; did you mean {close}?")
 
@@ -50,24 +54,30 @@ def read_toml(text: str, where: str) -> Values:
     except tomllib.TOMLDecodeError as error:
         raise UserError(f"{where}: not TOML: {error}") from None
     for name, section in document.items():
-        if name not in SECTIONS:
+        if name not in SECTIONS_OF_FILES:
             raise _unknown_section(name, where)
         if not isinstance(section, dict):
             raise UserError(f"{where}: {name} must be a section, written [{name}]")
         for key in section:
-            if f"{name}.{key}" not in OPTIONS:
+            if f"{name}.{key}" not in (*_OPTIONS, "search.space"):
                 raise _unknown_option(f"{name}.{key}", where)
     return document
+
+
+def check_known(name: str, searched: bool) -> None:
+    """UserError where no flag has that name; those of the search are only ``searched`` ones."""
+    if name not in _OPTIONS or (name not in OPTIONS and not searched):
+        raise _unknown_option(name, f"--{name}")
 
 
 def read_flags(flags: Mapping[str, str]) -> Values:
     """``{"section.field": text}`` of the command line as sections."""
     values: Values = {}
     for name, text in flags.items():
-        if name not in OPTIONS:
+        if name not in _OPTIONS:
             raise _unknown_option(name, f"--{name}")
         section, key = name.split(".")
-        hint = next(option.type for option in fields(SECTIONS[section]) if option.name == key)
+        hint = next(option.type for option in fields(SECTIONS_OF_FILES[section]) if option.name == key)
         values.setdefault(section, {})[key] = _parsed(text, hint)
     return values
 
@@ -80,21 +90,27 @@ def override(config: Config, values: Values) -> Config:
 
 def load(path: str | None, flags: Mapping[str, str]) -> Config:
     """A configuration from a file (None: the defaults) and flags, which have the last word."""
+    return load_search(path, flags)[0]
+
+
+def load_search(path: str | None, flags: Mapping[str, str]) -> tuple[Config, Search]:
+    """The configuration, and the search that the same file and flags may tell of."""
     values: Values = {}
     if path is not None:
         values = read_toml(_read_text(path), path)
         _made(values, path)
     from_flags = read_flags(flags)
     _made(from_flags, "command line")
-    merged = {name: {**values.get(name, {}), **from_flags.get(name, {})} for name in SECTIONS}
-    return override(Config(), merged)
+    merged = {name: {**values.get(name, {}), **from_flags.get(name, {})} for name in SECTIONS_OF_FILES}
+    options = merged.pop("search")
+    return override(Config(), merged), Search(**options)
 
 
 def _made(values: Values, where: str) -> None:
     """Makes each section by itself, so that an error names the file or line it came from."""
     for name, section in values.items():
         try:
-            SECTIONS[name](**section)
+            SECTIONS_OF_FILES[name](**section)
         except UserError as error:
             raise UserError(f"{where}: {error}") from None
 
@@ -118,7 +134,14 @@ def to_toml(config: Config) -> str:
 
 def from_toml(text: str, where: str) -> Config:
     """A configuration from the text that ``to_toml`` wrote."""
+    return search_from_toml(text, where)[0]
+
+
+def search_from_toml(text: str, where: str) -> tuple[Config, Search]:
+    """A configuration and a search from the text that ``to_toml`` and ``search.to_toml`` wrote."""
     try:
-        return override(Config(), read_toml(text, where))
+        values = read_toml(text, where)
+        options = values.pop("search", {})
+        return override(Config(), values), Search(**options)
     except UserError as error:
         raise UserError(f"{where}: {error}" if where not in str(error) else str(error)) from None

@@ -39,11 +39,13 @@ class Recorder:
         self.started: events.Started | None = None
         self.finished: events.Finished | None = None
         self.failed: str | None = None
+        self.diverged = False
         self.committed: list[Checkpoint] = []
         self.setbacks = 0
         self.standing = False  # whether a group of workers is there
         self.parts: dict[str, list[Receipt]] = {}
         self.board: Board | None = None
+        self.watch: events.Post = lambda _: None  # told of each event, once it has been taken in
         if folder.local is None and folder.has(METRICS):
             (self.place / METRICS).write_bytes(folder.read(METRICS))
 
@@ -65,6 +67,10 @@ class Recorder:
 
     def handle(self, event: events.Event) -> None:
         """Takes one event in; RunFailed where the folder cannot be written."""
+        self._take(event)
+        self.watch(event)
+
+    def _take(self, event: events.Event) -> None:
         if isinstance(event, events.Started):
             return self._writing(self._start, event)
         if isinstance(event, events.Crashed):
@@ -72,7 +78,7 @@ class Recorder:
         if isinstance(event, events.GroupEnded):
             return self._ended(event.message)
         if isinstance(event, events.Failed) and event.attempt not in self.attempts[:-1]:
-            self.failed = event.message  # perhaps before the group stood
+            self.failed, self.diverged = event.message, event.diverged  # perhaps before the group stood
         if event.attempt != self.attempt:
             return  # of workers that have been replaced
         match event:

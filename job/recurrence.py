@@ -5,6 +5,8 @@ On a processor that is the compiled kernel, else torch's operators; on a GPU it 
 Axes: T steps, B lanes, E input features, H hidden units, G gates times hidden units, V tokens.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -47,7 +49,7 @@ def _by_kernel(
         filling = (0, -inputs.shape[2] % kernel.WIDTH)
         inputs, weights[0] = F.pad(inputs, filling), F.pad(weights[0], filling)
     hidden, carry = kernel.recurrence(cell, dtype, inputs, vectors_VE, state, weights)
-    last = (hidden[-1],) if carry is None else (carry,) if cell == "GRU" else (hidden[-1], carry)
+    last: State = (hidden[-1],) if carry is None else (carry,) if cell == "GRU" else (hidden[-1], carry)
     if missing:
         hidden, last = hidden[..., :units], tuple(part[:, :units] for part in last)
     return hidden, last
@@ -71,10 +73,11 @@ def _by_steps(
 def _by_torch(
     cell: str, inputs: Tensor, vectors_VE: Tensor | None, state: State, weights: list[Tensor]
 ) -> tuple[Tensor, State]:
-    if not inputs.is_floating_point():
-        one_hot = vectors_VE is None
-        inputs = F.one_hot(inputs, weights[0].shape[1]).to(weights[0].dtype) if one_hot else F.embedding(inputs, vectors_VE)
-    run = {"RNN_TANH": torch.rnn_tanh, "GRU": torch.gru, "LSTM": torch.lstm}[cell]
+    if not inputs.is_floating_point() and vectors_VE is None:
+        inputs = F.one_hot(inputs, weights[0].shape[1]).to(weights[0].dtype)
+    elif vectors_VE is not None and not inputs.is_floating_point():
+        inputs = F.embedding(inputs, vectors_VE)
+    run: Any = {"RNN_TANH": torch.rnn_tanh, "GRU": torch.gru, "LSTM": torch.lstm}[cell]
     first = tuple(part[None] for part in state)
     hidden, *last = run(inputs, first if cell == "LSTM" else first[0], weights, True, 1, 0.0, True, False, False)
     return hidden, tuple(part[0] for part in last)
@@ -98,10 +101,10 @@ def _given(
     inputs: Tensor, vectors_VE: Tensor | None, weight_ih: Tensor, bias_G: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor | None]:
     """What input and biases give the gates: of each step (T, B, G), or of each token (V, G) with the tokens."""
-    if not inputs.is_floating_point() and vectors_VE is None:  # a product with a one-hot vector is a column
-        return weight_ih.t() + bias_G, inputs
-    if not inputs.is_floating_point() and len(vectors_VE) <= inputs.numel():
-        return F.linear(vectors_VE, weight_ih, bias_G), inputs
     if not inputs.is_floating_point():
+        if vectors_VE is None:  # a product with a one-hot vector is a column
+            return weight_ih.t() + bias_G, inputs
+        if len(vectors_VE) <= inputs.numel():
+            return F.linear(vectors_VE, weight_ih, bias_G), inputs
         inputs = F.embedding(inputs, vectors_VE)
     return F.linear(inputs.to(dtype), weight_ih.to(dtype), bias_G.to(dtype)), None

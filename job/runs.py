@@ -41,7 +41,7 @@ def choose(options: Config, stem: str) -> tuple[Folder, Config, Previous | None]
     What an earlier start resolved (``corpus.source = auto``) stays resolved. UserError where the
     name is taken by another configuration, or ``run.resume`` does not allow what is found.
     """
-    _refuse_storage_that_a_job_loses(options.run.storage)
+    refuse_storage_that_a_job_loses(options.run.storage)
     storage = Folder.at(options.run.storage)
     name = options.run.name or _default_name(storage, options, stem)
     options = replace(options, run=replace(options.run, name=name))
@@ -53,14 +53,14 @@ def choose(options: Config, stem: str) -> tuple[Folder, Config, Previous | None]
         return folder, options, None
     if options.run.resume == "never":
         raise UserError(f"run.resume = never: {folder} exists; choose another run.name or remove it")
-    options = _as_resolved(options, previous.config)
+    options = as_resolved(options, previous.config)
     differing = config.differences(previous.config, options)
     if differing:
         raise UserError(f"{folder}: exists with another configuration: {', '.join(differing)}; choose another run.name")
     return folder, options, previous
 
 
-def _refuse_storage_that_a_job_loses(storage: str) -> None:
+def refuse_storage_that_a_job_loses(storage: str) -> None:
     """UserError for a relative path inside ``ray job submit``, whose working directory goes with it."""
     place = written_out(storage)
     if not is_address(place) and not Path(place).is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
@@ -90,9 +90,14 @@ def read_result(folder: Folder) -> dict[str, Any] | None:
         return None
 
 
+def plain(stem: str) -> str:
+    """A name for a folder."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._") or "run"
+
+
 def _default_name(storage: Folder, options: Config, stem: str) -> str:
     """The stem and a number: the last one if it can go on with this configuration, else the next."""
-    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._") or "run"
+    stem = plain(stem)
     try:
         names = storage.names()
     except OSError as error:
@@ -102,13 +107,13 @@ def _default_name(storage: Folder, options: Config, stem: str) -> str:
     if last and options.run.resume != "never":
         previous = read(storage / f"{stem}-{last}")
         if previous and not previous.is_finished(options):
-            same = not config.differences(previous.config, _as_resolved(options, previous.config))
+            same = not config.differences(previous.config, as_resolved(options, previous.config))
             if same:
                 return f"{stem}-{last}"
     return f"{stem}-{last + 1}"
 
 
-def _as_resolved(options: Config, earlier: Config) -> Config:
+def as_resolved(options: Config, earlier: Config) -> Config:
     """The configuration with what is ``auto`` of the corpus as it was resolved before."""
     corpus = options.corpus
     if corpus.source == "auto":

@@ -15,22 +15,34 @@ class Screen:
         self.stream = stream or sys.stdout
         self.moving = self.stream.isatty()
         self.shown_at = 0.0
-        self.drawn = False
+        self.drawn = 0  # lines that will move
 
     def line(self, text: str = "") -> None:
         """A line that stays."""
-        self._write(("\r\x1b[K" if self.drawn else "") + text + "\n")
-        self.drawn = False
+        self._write(f"{self._erased()}{text}\n")
+        self.drawn = 0
 
     def progress(self, text: str, *, milestone: bool = False) -> None:
         """The line that moves; without a terminal a plain one now and then."""
         if self.moving:
-            width = shutil.get_terminal_size().columns
-            self._write(f"\r\x1b[K{text[: width - 1]}")
-            self.drawn = True
+            self.block([text])
         elif time.monotonic() - self.shown_at >= PLAIN_EVERY or (milestone and not self.shown_at):
             self.shown_at = time.monotonic()
             self.line(text)
+
+    def block(self, lines: list[str]) -> None:
+        """Several lines that move, on a terminal; where it is too low, the first of them and the last."""
+        width, height = shutil.get_terminal_size()
+        if len(lines) >= height:
+            lines = [*lines[: height - 2], lines[-1]]
+        shown = "\n".join(text[: width - 1] for text in lines)
+        self._write(f"{self._erased()}{shown}")
+        self.drawn = len(lines)
+
+    def _erased(self) -> str:
+        """Takes back what was drawn to move."""
+        up = f"\x1b[{self.drawn - 1}A" if self.drawn > 1 else ""
+        return f"\r{up}\x1b[J" if self.drawn else ""
 
     def warn(self, text: str) -> None:
         """A warning, on a line of its own."""

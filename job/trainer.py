@@ -63,7 +63,7 @@ def train(plan: Plan, tokens: np.ndarray, world: World, link: Link) -> None:
     try:
         _Worker(plan, tokens, world, link).run()
     except (RunFailed, UserError, Unsound) as error:
-        link.post(Failed(world.attempt, str(error)))
+        link.post(Failed(world.attempt, str(error), isinstance(error, Diverged)))
     except OSError as error:
         link.post(Failed(world.attempt, f"{plan.checkpoints}: a checkpoint cannot be written or read: {error}"))
 

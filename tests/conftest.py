@@ -139,9 +139,8 @@ def cluster():
     Its workers find the tests' own modules, as a job's find those of its working directory.
     """
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
+    import job.cluster  # isort: skip  first: it sets what Ray reads when it is imported
     from ray.cluster_utils import Cluster
-
-    import job.cluster  # sets what Ray reads when it is imported
 
     assert job.cluster
     node = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "include_dashboard": False})

@@ -7,7 +7,7 @@ import sys
 
 from conftest import ROOT
 
-KNOW_RAY = {"autoscaler", "cluster", "doctor", "network", "onray", "probe", "watch", "worker"}
+KNOW_RAY = {"autoscaler", "cluster", "doctor", "network", "onray", "probe", "tune", "watch", "worker"}
 
 
 def imports():

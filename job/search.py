@@ -1,0 +1,269 @@
+"""What a search looks for: the metric, the space and its points. Pure; no run, no Ray."""
+
+import difflib
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+from job.config import OPTIONS, Section, _at_least, _one_of, _option, defines_run, shown
+from job.errors import UserError
+
+Point = dict[str, Any]  # a field such as optimizer.learning_rate, and its value
+
+# What may be minimised, and the rows of metrics that report it.
+METRICS = {"validation_perplexity": "validation", "perplexity": "epoch"}
+# What population-based training may change in the middle of a run.
+CHANGEABLE = ("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.grad_clip_norm", "model.dropout")
+DRAWN = 16  # trials of a search that draws, where nothing else is said
+_STEP = (0.8, 1.25)  # by what an explored value changes
+_AFRESH = 0.25  # how often it is drawn anew
+
+
+# --- what a field may be -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Range:
+    """Values from ``low`` to ``high``, both included; drawn evenly, or evenly in the logarithm."""
+
+    kind: str  # uniform, loguniform, randint
+    low: float
+    high: float
+
+    @property
+    def corners(self) -> tuple[Any, ...]:
+        """The values that are checked for all."""
+        return (self.low, self.high)
+
+    def draw(self, luck: random.Random) -> Any:
+        """A value, to four digits, that a person can read and type."""
+        if self.kind == "randint":
+            return luck.randint(int(self.low), int(self.high))
+        if self.kind == "loguniform":
+            return self._held(math.exp(luck.uniform(math.log(self.low), math.log(self.high))))
+        return self._held(luck.uniform(self.low, self.high))
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value is one of them."""
+        return self.low <= value <= self.high
+
+    def explore(self, value: Any, luck: random.Random) -> Any:
+        """A value near another."""
+        return self.draw(luck) if luck.random() < _AFRESH else self._held(value * luck.choice(_STEP))
+
+    def _held(self, value: float) -> float:
+        found = min(max(float(f"{value:.4g}"), self.low), self.high)
+        return round(found) if self.kind == "randint" else found
+
+    def __str__(self) -> str:
+        return f"{{ {self.kind} = {shown([*self.corners])} }}"
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One of some values; a ``grid`` is gone through, of a ``choice`` one is drawn."""
+
+    kind: str  # choice, grid
+    corners: tuple[Any, ...]
+
+    def draw(self, luck: random.Random) -> Any:
+        """One of the values."""
+        return luck.choice(self.corners)
+
+    def holds(self, value: Any) -> bool:
+        """Whether a value is one of them."""
+        return value in self.corners
+
+    def explore(self, value: Any, luck: random.Random) -> Any:
+        """The one before or after another."""
+        place = self.corners.index(value) + luck.choice((-1, 1))
+        return self.corners[min(max(place, 0), len(self.corners) - 1)]
+
+    def __str__(self) -> str:
+        return f"{{ {self.kind} = {shown(self.corners)} }}"
+
+
+Domain = Range | Choice
+_KINDS = ("uniform", "loguniform", "randint", "choice", "grid")
+
+
+def _domain(written: Any, place: str) -> Domain:
+    """What a user wrote, such as ``{ loguniform = [0.01, 4] }``."""
+    if not isinstance(written, Mapping) or len(written) != 1 or next(iter(written)) not in _KINDS:
+        raise UserError(
+            f"{place} = {_as_toml(written)}: must be one of {', '.join(f'{{ {k} = […] }}' for k in _KINDS)}"
+        )
+    ((kind, values),) = written.items()
+    place = f"{place} = {_as_toml(written)}"
+    if not isinstance(values, list | tuple) or not values:
+        raise UserError(f"{place}: a list of values is wanted")
+    if kind in ("choice", "grid"):
+        frozen = tuple(tuple(value) if isinstance(value, list) else value for value in values)
+        if any(frozen.count(value) > 1 for value in frozen):
+            raise UserError(f"{place}: holds a value twice")
+        return Choice(kind, frozen)
+    return _range(kind, values, place)
+
+
+def _range(kind: str, values: Any, place: str) -> Range:
+    number = int if kind == "randint" else (int, float)
+    if len(values) != 2 or not all(isinstance(v, number) and not isinstance(v, bool) for v in values):
+        raise UserError(f"{place}: must be two {'integers' if kind == 'randint' else 'numbers'}, low and high")
+    low, high = values if kind == "randint" else map(float, values)
+    if not (math.isfinite(low) and math.isfinite(high)) or low >= high:
+        raise UserError(f"{place}: the range is upside down or empty; write the lower end first")
+    if kind == "loguniform" and low <= 0:
+        raise UserError(f"{place}: a logarithm needs a lower end above 0")
+    return Range(kind, low, high)
+
+
+def _as_toml(written: Any) -> str:
+    if isinstance(written, Mapping):
+        return f"{{ {', '.join(f'{key} = {_as_toml(value)}' for key, value in written.items())} }}"
+    return shown(written)
+
+
+# --- the space and the section -----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Space:
+    """The fields that are searched, each with the values it may take."""
+
+    domains: dict[str, Domain]
+
+    @classmethod
+    def read(cls, written: Any) -> "Space":
+        """``[search.space]`` as TOML gives it; UserError for what no run can be made of."""
+        if not isinstance(written, Mapping):
+            raise UserError("search.space must be a section, written [search.space]")
+        return cls({_searchable(name): _domain(value, f'search.space "{name}"') for name, value in written.items()})
+
+    @property
+    def grid(self) -> int:
+        """How many combinations the lists have that are gone through."""
+        return math.prod(len(domain.corners) for domain in self.domains.values() if domain.kind == "grid")
+
+    @property
+    def draws(self) -> bool:
+        """Whether any field is drawn."""
+        return any(domain.kind != "grid" for domain in self.domains.values())
+
+    @property
+    def corners(self) -> list[Point]:
+        """Each field's ends, or each of its choices, by itself."""
+        return [{name: value} for name, domain in self.domains.items() for value in domain.corners]
+
+    def point(self, seed: int, number: int) -> Point:
+        """The point of a trial, a pure function of the seed and its number."""
+        point, turn = Point(), number
+        for name, domain in reversed(self.domains.items()):
+            if domain.kind == "grid":  # as a counter's wheels: the last list turns fastest
+                turn, place = divmod(turn, len(domain.corners))
+                point[name] = domain.corners[place]
+            else:
+                point[name] = domain.draw(random.Random(f"{seed} {number} {name}"))
+        return {name: point[name] for name in self.domains}
+
+    def holds(self, point: Point) -> bool:
+        """Whether a point is one that might be drawn."""
+        return all(domain.kind != "grid" and domain.holds(point[name]) for name, domain in self.domains.items())
+
+    def explore(self, point: Point, luck: random.Random) -> Point:
+        """A point near another."""
+        return {name: domain.explore(point[name], luck) for name, domain in self.domains.items()}
+
+
+def _searchable(name: str) -> str:
+    """The field's name; UserError where it is unknown, or does not define what a run computes."""
+    if name not in OPTIONS:
+        found = difflib.get_close_matches(name, OPTIONS, n=1, cutoff=0.0)
+        raise UserError(f"search.space: unknown field {name}; did you mean {found[0]}?")
+    if not defines_run(name):
+        raise UserError(f"search.space: {name} does not change what a run computes; leave it out")
+    return name
+
+
+@dataclass(frozen=True)
+class Search(Section):
+    """What ``tune`` looks for, and how."""
+
+    name_of_section: ClassVar[str] = "search"
+    metric: str = _option("validation_perplexity", f"what to minimise: {', '.join(METRICS)}", _one_of(*METRICS))
+    trials: int = _option(0, f"how many; 0: the whole grid, {DRAWN} where values are drawn", _at_least(0))
+    minutes: float = _option(0.0, "how long; 0: no bound. The same command goes on", _at_least(0))
+    searcher: str = _option("random", "random, grid or optuna", _one_of("random", "grid", "optuna"))
+    scheduler: str = _option("none", "none, asha (stops the hopeless) or pbt", _one_of("none", "asha", "pbt"))
+    concurrent: int = _option(0, "trials side by side; 0: as many as have room", _at_least(0))
+    space: Space = field(default_factory=lambda: Space({}), metadata={"meaning": "values to try"})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.space, Space):
+            object.__setattr__(self, "space", Space.read(self.space))
+        if self.searcher == "grid":
+            object.__setattr__(self, "space", _with_lists(self.space, "grid"))
+        if self.searcher == "optuna":
+            object.__setattr__(self, "space", _with_lists(self.space, "choice"))
+        if self.scheduler == "pbt":
+            _check_population(self)
+
+    @property
+    def total(self) -> int:
+        """How many trials there are."""
+        grid = self.space.grid
+        if self.space.draws:
+            return self.trials or max(DRAWN, grid)
+        return min(self.trials or grid, grid)
+
+
+NAMES = [f"search.{option.name}" for option in fields(Search) if option.name != "space"]
+
+
+def _with_lists(space: Space, kind: str) -> Space:
+    """The space with every list gone through, or drawn from."""
+    for name, domain in space.domains.items():
+        if kind == "grid" and isinstance(domain, Range):
+            raise UserError(f'search.searcher = "grid": {name} = {domain} has no end of values; write {{ grid = […] }}')
+    return Space({n: Choice(kind, d.corners) if isinstance(d, Choice) else d for n, d in space.domains.items()})
+
+
+def _check_population(search: Search) -> None:
+    if search.searcher == "optuna":
+        raise UserError('search.searcher = "optuna": scheduler = "pbt" explores by itself; use random')
+    for name in search.space.domains:
+        if name not in CHANGEABLE:
+            raise UserError(
+                f'search.space "{name}": cannot change in the middle of a run, as scheduler = "pbt" does; '
+                f"{', '.join(CHANGEABLE)} can"
+            )
+
+
+def to_toml(search: Search) -> str:
+    """The sections as TOML that reads back to the same search."""
+    lines = ["[search]", *(f"{name[7:]} = {shown(getattr(search, name[7:]))}" for name in NAMES)]
+    lines += ["", "[search.space]", *(f'"{name}" = {domain}' for name, domain in search.space.domains.items()), ""]
+    return "\n".join(lines)
+
+
+# What may differ when a search goes on.
+_FREE = ("trials", "minutes", "concurrent")
+
+
+def differences(old: Search, new: Search) -> list[str]:
+    """What keeps ``new`` from going on with the search ``old``, as ``field (old → new)``."""
+    kept = [name[7:] for name in NAMES if name[7:] not in _FREE]
+    found = [
+        f"search.{n} ({shown(getattr(old, n))} → {shown(getattr(new, n))})"
+        for n in kept
+        if getattr(old, n) != getattr(new, n)
+    ]
+    before, after = old.space.domains, new.space.domains
+    for name in sorted(before.keys() | after.keys()):
+        if before.get(name) != after.get(name):
+            found.append(
+                f"search.space {name} ({before.get(name, 'not searched')} → {after.get(name, 'not searched')})"
+            )
+    return found

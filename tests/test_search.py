@@ -1,0 +1,186 @@
+"""What a search is, before any trial runs: the space, its points, and what is refused."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from job import parse, search, summary, trials
+from job.errors import UserError
+from job.screen import Screen
+from job.search import Search
+from job.storage import Folder
+
+SPACE = {
+    "optimizer.learning_rate": {"loguniform": [0.01, 4]},
+    "model.dropout": {"uniform": [0, 0.5]},
+    "model.hidden_size": {"randint": [8, 32]},
+    "optimizer.name": {"choice": ["sgd", "adamw"]},
+    "model.cell": {"grid": ["rnn", "gru", "lstm"]},
+}
+
+
+@given(seed=st.integers(0, 2**63), number=st.integers(0, 10**6))
+def test_a_point_is_a_pure_function_that_stays_in_its_space(seed, number):
+    space = Search(space=SPACE).space
+    point = space.point(seed, number)
+    assert point == space.point(seed, number)
+    assert 0.01 <= point["optimizer.learning_rate"] <= 4
+    assert 0 <= point["model.dropout"] <= 0.5
+    assert point["model.hidden_size"] in range(8, 33)
+    assert point["optimizer.name"] in ("sgd", "adamw")
+    assert point["model.cell"] == ("rnn", "gru", "lstm")[number % 3]
+    options = trials.at(parse.load(None, {}), point)
+    assert (options.model.cell, options.optimizer.learning_rate) == (
+        point["model.cell"],
+        point["optimizer.learning_rate"],
+    )
+
+
+def test_a_field_is_drawn_whatever_else_is_searched():
+    alone = Search(space={"model.dropout": SPACE["model.dropout"]}).space
+    assert alone.point(3, 5)["model.dropout"] == Search(space=SPACE).space.point(3, 5)["model.dropout"]
+
+
+def test_a_grid_is_gone_through_once():
+    wanted = Search(searcher="grid", space={"model.cell": SPACE["model.cell"], "model.num_layers": {"choice": [1, 2]}})
+    points = [tuple(wanted.space.point(0, number).values()) for number in range(wanted.total)]
+    assert points == [("rnn", 1), ("rnn", 2), ("gru", 1), ("gru", 2), ("lstm", 1), ("lstm", 2)]
+
+
+def test_how_many_trials():
+    assert Search(space=SPACE).total == 16
+    assert Search(space=SPACE, trials=40).total == 40
+    assert Search(space={"model.cell": SPACE["model.cell"]}, trials=40).total == 3
+    assert Search(space={"model.cell": SPACE["model.cell"]}, trials=2).total == 2
+
+
+def test_toml_reads_back_to_the_same():
+    wanted = Search(trials=7, scheduler="asha", space=SPACE)
+    base = parse.load(None, {"model.cell": "gru"})
+    text = f"{parse.to_toml(base)}\n{search.to_toml(wanted)}"
+    assert parse.search_from_toml(text, "here") == (base, wanted)
+    assert search.differences(wanted, Search(trials=9, scheduler="asha", space=SPACE)) == []
+    other = Search(trials=7, space={**SPACE, "model.dropout": {"uniform": [0, 0.9]}})
+    assert search.differences(wanted, other) == [
+        'search.scheduler ("asha" → "none")',
+        "search.space model.dropout ({ uniform = [0.0, 0.5] } → { uniform = [0.0, 0.9] })",
+    ]
+
+
+def test_train_takes_the_same_file_and_leaves_the_search_aside(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text(
+        '[model]\ncell = "gru"\n[search]\ntrials = 3\n[search.space]\n"model.dropout" = { uniform = [0, 0.5] }'
+    )
+    assert parse.load(str(path), {}) == parse.load(None, {"model.cell": "gru"})
+    options, wanted = parse.load_search(str(path), {"search.trials": "5"})
+    assert (options.model.cell, wanted.trials, list(wanted.space.domains)) == ("gru", 5, ["model.dropout"])
+
+
+@pytest.mark.parametrize(
+    ("toml", "told"),
+    [
+        ("[search]\ntrails = 3", "unknown option search.trails; did you mean search.trials?"),
+        ('[search]\nsearcher = "random2"', 'search.searcher = "random2": must be one of random, grid, optuna'),
+        ('[search]\nscheduler = "asa"', 'search.scheduler = "asa": must be one of none, asha, pbt'),
+        ('[search]\nmetric = "loss"', 'search.metric = "loss": must be one of validation_perplexity, perplexity'),
+        ("[search]\ntrials = -1", "search.trials = -1: must be at least 0"),
+        ("[search]\nspace = 3", "search.space must be a section"),
+        ("[search.space]\n'model.hiden_size' = { choice = [3] }", "model.hiden_size; did you mean model.hidden_size?"),
+        ("[search.space]\n'scale.workers' = { choice = [1, 2] }", "scale.workers does not change what a run computes"),
+        ("[search.space]\n'model.dropout' = 3", "must be one of { uniform = […] }"),
+        ("[search.space]\n'model.dropout' = { unifrom = [0, 1] }", "must be one of { uniform = […] }"),
+        ("[search.space]\n'model.dropout' = { uniform = [0.5, 0.1] }", "the range is upside down"),
+        ("[search.space]\n'model.dropout' = { uniform = [0.5] }", "must be two numbers, low and high"),
+        ("[search.space]\n'model.dropout' = { loguniform = [0, 0.5] }", "a logarithm needs a lower end above 0"),
+        ("[search.space]\n'model.hidden_size' = { randint = [1.5, 8] }", "must be two integers"),
+        ("[search.space]\n'model.cell' = { choice = [] }", "a list of values is wanted"),
+        ("[search.space]\n'model.cell' = { choice = ['rnn', 'rnn'] }", "holds a value twice"),
+        ("[search]\nsearcher = 'grid'\n[search.space]\n'model.dropout' = { uniform = [0, 1] }", "has no end of values"),
+        ("[search]\nscheduler = 'pbt'\n[search.space]\n'model.init' = { choice = ['rnn'] }", "cannot change"),
+        ("[search]\nscheduler = 'pbt'\nsearcher = 'optuna'", "explores by itself"),
+    ],
+)  # fmt: skip
+def test_wrong_searches_are_told_by_every_verb(tmp_path, toml, told):
+    path = tmp_path / "a.toml"
+    path.write_text(toml)
+    with pytest.raises(UserError) as error:
+        parse.load(str(path), {})
+    assert told in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+NOT_VALIDATED = {"corpus.validation_fraction": "0"}
+
+
+@pytest.mark.parametrize(
+    ("wanted", "flags", "told"),
+    [
+        (Search(), {}, "nothing to search: write [search.space]"),
+        ({"optimizer.learning_rate": {"uniform": [-1, 1]}}, {}, "learning_rate = -1.0: must be greater than 0"),
+        ({"model.hidden_size": {"uniform": [8, 16]}}, {}, "model.hidden_size = 8.0: must be an integer"),
+        ({"model.cell": {"grid": ["rnn", "gruu"]}}, {}, "model.cell = \"gruu\": must be one of rnn, gru, lstm"),
+        ({"stream.batch_size": {"randint": [8, 9000]}}, {}, "at stream.batch_size = 9000: stream.batch_size = 9000"),
+        ({"model.dropout": {"uniform": [0, 0.5]}}, NOT_VALIDATED, "is never reported"),
+    ],
+)  # fmt: skip
+def test_what_no_trial_could_run_is_told_before_the_first(prose, tmp_path, wanted, flags, told):
+    wanted = wanted if isinstance(wanted, Search) else Search(space=wanted)
+    flags = {"corpus.source": str(prose), "corpus.validation_fraction": "0.1", "generate.prefix": "the", **flags}
+    with pytest.raises(UserError) as error:
+        trials.check(parse.load(None, flags), wanted, Folder(str(tmp_path / "search")))
+    assert told in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_name_that_is_taken_is_told(tmp_path):
+    wanted = Search(space={"model.dropout": {"uniform": [0, 0.5]}})
+    options = parse.load(None, {"run.storage": str(tmp_path), "run.name": "it"})
+    folder, placed = trials.choose(options, wanted, "")
+    folder.write(trials.SEARCH, f"{parse.to_toml(placed)}\n{search.to_toml(wanted)}".encode())
+    assert trials.choose(options, wanted, "") == (folder, placed)
+    with pytest.raises(UserError, match=r"is another search: optimizer\.name"):
+        trials.choose(parse.override(options, {"optimizer": {"name": "adamw"}}), wanted, "")
+    Folder(str(tmp_path / "run")).write("config.toml", b"")
+    with pytest.raises(UserError, match="is a run and not a search"):
+        trials.choose(parse.override(options, {"run": {"name": "run"}}), wanted, "")
+
+
+def test_optuna_is_asked_told_and_reminded():
+    pytest.importorskip("optuna")
+    from job.suggest import Suggester
+
+    space = Search(space=SPACE).space
+    first = Suggester(space, 3)
+    points = [first.ask(number) for number in range(12)]
+    assert points == [Suggester(space, 3).ask(0), *points[1:]]
+    for number, point in enumerate(points):
+        trials.at(parse.load(None, {}), point)
+        first.tell(number, None if number == 3 else point["model.dropout"])
+    again = Suggester(space, 3)
+    for number, point in enumerate(points):
+        again.recall(number, point)
+        again.tell(number, point["model.dropout"])
+    assert again.study.best_value == min(point["model.dropout"] for point in points)
+
+
+def test_a_table_that_moves_is_taken_back():
+    class Terminal:
+        text = ""
+
+        def write(self, text):
+            self.text += text
+
+        def flush(self):
+            pass
+
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    screen = Screen(terminal)
+    screen.block(["a", "b", "c"])
+    screen.line("stays")
+    assert terminal.text == "a\nb\nc\r\x1b[2A\x1b[Jstays\n"
+    assert summary.spoken("validation_perplexity") == "validation perplexity"
