@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help setup train tune test test-quick storm lint bench bench-survival bench-tuning clean
+.PHONY: help setup train tune test test-quick storm lint bench bench-speed bench-survival bench-tuning clean
 
 help:  ## what there is
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -38,6 +38,9 @@ lint: setup  ## formatter, linter and type checker, as CI runs them
 
 bench: setup  ## the seed's loop, ours, and the job on one and two workers, side by side
 	$(RUN) -m benchmarks.overhead
+
+bench-speed: setup  ## a step of each cell against the plain one and the machine's limits, on one core
+	$(RUN) -m benchmarks.speed
 
 bench-survival: setup  ## what checkpoints, reproducibility and the death of a worker cost
 	$(RUN) -m benchmarks.survival
