@@ -9,9 +9,10 @@ from typing import Any
 
 import pyarrow as pa
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from pyarrow import parquet
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
@@ -204,24 +205,23 @@ def _write_board(known: Trials, trial: Trial) -> None:
 
 # --- pictures ----
 
+MARKS = {"finished": "o", "diverged": "x", "failed": "x"}  # others were left or stopped
+
 
 def curves(known: Trials) -> bytes:
     """The metric of all trials over epochs, the best marked, as a PNG."""
     figure, (axes,) = _figure(1)
     winner = known.winner
     for trial in sorted(known, key=lambda trial: trial is winner):  # the best above all others
-        points = [(epoch, min(value, HIGHEST)) for epoch, value in trial.scores]
+        points = [(epoch, min(value, _top(known))) for epoch, value in trial.scores]
         if points:
-            marked = trial is winner
-            style: dict[str, Any] = (
-                {"color": "C3", "linewidth": 2.2} if marked else {"color": "C0", "linewidth": 1, "alpha": 0.45}
-            )
-            end = "o" if marked else {"finished": ".", "diverged": "x", "failed": "x"}.get(trial.state, "|")
-            axes.plot(*zip(*points, strict=True), **style, label=of_point(trial) if marked else None)
-            axes.plot(*points[-1], marker=end, color=style["color"])
+            color, width, alpha = ("C3", 2.2, 1.0) if trial is winner else ("C0", 1.0, 0.45)
+            label = of_point(trial) if trial is winner else None
+            axes.plot(*zip(*points, strict=True), color=color, linewidth=width, alpha=alpha, label=label)
+            axes.plot(*points[-1], marker=MARKS.get(trial.state, "|"), markersize=5, color=color)
     axes.set(title=known.base.run.name, xlabel="epoch", ylabel=spoken(known.search.metric))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    _in_logarithm(axes)
+    _scores_upwards(axes, known)
     axes.legend(frameon=False)
     return _png(figure)
 
@@ -231,23 +231,25 @@ def against(known: Trials) -> bytes:
     figure, all_axes = _figure(len(known.search.space.domains))
     winner = known.winner
     for axes, (name, domain) in zip(all_axes, known.search.space.domains.items(), strict=True):
-        numeric = isinstance(domain, Range)
         for trial in known:
             best = known.best_of(trial)
             if best is not None:
-                value = trial.point[name] if numeric else str(trial.point[name])
+                value = trial.point[name] if isinstance(domain, Range) else str(trial.point[name])
                 color, size = ("C3", 60) if trial is winner else ("C0", 25)
-                axes.scatter(
-                    value, min(best, HIGHEST), c=color, s=size, marker="o" if trial.state == "finished" else "x"
-                )
+                axes.scatter(value, min(best, _top(known)), c=color, s=size, marker=MARKS.get(trial.state, "|"))
         if domain.kind == "loguniform":
             axes.set_xscale("log")
-            axes.xaxis.set_major_formatter(_number)
-            axes.xaxis.set_minor_formatter(_number)
-            axes.tick_params(axis="x", which="minor", labelsize=7, labelrotation=45)
+            _label(axes.xaxis, domain.corners[0], domain.corners[-1])
         axes.set(xlabel=name, ylabel=spoken(known.search.metric))
-        _in_logarithm(axes)
+        _scores_upwards(axes, known)
     return _png(figure)
+
+
+def _top(known: Trials) -> float:
+    """Where a score is drawn that is beyond comparison with the best."""
+    winner = known.winner
+    best = known.best_of(winner) if winner else None
+    return min(HIGHEST, 8 * best) if best else HIGHEST
 
 
 def _figure(columns: int) -> tuple[Figure, list[Axes]]:
@@ -256,17 +258,19 @@ def _figure(columns: int) -> tuple[Figure, list[Axes]]:
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 
-def _in_logarithm(axes: Axes) -> None:
+def _scores_upwards(axes: Axes, known: Trials) -> None:
+    scores = [min(value, _top(known)) for trial in known for _, value in trial.scores]
     axes.set_yscale("log")
-    axes.yaxis.set_major_formatter(_number)
-    axes.yaxis.set_minor_formatter(_number)
-    axes.tick_params(axis="y", which="minor", labelsize=7)
-    axes.grid(True, which="both", alpha=0.25)
+    _label(axes.yaxis, min(scores), max(scores))
+    axes.grid(True, alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _number(value: float, _: float) -> str:
-    return f"{value:g}"
+def _label(axis: Axis, low: float, high: float) -> None:
+    """Plain numbers on a logarithmic axis, few enough to be read."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(6))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _png(figure: Figure) -> bytes:
