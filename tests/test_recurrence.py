@@ -81,9 +81,7 @@ def test_a_layer_is_torchs(way, cell, given, dtype):
         assert_near(outputs, expected, BOUNDS[dtype])
         objective = sum((part.double() * slope).sum() for part, slope in zip(outputs, slopes, strict=True))
         exact = sum((part * slope).sum() for part, slope in zip(expected, slopes, strict=True))
-        assert_near(
-            torch.autograd.grad(objective, leaves), torch.autograd.grad(exact, exact_leaves), BOUNDS[dtype]
-        )
+        assert_near(torch.autograd.grad(objective, leaves), torch.autograd.grad(exact, exact_leaves), BOUNDS[dtype])
 
 
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
