@@ -6,7 +6,6 @@ make bench-speed        (or: python -m benchmarks.generation [--rounds N])
 import argparse
 import statistics
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import torch
@@ -30,6 +29,18 @@ def seeds(net: plain.PlainModel) -> list[int]:
     return outputs
 
 
+def ways(cell: str, options: config.Generate) -> dict[str, Callable[[], object]]:
+    net = model.build(config.Model(cell=cell, hidden_size=UNITS), TOKENS, 0)
+    theirs = plain.PlainModel(cell, TOKENS, UNITS)
+    theirs.load_state_dict(net.state_dict())
+    prefixes_NB = torch.randint(0, TOKENS, (8, LANES))
+    return {
+        "the seed's": lambda: seeds(theirs),
+        "one prefix": lambda: generate.continuation(net, np.zeros(1, np.int64), options, 0),
+        f"{LANES} prefixes": lambda: generate.continuations(net, prefixes_NB, options, 0),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
@@ -38,15 +49,7 @@ def main() -> None:
     print(f"{measure.machine()}\nthousand characters a second, medians; over the seed's: median (range)")
     options = config.Generate(length=LENGTH)
     for cell in ("rnn", "gru", "lstm"):
-        net = model.build(config.Model(cell=cell, hidden_size=UNITS), TOKENS, 0)
-        theirs = plain.PlainModel(cell, TOKENS, UNITS)
-        theirs.load_state_dict(net.state_dict())
-        prefixes = torch.randint(0, TOKENS, (8, LANES))
-        runs: dict[str, Callable[[], object]] = {
-            "the seed's": partial(seeds, theirs),
-            "one prefix": partial(generate.continuation, net, np.zeros(1, np.int64), options, 0),
-            f"{LANES} prefixes": partial(generate.continuations, net, prefixes, options, 0),
-        }
+        runs = ways(cell, options)
         found: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(rounds):
             for name, run in runs.items():

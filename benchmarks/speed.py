@@ -81,10 +81,11 @@ def main() -> None:
     keep_memory()  # as every worker does
     torch.set_num_threads(1)
     peak = limits()
-    print(f"{measure.machine()}\none core: {peak.float32 / 1e9:.0f} GFLOP/s float32, {peak.bfloat16 / 1e9:.0f} bf16")
+    gflops, bf16, memory = (limit / 1e9 for limit in (peak.float32, peak.bfloat16, peak.memory))
     print(
-        f"{peak.memory / 1e9:.0f} GB/s by copying. Medians of {rounds} rounds; floors from operations and from bytes."
+        f"{measure.machine()}\none core: {gflops:.0f} GFLOP/s in float32, {bf16:.0f} in bf16, {memory:.0f} GB/s copied."
     )
+    print(f"Medians of {rounds} rounds; floors from operations and from bytes.")
     for size, numbers in SIZES.items():
         for cell in ("rnn", "gru", "lstm"):
             print(f"{size} {cell}: ms, floors in ms, share of the peak, plain / this: median (range)")

@@ -106,7 +106,7 @@ def _is_low(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16
 
 
-def _biases(cell: str, bias_ih_G: Tensor, bias_hh_G: Tensor) -> tuple[Tensor, Tensor | None]:
+def biases(cell: str, bias_ih_G: Tensor, bias_hh_G: Tensor) -> tuple[Tensor, Tensor | None]:
     """What is added to the gates, and the part of a GRU's that its reset gate scales."""
     if cell != "GRU":
         return bias_ih_G + bias_hh_G, None
@@ -139,7 +139,7 @@ class _Recurrence(torch.autograd.Function):
         bias_hh_G: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         (steps, lanes), (width, units) = inputs.shape[:2], weight_GH.shape
-        bias_G, bias_H = _biases(cell, bias_ih_G, bias_hh_G)
+        bias_G, bias_H = biases(cell, bias_ih_G, bias_hh_G)
         tokens_TB = None if inputs.is_floating_point() else inputs
         if tokens_TB is None:
             inputs = inputs.to(dtype).contiguous()
@@ -280,8 +280,8 @@ def speech(
     bias_V = F.pad(bias_V, (0, -tokens % WIDTH))
     alive: list[Tensor | None] = []  # what the storeys point to
     storeys = (_Storey * len(layers))()
-    for number, (storey, (weight_GE, weight_GH, *biases)) in enumerate(zip(storeys, layers, strict=True)):
-        bias_G, bias_H = _biases(cell, *biases)
+    for number, (storey, (weight_GE, weight_GH, *pair)) in enumerate(zip(storeys, layers, strict=True)):
+        bias_G, bias_H = biases(cell, *pair)
         inputs = torch.empty(lanes, len(bias_G)) if number else _table(weight_GE, vectors_VE, bias_G)
         hidden, carry = (torch.stack([part[number]] * 2).contiguous() for part in (state[0], state[-1]))
         storey.recurrence = _Window(

@@ -5,8 +5,6 @@ On a processor that is the compiled kernel, else torch's operators; on a GPU it 
 Axes: T steps, B lanes, E input features, H hidden units, G gates times hidden units, V tokens.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -27,6 +25,8 @@ def layer(
     """
     kind, own = inputs.device.type, weights[0].dtype
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else own
+    if vectors_VE is not None and len(vectors_VE) > inputs.numel():  # a table of all tokens would be the larger
+        inputs, vectors_VE = F.embedding(inputs, vectors_VE), None
     if kind == "cpu" and own == torch.float32 and kernel.works_in(dtype):
         return _by_kernel(cell, dtype, inputs, vectors_VE, state, weights)
     if kind == "cpu" and (cell == "RNN_TANH" or (cell == "GRU" and dtype != torch.float64)):
@@ -37,8 +37,6 @@ def layer(
 def _by_kernel(
     cell: str, dtype: torch.dtype, inputs: Tensor, vectors_VE: Tensor | None, state: State, weights: list[Tensor]
 ) -> tuple[Tensor, State]:
-    if vectors_VE is not None and len(vectors_VE) > inputs.numel():
-        inputs, vectors_VE = F.embedding(inputs, vectors_VE), None
     units = weights[1].shape[1]
     missing = -units % kernel.WIDTH
     if missing:  # the kernel works on whole vectors: beside them stand units that stay zero
@@ -47,21 +45,25 @@ def _by_kernel(
         state = tuple(F.pad(part, (0, missing)) for part in state)
     if inputs.is_floating_point() and inputs.shape[2] % kernel.WIDTH:
         filling = (0, -inputs.shape[2] % kernel.WIDTH)
-        inputs, weights[0] = F.pad(inputs, filling), F.pad(weights[0], filling)
+        inputs, weights = F.pad(inputs, filling), [F.pad(weights[0], filling), *weights[1:]]
     hidden, carry = kernel.recurrence(cell, dtype, inputs, vectors_VE, state, weights)
-    last: State = (hidden[-1],) if carry is None else (carry,) if cell == "GRU" else (hidden[-1], carry)
+    last = hidden[-1] if carry is None or cell == "LSTM" else carry
+    after: State = (last, carry) if carry is not None and cell == "LSTM" else (last,)
     if missing:
-        hidden, last = hidden[..., :units], tuple(part[:, :units] for part in last)
-    return hidden, last
+        hidden, after = hidden[..., :units], tuple(part[:, :units] for part in after)
+    return hidden, after
 
 
 def _by_steps(
     cell: str, dtype: torch.dtype, inputs: Tensor, vectors_VE: Tensor | None, state: State, weights: list[Tensor]
 ) -> tuple[Tensor, State]:
-    weight_ih, weight_hh, *biases = weights
-    bias_G, bias_new_H = _biases(cell, *biases)
-    given, tokens_TB = _given(inputs, vectors_VE, weight_ih, bias_G, dtype)
-    gates_TBG = given.to(dtype) if tokens_TB is None else F.embedding(tokens_TB, given.to(dtype))
+    weight_ih, weight_hh, bias_ih, bias_hh = weights
+    bias_G, bias_new_H = kernel.biases(cell, bias_ih, bias_hh)
+    if inputs.is_floating_point():
+        gates_TBG = F.linear(inputs, weight_ih, bias_G).to(dtype)
+    else:
+        table_VG = weight_ih.t() + bias_G if vectors_VE is None else F.linear(vectors_VE, weight_ih, bias_G)
+        gates_TBG = F.embedding(inputs, table_VG.to(dtype))
     h0, weight = state[0].to(dtype), weight_hh.to(dtype)
     if bias_new_H is None:
         hidden = stepwise.tanh_layer(gates_TBG, h0, weight)
@@ -73,38 +75,20 @@ def _by_steps(
 def _by_torch(
     cell: str, inputs: Tensor, vectors_VE: Tensor | None, state: State, weights: list[Tensor]
 ) -> tuple[Tensor, State]:
-    if not inputs.is_floating_point() and vectors_VE is None:
-        inputs = F.one_hot(inputs, weights[0].shape[1]).to(weights[0].dtype)
-    elif vectors_VE is not None and not inputs.is_floating_point():
+    if vectors_VE is not None:
         inputs = F.embedding(inputs, vectors_VE)
-    run: Any = {"RNN_TANH": torch.rnn_tanh, "GRU": torch.gru, "LSTM": torch.lstm}[cell]
-    first = tuple(part[None] for part in state)
-    hidden, *last = run(inputs, first if cell == "LSTM" else first[0], weights, True, 1, 0.0, True, False, False)
-    return hidden, tuple(part[0] for part in last)
+    elif not inputs.is_floating_point():
+        inputs = F.one_hot(inputs, weights[0].shape[1]).to(weights[0].dtype)
+    options = (True, 1, 0.0, torch.is_grad_enabled(), False, False)
+    if cell == "LSTM":
+        hidden, *after = torch.lstm(inputs, [part[None] for part in state], weights, *options)
+    else:
+        run = torch.gru if cell == "GRU" else torch.rnn_tanh
+        hidden, *after = run(inputs, state[0][None], weights, *options)
+    return hidden, tuple(part[0] for part in after)
 
 
 def _widened(weight: Tensor, gates: int, missing: int) -> Tensor:
     """A weight or bias (G, …) with zeros for more units in each gate."""
     widening = (0, 0) * (weight.dim() - 1) + (0, missing)
     return F.pad(weight.unflatten(0, (gates, -1)), widening).flatten(0, 1)
-
-
-def _biases(cell: str, bias_ih: Tensor, bias_hh: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What is added to the gates, and a GRU's part that its reset gate scales."""
-    if cell != "GRU":
-        return bias_ih + bias_hh, None
-    units = len(bias_hh) // 3
-    return bias_ih + F.pad(bias_hh[: 2 * units], (0, units)), bias_hh[2 * units :]
-
-
-def _given(
-    inputs: Tensor, vectors_VE: Tensor | None, weight_ih: Tensor, bias_G: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor | None]:
-    """What input and biases give the gates: of each step (T, B, G), or of each token (V, G) with the tokens."""
-    if not inputs.is_floating_point():
-        if vectors_VE is None:  # a product with a one-hot vector is a column
-            return weight_ih.t() + bias_G, inputs
-        if len(vectors_VE) <= inputs.numel():
-            return F.linear(vectors_VE, weight_ih, bias_G), inputs
-        inputs = F.embedding(inputs, vectors_VE)
-    return F.linear(inputs.to(dtype), weight_ih.to(dtype), bias_G.to(dtype)), None

@@ -1,0 +1,73 @@
+"""Two workers on two cores against one, each with the same number of lanes; the loop alone, without Ray.
+
+    make bench-speed        (or: python -m benchmarks.pair [--rounds N])
+
+Beside the wall's time stands the processor's of the first worker: what the exchange itself costs,
+without the wait for a neighbour whom a busy machine holds up.
+"""
+
+import argparse
+import os
+import socket
+import statistics
+import time
+
+import torch
+import torch.distributed as dist
+from torch import multiprocessing
+
+from benchmarks import measure
+from benchmarks.loops import Shapes, our_steps
+from benchmarks.speed import SIZES
+from job.world import keep_memory
+
+
+def both(rank: int, port: int, rounds: int) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    dist.init_process_group("gloo", rank=rank, world_size=2)
+    keep_memory()
+    torch.set_num_threads(1)
+    for size, numbers in SIZES.items():
+        for cell in ("rnn", "gru", "lstm"):
+            compare(rank, f"{size} {cell}", Shapes(cell, *numbers), rounds)
+    dist.destroy_process_group()
+
+
+def compare(rank: int, name: str, shapes: Shapes, rounds: int) -> None:
+    """One worker alone while the other sleeps, then both, in turns."""
+    alone, together = our_steps(shapes, "auto"), our_steps(shapes, "auto", 2)
+    times = max(3, round(2e10 / shapes.operations))
+    found: dict[str, list[tuple[float, float]]] = {"one": [], "two": []}
+    for number in range(rounds + 1):
+        for way, steps in (("one", alone), ("two", together)):
+            dist.barrier()
+            start = time.perf_counter(), time.process_time()
+            if way == "two" or rank == 0:
+                for _ in range(times):
+                    next(steps)
+            dist.barrier()
+            taken = time.perf_counter() - start[0], time.process_time() - start[1]
+            if number:
+                found[way].append(taken)
+    if rank == 0:
+        for clock in (0, 1):
+            one, two = ([2 * times[clock] if way == "one" else times[clock] for times in found[way]] for way in found)
+            ms = statistics.median(two) / times * 1e3
+            print(
+                f"  {name:<14}{('wall', 'processor')[clock]:<10}{ms:8.2f} ms   {measure.ratios(one, two)}", flush=True
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    rounds = parser.parse_args().rounds
+    with socket.socket() as some:
+        some.bind(("127.0.0.1", 0))
+        port = some.getsockname()[1]
+    print(f"{measure.machine()}\na step of two workers, and their tokens a second over one's: median (range)")
+    multiprocessing.spawn(both, (port, rounds), nprocs=2)  # type: ignore[attr-defined,no-untyped-call]
+
+
+if __name__ == "__main__":
+    main()
