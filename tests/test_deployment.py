@@ -20,6 +20,7 @@ from conftest import ROOT, job
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RAY = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
 CLUSTERS = ["cluster.yaml", "clusters/local.yaml"]
+pytestmark = pytest.mark.slow  # all together: Ray's own checks are slow to import
 
 
 def read(name: str) -> str:
