@@ -3,6 +3,7 @@
 import importlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -158,6 +159,7 @@ def command() -> int:
     debug = "--debug" in sys.argv
     try:
         status = main(sys.argv[1:])
+        sys.stdout.flush()
     except UserError as error:
         status = _told(error, 2, debug)
     except RunFailed as error:
@@ -167,21 +169,21 @@ def command() -> int:
     except BrokenPipeError:
         status = 1
     except Exception as error:
-        if debug:
-            raise
-        status = _told(RuntimeError(f"{type(error).__name__}: {error} (--debug shows where)"), 1, debug)
+        status = _told(
+            error if debug else RuntimeError(f"{type(error).__name__}: {error} (--debug shows where)"), 1, debug
+        )
     return status
 
 
 def _told(error: Exception, status: int, debug: bool) -> int:
     if debug:
-        raise error
+        traceback.print_exception(error)
+        return status
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return status
 
 
 if __name__ == "__main__":
     STATUS = command()
-    sys.stdout.flush()
     # Threads of Ray may still wait for a cluster that is gone; an orderly end would wait for them.
     os._exit(STATUS)

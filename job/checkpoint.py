@@ -28,7 +28,7 @@ from job.config import Config
 from job.errors import UserError
 from job.loop import Mean, Progress
 from job.model import State
-from job.storage import Folder
+from job.storage import Folder, TooLarge
 from job.vocabulary import Vocabulary
 
 FORMAT = 1
@@ -40,7 +40,11 @@ _FILE = re.compile(r"[a-z]+[a-z0-9-]*\.(safetensors|json|toml)")
 
 
 class Unsound(ValueError):
-    """A checkpoint that is torn, changed or foreign; the text says what is wrong with it."""
+    """A checkpoint that is torn, changed or foreign; the text says what is wrong with it.
+
+    One that cannot be read just now (a store that does not answer, a right that is missing) is an
+    OSError instead, and one of another format a UserError: nothing is passed over for them.
+    """
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,10 @@ def clear_for(folder: Folder, step: int, attempt: str) -> None:
 
 
 def committed(folder: Folder) -> list[Checkpoint | str]:
-    """Checkpoints with a sound manifest, the latest last; a text for each unsound one."""
+    """Checkpoints with a sound manifest, the latest last; a text for each unsound one.
+
+    OSError where they cannot be read; UserError for one of another format.
+    """
     found: list[Checkpoint | str] = []
     for name in sorted(folder.names(), key=_step_of_name):
         if _NAME.fullmatch(name) and (folder / name).has(MANIFEST):
@@ -190,13 +197,18 @@ def read_manifest(folder: Folder, name: str) -> Checkpoint:
         if document["sha256"] != _digest(content):
             raise Unsound(f"{place}: the manifest is damaged")
         if content["format"] != FORMAT:
-            raise Unsound(f"{place}: of format {content['format']!r}, and this version reads {FORMAT}")
+            raise UserError(
+                f"{place}: of format {content['format']!r}, and this version reads {FORMAT}; "
+                "use the version that wrote it"
+            )
         files = {file: (facts["bytes"], facts["sha256"]) for file, facts in content["files"].items()}
         step, nats = content["step"], content["validation_nats"]
     except FileNotFoundError:
         raise Unsound(f"{place}: not a checkpoint, it has no {MANIFEST}") from None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise error if isinstance(error, Unsound) else Unsound(f"{place}: the manifest is damaged") from None
+    except (Unsound, UserError):
+        raise
+    except (TooLarge, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise Unsound(f"{place}: the manifest is damaged") from None
     sound = type(step) is int and (nats is None or type(nats) is float)
     for file, (size, digest) in files.items():
         sound = sound and bool(_FILE.fullmatch(file)) and type(size) is int and type(digest) is str
@@ -213,7 +225,7 @@ def read_file(checkpoint: Checkpoint, file: str) -> bytes:
     size, digest = checkpoint.files[file]
     try:
         data = place.read(file, size)
-    except OSError as error:
+    except (FileNotFoundError, TooLarge) as error:
         raise Unsound(f"{place / file}: cannot be read: {error}") from None
     if len(data) != size:
         raise Unsound(f"{place / file}: truncated, {len(data)} of {size} bytes")
@@ -319,5 +331,5 @@ def weights_sha256(weights: dict[str, Tensor]) -> str:
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
         digest.update(f"{name} {list(tensor.shape)} ".encode())
-        digest.update(tensor.view(torch.uint8).numpy().tobytes())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -1,6 +1,7 @@
 """Which Ray cluster, what it can hold, and Ray's own talk kept away."""
 
 import contextlib
+import math
 import os
 import socket
 import sys
@@ -33,7 +34,7 @@ import torch  # noqa: E402
 from job import autoscaler, placement  # noqa: E402
 from job.config import Scale  # noqa: E402
 from job.errors import UserError  # noqa: E402
-from job.placement import Placement, Resources  # noqa: E402
+from job.placement import Growth, Placement, Resources  # noqa: E402
 from job.world import cores  # noqa: E402
 
 LISTENS_WITHIN, REACHED_WITHIN = 10.0, 60.0  # seconds that a cluster may take to answer, and to be joined
@@ -53,29 +54,42 @@ def connect(scale: Scale) -> Placement:
     """
     if ray.is_initialized():
         return placement.on_cluster(scale, nodes(), None)
-    return connect_for_many(scale, 1)[0]
+    if address():
+        return _joined(scale)[0]
+    found = placement.on_this_machine(scale, cores(), torch.cuda.device_count())
+    _start(max(cores(), found.max_workers * found.cpus_per_worker))
+    return found
 
 
 def connect_for_many(scale: Scale, runs: int) -> tuple[Placement, int]:
     """Connects as ``connect`` does; the place of one run, and how many of so many have room at once.
 
-    0 asks for as many as there is room for.
+    0 asks for as many as there is room for, also on nodes that an autoscaler may bring.
     """
-    if not address():
-        found = placement.on_this_machine(scale, cores(), torch.cuda.device_count())
-        each = found.max_workers * found.cpus_per_worker
-        slots = max(cores(), each * max(1, runs))
-        _start(slots)
-        room = min(slots // each, torch.cuda.device_count() // found.max_workers if found.use_gpu else slots)
-        return found, min(room, runs or room)
+    if address():
+        found, growth = _joined(scale)
+        # Where an autoscaler's limits are not known, it can be asked for what the user asks for.
+        all_workers = math.inf if growth is None and runs else found.room(nodes()) + found.room_to_come(growth or [])
+        return found, int(max(1, min(all_workers // found.max_workers, runs or math.inf)))
+    gpus = torch.cuda.device_count()
+    found = placement.on_this_machine(scale, cores(), gpus)
+    each = found.max_workers * found.cpus_per_worker
+    room = runs or max(1, cores() // each)
+    if found.use_gpu:
+        room = min(room, gpus // found.max_workers)
+    _start(each * room)
+    return found, room
+
+
+def _joined(scale: Scale) -> tuple[Placement, list[Growth] | None]:
+    """The workers' place on the cluster that is asked for, and what its autoscaler may bring."""
     join(address())
     try:
-        found = placement.on_cluster(scale, nodes(), autoscaler.growth())
+        growth = autoscaler.growth()
+        return placement.on_cluster(scale, nodes(), growth), growth
     except UserError:
         ray.shutdown()
         raise
-    room = max(1, found.room(nodes()) // found.max_workers)
-    return found, min(room, runs or room)
 
 
 def _start(slots: int) -> None:

@@ -5,6 +5,7 @@ Every value is checked where it is made, so nothing downstream checks it again.
 
 import math
 import re
+import sys
 import types
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
@@ -77,7 +78,7 @@ def _typed(value: Any, hint: Any, place: str) -> Any:
     choices = get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
     for choice in choices:
         if choice is float:
-            if type(value) in (int, float) and math.isfinite(value):
+            if type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max:
                 return float(value)
         elif get_origin(choice) is tuple and isinstance(value, list | tuple):
             if all(type(item) is int for item in value):

@@ -1,5 +1,6 @@
 """A source (a name, a path, a glob or an address) to clean text."""
 
+import contextlib
 import glob
 import hashlib
 import importlib
@@ -127,7 +128,8 @@ def _embedded() -> bytes:
 
 def _read_files(pattern: str) -> bytes:
     expanded = os.path.expanduser(pattern)
-    paths = sorted(glob.glob(expanded, recursive=True)) if glob.has_magic(expanded) else [expanded]
+    is_pattern = glob.has_magic(expanded) and not os.path.exists(expanded)
+    paths = sorted(glob.glob(expanded, recursive=True)) if is_pattern else [expanded]
     if not paths:
         raise UserError(f"corpus.source = {pattern}: no file matches")
     try:
@@ -198,10 +200,8 @@ def _cached(name: str, address: str, check: Callable[[bytes], None], retry: Retr
     except (OSError, UserError):
         data = _get(address, retry, connect)
     check(data)
-    try:
+    with contextlib.suppress(OSError):  # what is not cached is fetched again
         folder.write(name, data)
-    except OSError as error:
-        raise UserError(f"{folder}: the download cannot be cached: {error.strerror}; set XDG_CACHE_HOME") from None
     return data
 
 

@@ -67,11 +67,11 @@ def _tried(subject: str, look: Callable[[], Row]) -> Row:
         return look()
     except UserError as error:
         found, _, remedy = str(error).partition("; ")
-        return Row(subject, found, remedy or "see the README, When something is wrong")
+        return Row(subject, found, remedy or "mend what it names")
 
 
 def _versions(folder: Folder) -> Row:
-    mine = probe.here(Question(folder.address, "", ""))
+    mine = probe.here(Question(folder.address, "", ()))
     return Row("versions", ", ".join(f"{name} {mine[name]}" for name in ("python", *probe.VERSIONS)))
 
 
@@ -121,7 +121,7 @@ def _own_rows(options: Config) -> Iterator[Row]:
     if options.scale.max_workers:
         yield _tried("workers", lambda: _on_this_machine(options, gpus))
     if gpus:
-        yield _gpu_row([Node("this machine", {}, probe.here(Question(".", "", "", gpus=True)))])
+        yield _gpu_row([Node("this machine", {}, probe.here(Question(".", "", (), gpus=True)))])
 
 
 def _on_this_machine(options: Config, gpus: int) -> Row:
@@ -140,16 +140,18 @@ def _cluster_rows(options: Config, folder: Folder) -> Iterator[Row]:
         return
     try:
         with _marked(folder) as marker:
-            question = Question(folder.address, marker, options.model.cell, gpus=True)
+            question = Question(folder.address, marker, (options.model.cell,), gpus=True)
             answers = probe.ask(question)
         speaking = [node for node in answers if not node.silent]
+        with_package = [node for node in speaking if node.facts["package"]]
         mine = probe.here(question)
         yield _of_all("nodes", answers, lambda node: _silence(node) or probe.versions_trouble(node, mine))
         yield _of_all(
-            "storage of nodes", speaking, lambda node: probe.storage_trouble(node, str(folder)), _free(speaking)
+            "storage of nodes", with_package, lambda node: probe.storage_trouble(node, str(folder)), _free(with_package)
         )
         yield _gpu_row(speaking)
-        yield _tried("workers", lambda: _on_cluster(options))
+        if options.scale.max_workers:
+            yield _tried("workers", lambda: _on_cluster(options))
     finally:
         ray.shutdown()
 
@@ -209,7 +211,7 @@ def _gpu_row(nodes: list[Node]) -> Row:
     gpus = [(node, *gpu) for node in nodes for gpu in node.facts["gpus"]]
     if not gpus:
         return Row("GPUs", "none: workers use processors, and gloo between them")
-    facts = nodes[0].facts
+    facts = gpus[0][0].facts
     found = f"{len(gpus)} × {gpus[0][1]}, driver {facts['driver']}, NCCL {facts['nccl']}"
     busy = [(node, name) for node, name, free, total in gpus if free < (1 - IN_USE) * total]
     if busy:

@@ -5,6 +5,7 @@ How workers are started is the launcher's affair: in this process, or by Ray on 
 
 import contextlib
 import json
+import shlex
 import signal
 import sys
 import threading
@@ -17,7 +18,7 @@ import numpy as np
 
 from job import checkpoint, generate, lease, model, parse, report, runs
 from job.config import Config
-from job.errors import Diverged, RunFailed, UserError
+from job.errors import Diverged, Hopeless, RunFailed
 from job.loop import perplexity
 from job.prepare import prepare
 from job.record import Recorder
@@ -78,7 +79,7 @@ def run(options: Config, stem: str, screen: Screen, launch: Launcher) -> int:
     wishes = Wishes()
     with wishes.heard():
         plan, tokens = prepare(options, folder)
-        _check_same_text(plan)
+        runs.check_same_text(plan.checkpoints, plan.corpus)
         folder.check_writable()
         if wishes.status:
             return wishes.status
@@ -90,32 +91,33 @@ def run(options: Config, stem: str, screen: Screen, launch: Launcher) -> int:
 
 def _run(follow: Follow, plan: Plan, tokens: np.ndarray, folder: Folder, wishes: Wishes, screen: Screen) -> int:
     owned = lease.acquire(folder)
+    recorder = None
     try:
+        runs.refuse_if_changed(folder, plan.config)  # between the look at it and the lease
         folder.write(runs.CONFIG, parse.to_toml(plan.config).encode())
+        folder.remove(runs.RESULT)  # of a shorter run that goes on
         recorder = Recorder(folder, plan.config, owned, screen)
-        try:
-            follow(plan, tokens, recorder, wishes)
-        except KeyboardInterrupt:
-            screen.line(f"stopped; {_what_is_kept(folder)}")
-            return wishes.status
-        except RunFailed as error:
-            recorder.failed = str(error)
-        finally:
-            recorder.close()
-        if recorder.failed or not recorder.finished:
-            failure = Diverged if recorder.diverged else RunFailed
-            raise failure(f"{recorder.failed or 'the workers ended without a word'}; {_what_is_kept(folder)}")
+        follow(plan, tokens, recorder, wishes)
+        if recorder.failed:
+            raise (Diverged if recorder.diverged else Hopeless)(recorder.failed)
+        if not recorder.finished:
+            raise RunFailed("the workers ended without a word")
         if recorder.finished.stopped:
             screen.line(f"stopped at step {recorder.finished.progress.step:,}; {_what_is_kept(folder)}")
             return wishes.status
-        try:
-            owned.check()
-            result = _finish(plan, recorder, folder)
-        except OSError as error:
-            raise RunFailed(f"{folder}: cannot be written to: {error}; {_what_is_kept(folder)}") from None
-        _show(result, folder, screen)
+        owned.check()
+        _show(_finish(plan, recorder, folder), folder, screen)
         return 0
+    except KeyboardInterrupt:
+        screen.line(f"stopped; {_what_is_kept(folder)}")
+        return wishes.status
+    except RunFailed as error:
+        raise type(error)(f"{error}; {_what_is_kept(folder)}") from error.__cause__
+    except OSError as error:
+        raise RunFailed(f"{folder}: cannot be read or written: {error}; {_what_is_kept(folder)}") from None
     finally:
+        if recorder:
+            recorder.close()
         owned.release()
 
 
@@ -161,27 +163,9 @@ def sample(restored: checkpoint.Restored, options: Config) -> str:
 def load_model(restored: checkpoint.Restored) -> model.LanguageModel:
     """A checkpoint's model, on the CPU, in the precision of its weights."""
     net = model.build(restored.config.model, len(restored.vocabulary), restored.config.run.seed)
-    net = net.to(next(iter(restored.weights.values())).dtype)
+    net = net.to(next(weight.dtype for weight in restored.weights.values() if weight.is_floating_point()))
     model.load_weights(net, restored.weights, "checkpoint")
     return net
-
-
-def _check_same_text(plan: Plan) -> None:
-    """UserError where the run began on another text."""
-    for found in reversed(checkpoint.committed(plan.checkpoints)):
-        if isinstance(found, str):
-            continue
-        try:
-            before = checkpoint.restore(found).facts["corpus"]
-        except (checkpoint.Unsound, LookupError):
-            continue
-        if before["sha256"] != plan.corpus["sha256"]:
-            raise UserError(
-                f"corpus.source = {plan.corpus['source']}: the text is not the one this run began with "
-                f"({before['tokens']:,} tokens then, {plan.corpus['tokens']:,} now, or others): "
-                "bring it back or choose another run.name"
-            )
-        return
 
 
 def _about(plan: Plan) -> str:
@@ -197,13 +181,21 @@ def _about(plan: Plan) -> str:
 
 
 def _what_is_kept(folder: Folder) -> str:
-    found = [entry for entry in checkpoint.committed(folder / "checkpoints") if not isinstance(entry, str)]
+    try:
+        found = [entry for entry in checkpoint.committed(folder / "checkpoints") if not isinstance(entry, str)]
+    except OSError as error:
+        return f"the checkpoints cannot be read now: {error}"
     if not found:
         return "no checkpoint was written yet: the same command starts anew"
     return (
-        f"step {found[-1].step:,} is kept: the same command with --run.name {folder.address.rpartition('/')[2]} "
-        f"goes on, {python()} -m job generate {folder} lets it speak"
+        f"step {found[-1].step:,} is kept: the same command with --run.name {folder.name} "
+        f"goes on, {python()} -m job generate {_typed(folder)} lets it speak"
     )
+
+
+def _typed(folder: Folder) -> str:
+    """A folder as one would type it: an address whole, and safe from the shell."""
+    return str(folder) if folder.local else shlex.quote(folder.address)
 
 
 def python() -> str:
@@ -229,4 +221,4 @@ def _show(result: dict[str, Any], folder: Folder, screen: Screen) -> None:
     screen.line()
     for name, file in (("curve", "perplexity.png"), ("metrics", "metrics.jsonl"), ("checkpoint", result["checkpoint"])):
         screen.line(f"{name:<11}{folder / file}")
-    screen.line(f"{'continue':<11}{python()} -m job generate {folder} --generate.prefix '…'")
+    screen.line(f"{'continue':<11}{python()} -m job generate {_typed(folder)} --generate.prefix '…'")

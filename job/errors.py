@@ -12,5 +12,9 @@ class RunFailed(RuntimeError):
     """A run that ended by itself before its end, told in one line. Status 1."""
 
 
-class Diverged(RunFailed):
+class Hopeless(RunFailed):
+    """A run that would fail again."""
+
+
+class Diverged(Hopeless):
     """The loss is no longer a finite number."""

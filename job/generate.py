@@ -33,6 +33,8 @@ def continuations(model: LanguageModel, prefixes_NB: Tensor, options: Generate, 
     As in the d2l book (``predict_ch8``), the state is warmed up on all of the prefix but its last
     token, which then is the first input that asks for a new one.
     """
+    if not options.length:
+        return prefixes_NB.new_empty(0, prefixes_NB.shape[1])
     model.eval()
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)

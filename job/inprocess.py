@@ -10,7 +10,7 @@ import torch
 
 from job.config import Config
 from job.driver import Follow, Wishes
-from job.errors import UserError
+from job.errors import RunFailed, UserError
 from job.events import Event
 from job.gradients import Signals
 from job.record import Recorder
@@ -29,7 +29,12 @@ def launch(options: Config, _: Screen) -> Iterator[Follow]:
     world = World(0, 1, device, options.scale.cpus_per_worker or cores(), uuid.uuid4().hex[:8])
 
     def follow(plan: Plan, tokens: np.ndarray, recorder: Recorder, wishes: Wishes) -> None:
-        train(plan, tokens, world, _Link(recorder, wishes))
+        try:
+            train(plan, tokens, world, _Link(recorder, wishes))
+        except RunFailed:
+            raise
+        except Exception as error:
+            raise RunFailed(f"{type(error).__name__}: {error}") from error
 
     yield follow
 

@@ -176,16 +176,21 @@ def _users_cell(options: config.Model, features: int) -> nn.Module:
     module_name, _, class_name = options.cell.partition(":")
     try:
         kind = getattr(importlib.import_module(module_name), class_name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"model.cell = {options.cell}: cannot be imported: {error}") from None
+    except Exception as error:  # whatever the user's code does
+        raise UserError(f"model.cell = {options.cell}: cannot be imported: {_in_short(error)}") from None
     if not (inspect.isclass(kind) and issubclass(kind, nn.Module)):
         raise UserError(f"model.cell = {options.cell}: not a torch.nn.Module")
     try:
         return kind(features, options.hidden_size, options.num_layers)
-    except TypeError as error:
+    except Exception as error:
         raise UserError(
-            f"model.cell = {options.cell}: is made as Class(input_size, hidden_size, num_layers): {error}"
+            f"model.cell = {options.cell}: is made as Class(input_size, hidden_size, num_layers), with "
+            f"{features}, {options.hidden_size}, {options.num_layers}: {_in_short(error)}"
         ) from None
+
+
+def _in_short(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _check_protocol(cell: nn.Module, options: config.Model, features: int) -> None:

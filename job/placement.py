@@ -54,6 +54,10 @@ class Placement:
         """Workers that fit on nodes with so much to give."""
         return sum(math.floor(min(node.get(kind, 0) / need for kind, need in self.resources.items())) for node in nodes)
 
+    def room_to_come(self, growth: Iterable[Growth]) -> int:
+        """Workers that fit on what an autoscaler may bring."""
+        return sum(self.room([kind.resources]) * kind.most for kind in growth)
+
 
 def on_this_machine(scale: Scale, cores: int, gpus: int) -> Placement:
     """A placement on a cluster of one's own; UserError where it has not the GPUs."""
@@ -89,7 +93,7 @@ def on_cluster(scale: Scale, nodes: list[Resources], growth: list[Growth] | None
         scale.placement.upper(),
         scale.accelerator_type,
     )
-    room = placement.room(nodes) + sum(placement.room([kind.resources]) * kind.most for kind in brought)
+    room = placement.room(nodes) + placement.room_to_come(brought)
     if growth is not None and room < scale.min_workers:
         raise UserError(
             f"scale.workers = {scale.workers}: this cluster can never place more than {room} workers of "

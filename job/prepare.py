@@ -47,7 +47,10 @@ def prepare(options: Config, folder: Folder) -> tuple[Plan, np.ndarray]:
 
 def _first_weights(options: Config, words: vocabulary.Vocabulary) -> bytes | None:
     """The file that ``model.init`` names, tried on a model, as the cell is by making one."""
-    net = model.build(options.model, len(words), options.run.seed)
+    try:
+        net = model.build(options.model, len(words), options.run.seed)
+    except (RuntimeError, MemoryError) as error:  # torch's allocator
+        raise UserError(f"model: does not fit into memory: {str(error).splitlines()[0]}; make it smaller") from None
     name = options.model.init
     if not name:
         return None

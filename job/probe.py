@@ -34,11 +34,11 @@ INSTALL = "install it there, use an image that has it, or ray job submit --worki
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked: whether a file is seen in the storage, and whether a user's cell can be imported."""
+    """What is asked: whether a file is seen in the storage, and whether users' cells can be imported."""
 
     storage: str
     marker: str
-    cell: str
+    cells: tuple[str, ...]
     gpus: bool = False  # slower
 
 
@@ -53,16 +53,19 @@ class Node:
 
 
 def ask(question: Question) -> list[Node]:
-    """Every living node's answer."""
-    living = [node for node in ray.nodes() if node["Alive"]]
-    calls = [_asked_of(node["NodeID"], question) for node in living]
-    ray.wait(calls, num_returns=len(calls), timeout=PATIENCE)
-    return [_node(node, call) for node, call in zip(living, calls, strict=True)]
+    """Every living node's answer; of one that dies meanwhile there is none."""
+    calls = {node_id: _asked_of(node_id, question) for node_id in _living()}
+    ray.wait([*calls.values()], num_returns=len(calls), timeout=PATIENCE)
+    return [_node(node, calls[node_id]) for node_id, node in _living().items() if node_id in calls]
+
+
+def _living() -> dict[str, dict[str, Any]]:
+    return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
 
 
 def _asked_of(node_id: str, question: Question) -> Any:
     there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    words = (question.storage, question.marker, question.cell, question.gpus)
+    words = (question.storage, question.marker, question.cells, question.gpus)
     return ray.remote(num_cpus=0, max_retries=0)(_facts).options(scheduling_strategy=there).remote(*words)
 
 
@@ -79,17 +82,19 @@ def _node(node: dict[str, Any], call: Any) -> Node:
 
 def here(question: Question) -> dict[str, Any]:
     """This machine's own answer."""
-    return _facts(question.storage, question.marker, question.cell, question.gpus)
+    return _facts(question.storage, question.marker, question.cells, question.gpus)
 
 
-def _facts(storage: str, marker: str, cell: str, gpus: bool) -> dict[str, Any]:
+def _facts(storage: str, marker: str, cells: tuple[str, ...], gpus: bool) -> dict[str, Any]:
     """Runs on the node; nothing of this package is used before it is known to be there."""
     package = importlib.util.find_spec("job")
     found: dict[str, Any] = {
         "host": socket.gethostname(),
         "python": platform.python_version(),
         "package": _digest(Path(package.origin).parent) if package and package.origin else "",
-        "cell": ":" not in cell or importlib.util.find_spec(re.split(r"[.:]", cell)[0]) is not None,
+        "cells_missing": [
+            cell for cell in cells if ":" in cell and importlib.util.find_spec(re.split(r"[.:]", cell)[0]) is None
+        ],
     }
     for name in VERSIONS:
         try:
@@ -136,7 +141,8 @@ def _gpus() -> dict[str, Any]:
         driver = nvml.nvmlSystemGetDriverVersion()
     except nvml.NVMLError:
         return {"gpus": [], "driver": "", "nccl": ""}
-    nccl = ".".join(map(str, importlib.import_module("torch.cuda.nccl").version()))
+    with_cuda = importlib.import_module("torch").version.cuda
+    nccl = ".".join(map(str, importlib.import_module("torch.cuda.nccl").version())) if with_cuda else ""
     gpus = [(str(name), use.free, use.total) for name, use in zip(names, memory, strict=True)]
     return {"gpus": gpus, "driver": str(driver), "nccl": nccl}
 
@@ -175,16 +181,16 @@ def trouble(node: Node, mine: dict[str, Any], question: Question) -> Trouble:
     different = versions_trouble(node, mine)
     if different:
         return different
-    if not node.facts["cell"]:
-        return f"node {node.name} cannot import model.cell = {question.cell}", INSTALL
+    if missing := node.facts["cells_missing"]:
+        return f"node {node.name} cannot import model.cell = {missing[0]}", INSTALL
     return storage_trouble(node, question.storage)
 
 
-def check_nodes(placement: Placement, storage: str, cell: str) -> None:
+def check_nodes(placement: Placement, storage: str, *cells: str) -> None:
     """UserError where a node on which a worker may run could not do its work."""
     folder = Folder.at(storage)
     with folder.marked() as marker:
-        question = Question(folder.address, marker, cell)
+        question = Question(folder.address, marker, cells)
         mine = here(question)
         for node in ask(question):
             problem = placement.room([node.resources]) and trouble(node, mine, question)

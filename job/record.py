@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from job.storage import Folder
 
 METRICS = "metrics.jsonl"
 TRIES = 6
+RACE = 60.0  # seconds between a group's look at the checkpoints and its word of it, at most
 
 
 class Recorder:
@@ -41,6 +43,7 @@ class Recorder:
         self.failed: str | None = None
         self.diverged = False
         self.committed: list[Checkpoint] = []
+        self.committed_at: dict[str, float] = {}  # by time.monotonic
         self.setbacks = 0
         self.standing = False  # whether a group of workers is there
         self.parts: dict[str, list[Receipt]] = {}
@@ -110,16 +113,36 @@ class Recorder:
         self.attempts.append(event.attempt)
         self.started, self.finished, self.standing = event, None, True
         self.parts.clear()
+        if overlooked := self._overlooked(event):
+            self.failed = (
+                f"{self.checkpoints}: the workers begin at step {event.step:,} and do not see {overlooked}: "
+                "is it the same storage on all nodes?"
+            )
+            return
         checkpoint.clear_for(self.checkpoints, event.step, event.attempt)
         found = checkpoint.committed(self.checkpoints)
         self.committed = [entry for entry in found if isinstance(entry, Checkpoint)]
         rows = self._cut_metrics(event.step)
         if self.board:
             self.board.close()
+        if self.folder.local is None:  # the new file has another name
+            self.folder.remove("tensorboard")
         self.board = Board(self.place / "tensorboard", rows)
         for problem in event.passed_over:
             self.screen.warn(f"{problem}; the one before it is used")
         self._say_start(event)
+
+    def _overlooked(self, event: events.Started) -> str:
+        """A checkpoint that the workers must have seen and do not name; nothing is removed then.
+
+        They may miss what was committed while they looked.
+        """
+        for entry in checkpoint.committed(self.checkpoints):
+            if isinstance(entry, Checkpoint) and entry.step > event.step:
+                is_named = any(entry.name in problem for problem in event.passed_over)
+                if not is_named and time.monotonic() - self.committed_at.get(entry.name, 0.0) > RACE:
+                    return entry.name
+        return ""
 
     def _say_start(self, event: events.Started) -> None:
         options, workers = self.options, f"{event.workers} worker{'s' * (event.workers != 1)}"
@@ -175,6 +198,7 @@ class Recorder:
         self.lease.check()
         self.sync()
         self.committed.append(checkpoint.commit(self.checkpoints, receipt.checkpoint, parts))
+        self.committed_at[receipt.checkpoint] = time.monotonic()
         self.setbacks = 0
         kept = [*self.committed[-self.options.train.keep_checkpoints :], self.best]
         for entry in self.committed:

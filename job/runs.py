@@ -17,6 +17,7 @@ from job.trainer import latest_sound
 
 RESULT = "result.json"
 CONFIG = "config.toml"
+SEARCH = "search.toml"  # of a search: its configuration, as it was resolved
 _LARGEST = 1 << 20  # bytes of a result or a configuration
 
 
@@ -46,6 +47,8 @@ def choose(options: Config, stem: str) -> tuple[Folder, Config, Previous | None]
     name = options.run.name or _default_name(storage, options, stem)
     options = replace(options, run=replace(options.run, name=name))
     folder = storage / name
+    if folder.has(SEARCH):
+        raise UserError(f"{folder}: is a search and not a run; choose another run.name")
     previous = read(folder)
     if previous is None:
         if options.run.resume == "must":
@@ -54,10 +57,16 @@ def choose(options: Config, stem: str) -> tuple[Folder, Config, Previous | None]
     if options.run.resume == "never":
         raise UserError(f"run.resume = never: {folder} exists; choose another run.name or remove it")
     options = as_resolved(options, previous.config)
-    differing = config.differences(previous.config, options)
+    refuse_if_changed(folder, options)
+    return folder, options, previous
+
+
+def refuse_if_changed(folder: Folder, options: Config) -> None:
+    """UserError where another run has come to be in the folder."""
+    found = read(folder)
+    differing = config.differences(found.config, options) if found else []
     if differing:
         raise UserError(f"{folder}: exists with another configuration: {', '.join(differing)}; choose another run.name")
-    return folder, options, previous
 
 
 def refuse_storage_that_a_job_loses(storage: str) -> None:
@@ -123,14 +132,30 @@ def as_resolved(options: Config, earlier: Config) -> Config:
     return replace(options, corpus=corpus)
 
 
+def check_same_text(checkpoints: Folder, corpus: dict[str, Any]) -> None:
+    """UserError where the run with these checkpoints began on another text."""
+    for found in reversed(checkpoint.committed(checkpoints)):
+        if isinstance(found, str):
+            continue
+        try:
+            before = checkpoint.restore(found).facts["corpus"]
+        except (Unsound, LookupError):
+            continue
+        if before["sha256"] != corpus["sha256"]:
+            raise UserError(
+                f"corpus.source = {corpus['source']}: the text is not the one this run began with "
+                f"({before['tokens']:,} tokens then, {corpus['tokens']:,} now, or others): "
+                "bring it back or choose another run.name"
+            )
+        return
+
+
 def open_checkpoint(address: str) -> tuple[Checkpoint, Restored]:
     """The checkpoint in a folder, or the last sound one of the run in it; UserError where there is none."""
     folder = Folder.at(address)
     try:
         if folder.has(checkpoint.MANIFEST):
-            parent, _, name = folder.address.partition("?")[0].rpartition("/")
-            query = folder.address.partition("?")[2]
-            found: Checkpoint | None = checkpoint.read_manifest(Folder(parent + (f"?{query}" if query else "")), name)
+            found: Checkpoint | None = checkpoint.read_manifest(folder.parent, folder.name)
             problems: tuple[str, ...] = ()
         else:
             found, problems = latest_sound(folder / "checkpoints")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
-from job.config import OPTIONS, Section, _at_least, _one_of, _option, defines_run, shown
+from job.config import OPTIONS, SECTIONS, Section, _at_least, _one_of, _option, defines_run, shown
 from job.errors import UserError
 
 Point = dict[str, Any]  # a field such as optimizer.learning_rate, and its value
@@ -47,7 +47,7 @@ class Range:
 
     def holds(self, value: Any) -> bool:
         """Whether a value is one of them."""
-        return self.low <= value <= self.high
+        return isinstance(value, int | float) and self.low <= value <= self.high
 
     def explore(self, value: Any, luck: random.Random) -> Any:
         """A value near another."""
@@ -139,7 +139,8 @@ class Space:
         """``[search.space]`` as TOML gives it; UserError for what no run can be made of."""
         if not isinstance(written, Mapping):
             raise UserError("search.space must be a section, written [search.space]")
-        return cls({_searchable(name): _domain(value, f'search.space "{name}"') for name, value in written.items()})
+        fields_of = _flat(written)
+        return cls({_searchable(name): _domain(value, f'search.space "{name}"') for name, value in fields_of.items()})
 
     @property
     def grid(self) -> int:
@@ -174,6 +175,17 @@ class Space:
     def explore(self, point: Point, luck: random.Random) -> Point:
         """A point near another."""
         return {name: domain.explore(point[name], luck) for name, domain in self.domains.items()}
+
+
+def _flat(written: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields by their full names: without quotes TOML makes ``optimizer.learning_rate`` a table in a table."""
+    found: dict[str, Any] = {}
+    for name, value in written.items():
+        if name in SECTIONS and isinstance(value, Mapping):
+            found |= {f"{name}.{key}": inner for key, inner in value.items()}
+        else:
+            found[name] = value
+    return found
 
 
 def _searchable(name: str) -> str:

@@ -33,6 +33,10 @@ def written_out(source: str) -> str:
     return os.path.expanduser(os.path.expandvars(source))
 
 
+class TooLarge(OSError):
+    """A file is larger than it may be."""
+
+
 @dataclass(frozen=True)
 class Folder:
     """A folder by its address; it exists once something is written into it.
@@ -62,6 +66,22 @@ class Folder:
         except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, ValueError) as error:
             reason = str(error).splitlines()[0]
             raise UserError(f"{self.address}: not an address pyarrow understands: {reason}") from None
+        except OSError as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{self.address}: cannot be reached: {reason}; see region, credentials and network"
+            ) from None
+
+    @property
+    def name(self) -> str:
+        """The last part of the address."""
+        return self.address.partition("?")[0].rpartition("/")[2]
+
+    @property
+    def parent(self) -> "Folder":
+        """The folder that this one lies in."""
+        base, mark, query = self.address.partition("?")
+        return Folder(f"{base.rpartition('/')[0]}{mark}{query}")
 
     @property
     def local(self) -> Path | None:
@@ -89,7 +109,7 @@ class Folder:
         if size is None:
             raise FileNotFoundError(f"{self / name}: no such file")
         if limit is not None and size > limit:
-            raise OSError(f"{self / name}: {size} bytes, more than the {limit} expected")
+            raise TooLarge(f"{self / name}: {size} bytes, more than the {limit} expected")
         with system.open_input_stream(f"{path}/{name}") as stream:
             return stream.read()
 

@@ -1,6 +1,7 @@
 """Which point comes next where a model of the objective chooses: Optuna's tree of Parzen estimators."""
 
 import importlib
+import random
 from typing import Any
 
 from job.errors import UserError
@@ -16,8 +17,8 @@ class Suggester:
         except ImportError:
             raise UserError('search.searcher = "optuna": is not installed; pip install optuna, or use random') from None
         self.optuna.logging.set_verbosity(self.optuna.logging.ERROR)
-        self.space = space
-        self.study = self.optuna.create_study(sampler=self.optuna.samplers.TPESampler(seed=seed))
+        self.space, self.seed = space, seed
+        self.study = self.optuna.create_study()
         self.asked: dict[int, Any] = {}
 
     def ask(self, number: int) -> Point:
@@ -30,6 +31,9 @@ class Suggester:
         self._ask(number)
 
     def _ask(self, number: int) -> Point:
+        # What is drawn for a trial is of its number, so that a search that goes on draws nothing twice.
+        luck = random.Random(f"{self.seed} {number} suggest").getrandbits(32)
+        self.study.sampler = self.optuna.samplers.TPESampler(seed=luck)
         trial = self.study.ask({name: self._distribution(domain) for name, domain in self.space.domains.items()})
         self.asked[number] = trial
         return {name: self._decoded(name, trial.params[name]) for name in self.space.domains}

@@ -1,6 +1,7 @@
 """A search's trials to a table, pictures, Parquet, TensorBoard, and the winner's configuration."""
 
 import io
+import math
 import tempfile
 import time
 from dataclasses import replace
@@ -18,7 +19,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.summary import hparams, scalar
 
-from job import driver, parse, runs
+from job import config, driver, parse, runs
 from job.errors import RunFailed
 from job.report import HIGHEST
 from job.screen import Screen
@@ -150,7 +151,9 @@ def write(known: Trials) -> None:
     _, restored = runs.open_checkpoint((found.folder / found.name).address)
     run = runs.read(known.folder_of(winner))
     assert run
-    options = replace(run.config, run=replace(run.config.run, name="", storage=known.base.run.storage))
+    options = replace(
+        run.config, run=replace(run.config.run, name="", storage=known.base.run.storage), scale=known.base.scale
+    )
     value = f"{spoken(known.search.metric)} {known.best_of(winner):.6g}"
     known.folder.write(SAMPLE, (driver.sample(restored, options) + "\n").encode())
     known.folder.write(CURVES, curves(known))
@@ -163,7 +166,7 @@ def write(known: Trials) -> None:
 
 def table_of(known: Trials) -> bytes:
     """A row a trial, as Parquet: its state, its score, and each field by its name."""
-    names = list(known.search.space.domains)
+    fields = {name: _column([trial.point[name] for trial in known]) for name in known.search.space.domains}
     rows = [
         {
             "trial": trial.number,
@@ -172,17 +175,20 @@ def table_of(known: Trials) -> bytes:
             "epochs": trial.scores[-1][0] if trial.scores else 0,
             known.search.metric: known.best_of(trial),
             "best": trial is known.winner,
-            **{name: _plain(trial.point[name]) for name in names},
+            **{name: values[place] for name, values in fields.items()},
         }
-        for trial in known
+        for place, trial in enumerate(known)
     ]
     file = io.BytesIO()
     parquet.write_table(pa.Table.from_pylist(rows), file)
     return file.getvalue()
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+def _column(values: list[Any]) -> list[Any]:
+    """Values of one type, as Parquet wants them: themselves, or as they are written."""
+    if len({type(value) for value in values}) > 1:
+        return [config.shown(value) for value in values]
+    return [list(value) if isinstance(value, tuple) else value for value in values]
 
 
 def _write_board(known: Trials, trial: Trial) -> None:
@@ -191,7 +197,7 @@ def _write_board(known: Trials, trial: Trial) -> None:
     fields = {
         name: value if isinstance(value, int | float | bool) else str(value) for name, value in trial.point.items()
     }
-    begin, session, end = hparams(fields, {metric: best if best is not None else 0.0})
+    begin, session, end = hparams(fields, {metric: best if best is not None else math.nan})
     with tempfile.TemporaryDirectory() as place:
         writer = EventsWriter(str(Path(place) / "events"))
         for summary in [begin, session, end]:

@@ -91,6 +91,12 @@ def latest_sound(folder: Folder) -> tuple[Checkpoint | None, tuple[str, ...]]:
     return None, tuple(passed_over)
 
 
+def _refuse_to_begin_again(folder: Folder, passed_over: tuple[str, ...]) -> None:
+    """Unsound where all that a run has is damaged: to start anew, and over it, is for a person to decide."""
+    if passed_over:
+        raise Unsound(f"{folder}: no checkpoint is sound: {passed_over[0]}; to start anew remove the folder")
+
+
 def learner_of(
     plan: Plan, stream: Stream, world: World, found: Checkpoint | None, precision_name: str
 ) -> tuple[Learner, str]:
@@ -149,11 +155,14 @@ class _Worker:
         """
         chosen: list[Any] = [None]
         if self.world.rank == 0:
-            chosen = [(*latest_sound(folder), precision_of(self.options.train.precision, self.world.device).name)]
+            found, passed_over = latest_sound(folder)
+            if not found:
+                _refuse_to_begin_again(folder, passed_over)
+            chosen = [(found, passed_over, precision_of(self.options.train.precision, self.world.device).name)]
         if self.world.size > 1:
             dist.broadcast_object_list(chosen)
-        found: tuple[Checkpoint | None, tuple[str, ...], str] = chosen[0]
-        return found
+        agreed: tuple[Checkpoint | None, tuple[str, ...], str] = chosen[0]
+        return agreed
 
     @property
     def progress(self) -> Progress:
@@ -163,6 +172,7 @@ class _Worker:
         self._announce()
         stopped = False
         try:
+            self._close_what_was_cut()
             while not stopped and not loop.is_done(self.progress, self.options.train):
                 stopped = self._epoch()
             if self.writer.last != self.progress.step:
@@ -191,11 +201,17 @@ class _Worker:
                 self._save()
         if self.learner.at_epochs_end:
             self._close(progress.epoch + 1, loop.end_epoch(self.learner))
-        elif loop.is_done(progress, self.options.train):  # max_steps ended the run inside an epoch
-            progress.last_epoch_nats = progress.epoch_mean.nats_per_token
-            self._close(progress.epoch + 1, progress.epoch_mean)
+        self._close_what_was_cut()
         self._save()
         return stopped
+
+    def _close_what_was_cut(self) -> None:
+        """Closes, once, an epoch inside which ``max_steps`` has ended the run."""
+        progress, mean = self.progress, self.progress.epoch_mean
+        is_closed = not mean.tokens or progress.last_epoch_nats == mean.nats_per_token
+        if loop.is_done(progress, self.options.train) and not is_closed:
+            progress.last_epoch_nats = mean.nats_per_token
+            self._close(progress.epoch + 1, mean)
 
     def _close(self, epoch: int, mean: Mean) -> None:
         """Reports an epoch, and what the model makes of the text kept to validate."""

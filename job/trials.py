@@ -18,11 +18,12 @@ from job.record import METRICS
 from job.search import Point, Search
 from job.storage import Folder
 
-SEARCH = "search.toml"  # the configuration and the search, as they were resolved
 RECORD = "trials.json"
 BEST = "best.toml"  # the winner's configuration, as train takes it; written when all else is
 RUNS = "trials"  # the folder with a run for each trial
+EXCHANGED = "exchanged"  # in a run's folder: the checkpoint that it last gave or took
 OVER = ("finished", "stopped", "diverged")  # a trial that is over is not taken up again
+ENDS = (*OVER, "failed")  # one that failed is, when the search is started again
 _LARGEST = 64 << 20  # bytes of a record or of a trial's metrics
 
 
@@ -32,7 +33,7 @@ class Trial:
 
     number: int
     point: Point
-    state: str = "waiting"  # waiting, running, failed, or one of OVER
+    state: str = "waiting"  # waiting, running, or one of ENDS
     why: str = ""
     scores: list[tuple[int, float]] = field(default_factory=list)  # (epoch, the metric)
 
@@ -100,7 +101,7 @@ def choose(options: Config, wanted: Search, stem: str) -> tuple[Folder, Config]:
     folder = Folder.at(options.run.storage) / name
     options = replace(options, run=replace(options.run, name=name))
     try:
-        text = folder.read(SEARCH, _LARGEST).decode()
+        text = folder.read(runs.SEARCH, _LARGEST).decode()
     except (FileNotFoundError, NotADirectoryError):
         if folder.has(runs.CONFIG):
             raise UserError(f"{folder}: is a run and not a search; choose another run.name") from None
@@ -108,10 +109,10 @@ def choose(options: Config, wanted: Search, stem: str) -> tuple[Folder, Config]:
             raise UserError(f"run.resume = must: there is no search at {folder} to go on with") from None
         return folder, options
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder}/{SEARCH}: cannot be read: {error}") from None
+        raise UserError(f"{folder}/{runs.SEARCH}: cannot be read: {error}") from None
     if options.run.resume == "never":
         raise UserError(f"run.resume = never: {folder} exists; choose another run.name or remove it")
-    earlier, before = parse.search_from_toml(text, f"{folder}/{SEARCH}")
+    earlier, before = parse.search_from_toml(text, f"{folder}/{runs.SEARCH}")
     options = runs.as_resolved(options, earlier)
     differing = config.differences(earlier, options) + search.differences(before, wanted)
     if differing:
@@ -131,6 +132,8 @@ def check(base: Config, wanted: Search, folder: Folder) -> Config:
         _check_metric(base, wanted)
     plan, _ = prepare(base, folder)
     base = plan.config
+    if not any(name.startswith(("corpus.", "vocabulary.")) for name in wanted.space.domains):
+        runs.check_same_text(folder / RUNS / name_of(0) / "checkpoints", plan.corpus)
     corners = wanted.space.corners
     known = [point_of(base, wanted, number) for number in range(wanted.total)]
     for point in [*corners, *(point for point in known if point)]:
@@ -199,14 +202,15 @@ class Trials:
         """A trial as an earlier start of the search left it; None where its point is not known yet."""
         place = self.folder / RUNS / name_of(number)
         run = runs.read(place)
-        if run is None:
-            begins = point_of(self.base, self.search, number)
-            return Trial(number, begins) if begins else None
-        point = {name: value_of(run.config, name) for name in self.search.space.domains}
-        trial = Trial(number, point, scores=self._scores(place))
-        if run.is_finished(options_of(self.base, self.folder, number, point)):
+        point = point_of(self.base, self.search, number)
+        if run:
+            point = {name: value_of(run.config, name) for name in self.search.space.domains}
+        if not point:
+            return None
+        trial = Trial(number, point, scores=self._scores(place) if run else [])
+        if run and run.is_finished(options_of(self.base, self.folder, number, point)):
             trial.state = "finished"
-        elif mark.get("state") in OVER and mark["state"] != "finished":
+        elif mark.get("state") in ENDS and mark["state"] != "finished":
             trial.state, trial.why = mark["state"], mark["why"]
         return trial
 
@@ -219,11 +223,13 @@ class Trials:
             trial = self.found.setdefault(number, Trial(number, point))
             trial.point, trial.state, trial.why = point, "running", ""
 
-    def report(self, number: int, epoch: int, value: float) -> None:
-        """A trial's metric after an epoch; those of later epochs are of a life before."""
+    def report(self, number: int, epoch: int, value: float) -> bool:
+        """A trial's metric after an epoch; those of later epochs are of a life before. True where it is new."""
         with self.lock:
             trial = self.found[number]
+            new = not trial.scores or epoch > trial.scores[-1][0]
             trial.scores = [(at, before) for at, before in trial.scores if at < epoch] + [(epoch, value)]
+            return new
 
     def end(self, number: int, state: str, why: str = "") -> None:
         """A trial's end, written down."""
@@ -240,11 +246,19 @@ class Trials:
     # --- which is best ---
 
     def best_of(self, trial: Trial) -> float | None:
-        """A trial's score: its best validation, whose checkpoint is kept, or the last training epoch."""
+        """A trial's score: its best validation, whose checkpoint is kept, or its last epoch's.
+
+        What a member of a population scored before it took another's place is no longer its own.
+        """
         values = [value for _, value in trial.scores]
         if not values:
             return None
-        return min(values) if self.search.metric == "validation_perplexity" else values[-1]
+        return min(values) if self.keeps_best else values[-1]
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether a trial's best checkpoint is its result, and not its last one."""
+        return self.search.metric == "validation_perplexity" and self.search.scheduler != "pbt"
 
     @property
     def winner(self) -> Trial | None:
@@ -258,9 +272,37 @@ class Trials:
         place = self.folder_of(trial) / "checkpoints"
         kept = [entry for entry in checkpoint.committed(place) if not isinstance(entry, str)]
         scored = [entry for entry in kept if entry.validation_nats is not None]
-        if self.search.metric == "validation_perplexity" and scored:
+        if self.keeps_best and scored:
             return min(scored, key=lambda entry: entry.validation_nats or 0.0)
         return kept[-1] if kept else None
+
+
+# --- what goes from one trial to another -------------------------------------------------------
+
+
+def give(found: checkpoint.Checkpoint, place: Folder, to: Folder) -> None:
+    """Copies a checkpoint of the run in ``place``, for the trials that will go on from it."""
+    checkpoint.copy(found, to)
+    place.write(EXCHANGED, found.name.encode())
+
+
+def take(source: Folder, place: Folder, options: Config) -> None:
+    """Has the run in ``place`` go on from the one checkpoint in ``source``, with these options.
+
+    Whatever is interrupted, the run goes on from its own last checkpoint or from this one. One that
+    it gave or took last comes again when its process has died, and it has gone further since.
+    """
+    (name,) = source.names()
+    run = runs.read(place)
+    if run and run.config == options and place.has(EXCHANGED) and place.read(EXCHANGED, 100).decode() == name:
+        return
+    checkpoint.copy(checkpoint.read_manifest(source, name), place / "checkpoints")
+    for other in (place / "checkpoints").names():
+        if other != name:
+            (place / "checkpoints" / other).remove(checkpoint.MANIFEST)
+            (place / "checkpoints").remove(other)
+    place.write(runs.CONFIG, parse.to_toml(options).encode())
+    place.write(EXCHANGED, name.encode())
 
 
 def rows(place: Folder) -> list[dict[str, Any]]:

@@ -66,9 +66,10 @@ class Waiting:
 
     def _say(self) -> None:
         ours = ray.get_runtime_context().get_job_id()
-        groups = ray.util.placement_group_table().items()
-        if any(name.endswith(ours) and group["state"] == "CREATED" for name, group in groups):
-            return  # the workers have their place and are starting
+        groups = [group for name, group in ray.util.placement_group_table().items() if name.endswith(ours)]
+        # The driver of a search's trial has a group that is no worker's.
+        if any(group["state"] == "CREATED" and "CPU" in next(iter(group["bundles"].values())) for group in groups):
+            return  # workers have their place and are starting
         wanted = self.placement.min_workers
         lacking = wanted - min(wanted, self.placement.room(cluster.free()))
         more = "" if autoscaler.growth() == [] else "; the cluster's autoscaler is asked for more"

@@ -7,7 +7,9 @@ import sys
 
 from conftest import ROOT
 
-KNOW_RAY = {"autoscaler", "cluster", "doctor", "network", "onray", "probe", "tune", "watch", "worker"}
+KNOW_RAY = {
+    "attempt", "autoscaler", "cluster", "doctor", "network", "onray", "probe", "steering", "tune", "watch", "worker",
+}  # fmt: skip
 
 
 def imports():

@@ -1,5 +1,6 @@
 """Checkpoints: whole or not there, whatever happened to their bytes."""
 
+import io
 import json
 
 import pytest
@@ -12,6 +13,7 @@ from job import checkpoint, runs
 from job.checkpoint import Unsound
 from job.errors import UserError
 from job.lanes import split
+from job.screen import Screen
 from job.storage import Folder
 from job.trainer import latest_sound
 
@@ -149,6 +151,67 @@ def test_a_format_of_the_future_is_told(run, tmp_path):
     manifest = {"content": content, "sha256": checkpoint._digest(content)}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert "of format 99, and this version reads 1" in job("generate", tmp_path).err
+
+
+def test_a_store_that_does_not_answer_costs_no_checkpoint(prose, tmp_path, monkeypatch):
+    """What cannot be read now may be sound: nothing is passed over, and nothing removed."""
+    stopped_inside(prose, tmp_path)
+    place = tmp_path / "run" / "checkpoints"
+    before = sorted(path for path in place.rglob("*") if path.is_file())
+    words = flags(prose, tmp_path, "--model.cell", "lstm", "--train.max_steps", 40)
+
+    def fails(self, name, limit=None):
+        if name == "model.safetensors":
+            raise TimeoutError("no answer in time")
+        return read(self, name, limit)
+
+    read = Folder.read
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "read", fails)
+        ended = job("train", *words)
+    assert ended.status == 1
+    assert "no answer in time" in ended.err
+    assert sorted(path for path in place.rglob("*") if path.is_file()) == before
+    assert "goes on from step 30" in job("train", *words).out
+
+
+def test_where_all_is_damaged_nothing_is_begun_over_it(prose, tmp_path):
+    stopped_inside(prose, tmp_path)
+    place = tmp_path / "run" / "checkpoints"
+    for weights in place.glob("*/model.safetensors"):
+        weights.write_bytes(b"")
+    ended = job("train", *flags(prose, tmp_path, "--model.cell", "lstm", "--train.max_steps", 40))
+    assert (ended.status, ended.err.count("\n")) == (1, 1)
+    assert "no checkpoint is sound" in ended.err
+    assert len(list(place.glob("*/manifest.json"))) == 3
+
+
+def test_workers_that_see_another_storage_remove_nothing(run):
+    """On a node without the mount the folder is empty, and they would begin anew."""
+    from job import events, lease, record
+
+    options = runs.read(Folder(str(run))).config
+    mine = lease.acquire(Folder(str(run)))
+    recorder = record.Recorder(Folder(str(run)), options, mine, Screen(io.StringIO()))
+    before = sorted(run.glob("checkpoints/*/manifest.json"))
+    recorder.handle(events.Started("abcdef", 0, 0, 1, "cpu", "fp32", 1, 100, ()))
+    mine.release()
+    assert "do not see step-" in recorder.failed
+    assert sorted(run.glob("checkpoints/*/manifest.json")) == before
+
+
+def test_fewer_steps_than_are_taken_end_the_run_where_it_is(prose, tmp_path):
+    stopped_inside(prose, tmp_path)
+    words = flags(prose, tmp_path, "--model.cell", "lstm", "--train.max_steps", 20)
+    ended = job("train", *words)
+    assert ended.status == 0, ended.err
+    assert result(tmp_path / "run")["steps"] == 30
+    assert [row["step"] for row in rows(tmp_path / "run", "epoch")] == [30]
+
+
+def test_numbers_without_a_dimension_are_weights_too():
+    digest = checkpoint.weights_sha256({"scale": torch.tensor(1.0), "table": torch.arange(3)})
+    assert len(digest) == 64
 
 
 @pytest.fixture(scope="module")

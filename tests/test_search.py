@@ -1,14 +1,19 @@
 """What a search is, before any trial runs: the space, its points, and what is refused."""
 
+import io
+
 import pytest
+from conftest import job
 from hypothesis import given
 from hypothesis import strategies as st
+from pyarrow import parquet
 
-from job import parse, search, summary, trials
+from job import parse, runs, search, summary, trials
 from job.errors import UserError
 from job.screen import Screen
 from job.search import Search
 from job.storage import Folder
+from job.trainer import latest_sound
 
 SPACE = {
     "optimizer.learning_rate": {"loguniform": [0.01, 4]},
@@ -138,7 +143,7 @@ def test_a_name_that_is_taken_is_told(tmp_path):
     wanted = Search(space={"model.dropout": {"uniform": [0, 0.5]}})
     options = parse.load(None, {"run.storage": str(tmp_path), "run.name": "it"})
     folder, placed = trials.choose(options, wanted, "")
-    folder.write(trials.SEARCH, f"{parse.to_toml(placed)}\n{search.to_toml(wanted)}".encode())
+    folder.write(runs.SEARCH, f"{parse.to_toml(placed)}\n{search.to_toml(wanted)}".encode())
     assert trials.choose(options, wanted, "") == (folder, placed)
     with pytest.raises(UserError, match=r"is another search: optimizer\.name"):
         trials.choose(parse.override(options, {"optimizer": {"name": "adamw"}}), wanted, "")
@@ -161,8 +166,45 @@ def test_optuna_is_asked_told_and_reminded():
     again = Suggester(space, 3)
     for number, point in enumerate(points):
         again.recall(number, point)
-        again.tell(number, point["model.dropout"])
-    assert again.study.best_value == min(point["model.dropout"] for point in points)
+        again.tell(number, None if number == 3 else point["model.dropout"])
+    assert again.study.best_value == first.study.best_value
+    assert again.ask(12) == first.ask(12)
+    assert again.ask(13) not in points
+
+
+def test_fields_may_be_written_without_quotes():
+    plain = Search(space={"optimizer": {"learning_rate": SPACE["optimizer.learning_rate"]}})
+    assert plain == Search(space={"optimizer.learning_rate": SPACE["optimizer.learning_rate"]})
+
+
+def test_a_range_of_numbers_may_be_searched_where_the_configuration_has_a_word():
+    wanted = Search(space={"stream.offset": {"randint": [0, 40]}})
+    assert trials.own_point(parse.load(None, {}), wanted) is None
+    assert trials.point_of(parse.load(None, {}), wanted, 0)["stream.offset"] in range(41)
+
+
+def test_values_of_several_types_find_room_in_one_column(tmp_path):
+    wanted = Search(space={"stream.offset": {"grid": ["random", 0, [1, 2]]}})
+    table = summary.table_of(trials.Trials(Folder(str(tmp_path)), parse.load(None, {}), wanted))
+    values = parquet.read_table(io.BytesIO(table)).column("stream.offset").to_pylist()
+    assert values == ['"random"', "0", "[1, 2]"]
+
+
+def test_what_a_trial_gave_or_took_last_does_not_take_it_back(prose, tmp_path):
+    """Its process died: Ray Tune brings the checkpoint that it knows, and the run is further."""
+    flags = ["--corpus.source", prose, "--run.storage", tmp_path, "--scale.workers", 0, "--generate.prefix", "the"]
+    flags += ["--model.hidden_size", 8, "--run.name", "run"]
+    assert job("train", *flags, "--train.max_steps", 10).status == 0
+    run, between = Folder(str(tmp_path / "run")), Folder(str(tmp_path / "between"))
+    given, _ = latest_sound(run / "checkpoints")
+    trials.give(given, run, between)
+    assert job("train", *flags, "--train.max_steps", 20).status == 0
+    trials.take(between, run, runs.read(run).config)
+    assert latest_sound(run / "checkpoints")[0].step == 20
+    explored = trials.at(runs.read(run).config, {"optimizer.learning_rate": 0.5})
+    trials.take(between, run, explored)
+    assert latest_sound(run / "checkpoints")[0].step == 10
+    assert runs.read(run).config == explored
 
 
 def test_a_table_that_moves_is_taken_back():

@@ -108,6 +108,10 @@ def test_a_search_leaves_all_that_one_looks_at(calm, on_cluster):
     assert not (folder / "ray").exists()
     again = job(*words(folder.parent, "calm"))
     assert "is finished" in again.out
+    (folder / "best.toml").unlink()  # as when the driver is killed before all is written
+    again = job(*words(folder.parent, "calm"))
+    assert (again.status, again.err) == (0, "")
+    assert "is finished" not in again.out
     # The winner's file is a configuration that train takes, and the run is the trial's.
     ended = job("train", folder / "best.toml", "--run.name", "again")
     assert ended.status == 0, ended.err
@@ -186,7 +190,8 @@ def test_asha_stops_the_hopeless_and_keeps_their_checkpoints(prose, tmp_path, on
     assert "is finished" in again.out
 
 
-def test_a_trial_that_diverges_is_marked_and_the_others_go_on(prose, tmp_path, on_cluster):
+def test_a_trial_that_diverges_is_marked_and_the_others_go_on(prose, tmp_path, on_cluster, monkeypatch):
+    monkeypatch.setattr("job.tune.TRIES", 1)
     space = '"model.cell" = { grid = ["test_cells:Bomb", "rnn", "test_cells:Dies"] }'
     ended = job(*small(prose, tmp_path, "marked", space, "--search.concurrent", 2))
     assert ended.status == 0, ended.err
@@ -194,6 +199,9 @@ def test_a_trial_that_diverges_is_marked_and_the_others_go_on(prose, tmp_path, o
     assert [mark["state"] for mark in found.values()] == ["diverged", "finished", "failed"]
     assert "the loss is nan at step 8" in found["00000"]["why"]
     assert "trial 0 diverged" in ended.out
+    assert "time is up" not in ended.out
+    table = pq.read_table(tmp_path / "marked" / "trials.parquet").to_pylist()
+    assert [row["state"] for row in table] == ["diverged", "finished", "failed"]
     assert "best is trial 1" in ended.out
 
 
@@ -201,7 +209,7 @@ def test_an_exploited_trial_goes_on_with_the_winners_weights_and_state(prose, tm
     """Bit for bit: where exploring changes nothing, the loser's way is the winner's from there on."""
     monkeypatch.setattr(Space, "explore", lambda self, point, luck: point)
     space = '"optimizer.learning_rate" = { grid = [1.0, 0.001] }'
-    words = small(prose, tmp_path, "pbt", space, "--search.scheduler", "pbt", "--train.epochs", 12)
+    words = small(prose, tmp_path, "pbt", space, "--search.scheduler", "pbt", "--train.epochs", 5)
     words += ["--model.cell", "lstm", "--optimizer.name", "adamw", "--model.dropout", 0.2, "--train.log_every", 1]
     ended = job(*words)
     assert ended.status == 0, ended.err
@@ -219,8 +227,6 @@ def test_an_exploited_trial_goes_on_with_the_winners_weights_and_state(prose, tm
 
 def test_before_it_explores_it_holds_the_winners_checkpoint(prose, tmp_path):
     """Weights, optimizer, every lane's state and the place in the text; then it goes on with its own rate."""
-    from job.tune import adopt
-
     flags = ["--corpus.source", prose, "--run.storage", tmp_path, "--scale.workers", 0, "--generate.prefix", "the"]
     flags += ["--model.hidden_size", 16, "--optimizer.name", "adamw", "--train.log_every", 1, "--train.epochs", 3]
     for name, rate in (("winner", 0.01), ("loser", 0.02)):
@@ -231,7 +237,7 @@ def test_before_it_explores_it_holds_the_winners_checkpoint(prose, tmp_path):
     (tmp_path / "loser" / "result.json").unlink()
     options = parse.from_toml((tmp_path / "loser" / "config.toml").read_text(), "loser")
     explored = trials.at(options, {"optimizer.learning_rate": 0.005})
-    adopt(Folder(str(tmp_path / "between")), Folder(str(tmp_path / "loser")), explored)
+    trials.take(Folder(str(tmp_path / "between")), Folder(str(tmp_path / "loser")), explored)
     taken, _ = latest_sound(Folder(str(tmp_path / "loser" / "checkpoints")))
     assert taken.name == sound.name
     assert {file: checkpoint.read_file(taken, file) for file in taken.files} == {

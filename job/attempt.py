@@ -1,0 +1,219 @@
+"""One trial of a search, in an actor of Ray Tune: an ordinary run, which waits at each report for the word to go on."""
+
+import contextlib
+import os
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from signal import SIGTERM
+from typing import Any
+
+import numpy as np
+
+from job import inprocess, onray  # isort: skip  first: onray sets what Ray reads when it is imported
+import ray
+from ray import tune
+
+from job import driver, events, lease, trials
+from job.config import Config
+from job.driver import Follow, Launcher, Wishes
+from job.errors import Diverged, Hopeless, UserError
+from job.record import Recorder
+from job.screen import Screen
+from job.search import Search
+from job.storage import Folder
+from job.trainer import Plan
+
+
+@dataclass(frozen=True)
+class Task:
+    """What all trials share."""
+
+    base: Config
+    search: Search
+    folder: Folder
+    directory: str  # where the command was given, from which its paths are
+    mailbox: Any  # brings the order to stop
+
+
+class Actor(tune.Trainable):
+    """Runs one trial after another: each an ordinary run, which waits at each report for the word to go on."""
+
+    def setup(self, config: dict[str, Any], task: Task) -> None:
+        """Called by Ray Tune once."""
+        self.task = task
+        with contextlib.suppress(OSError):  # another host may not have it
+            os.chdir(task.directory)
+        self.attempt: Attempt | None = None
+        self.told_to_stop = False
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        with contextlib.suppress(ray.exceptions.RayError):  # the search's driver is gone, and soon this process
+            ray.get(self.task.mailbox.orders_after.remote(0))
+            self.told_to_stop = True
+            if self.attempt:
+                self.attempt.ask_to_stop()
+
+    @property
+    def options(self) -> Config:
+        """The run's configuration; the trial is known by its name, since its point may be another's."""
+        return trials.options_of(self.task.base, self.task.folder, int(self.trial_name), self.config["trial"]["point"])
+
+    @property
+    def place(self) -> Folder:
+        """The run's folder."""
+        return self.task.folder / trials.RUNS / self.trial_name
+
+    def step(self) -> dict[str, Any]:
+        """Goes on to the next report."""
+        if self.attempt is None:
+            self.attempt = Attempt(self.options, self.place, self.task.search)
+            if self.told_to_stop:
+                self.attempt.ask_to_stop()
+        return self.attempt.next_report()
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Copies the checkpoint of the last report, for the trials that will go on from it."""
+        assert self.attempt and self.attempt.recorder
+        trials.give(self.attempt.recorder.committed[-1], self.place, Folder(checkpoint_dir))
+
+    def load_checkpoint(self, checkpoint_dir: str) -> None:  # type: ignore[override]
+        """Makes a checkpoint, this trial's or another's, the one that the run goes on from."""
+        trials.take(Folder(checkpoint_dir), self.place, self.options)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Ends this trial's run; the actor takes another."""
+        self.cleanup()
+        return True
+
+    def cleanup(self) -> None:
+        """Ends the run, with a checkpoint, and whatever it has started."""
+        if self.attempt:
+            self.attempt.end()
+            self.attempt = None
+
+
+class Attempt:
+    """A trial's run in a thread; it reports when the checkpoint of an epoch is whole, and waits there."""
+
+    def __init__(self, options: Config, place: Folder, wanted: Search) -> None:
+        self.options, self.place, self.search = options, place, wanted
+        self.reports: queue.SimpleQueue[dict[str, Any] | BaseException] = queue.SimpleQueue()
+        self.may_go_on = threading.Semaphore(0)
+        self.ending = self.stop_wanted = False
+        self.recorder: Recorder | None = None
+        self.wishes: Wishes | None = None
+        self.row: dict[str, Any] | None = None  # that waits for its checkpoint
+        self.told = 0  # the step of the last report
+        self.thread = threading.Thread(target=self._drive, daemon=True)
+
+    # --- called by Ray Tune, in the actor's main thread ---
+
+    def next_report(self) -> dict[str, Any]:
+        """Lets the run go on, and waits for its next report; raises what ended it unforeseen."""
+        if not self.thread.is_alive():
+            self.thread.start()
+        else:
+            self.may_go_on.release()
+        found = self.reports.get()
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def ask_to_stop(self) -> None:
+        """Has the run save and stop at its next step."""
+        self.stop_wanted = True
+        if self.wishes:
+            self.wishes.status = 128 + SIGTERM
+
+    def end(self) -> None:
+        """Stops the run, where it is not over, and waits until it is."""
+        self.ending = True
+        self.ask_to_stop()
+        self.may_go_on.release()
+        if self.thread.ident:
+            self.thread.join()
+
+    # --- in the run's thread ---
+
+    def _drive(self) -> None:
+        try:
+            self.reports.put({"done": True, **self._outcome()})
+        except BaseException as error:  # told by the main thread, and tried again by Ray Tune
+            self.reports.put(error)
+
+    def _outcome(self) -> dict[str, str]:
+        if self.search.scheduler == "asha":
+            self._recall()
+        if self.stop_wanted:
+            return {"state": "interrupted"}
+        launch = onray.launch if self.options.scale.max_workers else inprocess.launch
+        try:
+            self._wait_until_free()
+            with open(os.devnull, "w") as nowhere:
+                status = driver.run(self.options, "", Screen(nowhere), self._watched(launch))
+        except Diverged as error:
+            return {"state": "diverged", "why": _short(error)}
+        except (Hopeless, UserError) as error:
+            return {"state": "failed", "why": _short(error)}
+        return {"state": "interrupted" if status else "finished"}
+
+    def _recall(self) -> None:
+        """Reports again what an earlier start of the search has seen, for the scheduler."""
+        for row in trials.rows(self.place):
+            if not self.stop_wanted:
+                self._report(row)
+
+    def _wait_until_free(self) -> None:
+        """A driver of this run that is dying, or died with its node, is waited for."""
+        until = time.monotonic() + lease.SILENCE + 2 * lease.BEAT
+        while not self.stop_wanted and time.monotonic() < until:
+            try:
+                return lease.refuse_if_alive(self.place)
+            except UserError:
+                time.sleep(0.5)
+
+    def _watched(self, launch: Launcher) -> Launcher:
+        """The launcher, with its recorder watched and its wishes within reach."""
+
+        @contextmanager
+        def watched(options: Config, screen: Screen) -> Iterator[Follow]:
+            with launch(options, screen) as follow:
+
+                def followed(plan: Plan, tokens: np.ndarray, recorder: Recorder, wishes: Wishes) -> None:
+                    self.recorder, self.wishes = recorder, wishes
+                    recorder.watch = self._watch
+                    if self.stop_wanted:
+                        self.ask_to_stop()
+                    follow(plan, tokens, recorder, wishes)
+
+                yield followed
+
+        return watched
+
+    def _watch(self, event: events.Event) -> None:
+        assert self.recorder
+        if isinstance(event, events.Row) and event.attempt == self.recorder.attempt:
+            if trials.score(event.row, self.search.metric) is not None:
+                self.row = event.row
+        elif self.row and self.recorder.committed and self.recorder.committed[-1].step == self.row["step"]:
+            row, self.row = self.row, None
+            self._report(row)
+
+    def _report(self, row: dict[str, Any]) -> None:
+        """Tells Ray Tune, once for each step, and waits for its word."""
+        value = trials.score(row, self.search.metric)
+        if value is None or row["step"] <= self.told or self.ending:
+            return
+        self.told = row["step"]
+        self.reports.put({"epoch": row["epoch"], "step": row["step"], "score": value})
+        self.may_go_on.acquire()
+
+
+def _short(error: Exception) -> str:
+    """What went wrong, without what the run's own command would say of going on."""
+    return str(error).partition(";")[0]

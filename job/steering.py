@@ -1,0 +1,178 @@
+"""What Ray Tune asks of a search as it goes: what trials come to, which comes next, which may go on."""
+
+import contextlib
+import queue
+import random
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from job import cluster  # isort: skip  first: it sets what Ray reads when it is imported
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
+from ray.tune.search import Searcher
+
+from job import summary, trials
+from job.screen import Screen
+from job.search import Space
+from job.suggest import Suggester
+from job.trials import Trial, Trials
+
+assert cluster
+
+BEST_OF = 3  # a trial that survives a rung of ASHA is among the best third
+PERTURBATIONS = 8  # how often population-based training compares, over a run
+
+
+class _Kept:
+    """Stays in the driver: Ray Tune would write it into its own records, which nobody reads."""
+
+    def __reduce__(self) -> Any:
+        return (object, ())
+
+
+def number_of(trial: Any) -> int:
+    """Ray Tune's trial, as ours: by its name, since its point may be another's."""
+    return int(str(trial))
+
+
+class Ear(_Kept, tune.Callback):
+    """Hears from Ray Tune how trials begin, get on and end."""
+
+    def __init__(self, known: Trials) -> None:
+        self.known = known
+        self.heard = time.monotonic()
+        self.running: set[int] = set()
+        self.ended: queue.SimpleQueue[Trial] = queue.SimpleQueue()  # for the main thread to tell of
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """An actor takes a trial."""
+        self.running.add(number_of(trial))
+        self.known.begin(number_of(trial), trial.config["trial"]["point"])
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """A trial reports."""
+        self.heard = time.monotonic()
+        if "score" in result and self.known.report(number_of(trial), result["epoch"], result["score"]):
+            trial.run_metadata.num_failures = 0  # only deaths with nothing new between them add up
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial has ended by itself, or was stopped by the scheduler, which leaves no state."""
+        result = trial.last_result
+        self._end(trial, result.get("state", "stopped"), result.get("why", ""))
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """A trial has died too often."""
+        self._end(trial, "failed", _last_line(trial.error_file))
+
+    def _end(self, trial: Any, state: str, why: str) -> None:
+        number = number_of(trial)
+        self.running.discard(number)
+        if state == "interrupted":
+            return
+        self.known.end(number, state, why)
+        self.ended.put(self.known.found[number])
+
+    def tell(self, screen: Screen) -> None:
+        """A line for each trial that has ended."""
+        while not self.ended.empty():
+            screen.line(summary.line(self.known, self.ended.get()))
+
+
+def _last_line(file: str | None) -> str:
+    """The end of a traceback, which says what went wrong."""
+    with contextlib.suppress(OSError, TypeError, IndexError):
+        return [line for line in Path(str(file)).read_text().splitlines() if line.strip()][-1].strip()[:200]
+    return "its process died"
+
+
+class Stop(_Kept, tune.Stopper):
+    """Ends the search once it is wanted, and the trials that run have saved."""
+
+    def __init__(self, ear: Ear) -> None:
+        self.ear, self.wanted = ear, False
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        """No trial is stopped by itself."""
+        return False
+
+    def stop_all(self) -> bool:
+        """Asked by Ray Tune again and again."""
+        return self.wanted and not self.ear.running
+
+
+class Asker(_Kept, Searcher):
+    """Has a model choose the points; trials that were begun before come first."""
+
+    def __init__(self, known: Trials, suggester: Suggester) -> None:
+        super().__init__()
+        self.known, self.suggester = known, suggester
+        self.numbers: dict[str, int] = {}
+        before = list(known)
+        for trial in before:
+            suggester.recall(trial.number, trial.point)
+            if trial.is_over:
+                suggester.tell(trial.number, _told(known, trial, trial.state))
+        new = [number for number in range(known.search.total) if number not in known.found]
+        self.left = [trial.number for trial in before if not trial.is_over] + new
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str:
+        """The next trial."""
+        if not self.left:
+            return str(Searcher.FINISHED)
+        number = self.numbers[trial_id] = self.left.pop(0)
+        begun = self.known.found.get(number)
+        return {"trial": {"number": number, "point": begun.point if begun else self.suggester.ask(number)}}
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """A trial has ended."""
+        number = self.numbers.pop(trial_id)
+        state = "failed" if error else (result or {}).get("state", "stopped")  # not yet told to our trials
+        if state != "interrupted":
+            self.suggester.tell(number, _told(self.known, self.known.found[number], state))
+
+
+def _told(known: Trials, trial: Trial, state: str) -> float | None:
+    return None if state in ("diverged", "failed") else known.best_of(trial)
+
+
+def scheduler_of(known: Trials) -> TrialScheduler:
+    """Ray Tune's scheduler, which has been shown what an earlier start of the search found."""
+    wanted, base = known.search, known.base
+    epochs = max(trials.at(base, corner).train.epochs for corner in [{}, *wanted.space.corners])
+    if wanted.scheduler == "asha" and epochs > 1:
+        # The last epoch has no rung: who gets there has ended by itself.
+        asha = ASHAScheduler(
+            "epoch", "score", "min", max_t=epochs - 1, reduction_factor=BEST_OF, stop_last_trials=False
+        )
+        for trial in known:
+            if trial.is_over:
+                _recall(asha, trial)
+        return asha
+    if wanted.scheduler == "pbt":
+        luck = random.Random(f"{base.run.seed} explore")
+        return PopulationBasedTraining(
+            "epoch",
+            "score",
+            "min",
+            perturbation_interval=max(1, epochs // PERTURBATIONS),
+            custom_explore_fn=lambda config: {"trial": _explored(config["trial"], wanted.space, luck)},
+            log_config=False,
+            synch=True,  # else who begins later is compared with whom it never met
+        )
+    return FIFOScheduler()
+
+
+def _explored(trial: dict[str, Any], space: Space, luck: random.Random) -> dict[str, Any]:
+    return {**trial, "point": space.explore(trial["point"], luck)}
+
+
+def _recall(scheduler: TrialScheduler, trial: Trial) -> None:
+    """Shows the scheduler a trial of an earlier start of the search."""
+    stub = SimpleNamespace(trial_id=f"before-{trial.number}")
+    scheduler.on_trial_add(None, stub)
+    for epoch, value in trial.scores:
+        scheduler.on_trial_result(None, stub, {"epoch": epoch, "score": value})
