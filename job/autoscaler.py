@@ -21,7 +21,11 @@ _FLAG = "--autoscaling-config="
 
 
 def growth() -> list[Growth] | None:
-    """Nothing where there is no autoscaler, None where there is one whose limits cannot be known."""
+    """Nothing where there is no autoscaler, None where there is one whose limits cannot be known.
+
+    What it has brought already is counted too: its report of that lags, and too much is awaited, with
+    a message, where too little would be refused.
+    """
     kinds: dict[str, str] = {}
     with contextlib.suppress(ValueError, LookupError, TypeError):
         kinds = json.loads(_internal_kv_get(_REPORT) or "{}")["autoscaler_report"]["node_type_mapping"]
@@ -30,7 +34,7 @@ def growth() -> list[Growth] | None:
         return []
     on_head = ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001}, max_retries=0)(_configuration)
     try:
-        found = ray.get(on_head.remote(), timeout=PATIENCE)
+        found = ray.get(on_head.remote(ray.get_runtime_context().gcs_address), timeout=PATIENCE)
         if found is None:
             return None if kinds or is_autoscaler_v2() else []
         return _limits(found)
@@ -38,12 +42,13 @@ def growth() -> list[Growth] | None:
         return None
 
 
-def _configuration() -> dict[str, Any] | None:
+def _configuration(gcs_address: str) -> dict[str, Any] | None:
     """Runs on the head: what its autoscaler was started with, if anything; None where it runs elsewhere."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             words = path.read_bytes().decode(errors="replace").split("\0")
-            if any(word.endswith("monitor.py") and "autoscaler" in word for word in words):
+            is_autoscaler = any(word.endswith("monitor.py") and "autoscaler" in word for word in words)
+            if is_autoscaler and f"--gcs-address={gcs_address}" in words:  # other clusters may have a head here
                 files = [word.removeprefix(_FLAG) for word in words if word.startswith(_FLAG)]
                 return dict(importlib.import_module("yaml").safe_load(Path(files[0]).read_text())) if files else {}
     return None

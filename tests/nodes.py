@@ -27,6 +27,7 @@ _LISTS = (
     "initialization_commands", "setup_commands", "head_setup_commands", "worker_setup_commands",
     "head_start_ray_commands", "worker_start_ray_commands", "cluster_synced_files", "rsync_exclude", "rsync_filter",
 )  # fmt: skip
+_HEAD = "ray.head.default"  # as Ray's pretended provider calls the head
 # All nodes have one address, so the autoscaler must tell them apart by their names.
 _PROVIDER = ("use_node_id_as_ip", "disable_node_updaters", "disable_launch_config_check")
 
@@ -101,7 +102,7 @@ class Nodes:
     def _autoscaling(self, kinds: dict[str, dict[str, Any]]) -> Path:
         """A file for the autoscaler, with Ray's own pretended provider of nodes."""
         types = {name: {"node_config": {}, "min_workers": 0, **kind} for name, kind in kinds.items()}
-        types["head"] = {"node_config": {}, "resources": {"CPU": 1}, "max_workers": 0}
+        types[_HEAD] = {"node_config": {}, "resources": {"CPU": 1}, "max_workers": 0}
         configuration = {
             **{name: {} for name in _MAPPINGS},
             **{name: [] for name in _LISTS},
@@ -112,7 +113,7 @@ class Nodes:
             "file_mounts_sync_continuously": False,
             "provider": {"type": "fake_multinode", "gcs_address": self.address, **dict.fromkeys(_PROVIDER, True)},
             "available_node_types": types,
-            "head_node_type": "head",
+            "head_node_type": _HEAD,
         }
         path = self.folder / "autoscaling.json"
         path.write_text(json.dumps(configuration))

@@ -106,21 +106,23 @@ def growing():
     nodes.close()
 
 
-def test_the_autoscaler_brings_what_a_run_asks_for(growing, prose, tmp_path, monkeypatch):
-    """Two workers on a head with room for one; the node goes again when it is idle."""
-    monkeypatch.setenv("RAY_ADDRESS", growing.address)
-    ended = job(*small(prose, tmp_path, "run", "--scale.workers", 2))
-    assert ended.status == 0, ended.err
-    assert re.search(r"waiting for 1 of 2 workers: 1 CPU each, .*autoscaler is asked for more", ended.out)
-    assert {row["workers"] for row in rows(tmp_path / "run", "epoch")} == {2}
-    until(lambda: growing.raylets() == 1, 120, "the node that was brought stays")
-
-
 def test_more_than_an_autoscaler_may_ever_bring_is_refused(growing, prose, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", growing.address)
     ended = job(*small(prose, tmp_path, "run", "--scale.workers", 9))
     assert (ended.status, ended.err.count("\n")) == (2, 1)
     assert "can never place more than 3 workers of 1 CPU each" in ended.err
+
+
+def test_the_autoscaler_brings_what_a_run_asks_for(growing, prose, tmp_path, monkeypatch):
+    """Two workers on a head with room for one; the node goes again when it is idle."""
+    monkeypatch.setenv("RAY_ADDRESS", growing.address)
+    monkeypatch.setattr("job.watch.FIRST", 0.5)
+    monkeypatch.setattr("job.watch.AGAIN", 1)
+    ended = job(*small(prose, tmp_path, "run", "--scale.workers", 2))
+    assert ended.status == 0, ended.err
+    assert re.search(r"waiting for 1 of 2 workers: 1 CPU each, .*autoscaler is asked for more", ended.out)
+    assert {row["workers"] for row in rows(tmp_path / "run", "epoch")} == {2}
+    until(lambda: growing.raylets() == 1, 120, "the node that was brought stays")
 
 
 def test_the_doctor_looks_at_a_cluster(growing, prose, tmp_path):
