@@ -15,13 +15,16 @@ import ray
 import ray.util
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from job import probe
 from job.config import Config
 from job.driver import Follow, Wishes
 from job.errors import RunFailed
+from job.events import Event
 from job.gradients import Signals
+from job.mailbox import Mailbox, opened, sealed
 from job.network import Networked
 from job.placement import Placement
 from job.record import Recorder
@@ -29,7 +32,7 @@ from job.screen import Screen
 from job.storage import Folder
 from job.trainer import Plan
 from job.watch import Waiting, Watch
-from job.worker import Mailbox, train_worker
+from job.worker import train_worker
 
 POLL = 1.0  # seconds that a signal, or the end of Ray Train, may go unnoticed
 PATIENCE = 10.0  # seconds for Ray to end in
@@ -80,6 +83,15 @@ def mailbox_here() -> Any:
     return Mailbox.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
 
+class _Trainer(TorchTrainer):
+    """Ray's trainer, without an actor for Ray Data at each start of workers: a second or two on a small machine."""
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [
+            callback for callback in super()._create_default_callbacks() if not isinstance(callback, DatasetsCallback)
+        ]
+
+
 class _Following:
     """One run of Ray Train, whose events the driver's main thread takes as they come."""
 
@@ -102,7 +114,7 @@ class _Following:
             "mailbox": self.mailbox,
             "threads": placement.cpus_per_worker,
         }
-        return TorchTrainer(
+        return _Trainer(
             train_worker,
             train_loop_config=task,
             torch_config=Networked(timeout_s=math.ceil(options.scale.hang_timeout)),
@@ -143,25 +155,29 @@ class _Following:
         finally:
             self.mailbox.end.remote()
 
+    def _collected(self) -> list[Event]:
+        """What has come; waits a moment for it."""
+        return [opened(letter) for letter in ray.get(self.mailbox.collect.remote(POLL))]
+
     def _take_events(self) -> None:
         waiting, asked = Waiting(self.placement, self.recorder.screen), False
         while not self.recorder.over:
-            events = ray.get(self.mailbox.collect.remote(POLL))
+            events = self._collected()
             for event in events:
                 self.recorder.handle(event)
             if self.wishes.save:
                 self.wishes.save = False
-                ray.get(self.mailbox.order.remote(Signals(checkpoint=True)))
+                ray.get(self.mailbox.order.remote(sealed(Signals(checkpoint=True))))
             if self.wishes.status and not self.recorder.standing:
                 raise KeyboardInterrupt  # no worker stands that could save anything
             if self.wishes.status and not asked:
-                ray.get(self.mailbox.order.remote(Signals(stop=True)))
+                ray.get(self.mailbox.order.remote(sealed(Signals(stop=True))))
                 asked = True
             if not self.thread.is_alive() and not events and not self.recorder.over:
                 raise RunFailed(f"Ray Train ended: {_first_line(self.error)}")
             waiting.look(standing=self.recorder.standing)
         if self.recorder.failed:  # parts that were written before may still be on their way
-            for event in ray.get(self.mailbox.collect.remote(POLL)):
+            for event in self._collected():
                 self.recorder.handle(event)
 
 

@@ -37,6 +37,7 @@ from job.config import Config  # noqa: E402
 from job.driver import Wishes  # noqa: E402
 from job.errors import RunFailed  # noqa: E402
 from job.gradients import Signals  # noqa: E402
+from job.mailbox import sealed  # noqa: E402
 from job.placement import Placement  # noqa: E402
 from job.screen import Screen  # noqa: E402
 from job.search import Search  # noqa: E402
@@ -198,7 +199,7 @@ def _search(known: Trials, place: Place, owned: lease.Lease, wishes: Wishes, scr
             experiment.join(LOOK)
             if not stop.wanted and (wishes.status or time.monotonic() > until):
                 stop.wanted = True
-                mailbox.order.remote(Signals(stop=True))
+                mailbox.order.remote(sealed(Signals(stop=True)))
             owned.check_now_and_then()
             ear.tell(screen)
             summary.progress(known, screen)

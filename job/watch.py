@@ -11,6 +11,7 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 
 from job import autoscaler
 from job.events import GroupEnded
+from job.mailbox import sealed
 from job.placement import Placement
 from job.screen import Screen
 from job.worker import in_a_line
@@ -33,7 +34,8 @@ class Watch(ControllerCallback):
         kind = type(current_state).__name__
         if kind in ("RestartingState", "ReschedulingState", "ResizingState"):
             error = getattr(current_state, "training_failed_error", None)
-            self.mailbox.post.remote("controller", next(self.numbers), GroupEnded("", _fault(error)))
+            event = GroupEnded("", _fault(error))
+            self.mailbox.post.remote("controller", next(self.numbers), sealed(event))
 
 
 def _fault(error: Any) -> str:

@@ -1,10 +1,10 @@
-"""The function that Ray Train runs on each worker, and the mailbox between workers and driver."""
+"""The function that Ray Train runs on each worker, and the worker's tie to its driver."""
 
-import asyncio
 import itertools
 import re
 import threading
 import uuid
+from collections import deque
 from typing import Any
 
 import numpy as np
@@ -16,66 +16,9 @@ import torch.distributed as dist
 from job import trainer
 from job.events import Crashed, Event
 from job.gradients import Signals
+from job.mailbox import opened, sealed
 from job.trainer import Plan
 from job.world import World
-
-GATHER = 0.1  # seconds
-
-
-@ray.remote(num_cpus=0, max_restarts=0)
-class Mailbox:
-    """Carries events to the driver, in order, and its orders to rank 0."""
-
-    def __init__(self) -> None:
-        self.events: asyncio.Queue[Event] = asyncio.Queue()
-        self.held: dict[str, dict[int, Event]] = {}  # Ray may swap the calls of one sender
-        self.taken: dict[str, int] = {}
-        self.orders: list[Signals] = []
-        self.ordered = asyncio.Condition()
-        self.over = False
-
-    async def post(self, sender: str, number: int, event: Event) -> None:
-        """From a worker: its event of that number, from 0; those before it are waited for."""
-        held = self.held.setdefault(sender, {})
-        held[number] = event
-        while (following := self.taken.get(sender, 0)) in held:
-            self.events.put_nowait(held.pop(following))
-            self.taken[sender] = following + 1
-
-    async def collect(self, timeout: float) -> list[Event]:
-        """For the driver: what has come; waits so many seconds for the first event.
-
-        A moment more lets others join it: the driver shares its cores with the workers.
-        """
-        found: list[Event] = []
-        try:
-            found.append(await asyncio.wait_for(self.events.get(), timeout))
-        except TimeoutError:
-            return found
-        await asyncio.sleep(GATHER)
-        while not self.events.empty():
-            found.append(self.events.get_nowait())
-        return found
-
-    async def end(self) -> None:
-        """From the driver: workers that Ray starts again have nothing left to do."""
-        self.over = True
-
-    async def is_over(self) -> bool:
-        """For a worker that starts."""
-        return self.over
-
-    async def order(self, signals: Signals) -> None:
-        """From the driver."""
-        async with self.ordered:
-            self.orders.append(signals)
-            self.ordered.notify_all()
-
-    async def orders_after(self, seen: int) -> list[Signals]:
-        """For a worker: the orders after those it has seen; waits for one."""
-        async with self.ordered:
-            await self.ordered.wait_for(lambda: len(self.orders) > seen)
-            return self.orders[seen:]
 
 
 class _RayLink:
@@ -84,7 +27,7 @@ class _RayLink:
     def __init__(self, mailbox: Any, rank: int) -> None:
         self.mailbox = mailbox
         self.name = uuid.uuid4().hex
-        self.sent: list[Any] = []  # calls, of which the last ones may not have arrived
+        self.sent: deque[Any] = deque(maxlen=100)  # calls, of which the last ones may not have arrived
         self.numbers = itertools.count()
         self.lock = threading.Lock()
         self.wanted = Signals()
@@ -95,7 +38,7 @@ class _RayLink:
         seen = 0
         while True:
             try:
-                orders = ray.get(self.mailbox.orders_after.remote(seen))
+                orders = [opened(order) for order in ray.get(self.mailbox.orders_after.remote(seen))]
             except Exception:  # the driver is gone, and with it soon this process
                 return
             seen += len(orders)
@@ -105,11 +48,11 @@ class _RayLink:
 
     def post(self, event: Event) -> None:
         with self.lock:  # the loop posts, and the thread that writes checkpoints
-            self.sent = [*self.sent[-100:], self.mailbox.post.remote(self.name, next(self.numbers), event)]
+            self.sent.append(self.mailbox.post.remote(self.name, next(self.numbers), sealed(event)))
 
     def flush(self) -> None:
         """Waits until all events have arrived."""
-        ray.get(self.sent)
+        ray.get([*self.sent])
 
     def signals(self) -> Signals:
         with self.lock:

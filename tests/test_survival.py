@@ -350,12 +350,12 @@ def test_events_of_one_worker_are_taken_in_order():
     """Ray may swap calls to an actor that is asynchronous."""
     import asyncio
 
-    from job.worker import Mailbox
+    from job.mailbox import Mailbox
 
     async def swapped():
         box = Mailbox.__ray_metadata__.modified_class()
         for number in (1, 0, 3, 2):
-            await box.post("worker", number, number)
+            await box.post("worker", number, bytes([number]))
         return await box.collect(1.0)
 
-    assert asyncio.run(swapped()) == [0, 1, 2, 3]
+    assert asyncio.run(swapped()) == [b"\0", b"\1", b"\2", b"\3"]
