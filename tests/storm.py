@@ -70,7 +70,12 @@ class Storm:
         self.driver = subprocess.Popen(
             [sys.executable, "-m", "job", "train", *self.flags],
             cwd=ROOT,
-            env={**os.environ, "RAY_ADDRESS": self.cluster.address},
+            # Fewer workers are tried sooner than by default, as a user may choose.
+            env={
+                **os.environ,
+                "RAY_ADDRESS": self.cluster.address,
+                "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "8",
+            },
             text=True,
         )
 

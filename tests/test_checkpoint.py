@@ -51,8 +51,7 @@ def test_a_run_leaves_what_the_contract_says(run):
     assert (run / "perplexity.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.parametrize("cell", ["rnn", "lstm"])
-@pytest.mark.parametrize("stop", [7, 61, 100])
+@pytest.mark.parametrize(("cell", "stop"), [("rnn", 7), ("lstm", 61), ("rnn", 100)])
 def test_a_resumed_run_is_the_uninterrupted_one(prose, tmp_path, cell, stop):
     """Bit for bit, wherever it was stopped; the rows of metrics too."""
     more = ["--model.cell", cell, "--model.num_layers", 2, "--model.dropout", 0.3, "--optimizer.name", "adamw"]

@@ -7,7 +7,7 @@ import pytest
 from conftest import job, result, rows
 from safetensors.torch import load_file
 
-SHORT = ["seed-rnn", "gru", "lstm"]
+SHORT = ["gru", "lstm", pytest.param("seed-rnn", marks=pytest.mark.slow)]
 
 
 def assert_reproduces(trace, run, tolerance):
