@@ -151,7 +151,7 @@ class Attempt:
             self._recall()
         if self.stop_wanted:
             return {"state": "interrupted"}
-        launch = onray.launch if self.options.scale.max_workers else inprocess.launch
+        launch = onray.launch_within if self.options.scale.max_workers else inprocess.launch
         try:
             self._wait_until_free()
             with open(os.devnull, "w") as nowhere:

@@ -49,11 +49,8 @@ def address() -> str:
 def connect(scale: Scale) -> Placement:
     """Connects to a cluster (``RAY_ADDRESS`` where it is set, else one of its own on this machine).
 
-    Gives the workers' place on it; UserError where it can never hold them. Within a cluster, as a
-    trial of a search is, their place was found before.
+    Gives the workers' place on it; UserError where it can never hold them.
     """
-    if ray.is_initialized():
-        return placement.on_cluster(scale, nodes(), None)
     if address():
         return _joined(scale)[0]
     found = placement.on_this_machine(scale, cores(), torch.cuda.device_count())

@@ -26,7 +26,7 @@ from job.events import Event
 from job.gradients import Signals
 from job.mailbox import Mailbox, opened, sealed
 from job.network import Networked
-from job.placement import Placement
+from job.placement import Placement, on_cluster
 from job.record import Recorder
 from job.screen import Screen
 from job.storage import Folder
@@ -42,13 +42,34 @@ REQUESTER = "requester"  # the file in it with the name under which workers are 
 
 @contextmanager
 def launch(options: Config, screen: Screen) -> Iterator[Follow]:
-    """A launcher for workers on a cluster; one that this process is part of stays connected."""
-    _tell_ray_how_patient_to_be(options)
-    fits: list[threading.Thread] = []
-    within = ray.is_initialized()
+    """A launcher for workers on a cluster: the one that is asked for, or one of the run's own."""
     placement = cluster.connect(options.scale)
-    if placement.notice:
-        screen.line(placement.notice)
+    fits: list[threading.Thread] = []
+    try:
+        if placement.notice:
+            screen.line(placement.notice)
+        if cluster.address():
+            probe.check_nodes(placement, options.run.storage, options.model.cell)
+        with _launch(options, placement, fits) as follow:
+            yield follow
+    finally:
+        # Ray must not be shut down under a thread that waits for it. One that waits for workers
+        # which wait for each other ends with this process, and the cluster or job with it.
+        if not any(fit.is_alive() for fit in fits):
+            ray.shutdown()
+
+
+@contextmanager
+def launch_within(options: Config, screen: Screen) -> Iterator[Follow]:
+    """A launcher for a process of the cluster itself, as a search's trial is; its workers' place was found before."""
+    with _launch(options, on_cluster(options.scale, cluster.nodes(), None), []) as follow:
+        yield follow
+
+
+@contextmanager
+def _launch(options: Config, placement: Placement, fits: list[threading.Thread]) -> Iterator[Follow]:
+    """The launcher once a cluster is joined; ``fits`` gets the thread that is in Ray Train's hands."""
+    _tell_ray_how_patient_to_be(options)
 
     def follow(plan: Plan, tokens: np.ndarray, recorder: Recorder, wishes: Wishes) -> None:
         following = _Following(plan, tokens, placement, recorder, wishes)
@@ -56,18 +77,12 @@ def launch(options: Config, screen: Screen) -> Iterator[Follow]:
         following.to_the_end()
 
     try:
-        if cluster.address() and not within:
-            probe.check_nodes(placement, options.run.storage, options.model.cell)
         # Ray prints pages of advice on each death of a worker; what matters comes as an event.
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
             yield follow
     finally:
-        # Ray must not be shut down under a thread that waits for it. One that waits for workers
-        # which wait for each other ends with this process, and the cluster or job with it.
         for fit in fits:
             fit.join(PATIENCE)
-        if not within and not any(fit.is_alive() for fit in fits):
-            ray.shutdown()
 
 
 def _tell_ray_how_patient_to_be(options: Config) -> None:

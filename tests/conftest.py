@@ -58,9 +58,23 @@ def job(*words: object) -> Ended:
     return Ended(status, out.getvalue(), err.getvalue())
 
 
+_started: list[subprocess.Popen] = []
+
+
+@pytest.fixture(autouse=True)
+def _end_what_was_started():
+    """A test that fails leaves no command running under those after it."""
+    yield
+    while _started:
+        process = _started.pop()
+        if process.poll() is None:
+            process.kill()
+            process.communicate()
+
+
 def start_job(*words: object, env: dict[str, str] | None = None, cwd: Path = ROOT, **options: Any) -> subprocess.Popen:
     """Starts the command line in a process of its own."""
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [sys.executable, "-m", "job", *map(str, words)],
         cwd=cwd,
         env={**os.environ, **(env or {})},
@@ -69,6 +83,8 @@ def start_job(*words: object, env: dict[str, str] | None = None, cwd: Path = ROO
         text=True,
         **options,
     )
+    _started.append(process)
+    return process
 
 
 def rows(run: Path, split: str) -> list[dict[str, Any]]:
@@ -139,10 +155,10 @@ def cluster():
     Its workers find the tests' own modules, as a job's find those of its working directory.
     """
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    import job.cluster  # isort: skip  first: it sets what Ray reads when it is imported
+    from job import onray  # isort: skip  first: it sets what Ray reads when it is imported
     from ray.cluster_utils import Cluster
 
-    assert job.cluster
+    onray.PATIENCE = 60  # a command's process would end with Ray Train still at work; this one goes on
     node = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "include_dashboard": False})
     yield node.address
     node.shutdown()

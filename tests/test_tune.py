@@ -300,7 +300,7 @@ def test_two_workers_a_trial_on_three_nodes_whatever_dies(prose, tmp_path, three
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     it, nodes = three_nodes
     space = '"optimizer.learning_rate" = { grid = [0.1, 1.0] }'
-    more = ["--train.reproducible", "true", "--train.epochs", 20, "--train.checkpoint_every", 10]
+    more = ["--train.reproducible", "true", "--train.epochs", 40, "--train.checkpoint_every", 10]
     calm = job(*small(prose, tmp_path, "calm", space, *more, "--train.log_every", 0))
     assert calm.status == 0, calm.err
     words = small(prose, tmp_path, "struck", space, *more, "--scale.workers", 2)
