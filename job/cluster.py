@@ -24,6 +24,7 @@ _QUIET = {
 _ON_NODES = {
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",  # seconds to wait for a worker that hangs
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # what cuBLAS needs to be reproducible
+    "OMP_WAIT_POLICY": "PASSIVE",  # as in __init__
 }
 for _name, _value in (_QUIET | _ON_NODES).items():
     os.environ.setdefault(_name, _value)

@@ -1,0 +1,56 @@
+"""What a second thread brings a step, where threads that wait sleep (as in a run) and where they spin.
+
+    python -m benchmarks.threads [--rounds N]
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+from benchmarks import measure
+from benchmarks.loops import Shapes, our_steps
+from benchmarks.speed import SIZES
+from job.world import keep_memory
+
+
+def compare(name: str, shapes: Shapes, precision: str, rounds: int) -> None:
+    """One and two threads in turns."""
+    runs = {threads: our_steps(shapes, precision) for threads in (1, 2)}
+    times = max(3, round(1e10 / shapes.operations))
+    found: dict[int, list[float]] = {threads: [] for threads in runs}
+    for number in range(rounds + 1):
+        for threads, steps in runs.items():
+            torch.set_num_threads(threads)
+            start = time.perf_counter()
+            for _ in range(times):
+                next(steps)
+            if number:
+                found[threads].append((time.perf_counter() - start) / times * 1e3)
+    print(f"  {name:<14}{precision:<6}{statistics.median(found[1]):8.2f} ms   {measure.ratios(found[1], found[2])}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    policy = os.environ["OMP_WAIT_POLICY"]
+    if policy == "PASSIVE":
+        print(f"{measure.machine()}\na step on one thread, and how many times as fast it is on two: median (range)")
+    print(f"OMP_WAIT_POLICY = {policy}", flush=True)
+    keep_memory()
+    for size, numbers in SIZES.items():
+        for cell in ("rnn", "gru", "lstm"):
+            for precision in ("fp32", "auto"):
+                compare(f"{size} {cell}", Shapes(cell, *numbers), precision, rounds)
+    if policy == "PASSIVE":  # the policy is read once a process
+        line = [sys.executable, "-m", "benchmarks.threads", "--rounds", str(rounds)]
+        subprocess.run(line, env={**os.environ, "OMP_WAIT_POLICY": "ACTIVE"}, check=True)
+
+
+if __name__ == "__main__":
+    main()
