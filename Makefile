@@ -39,8 +39,11 @@ lint: setup  ## formatter, linter and type checker, as CI runs them
 bench: setup  ## the seed's loop, ours, and the job on one and two workers, side by side
 	$(RUN) -m benchmarks.overhead
 
-bench-speed: setup  ## a step of each cell against the plain one and the machine's limits, on one core
+bench-speed: setup  ## a step against the plain one and the machine's limits; threads, two workers, generation
 	$(RUN) -m benchmarks.speed
+	$(RUN) -m benchmarks.threads
+	$(RUN) -m benchmarks.pair
+	$(RUN) -m benchmarks.generation
 
 bench-survival: setup  ## what checkpoints, reproducibility and the death of a worker cost
 	$(RUN) -m benchmarks.survival

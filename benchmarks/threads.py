@@ -1,6 +1,6 @@
 """What a second thread brings a step, where threads that wait sleep (as in a run) and where they spin.
 
-    python -m benchmarks.threads [--rounds N]
+python -m benchmarks.threads [--rounds N]
 """
 
 import argparse

@@ -179,9 +179,9 @@ class _Worker:
                 self._save()
             if self.writer.last != self.progress.step:
                 raise Diverged(f"weights are no longer finite after step {self.progress.step}")
-        except Diverged:  # all workers see it at the same step; what was good is kept
-            self.writer.finish()
-            if self.world.size > 1:
+        except Exception as error:
+            self.writer.finish()  # what was good is kept
+            if isinstance(error, Diverged) and self.world.size > 1:  # all workers see it at the same step
                 dist.barrier()
             raise
         self.writer.finish()

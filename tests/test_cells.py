@@ -41,3 +41,25 @@ class Dies(nn.Module):
         if state is not None and len(inputs) > 3:  # not where the protocol is tried
             os._exit(1)
         return self.layer(inputs), inputs.new_zeros(1, inputs.shape[1], 1)
+
+
+class Breaks(Bomb):
+    """Raises an error of its own in the eighth window."""
+
+    def forward(self, inputs, state):
+        outputs, count = super().forward(inputs, state)
+        if count.max() > 280:
+            raise ValueError("no more")
+        return outputs, count
+
+
+class Odd(Bomb):
+    """Has a parameter without a dimension, and a buffer of whole numbers."""
+
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int) -> None:
+        super().__init__(input_size, hidden_size, num_layers)
+        self.scale = nn.Parameter(torch.tensor(1.0))
+        self.register_buffer("index", torch.arange(3))
+
+    def forward(self, inputs, state):
+        return self.layer(inputs) * self.scale, inputs.new_zeros(1, inputs.shape[1], 1)

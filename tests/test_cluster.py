@@ -94,6 +94,17 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(company, prose, tmp_pa
     assert [row["step"] for row in rows(tmp_path / "run", "train")] == list(range(1, steps + 4))
 
 
+def test_a_search_is_submitted_as_a_run_is(company, prose, tmp_path):
+    words = small(prose, tmp_path, "search", "--scale.workers", 0, "--corpus.validation_fraction", 0.1)[1:]
+    line = ["--submission-id", "search", "--working-dir", ".", "--", "python", "-m", "job", "tune", "configs/tune.toml"]
+    ended = company.job("submit", *line, *words, "--search.trials", 2, "--search.scheduler", "none")
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "2 of 2 trials over" in ended.stdout
+    assert "best is trial" in ended.stdout
+    assert company.status("search") == "succeeded"
+    assert (tmp_path / "search" / "best.toml").exists()
+
+
 # --- an autoscaler ---
 
 

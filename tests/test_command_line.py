@@ -43,6 +43,11 @@ def refuse(tmp_path, *words):
         (["--stream.num_steps", 90000], ["stream.num_steps = 90000", "tokens"]),
         (["--generate.prefix", "012§"], ["generate.prefix", "knows nothing of it"]),
         (["--model.cell", "no_module:Cell"], ["model.cell = no_module:Cell: cannot be imported"]),
+        (["--model.cell", ".cells:Mine"], ["model.cell = .cells:Mine: cannot be imported"]),
+        (["--model.cell", "test_model:ScaledCell", "--model.num_layers", 2], ["Class(input_size, hidden_size"]),
+        (["--model.hidden_size", 10**7], ["does not fit into memory"]),
+        (["--optimizer.learning_rate", 10**400], ["must be a finite number"]),
+        (["--run.storage", "s3://no-such-bucket-of-lanes/x?endpoint_override=127.0.0.1%3A1"], ["cannot be"]),
         (["--model.init", "no.safetensors"], ["model.init = no.safetensors: cannot be read"]),
         (["--run.resume", "must"], ["there is no run"]),
         (["--run.storage", "gopher://x/y"], ["not an address pyarrow understands"]),
@@ -57,6 +62,28 @@ def test_wrong_input_is_one_line_and_leaves_nothing(prose, tmp_path, words, part
     if torch.cuda.is_available() and "GPU" in parts:
         pytest.skip("this machine has a GPU")
     told(refuse(tmp_path, "--corpus.source", prose, *words), *parts)
+
+
+def test_an_error_in_a_users_cell_says_what_is_kept(prose, tmp_path):
+    words = ["--corpus.source", prose, "--run.storage", tmp_path, "--model.cell", "test_cells:Breaks"]
+    ended = job("train", *SMALL, *words, "--run.name", "run", "--train.checkpoint_every", 3)
+    assert (ended.status, ended.err.count("\n")) == (1, 1)
+    assert "ValueError: no more" in ended.err
+    assert "step 6 is kept" in ended.err
+
+
+def test_a_finished_model_may_say_nothing(prose, tmp_path):
+    words = ["--corpus.source", prose, "--run.storage", tmp_path, "--run.name", "run", "--generate.length", 0]
+    ended = job("train", *SMALL, *words, "--model.cell", "test_cells:Odd")
+    assert ended.status == 0, ended.err
+    assert result(tmp_path / "run")["generated"] == "the"
+
+
+def test_no_run_is_put_into_a_search(prose, tmp_path):
+    (tmp_path / "storage" / "it").mkdir(parents=True)
+    (tmp_path / "storage" / "it" / "search.toml").write_text("")
+    words = ["--corpus.source", prose, "--run.storage", tmp_path / "storage", "--run.name", "it"]
+    told(job("train", *SMALL, *words), "is a search and not a run")
 
 
 def test_a_missing_corpus_leaves_nothing(tmp_path):
