@@ -50,6 +50,7 @@ class Storm:
     def __init__(self, flags: list[str], folder: Path, workers: str) -> None:
         self.flags = [*flags, "--run.storage", str(folder), "--run.name", "storm", "--scale.workers", workers]
         self.run = folder / "storm"
+        self.least = int(workers.partition("-")[0])  # nodes of one processor, that the run can go on at all
         self.mark = os.environ[MARK] = uuid.uuid4().hex
         # Nodes that die are noticed after three seconds, not thirty.
         noticed = {
@@ -121,7 +122,7 @@ class Storm:
             workers = self.workers()
             if workers:
                 os.kill(luck.choice(workers), signal.SIGKILL if blow == "kill worker" else signal.SIGSTOP)
-        elif blow == "node joins" or len(self.nodes) == 1:
+        elif blow == "node joins" or len(self.nodes) == self.least:
             self.nodes.append(self.cluster.add_node(num_cpus=1))
         else:
             node = self.nodes.pop(luck.randrange(len(self.nodes)))
