@@ -23,10 +23,11 @@ tune: setup  ## search a learning rate for a small model, on this machine, into 
 	$(RUN) -m job tune configs/tune.toml
 
 test: setup  ## all tests (under 15 minutes on two cores)
-	$(RUN) -m pytest
+	$(RUN) -m pytest -m "not cluster" --numprocesses 2
+	$(RUN) -m pytest -m cluster
 
 test-quick: setup  ## the tests that need no Ray (under a minute)
-	$(RUN) -m pytest -m "not cluster and not slow"
+	$(RUN) -m pytest -m "not cluster and not slow" --numprocesses 2
 
 storm: setup  ## one run, twelve blows, no trace of them (about ten minutes; STORM="--mode fp64" and so on)
 	$(RUN) -m tests.storm $(STORM)

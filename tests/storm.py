@@ -47,7 +47,7 @@ assert job.cluster
 class Storm:
     """The cluster, the driver's process, and what is done to them."""
 
-    def __init__(self, flags: list[str], folder: Path, workers: str) -> None:
+    def __init__(self, flags: list[str], folder: Path, workers: str, nodes: int = 3) -> None:
         self.flags = [*flags, "--run.storage", str(folder), "--run.name", "storm", "--scale.workers", workers]
         self.run = folder / "storm"
         self.least = int(workers.partition("-")[0])  # nodes of one processor, that the run can go on at all
@@ -64,7 +64,7 @@ class Storm:
             "_system_config": {**noticed, "health_check_failure_threshold": 3},
         }
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
-        self.nodes = [self.cluster.add_node(num_cpus=1) for _ in range(3)]
+        self.nodes = [self.cluster.add_node(num_cpus=1) for _ in range(nodes)]
         self.driver: subprocess.Popen[str] | None = None
 
     def start_driver(self) -> None:

@@ -61,15 +61,6 @@ def until(condition, seconds: float, what: str) -> None:
         time.sleep(0.2)
 
 
-def test_a_job_is_submitted_and_its_log_reads_well(company, prose, tmp_path):
-    ended = company.submit("first", *small(prose, tmp_path, "run", "--scale.workers", 1))
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert not re.search(r"[\r\x1b]", ended.stdout.partition("perplexity")[2].partition("curve")[0])
-    assert re.search(r"^perplexity \S+ after 2 epochs", ended.stdout, re.MULTILINE)
-    assert company.status("first") == "succeeded"
-    assert result(tmp_path / "run")["workers"] == 1
-
-
 def test_a_job_that_fails_says_so(company, prose):
     """Relative storage would lie in the job's own folder, which goes with it."""
     ended = company.submit("relative", *small(prose, "runs", "run"))
@@ -92,6 +83,10 @@ def test_a_stopped_job_goes_on_when_it_is_submitted_again(company, prose, tmp_pa
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"goes on from step {steps:,}" in again.stdout
     assert [row["step"] for row in rows(tmp_path / "run", "train")] == list(range(1, steps + 4))
+    # Its log reads well.
+    assert not re.search(r"[\r\x1b]", again.stdout.partition("perplexity")[2].partition("curve")[0])
+    assert re.search(r"^perplexity \S+ after \d+ epochs", again.stdout, re.MULTILINE)
+    assert company.status("again") == "succeeded"
 
 
 def test_a_search_is_submitted_as_a_run_is(company, prose, tmp_path):
@@ -99,7 +94,6 @@ def test_a_search_is_submitted_as_a_run_is(company, prose, tmp_path):
     line = ["--submission-id", "search", "--working-dir", ".", "--", "python", "-m", "job", "tune", "configs/tune.toml"]
     ended = company.job("submit", *line, *words, "--search.trials", 2, "--search.scheduler", "none")
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "2 of 2 trials over" in ended.stdout
     assert "best is trial" in ended.stdout
     assert company.status("search") == "succeeded"
     assert (tmp_path / "search" / "best.toml").exists()
@@ -136,7 +130,8 @@ def test_the_autoscaler_brings_what_a_run_asks_for(growing, prose, tmp_path, mon
     until(lambda: growing.raylets() == 1, 120, "the node that was brought stays")
 
 
-def test_the_doctor_looks_at_a_cluster(growing, prose, tmp_path):
+def test_the_doctor_looks_at_a_cluster(growing, prose, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "")  # which --address sets for the command's process
     words = ["doctor", "--address", growing.address, "--corpus.source", prose, "--run.storage", tmp_path / "runs"]
     words += ["--generate.prefix", "the"]
     well = job(*words, "--scale.workers", 3)

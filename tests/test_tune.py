@@ -128,19 +128,15 @@ def test_more_trials_are_added_to_those_there_are(calm, tmp_path, on_cluster):
     assert len(outcome(folder)[0]) == 4
 
 
-def test_killed_trials_and_a_killed_driver_do_not_change_the_winner(calm, tmp_path, cluster):
+def test_a_killed_trial_does_not_change_the_winner(calm, tmp_path, cluster):
     folder, words = calm
     words = words(tmp_path, "struck")
     place = tmp_path / "struck"
     process = start_job(*words, env={"RAY_ADDRESS": cluster})
     wait_for(lambda: "00001" in trials_with_a_checkpoint(place) and driver_of(place / "trials/00001"), process)
     os.kill(driver_of(place / "trials/00001"), signal.SIGKILL)
-    wait_for(lambda: len(trials_with_a_checkpoint(place)) == 3, process)
-    process.kill()
-    process.wait()
-    again = start_job(*words, env={"RAY_ADDRESS": cluster})
-    out, err = again.communicate(timeout=LONGEST)
-    assert (again.returncode, err) == (0, ""), out
+    out, err = process.communicate(timeout=LONGEST)
+    assert (process.returncode, err) == (0, ""), out
     weights, _ = outcome(folder)
     struck, winner = outcome(place)
     assert struck == {name: weights[name] for name in struck}

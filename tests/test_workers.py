@@ -49,22 +49,13 @@ def test_reproducible_runs_have_the_same_bits_on_any_number_of_workers(prose, tm
     more = ["--train.reproducible", "true", "--train.precision", "fp32", "--model.dropout", 0.3]
     more += ["--model.cell", "lstm", "--model.num_layers", 2, "--corpus.validation_fraction", 0.1]
     found = {}
-    for workers in (0, 2, 3):
+    for workers in (0, 3):
         ended = job(*small(prose, tmp_path, f"on-{workers}", *more, "--scale.workers", workers))
         assert ended.status == 0, ended.err
         run = tmp_path / f"on-{workers}"
         losses = [(row["split"], row["step"], row["nats"]) for row in rows(run, "train") + rows(run, "validation")]
         found[workers] = (result(run)["weights_sha256"], losses)
-    assert found[0] == found[2] == found[3]
-
-
-def test_a_users_cell_trains_on_ray(prose, tmp_path, on_cluster):
-    more = ["--model.cell", "test_model:ScaledCell", "--train.precision", "fp64"]
-    for workers in (0, 3):
-        ended = job(*small(prose, tmp_path, f"on-{workers}", *more, "--scale.workers", workers))
-        assert ended.status == 0, ended.err
-    one, three = ([row["nats"] for row in rows(tmp_path / f"on-{workers}", "train")] for workers in (0, 3))
-    np.testing.assert_allclose(three, one, rtol=1e-9)
+    assert found[0] == found[3]
 
 
 def test_more_workers_than_a_cluster_can_ever_hold_are_refused(prose, tmp_path, on_cluster):
@@ -74,12 +65,17 @@ def test_more_workers_than_a_cluster_can_ever_hold_are_refused(prose, tmp_path, 
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_loss_that_is_no_number_ends_the_run_on_ray(prose, tmp_path, on_cluster):
-    more = ["--model.cell", "test_cells:Bomb", "--train.checkpoint_every", 3, "--scale.workers", 2]
-    ended = job(*small(prose, tmp_path, "bomb", *more))
+def test_a_users_cell_trains_on_ray_until_its_loss_is_no_number(prose, tmp_path, on_cluster):
+    more = ["--model.cell", "test_cells:Bomb", "--train.checkpoint_every", 3, "--train.precision", "fp64"]
+    alone = job(*small(prose, tmp_path, "alone", *more, "--scale.workers", 0))
+    assert alone.status == 1
+    ended = job(*small(prose, tmp_path, "bomb", *more, "--scale.workers", 3))
     assert (ended.status, ended.err.count("\n")) == (1, 1)
     assert "the loss is nan at step 8" in ended.err
     assert "step 6 is kept" in ended.err
+    one, three = ([row["nats"] for row in rows(tmp_path / name, "train")] for name in ("alone", "bomb"))
+    assert len(one) == 7
+    np.testing.assert_allclose(three, one, rtol=1e-9)
 
 
 def test_ctrl_c_on_ray_saves_and_leaves_no_process(prose, tmp_path):
@@ -118,16 +114,16 @@ def test_a_short_storm_leaves_no_trace(prose, tmp_path):
         "1000",
     ]
     kinds = ("kill worker", "kill node", "kill driver", "node joins")
-    storm.storm(flags, 600, kinds, 5, "reproducible", tmp_path)
+    storm.storm(flags, 450, kinds, 5, "reproducible", tmp_path)
 
 
 @pytest.mark.slow
 def test_workers_that_always_die_end_the_run(prose, tmp_path, on_cluster, monkeypatch):
     """Not by trying for ever, even where nothing is left to say why."""
-    monkeypatch.setattr("job.record.TRIES", 3)
+    monkeypatch.setattr("job.record.TRIES", 2)
     ended = job(*small(prose, tmp_path, "run", "--scale.workers", 1, "--model.cell", "test_cells:Dies"))
     assert (ended.status, ended.err.count("\n")) == (1, 1)
-    assert "the workers failed 3 times without getting to a checkpoint" in ended.err
+    assert "the workers failed 2 times without getting to a checkpoint" in ended.err
 
 
 @pytest.mark.slow
@@ -136,11 +132,10 @@ def test_before_a_node_is_taken_away_the_run_is_saved(prose, tmp_path):
     flags = small(prose, tmp_path, "storm", "--model.cell", "lstm", "--train.checkpoint_every", "1000s")[1:]
     flags += ["--train.epochs", 4, "--stream.num_steps", 2, "--train.reproducible", "true", "--train.precision", "fp32"]
     flags = [str(flag) for flag in flags]
-    it = storm.Storm(flags, tmp_path, "3")  # a worker on each of the three nodes
+    it = storm.Storm(flags, tmp_path, "1", nodes=1)
     try:
         it.start_driver()
         assert it.wait_for_step(50)
-        assert len(it.workers()) == 3
         begun = time.monotonic()
         it.announce_preemption(it.nodes[0].node_id, 15)
         while not list(it.run.glob("checkpoints/*/manifest.json")):
