@@ -21,6 +21,7 @@ from job.trials import Trial, Trials
 
 assert cluster
 
+GRACE = 4  # no trial is stopped in the first quarter of its epochs: what learns fast may begin badly
 BEST_OF = 3  # a trial that survives a rung of ASHA is among the best third
 PERTURBATIONS = 8  # how often population-based training compares, over a run
 
@@ -146,7 +147,13 @@ def scheduler_of(known: Trials) -> TrialScheduler:
     if wanted.scheduler == "asha" and epochs > 1:
         # The last epoch has no rung: who gets there has ended by itself.
         asha = ASHAScheduler(
-            "epoch", "score", "min", max_t=epochs - 1, reduction_factor=BEST_OF, stop_last_trials=False
+            "epoch",
+            "score",
+            "min",
+            max_t=epochs - 1,
+            grace_period=max(1, epochs // GRACE),
+            reduction_factor=BEST_OF,
+            stop_last_trials=False,
         )
         for trial in known:
             if trial.is_over:
