@@ -29,15 +29,15 @@ def ratios(a: list[float], b: list[float]) -> str:
 
 def machine() -> str:
     """Processor, cores and versions, for the head of a table."""
-    names = [line.partition(":")[2].strip() for line in _cpuinfo() if line.startswith("model name")]
-    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "ray"))
+    facts = _processor()
+    name = "{model name} (family {cpu family})".format(**facts) if "cpu family" in facts else platform.processor()
+    versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "ray"))
     bf16 = "with" if torch.cpu.get_capabilities().get("avx512_bf16") else "without"
-    return (
-        f"{names[0] if names else platform.processor()}, {cores()} cores, {bf16} AVX-512 bf16; "
-        f"Python {platform.python_version()}, {versions}"
-    )
+    return f"{name}, {cores()} cores, {bf16} AVX-512 bf16; Python {platform.python_version()}, {versions}"
 
 
-def _cpuinfo() -> list[str]:
+def _processor() -> dict[str, str]:
+    """What Linux says of the first processor."""
     path = Path("/proc/cpuinfo")
-    return path.read_text().splitlines() if path.exists() else []
+    block = path.read_text().split("\n\n")[0] if path.exists() else ""
+    return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in block.splitlines())}

@@ -18,6 +18,7 @@ _QUIET = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_LOG_TO_DRIVER_EVENT_LEVEL": "ERROR",
     "RAY_SCHEDULER_EVENTS": "0",
+    "RAY_DEDUP_LOGS_SKIP_REGEX": "Raylet is terminated",  # with pages of its log, where a node died
     "RAY_worker_niceness": "0",  # else Ray's own housekeeping goes before training
 }
 # These concern Ray's processes on the nodes.
