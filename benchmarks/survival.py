@@ -6,6 +6,7 @@ make bench-survival        (or: python -m benchmarks.survival [--rounds N])
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import signal
@@ -24,7 +25,8 @@ from job.loop import Learner
 from job.screen import Screen
 
 SEED = str(Path(__file__).parent.parent / "configs" / "seed.toml")
-STEPS = 1200
+STEPS = 1200  # of each run that is compared
+EPOCHS, WARM = 120, 6  # of the run that is compared with itself
 
 
 def speed(**flags: str) -> float:
@@ -37,16 +39,23 @@ def speed(**flags: str) -> float:
     return float(result["tokens"] / result["seconds"] / 1000)
 
 
-def without_checkpoints() -> float:
-    """Only the last one, which the result needs."""
+def epochs_after_a_checkpoint(count: int) -> tuple[list[float], list[float]]:
+    """Seconds of epochs that begin with a checkpoint, as all do by default, and of those between without one.
+
+    They take turns in one run, since two runs on a shared machine differ by more than a checkpoint costs.
+    """
+    begun: list[float] = []
     save = trainer._Writer.save
 
-    def last_only(writer: trainer._Writer, learner: Learner) -> None:
-        if learner.progress.step == STEPS:
+    def every_other(writer: trainer._Writer, learner: Learner) -> None:
+        begun.append(time.perf_counter())
+        if len(begun) % 2 or learner.progress.epoch == count:  # the result needs the last
             save(writer, learner)
 
-    with mock.patch.object(trainer._Writer, "save", last_only):
-        return speed()
+    with mock.patch.object(trainer._Writer, "save", every_other):
+        speed(**{"train.max_steps": "0", "train.epochs": str(count)})
+    taken = [after - before for before, after in itertools.pairwise(begun)][WARM:]
+    return taken[0::2], taken[1::2]
 
 
 def death() -> dict[str, float]:
@@ -105,20 +114,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
-    runs = {
-        "checkpoints at their default": speed,
-        "no checkpoint but the last": without_checkpoints,
-        "fp32": lambda: speed(**{"train.precision": "fp32"}),
-        "fp32, reproducible": lambda: speed(**{"train.precision": "fp32", "train.reproducible": "true"}),
-    }
-    found = measure.interleaved(runs, rounds)
-    print(f"\n{measure.machine()}\nthousand tokens per second, medians of {rounds} interleaved rounds:")
-    for name, values in found.items():
-        print(f"  {name:<34}{statistics.median(values):8.1f}")
-    print("ratios, pair by pair: median (range)")
-    a, b, c, d = found
-    print(f"  with / without checkpoints        {measure.ratios(found[a], found[b])}")
-    print(f"  reproducible / not, fp32          {measure.ratios(found[d], found[c])}")
+    print(measure.machine())
+    with_one, without = epochs_after_a_checkpoint(EPOCHS)
+    print(f"seconds of an epoch, medians of {len(without)}: with a checkpoint, without one, and the ratio's quartiles")
+    ratios = [a / b for a, b in zip(with_one, without, strict=False)]
+    quartiles = ", ".join(f"{ratio:.3f}" for ratio in statistics.quantiles(ratios))
+    print(f"  {statistics.median(with_one):.4f}  {statistics.median(without):.4f}  {quartiles}", flush=True)
+    found = measure.interleaved(
+        {
+            "fp32": lambda: speed(**{"train.precision": "fp32"}),
+            "fp32, reproducible": lambda: speed(**{"train.precision": "fp32", "train.reproducible": "true"}),
+        },
+        rounds,
+    )
+    print("reproducible / not, tokens a second, pair by pair: median (range)")
+    print(f"  {measure.ratios(found['fp32, reproducible'], found['fp32'])}")
     deaths = [death() for _ in range(3)]
     print("seconds from a worker's death, medians of 3:")
     for part in deaths[0]:
