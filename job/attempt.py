@@ -5,7 +5,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from signal import SIGTERM
@@ -83,7 +83,12 @@ class Actor(tune.Trainable):
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:  # type: ignore[override]
         """Makes a checkpoint, this trial's or another's, the one that the run goes on from."""
-        trials.take(Folder(checkpoint_dir), self.place, self.options)
+        wait_until_free(self.place, lambda: self.told_to_stop)  # its last actor may still be writing
+        owned = lease.acquire(self.place)
+        try:
+            trials.take(Folder(checkpoint_dir), self.place, self.options)
+        finally:
+            owned.release()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Ends this trial's run; the actor takes another."""
@@ -95,6 +100,16 @@ class Actor(tune.Trainable):
         if self.attempt:
             self.attempt.end()
             self.attempt = None
+
+
+def wait_until_free(place: Folder, told_to_stop: Callable[[], bool]) -> None:
+    """A driver of this run that is dying, or died with its node, is waited for."""
+    until = time.monotonic() + lease.SILENCE + 2 * lease.BEAT
+    while not told_to_stop() and time.monotonic() < until:
+        try:
+            return lease.refuse_if_alive(place)
+        except UserError:
+            time.sleep(0.5)
 
 
 class Attempt:
@@ -153,7 +168,9 @@ class Attempt:
             return {"state": "interrupted"}
         launch = onray.launch_within if self.options.scale.max_workers else inprocess.launch
         try:
-            self._wait_until_free()
+            wait_until_free(self.place, lambda: self.stop_wanted)
+            if self.stop_wanted:
+                return {"state": "interrupted"}
             with open(os.devnull, "w") as nowhere:
                 status = driver.run(self.options, "", Screen(nowhere), self._watched(launch))
         except Diverged as error:
@@ -167,15 +184,6 @@ class Attempt:
         for row in trials.rows(self.place):
             if not self.stop_wanted:
                 self._report(row)
-
-    def _wait_until_free(self) -> None:
-        """A driver of this run that is dying, or died with its node, is waited for."""
-        until = time.monotonic() + lease.SILENCE + 2 * lease.BEAT
-        while not self.stop_wanted and time.monotonic() < until:
-            try:
-                return lease.refuse_if_alive(self.place)
-            except UserError:
-                time.sleep(0.5)
 
     def _watched(self, launch: Launcher) -> Launcher:
         """The launcher, with its recorder watched and its wishes within reach."""

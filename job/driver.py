@@ -5,7 +5,6 @@ How workers are started is the launcher's affair: in this process, or by Ray on 
 
 import contextlib
 import json
-import shlex
 import signal
 import sys
 import threading
@@ -189,13 +188,8 @@ def _what_is_kept(folder: Folder) -> str:
         return "no checkpoint was written yet: the same command starts anew"
     return (
         f"step {found[-1].step:,} is kept: the same command with --run.name {folder.name} "
-        f"goes on, {python()} -m job generate {_typed(folder)} lets it speak"
+        f"goes on, {python()} -m job generate {folder.typed} lets it speak"
     )
-
-
-def _typed(folder: Folder) -> str:
-    """A folder as one would type it: an address whole, and safe from the shell."""
-    return str(folder) if folder.local else shlex.quote(folder.address)
 
 
 def python() -> str:
@@ -221,4 +215,4 @@ def _show(result: dict[str, Any], folder: Folder, screen: Screen) -> None:
     screen.line()
     for name, file in (("curve", "perplexity.png"), ("metrics", "metrics.jsonl"), ("checkpoint", result["checkpoint"])):
         screen.line(f"{name:<11}{folder / file}")
-    screen.line(f"{'continue':<11}{python()} -m job generate {_typed(folder)} --generate.prefix '…'")
+    screen.line(f"{'continue':<11}{python()} -m job generate {folder.typed} --generate.prefix '…'")

@@ -11,6 +11,7 @@ from job import search
 from job.config import OPTIONS, SECTIONS, Config, Section, shown
 from job.errors import UserError
 from job.search import Search
+from job.storage import Folder, is_address
 
 Values = dict[str, dict[str, Any]]
 SECTIONS_OF_FILES: dict[str, type[Section]] = {**SECTIONS, "search": Search}
@@ -66,8 +67,10 @@ def read_toml(text: str, where: str) -> Values:
 
 def check_known(name: str, searched: bool) -> None:
     """UserError where no flag has that name; those of the search are only ``searched`` ones."""
-    if name not in _OPTIONS or (name not in OPTIONS and not searched):
+    if name not in _OPTIONS:
         raise _unknown_option(name, f"--{name}")
+    if name not in OPTIONS and not searched:
+        raise UserError(f"--{name}: is for tune alone")
 
 
 def read_flags(flags: Mapping[str, str]) -> Values:
@@ -117,6 +120,9 @@ def _made(values: Values, where: str) -> None:
 
 def _read_text(path: str) -> str:
     try:
+        if is_address(path):  # such as a search's best.toml on an object store
+            file = Folder.at(path)
+            return file.parent.read(file.name).decode()
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None

@@ -140,7 +140,8 @@ class Space:
         if not isinstance(written, Mapping):
             raise UserError("search.space must be a section, written [search.space]")
         fields_of = _flat(written)
-        return cls({_searchable(name): _domain(value, f'search.space "{name}"') for name, value in fields_of.items()})
+        # By name: the order of a file's lines shall not decide which trial has which point.
+        return cls({_searchable(n): _domain(value, f'search.space "{n}"') for n, value in sorted(fields_of.items())})
 
     @property
     def grid(self) -> int:

@@ -23,6 +23,7 @@ assert cluster
 
 GRACE = 4  # no trial is stopped in the first quarter of its epochs: what learns fast may begin badly
 BEST_OF = 3  # a trial that survives a rung of ASHA is among the best third
+RUNNING, PAUSED = "RUNNING", "PAUSED"  # Ray Tune's words for a trial's state
 PERTURBATIONS = 8  # how often population-based training compares, over a run
 
 
@@ -44,12 +45,12 @@ class Ear(_Kept, tune.Callback):
     def __init__(self, known: Trials) -> None:
         self.known = known
         self.heard = time.monotonic()
-        self.running: set[int] = set()
+        self.taken: dict[int, Any] = {}  # Ray Tune's trials that have been begun
         self.ended: queue.SimpleQueue[Trial] = queue.SimpleQueue()  # for the main thread to tell of
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """An actor takes a trial."""
-        self.running.add(number_of(trial))
+        self.taken[number_of(trial)] = trial
         self.known.begin(number_of(trial), trial.config["trial"]["point"])
 
     def on_trial_result(
@@ -71,7 +72,6 @@ class Ear(_Kept, tune.Callback):
 
     def _end(self, trial: Any, state: str, why: str) -> None:
         number = number_of(trial)
-        self.running.discard(number)
         if state == "interrupted":
             return
         self.known.end(number, state, why)
@@ -102,7 +102,26 @@ class Stop(_Kept, tune.Stopper):
 
     def stop_all(self) -> bool:
         """Asked by Ray Tune again and again."""
-        return self.wanted and not self.ear.running
+        return self.wanted and not any(trial.status == RUNNING for trial in self.ear.taken.values())
+
+
+class Population(_Kept, PopulationBasedTraining):
+    """Ray Tune's own, but that it goes on where the one whom the others wait for ends without a report."""
+
+    def __init__(self, stop: Stop, *options: Any, **more: Any) -> None:
+        super().__init__(*options, **more)
+        self.stop = stop
+
+    def choose_trial_to_run(self, tune_controller: Any) -> Any:
+        """Asked by Ray Tune whenever it may have room."""
+        chosen = super().choose_trial_to_run(tune_controller)
+        alive = tune_controller.get_live_trials()
+        if chosen or self.stop.wanted or not alive or any(trial.status != PAUSED for trial in alive):
+            return chosen
+        # All wait: the comparison comes with a report, so the last one is given again.
+        last = max(alive, key=lambda trial: self._trial_state[trial].last_train_time)
+        self.on_trial_result(tune_controller, last, self._trial_state[last].last_result)
+        return super().choose_trial_to_run(tune_controller)
 
 
 class Asker(_Kept, Searcher):
@@ -140,7 +159,7 @@ def _told(known: Trials, trial: Trial, state: str) -> float | None:
     return None if state in ("diverged", "failed") else known.best_of(trial)
 
 
-def scheduler_of(known: Trials) -> TrialScheduler:
+def scheduler_of(known: Trials, stop: Stop) -> TrialScheduler:
     """Ray Tune's scheduler, which has been shown what an earlier start of the search found."""
     wanted, base = known.search, known.base
     epochs = max(trials.at(base, corner).train.epochs for corner in [{}, *wanted.space.corners])
@@ -161,7 +180,8 @@ def scheduler_of(known: Trials) -> TrialScheduler:
         return asha
     if wanted.scheduler == "pbt":
         luck = random.Random(f"{base.run.seed} explore")
-        return PopulationBasedTraining(
+        return Population(
+            stop,
             "epoch",
             "score",
             "min",

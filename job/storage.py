@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import shlex
 import shutil
 import threading
 import uuid
@@ -101,6 +102,11 @@ class Folder:
         with contextlib.suppress(ValueError, OSError):  # where one stands may be gone
             return str(path.relative_to(Path.cwd()))
         return str(path)
+
+    @property
+    def typed(self) -> str:
+        """As one would type it: an address whole, and safe from the shell."""
+        return shlex.quote(str(self) if self.local else self.address)
 
     def read(self, name: str, limit: int | None = None) -> bytes:
         """A file's bytes; OSError where it is missing, or larger than ``limit`` bytes."""

@@ -129,7 +129,7 @@ def show(known: Trials, screen: Screen) -> None:
     files = (("best", BEST), ("curves", CURVES), ("space", SPACE), ("results", PARQUET))
     for name, place in [*((name, folder / file) for name, file in files), ("checkpoint", found.folder / found.name)]:
         screen.line(f"{name:<11}{place}")
-    screen.line(f"{'train':<11}{driver.python()} -m job train {folder / BEST}")
+    screen.line(f"{'train':<11}{driver.python()} -m job train {(folder / BEST).typed}")
 
 
 def configurations_own(known: Trials) -> Trial | None:

@@ -24,7 +24,7 @@ RUNS = "trials"  # the folder with a run for each trial
 EXCHANGED = "exchanged"  # in a run's folder: the checkpoint that it last gave or took
 OVER = ("finished", "stopped", "diverged")  # a trial that is over is not taken up again
 ENDS = (*OVER, "failed")  # one that failed is, when the search is started again
-_LARGEST = 64 << 20  # bytes of a record or of a trial's metrics
+_LARGEST = 64 << 20  # bytes of a record
 
 
 @dataclass
@@ -177,9 +177,9 @@ class Trials:
         self.folder, self.base, self.search = folder, base, wanted
         self.lock = threading.Lock()  # Ray Tune tells in a thread of its own
         self.found: dict[int, Trial] = {}
-        marks = self._marks()
+        self.marks = self._marks()
         for number in range(wanted.total):
-            trial = self._read(number, marks.get(name_of(number), {}))
+            trial = self._read(number, self.marks.get(name_of(number), {}))
             if trial:
                 self.found[number] = trial
 
@@ -191,14 +191,24 @@ class Trials:
         """The folder of a trial's run."""
         return self.folder / RUNS / name_of(trial.number)
 
-    def _marks(self) -> dict[str, dict[str, str]]:
+    def _marks(self) -> dict[str, dict[str, Any]]:
+        """How trials ended, also those that are not asked for this time."""
         try:
             found = json.loads(self.folder.read(RECORD, _LARGEST))
-            return {name: {"state": str(mark["state"]), "why": str(mark["why"])} for name, mark in found.items()}
-        except (OSError, ValueError, LookupError, TypeError, AttributeError):
+            marks = {
+                name: {**mark, "state": str(mark["state"]), "why": str(mark["why"])} for name, mark in found.items()
+            }
+        except (FileNotFoundError, NotADirectoryError):
             return {}
+        except OSError as error:
+            raise UserError(f"{self.folder}/{RECORD}: cannot be read: {error}") from None
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise UserError(
+                f"{self.folder}/{RECORD}: not a record of trials; remove it to try again what failed"
+            ) from None
+        return marks
 
-    def _read(self, number: int, mark: dict[str, str]) -> Trial | None:
+    def _read(self, number: int, mark: dict[str, Any]) -> Trial | None:
         """A trial as an earlier start of the search left it; None where its point is not known yet."""
         place = self.folder / RUNS / name_of(number)
         run = runs.read(place)
@@ -236,12 +246,9 @@ class Trials:
         with self.lock:
             trial = self.found[number]
             trial.state, trial.why = state, why
-            marks = {
-                name_of(trial.number): {"state": trial.state, "why": trial.why, "point": trial.point}
-                for trial in self.found.values()
-                if trial.state not in ("waiting", "running")
-            }
-        self.folder.write(RECORD, json.dumps(marks, indent=1, ensure_ascii=False).encode())
+            self.marks[name_of(number)] = {"state": state, "why": why, "point": trial.point}
+            record = json.dumps(dict(sorted(self.marks.items())), indent=1, ensure_ascii=False).encode()
+        self.folder.write(RECORD, record)
 
     # --- which is best ---
 
@@ -308,6 +315,6 @@ def take(source: Folder, place: Folder, options: Config) -> None:
 def rows(place: Folder) -> list[dict[str, Any]]:
     """The rows of metrics that a run has written so far."""
     try:
-        return report.read_rows(place.read(METRICS, _LARGEST))
+        return report.read_rows(place.read(METRICS))
     except OSError:
         return []

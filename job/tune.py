@@ -89,7 +89,7 @@ class Experiment(threading.Thread):
             config={} if asker else {"trial": tune.grid_search(left)},
             search_alg=asker,
             num_samples=len(asker.left) if asker else 1,
-            scheduler=scheduler_of(known),
+            scheduler=scheduler_of(known, self.stop),
             # A population is compared as a whole; there the resources alone bound how many run at once.
             max_concurrent_trials=None if wanted.scheduler == "pbt" else self.place.room,
             reuse_actors=True,
@@ -112,7 +112,7 @@ def _name(trial: Any) -> str:
 @contextmanager
 def _cluster(base: Config, wanted: Search, screen: Screen) -> Iterator[tuple[Config, Place]]:
     """Connects; gives the configuration as the cluster can hold it, and a trial's place."""
-    scale = base.scale
+    scale = replace(base.scale, cpus_per_worker=base.scale.cpus_per_worker or 1)
     # A trial without workers is itself the one that works.
     placement, room = cluster.connect_for_many(
         scale if scale.max_workers else replace(scale, workers=1), wanted.concurrent
@@ -122,7 +122,7 @@ def _cluster(base: Config, wanted: Search, screen: Screen) -> Iterator[tuple[Con
             screen.line(placement.notice)
         if not scale.max_workers:
             _check_nodes(placement, base, wanted)
-            yield base, Place(placement.resources, room, placement)
+            yield replace(base, scale=scale), Place(placement.resources, room, placement)
             return
         if placement.max_workers < scale.max_workers:
             scale = replace(scale, workers=placement.max_workers)
@@ -146,8 +146,6 @@ def _check_nodes(placement: Placement, base: Config, wanted: Search) -> None:
 
 def run(options: Config, wanted: Search, stem: str, screen: Screen) -> int:
     """Searches as configured, or goes on with what is there; gives the exit status."""
-    if not options.scale.cpus_per_worker:
-        options = replace(options, scale=replace(options.scale, cpus_per_worker=1))
     folder, options = trials.choose(options, wanted, stem)
     if trials.is_finished(folder, options, wanted):
         screen.line(f"{folder} is finished; to search longer, raise search.trials")

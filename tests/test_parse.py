@@ -85,6 +85,12 @@ def test_wrong_flags_are_told(name, text, told):
     assert told in str(error.value)
 
 
+def test_flags_of_a_search_are_not_for_a_run():
+    with pytest.raises(UserError, match=r"--search.trials: is for tune alone"):
+        parse.check_known("search.trials", searched=False)
+    parse.check_known("search.trials", searched=True)
+
+
 def test_every_option_says_what_it_means():
     for kind in config.SECTIONS.values():
         for option in dataclasses.fields(kind):

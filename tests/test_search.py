@@ -226,3 +226,34 @@ def test_a_table_that_moves_is_taken_back():
     screen.line("stays")
     assert terminal.text == "a\nb\nc\r\x1b[2A\x1b[Jstays\n"
     assert summary.spoken("validation_perplexity") == "validation perplexity"
+
+
+def test_the_order_of_lines_does_not_matter():
+    """A search goes on with its file's lines in another order: no trial changes its point."""
+    grids = {"model.cell": {"grid": ["rnn", "gru"]}, "model.hidden_size": {"grid": [8, 16]}}
+    one, other = Search(space=grids), Search(space=dict(reversed(grids.items())))
+    assert search.differences(one, other) == []
+    assert [one.space.point(0, number) for number in range(4)] == [other.space.point(0, number) for number in range(4)]
+
+
+def test_how_trials_ended_is_kept_also_of_those_not_asked_for(tmp_path):
+    space = {"optimizer.learning_rate": {"loguniform": [0.01, 4]}}
+    base, folder = parse.load(None, {}), Folder(str(tmp_path))
+    all_four = trials.Trials(folder, base, Search(trials=4, space=space))
+    for number in range(4):
+        all_four.begin(number, all_four.found[number].point)
+        all_four.end(number, "stopped")
+    one = trials.Trials(folder, base, Search(trials=1, space=space))
+    one.end(0, "failed", "its process died")
+    again = trials.Trials(folder, base, Search(trials=4, space=space))
+    assert [trial.state for trial in again] == ["failed", "stopped", "stopped", "stopped"]
+    (tmp_path / trials.RECORD).write_text("[")
+    with pytest.raises(UserError, match="not a record of trials"):
+        trials.Trials(folder, base, Search(trials=4, space=space))
+
+
+def test_a_configuration_may_lie_on_any_file_system(tmp_path):
+    (tmp_path / "best.toml").write_text('[model]\ncell = "gru"')
+    assert parse.load(f"file://{tmp_path}/best.toml", {}).model.cell == "gru"
+    with pytest.raises(UserError, match="no such configuration file"):
+        parse.load(f"file://{tmp_path}/worst.toml", {})

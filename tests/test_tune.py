@@ -4,15 +4,17 @@ import contextlib
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, job, result, rows, start_job
 
 from job import checkpoint, parse, trials
-from job.search import Space
+from job.search import Search, Space
 from job.storage import Folder
 from job.trainer import latest_sound
 
@@ -219,6 +221,72 @@ def test_an_exploited_trial_goes_on_with_the_winners_weights_and_state(prose, tm
     assert len(after) > 25
     assert max(after) == max(theirs)
     assert result(loser)["weights_sha256"] == result(winner)["weights_sha256"]
+
+
+class Stub:
+    """As much of Ray Tune's trial as a scheduler looks at."""
+
+    def __init__(self, number):
+        self.number, self.status, self.config, self.checkpoint, self.experiment_tag = number, "PENDING", {}, None, ""
+        self.run_metadata = SimpleNamespace(
+            checkpoint_manager=SimpleNamespace(checkpoint_config=SimpleNamespace(num_to_keep=5))
+        )
+        self.temporary_state = SimpleNamespace(saving_to=None)
+
+    def __str__(self):
+        return trials.name_of(self.number)
+
+    def is_finished(self):
+        return self.status == "TERMINATED"
+
+
+def test_a_population_goes_on_without_the_one_it_waited_for(tmp_path):
+    """It ended without a report; and while all wait for each other, a stop has nobody to wait for."""
+    from job import steering
+
+    space = {"optimizer.learning_rate": {"grid": [1.0, 0.1, 0.01]}}
+    known = trials.Trials(Folder(str(tmp_path)), parse.load(None, {}), Search(scheduler="pbt", space=space))
+    ear = steering.Ear(known)
+    stop = steering.Stop(ear)
+    scheduler = steering.scheduler_of(known, stop)
+    stubs = [Stub(number) for number in range(3)]
+    controller = SimpleNamespace(search_alg=None, get_trials=lambda: stubs)
+    controller.get_live_trials = lambda: {stub for stub in stubs if not stub.is_finished()}
+    for stub in stubs:
+        scheduler.on_trial_add(controller, stub)
+        stub.config = {"trial": {"number": stub.number, "point": known.found[stub.number].point}}
+        ear.on_trial_start(0, stubs, stub)
+        stub.status = "RUNNING"
+    for stub in stubs[:2]:
+        assert scheduler.on_trial_result(controller, stub, {"epoch": 6, "score": 7.0 - stub.number}) == "PAUSE"
+        stub.status = "PAUSED"
+    assert scheduler.choose_trial_to_run(controller) is None
+    stop.wanted = True
+    assert not stop.stop_all()
+    stubs[2].status = "TERMINATED"  # diverged
+    assert scheduler.choose_trial_to_run(controller) is None
+    assert stop.stop_all()
+    stop.wanted = False
+    assert scheduler.choose_trial_to_run(controller) in stubs[:2]
+
+
+def test_a_checkpoint_is_taken_over_when_the_last_actor_has_written_its_own(tmp_path, monkeypatch):
+    """What an old actor still commits would else be taken for the later one."""
+    from job import attempt, lease
+
+    actor = attempt.Actor.__new__(attempt.Actor)
+    actor.told_to_stop = False
+    folder, order = Folder(str(tmp_path)), []
+    monkeypatch.setattr(attempt.Actor, "place", folder)
+    monkeypatch.setattr(attempt.Actor, "options", None)
+    monkeypatch.setattr(trials, "take", lambda *_: order.append("taken"))
+    old = lease.acquire(folder)
+    timer = threading.Timer(1.0, lambda: (order.append("written"), old.release()))
+    timer.start()
+    actor.load_checkpoint(str(tmp_path))
+    timer.join()
+    assert order == ["written", "taken"]
+    lease.refuse_if_alive(folder)
 
 
 def test_before_it_explores_it_holds_the_winners_checkpoint(prose, tmp_path):
