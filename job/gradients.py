@@ -80,7 +80,9 @@ class Summed:
         self.parameters = list(self.objective.parameters())
         self.module: nn.Module = self.objective
         if workers > 1:
-            ddp = DistributedDataParallel(self.objective, gradient_as_bucket_view=True)
+            ddp = DistributedDataParallel(
+                self.objective, gradient_as_bucket_view=True, find_unused_parameters=model.may_leave_weights_unused
+            )
             ddp.register_comm_hook(None, _add_bucket)
             self.module = ddp
 
@@ -111,7 +113,7 @@ class Ordered:
 
     def __init__(self, model: LanguageModel, autocast: torch.dtype | None, workers: int) -> None:
         self.objective = _Objective(model, autocast)
-        self.parameters = list(self.objective.parameters())
+        self.parameters = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
         self.workers = workers
 
     def __call__(self, window: Window, state: State, signals: Signals) -> tuple[Tally, State]:
@@ -128,13 +130,13 @@ class Ordered:
                 signals if begin == 0 else Signals(),
                 window.global_tokens,
             )
-            grads = torch.autograd.grad(loss, self.parameters)
-            flats.append(torch.cat([grad.flatten() for grad in grads]))
+            grads = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            flats.append(_joined(grads, self.parameters))
             states.append(detached(after))
         total = _tree_sum(self._of_all_workers(flats))
         sizes = [parameter.numel() for parameter in self.parameters]
-        for parameter, part in zip(self.parameters, total.split(sizes), strict=True):
-            parameter.grad = part.view_as(parameter)
+        for parameter, grad, part in zip(self.parameters, grads, total.split(sizes), strict=True):
+            parameter.grad = None if grad is None else part.view_as(parameter)
         return _tally(self.objective.tally.grad), joined_states(states)
 
     def _of_all_workers(self, flats: list[Tensor]) -> list[Tensor]:
@@ -151,6 +153,12 @@ class Ordered:
         ]
         dist.all_gather(gathered, torch.stack(padded))
         return [flat for flat_GN, count in zip(gathered, held, strict=True) for flat in flat_GN[:count]]
+
+
+def _joined(grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
+    """Gradients as one vector, zero where a parameter has none."""
+    found = zip(grads, parameters, strict=True)
+    return torch.cat([(torch.zeros_like(own) if grad is None else grad).flatten() for grad, own in found])
 
 
 def _tree_sum(parts: list[Tensor]) -> Tensor:

@@ -37,8 +37,8 @@ def detached(state: State) -> State:
 
 
 def lanes_of_state(state: State, first: int, count: int) -> State:
-    """The state of some lanes, by their place in this state."""
-    return map_state(lambda part: part.narrow(1, first, count), state)
+    """The state of some lanes, by their place in this state; in one piece, as cuDNN wants it."""
+    return map_state(lambda part: part.narrow(1, first, count).contiguous(), state)
 
 
 def joined_states(states: list[State]) -> State:
@@ -115,6 +115,11 @@ class LanguageModel(nn.Module):
         else:
             self.rnn = _users_cell(options, features)
         self.linear = nn.Linear(options.hidden_size, vocabulary_size)
+
+    @property
+    def may_leave_weights_unused(self) -> bool:
+        """Whether a window may give some weight no gradient, as a user's cell can have it."""
+        return not isinstance(self.rnn, Recurrent)
 
     def forward(self, tokens_TB: Tensor, state: State, dropout: Dropout | None = None) -> tuple[Tensor, State]:
         """Logits (T, B, V) and the state after the last step; no dropout where it is None."""

@@ -4,6 +4,7 @@ import os
 
 import torch
 from conftest import job, result
+from safetensors.torch import load_file
 from torch import nn
 
 
@@ -51,6 +52,36 @@ class Breaks(Bomb):
         if count.max() > 280:
             raise ValueError("no more")
         return outputs, count
+
+
+class Idle(Bomb):
+    """Has a weight that no window uses, one that only the first does, and one that is not to change."""
+
+    def __init__(self, input_size: int, hidden_size: int, num_layers: int) -> None:
+        super().__init__(input_size, hidden_size, num_layers)
+        self.dead = nn.Parameter(torch.ones(3))
+        self.first = nn.Parameter(torch.ones(1, 1, hidden_size))
+        self.fixed = nn.Parameter(torch.ones(hidden_size), requires_grad=False)
+
+    def forward(self, inputs, state):
+        before = self.first.expand(1, inputs.shape[1], -1) if state is None else state
+        outputs = torch.tanh(self.layer(inputs) + before) * self.fixed
+        return outputs, outputs[-1:]
+
+
+def test_weights_without_a_gradient_are_left_alone(prose, tmp_path):
+    flags = ["train", "--corpus.source", prose, "--scale.workers", 0, "--train.epochs", 2, "--generate.prefix", "the"]
+    flags += ["--train.precision", "fp64", "--run.storage", tmp_path, "--model.cell", "test_cells:Idle"]
+    flags += ["--optimizer.weight_decay", 0.1]
+    for name, reproducible in (("one", "false"), ("groups", "true")):
+        ended = job(*flags, "--run.name", name, "--train.reproducible", reproducible)
+        assert ended.status == 0, ended.err
+    (one,), (groups,) = (sorted((tmp_path / name / "checkpoints").iterdir())[-1:] for name in ("one", "groups"))
+    one, groups = (load_file(place / "model.safetensors") for place in (one, groups))
+    assert torch.equal(one["rnn.dead"], torch.ones(3, dtype=torch.float64))
+    assert not torch.equal(one["rnn.first"], torch.ones(1, 1, 256, dtype=torch.float64))
+    for name, weight in one.items():
+        torch.testing.assert_close(groups[name], weight, rtol=1e-9, atol=1e-12)
 
 
 class Odd(Bomb):

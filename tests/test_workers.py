@@ -78,6 +78,15 @@ def test_a_users_cell_trains_on_ray_until_its_loss_is_no_number(prose, tmp_path,
     np.testing.assert_allclose(three, one, rtol=1e-9)
 
 
+def test_a_users_weights_without_a_gradient_are_the_same_on_two_workers(prose, tmp_path, on_cluster):
+    more = ["--model.cell", "test_cells:Idle", "--train.precision", "fp64", "--train.epochs", 1]
+    for name, workers in (("alone", 0), ("two", 2)):
+        ended = job(*small(prose, tmp_path, name, *more, "--scale.workers", workers))
+        assert ended.status == 0, ended.err
+    one, two = ([row["nats"] for row in rows(tmp_path / name, "train")] for name in ("alone", "two"))
+    np.testing.assert_allclose(two, one, rtol=1e-9)
+
+
 def test_ctrl_c_on_ray_saves_and_leaves_no_process(prose, tmp_path):
     mark = uuid.uuid4().hex
     words = small(prose, tmp_path, "run", "--train.epochs", 3000, "--scale.workers", 2)
