@@ -47,6 +47,7 @@ class Recorder:
         self.setbacks = 0
         self.standing = False  # whether a group of workers is there
         self.parts: dict[str, list[Receipt]] = {}
+        self.early: list[events.Part] = []  # of a group whose first worker has not been heard yet
         self.board: Board | None = None
         self.watch: events.Post = lambda _: None  # told of each event, once it has been taken in
         if folder.local is None and folder.has(METRICS):
@@ -82,6 +83,8 @@ class Recorder:
             return self._ended(event.message)
         if isinstance(event, events.Failed) and event.attempt not in self.attempts[:-1]:
             self.failed, self.diverged = event.message, event.diverged  # perhaps before the group stood
+        if isinstance(event, events.Part) and event.attempt not in self.attempts:
+            return self.early.append(event)
         if event.attempt != self.attempt:
             return  # of workers that have been replaced
         match event:
@@ -131,6 +134,9 @@ class Recorder:
         for problem in event.passed_over:
             self.screen.warn(f"{problem}; the one before it is used")
         self._say_start(event)
+        early, self.early = self.early, []
+        for part in early:
+            self._take(part)
 
     def _overlooked(self, event: events.Started) -> str:
         """A checkpoint that the workers must have seen and do not name; nothing is removed then.

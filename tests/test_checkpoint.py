@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -197,6 +198,25 @@ def test_workers_that_see_another_storage_remove_nothing(run):
     mine.release()
     assert "do not see step-" in recorder.failed
     assert sorted(run.glob("checkpoints/*/manifest.json")) == before
+
+
+def test_a_part_that_is_there_before_its_group_is_kept_for_it(prose, tmp_path):
+    """A group that has nothing left to do saves at once, and its second worker's letter may be the first."""
+    from job import events, lease, record
+
+    stopped_inside(prose, tmp_path)
+    place = Folder(str(tmp_path / "run"))
+    options, mine = runs.read(place).config, lease.acquire(place)
+    recorder = record.Recorder(place, options, mine, Screen(io.StringIO()))
+    progress = checkpoint.Progress(step=30)
+    ours = checkpoint.Receipt("step-000030-abcdef", 2, {"model.safetensors": (1, "0")}, asdict(progress))
+    recorder.handle(events.Part("abcdef", checkpoint.Receipt(ours.checkpoint, 2, {}, None)))
+    recorder.handle(events.Started("abcdef", 30, 0, 2, "cpu", "fp32", 1, 100, ()))
+    recorder.handle(events.Part("abcdef", ours))
+    recorder.handle(events.Finished("abcdef", False, progress, ours.checkpoint, 2))
+    mine.release()
+    assert recorder.over
+    assert not recorder.failed
 
 
 def test_fewer_steps_than_are_taken_end_the_run_where_it_is(prose, tmp_path):
