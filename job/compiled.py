@@ -48,8 +48,10 @@ def _loaded() -> ctypes.CDLL:
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
         raise _Unusable("there is no C compiler")
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lanes"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    # A folder of its own: texts are cached beside it, in one that others may be allowed to write.
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lanes" / "kernels"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
     _check_ours(folder)
     path = folder / f"recurrence-{_key(compiler)}.so"
     if not path.exists():

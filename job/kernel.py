@@ -65,6 +65,11 @@ def _argument(value: Any) -> Any:
     return ctypes.c_long(value) if isinstance(value, int) else value
 
 
+def missing_on(device: torch.device) -> str:
+    """Why a processor does without the kernels; empty where it has them, or is none."""
+    return (compiled.why_not() or "") if device.type == "cpu" else ""
+
+
 def works_in(dtype: torch.dtype) -> bool:
     """Whether the kernels are there and compute with numbers of that type on this processor."""
     library = compiled.library()

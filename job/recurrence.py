@@ -79,6 +79,8 @@ def _by_torch(
         inputs = F.embedding(inputs, vectors_VE)
     elif not inputs.is_floating_point():
         inputs = F.one_hot(inputs, weights[0].shape[1]).to(weights[0].dtype)
+    if torch.is_autocast_enabled("cuda") and inputs.is_cuda:
+        return _by_cudnn_in(torch.get_autocast_dtype("cuda"), cell, inputs, state, weights)
     options = (True, 1, 0.0, torch.is_grad_enabled(), False, False)
     if cell == "LSTM":
         hidden, *after = torch.lstm(inputs, [part[None] for part in state], weights, *options)
@@ -86,6 +88,23 @@ def _by_torch(
         run = torch.gru if cell == "GRU" else torch.rnn_tanh
         hidden, *after = run(inputs, state[0][None], weights, *options)
     return hidden, tuple(part[0] for part in after)
+
+
+def _by_cudnn_in(
+    dtype: torch.dtype, cell: str, inputs: Tensor, state: State, weights: list[Tensor]
+) -> tuple[Tensor, State]:
+    """In the type that is wanted: autocast itself gives cuDNN's recurrences float16, whatever it was told."""
+    low = tuple(part.to(dtype) for part in state)
+    with torch.autocast("cuda", enabled=False):
+        hidden, after = _by_torch(cell, inputs.to(dtype), None, low, _in_one_piece(weights, dtype))
+    return hidden, tuple(part.to(before.dtype) for part, before in zip(after, state, strict=True))
+
+
+def _in_one_piece(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """The weights of another type, side by side as cuDNN has them, which else copies them at each call."""
+    flat = torch.cat([weight.flatten() for weight in weights]).to(dtype)
+    parts = flat.split([weight.numel() for weight in weights])
+    return [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]
 
 
 def _widened(weight: Tensor, gates: int, missing: int) -> Tensor:

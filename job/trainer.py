@@ -13,9 +13,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from job import checkpoint, loop, model, optimizer
+from job import checkpoint, kernel, loop, model, optimizer
 from job.checkpoint import Checkpoint, Unsound
-from job.config import Config
+from job.config import CELLS, Config
 from job.errors import Diverged, RunFailed, UserError
 from job.events import Event, Failed, Finished, Part, Post, Pulse, Row, Started
 from job.gradients import Ordered, Signals, Summed, tree_sum
@@ -275,13 +275,18 @@ class _Worker:
                 self.progress.step,
                 self.progress.epoch,
                 self.world.size,
-                device_name(self.world.device),
+                self._device(),
                 self.precision,
                 sum(weight.numel() for weight in self.learner.model.parameters()),
                 self.learner.total_steps,
                 self.passed_over,
             )
         )
+
+    def _device(self) -> str:
+        """What the worker computes on, and why more slowly than it might."""
+        missing = kernel.missing_on(self.world.device) if self.options.model.cell in CELLS else ""
+        return device_name(self.world.device) + (f" without the compiled kernel ({missing})" if missing else "")
 
     def _report(self, step: loop.Step) -> None:
         progress, every = self.progress, self.options.train.log_every
