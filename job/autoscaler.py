@@ -57,6 +57,8 @@ def _configuration(gcs_address: str) -> dict[str, Any] | None:
 def _limits(configuration: dict[str, Any]) -> list[Growth] | None:
     if not configuration:
         return []
+    if configuration["provider"]["type"] == "local":  # its machines are all of the head's kind, and still to come
+        return None
     most = int(configuration["max_workers"])
     kinds = configuration["available_node_types"]
     brought = [kind for name, kind in kinds.items() if name != configuration["head_node_type"]]

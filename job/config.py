@@ -245,7 +245,9 @@ class Scale(Section):
     workers: str | int = _option(2, '0: in this process; "2-8": as many as there are', _workers)
     accelerator: str = _option("auto", "auto, cpu or gpu", _one_of("auto", "cpu", "gpu"))
     accelerator_type: str = _option("", "the kind of GPU that workers need, as Ray calls it: A100, H100, T4 …", _kind)
-    cpus_per_worker: int = _option(0, "cores of a worker; 0: its share of them", _at_least(0))
+    cpus_per_worker: int = _option(
+        0, "cores of a worker; 0: its share of this machine, or one on a cluster", _at_least(0)
+    )
     placement: str = _option("pack", "pack or spread workers over nodes", _one_of("pack", "spread"))
     hang_timeout: float = _option(
         60.0, "seconds until a silent worker is replaced, or a change in nodes is used", _above_zero
@@ -260,6 +262,13 @@ class Scale(Section):
     def max_workers(self) -> int:
         """The most workers that a run uses."""
         return int(str(self.workers).split("-")[-1])
+
+    @property
+    def gpu_wish(self) -> str:
+        """The option that insists on GPUs, as a person writes it; empty where none does."""
+        if self.accelerator_type:
+            return f"scale.accelerator_type = {self.accelerator_type}"
+        return "scale.accelerator = gpu" if self.accelerator == "gpu" else ""
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from job.world import World, cores
 def launch(options: Config, _: Screen) -> Iterator[Follow]:
     """A launcher for ``scale.workers = 0``."""
     has_gpu = torch.cuda.is_available()
-    if options.scale.accelerator == "gpu" and not has_gpu:
-        raise UserError("scale.accelerator = gpu: this machine has no GPU that torch can use; use auto or cpu")
+    if options.scale.gpu_wish and not has_gpu:
+        raise UserError(f"{options.scale.gpu_wish}: this machine has no GPU that torch can use; leave it out")
     device = torch.device("cuda" if has_gpu and options.scale.accelerator != "cpu" else "cpu")
     world = World(0, 1, device, options.scale.cpus_per_worker or cores(), uuid.uuid4().hex[:8])
 

@@ -62,10 +62,10 @@ class Placement:
 def on_this_machine(scale: Scale, cores: int, gpus: int) -> Placement:
     """A placement on a cluster of one's own; UserError where it has not the GPUs."""
     workers = scale.max_workers
-    if scale.accelerator == "gpu" and gpus < scale.min_workers:
+    if scale.gpu_wish and gpus < scale.min_workers:
         raise UserError(
-            f"scale.accelerator = gpu: this machine has {gpus} GPUs for {scale.min_workers} workers; "
-            "lower scale.workers, or use auto or cpu"
+            f"{scale.gpu_wish}: this machine has {gpus} GPUs for {scale.min_workers} workers; "
+            "lower scale.workers, or leave it out"
         )
     use_gpu = scale.accelerator != "cpu" and gpus > 0
     notice = ""
@@ -84,11 +84,10 @@ def on_cluster(scale: Scale, nodes: list[Resources], growth: list[Growth] | None
     """
     brought = growth or []
     gpus = sum(node.get("GPU", 0) for node in nodes) + sum(kind.resources.get("GPU", 0) * kind.most for kind in brought)
-    wants_gpu = scale.accelerator == "gpu" or bool(scale.accelerator_type)
     placement = Placement(
         scale.min_workers,
         scale.max_workers,
-        wants_gpu or (scale.accelerator == "auto" and gpus >= scale.min_workers),
+        bool(scale.gpu_wish) or (scale.accelerator == "auto" and gpus >= scale.min_workers),
         scale.cpus_per_worker or 1,
         scale.placement.upper(),
         scale.accelerator_type,

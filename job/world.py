@@ -4,7 +4,9 @@ import contextlib
 import ctypes
 import os
 import platform
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -64,5 +66,17 @@ def keep_memory() -> None:
 
 
 def cores() -> int:
-    """Processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processor cores that this process may use, by its affinity and by its container's quota."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(found, _quota(Path("/sys/fs/cgroup"))))
+
+
+def _quota(group: Path) -> int:
+    """Cores' worth of time that a control group grants, rounded up; many where it sets no bound."""
+    with contextlib.suppress(OSError, ValueError):  # version 2; "max" is no number
+        granted, period = (group / "cpu.max").read_text().split()
+        return -(-int(granted) // int(period))
+    with contextlib.suppress(OSError, ValueError):
+        granted, period = ((group / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+        return -(-int(granted) // int(period)) if int(granted) > 0 else sys.maxsize
+    return sys.maxsize

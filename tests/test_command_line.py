@@ -53,6 +53,8 @@ def refuse(tmp_path, *words):
         (["--run.storage", "gopher://x/y"], ["not an address pyarrow understands"]),
         (["--scale.accelerator", "gpu"], ["GPU"]),
         (["--scale.accelerator", "gpu", "--scale.workers", 2], ["GPU"]),
+        (["--scale.accelerator_type", "A100"], ["accelerator_type = A100", "no GPU"]),
+        (["--scale.accelerator_type", "A100", "--scale.workers", 2], ["accelerator_type = A100", "0 GPUs"]),
         (["--corpus.validation_fraction", 0.0004], ["validation_fraction", "too few"]),
         (["--train.epochs"], ["--train.epochs: a value is missing"]),
         (["other.toml"], ["other.toml: no such configuration file"]),

@@ -94,6 +94,13 @@ def test_ray_accepts_the_cluster_files():
     check_cluster(read("clusters/local.yaml"))
 
 
+def test_machines_of_ones_own_that_are_still_to_come_are_waited_for():
+    """Of the head's kind and brought one by one; the autoscaler's own file has no word of how many."""
+    from job import autoscaler
+
+    assert autoscaler._limits(prepared(read("clusters/local.yaml"))) is None
+
+
 @pytest.mark.parametrize("name", CLUSTERS)
 @pytest.mark.parametrize(
     ("old", "new", "said"),

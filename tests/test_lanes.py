@@ -1,11 +1,12 @@
 """Lane arithmetic: every token once, whoever holds it."""
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
 
-from job import config
+from job import config, world
 from job.lanes import cut, groups_of, split
 from job.stream import Stream
 
@@ -70,3 +71,20 @@ def test_a_cut_never_reads_past_the_end():
         found = cut(tokens, offset, lanes, steps)
         if found.num_windows:
             assert found.offset + lanes * found.lane_length + 1 <= tokens
+
+
+@pytest.mark.parametrize(
+    ("files", "granted"),
+    [
+        ({}, sys.maxsize),
+        ({"cpu.max": "max 100000"}, sys.maxsize),
+        ({"cpu.max": "150000 100000"}, 2),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, sys.maxsize),
+        ({"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4),
+    ],
+)
+def test_a_containers_quota_bounds_the_cores(tmp_path, files, granted):
+    (tmp_path / "cpu").mkdir()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text + "\n")
+    assert world._quota(tmp_path) == granted
