@@ -75,16 +75,15 @@ INLINE vec multiplied(int low, uint32_t a, vec b, vec sum) {
     return sum + x * b;
 }
 
-/* exp(x) - 1 as a power p of two and exp(r) - 1 of the rest: exp(x) - 1 = p (exp(r) - 1) + p - 1. */
-INLINE vec expm1_parts(vec x, vec *power) {
+/* exp(x) - 1 as a power p of two and exp(r) - 1 of the rest: exp(x) - 1 = p (exp(r) - 1) + p - 1.
+   Good to 1e-7 of its value; to 1e-4, a twentieth of a bf16's last bit, where `low`. */
+INLINE vec expm1_parts(int low, vec x, vec *power) {
     vec n = x * 1.44269504f + 12582912.0f; /* the nearest integer stands in the last bits */
     *power = (vec)(((ints)n + 127) << 23);
     n -= 12582912.0f;
-    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
-    vec p = all(1.9841270e-4f);
-    p = p * r + 1.3888889e-3f;
-    p = p * r + 8.3333333e-3f;
-    p = p * r + 4.1666667e-2f;
+    vec r = low ? x - n * 0.69314718f : x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = all(4.1666667e-2f);
+    if (!low) p = ((all(1.9841270e-4f) * r + 1.3888889e-3f) * r + 8.3333333e-3f) * r + p;
     p = p * r + 1.6666667e-1f;
     p = p * r + 0.5f;
     return p * r * r + r;
@@ -100,26 +99,26 @@ INLINE vec larger(vec a, vec b) {
 #endif
 }
 
-/* a / b; the processor's estimate, mended once, is good to 1e-7 and takes half a division's time. */
-INLINE vec divided(vec a, vec b) {
+/* a / b; the processor's estimate is good to 1e-4; mended once, to 1e-7, it takes half a division's time. */
+INLINE vec divided(int low, vec a, vec b) {
 #ifdef __AVX512F__
     vec guess = (vec)_mm512_rcp14_ps((__m512)b), found = a * guess;
-    return found + guess * (a - found * b);
+    return low ? found : found + guess * (a - found * b);
 #else
     return a / b;
 #endif
 }
 
 /* (1 - exp(-2|x|)) / (1 + exp(-2|x|)), with the sign of x. */
-INLINE vec vtanh(vec x) {
+INLINE vec vtanh(int low, vec x) {
     ints sign = (ints)x & INT32_MIN;
-    vec power, rest = expm1_parts(larger(all(-40), -2 * (vec)((ints)x ^ sign)), &power), e = power * rest + (power - 1);
-    return (vec)((ints)divided(-e, e + 2) | sign);
+    vec power, rest = expm1_parts(low, larger(all(-40), -2 * (vec)((ints)x ^ sign)), &power), e = power * rest + (power - 1);
+    return (vec)((ints)divided(low, -e, e + 2) | sign);
 }
 
-INLINE vec sigmoid(vec x) {
-    vec power, rest = expm1_parts(-larger(all(-80), -larger(all(-80), -x)), &power);
-    return divided(all(1), power * rest + power + 1);
+INLINE vec sigmoid(int low, vec x) {
+    vec power, rest = expm1_parts(low, -larger(all(-80), -larger(all(-80), -x)), &power);
+    return divided(low, all(1), power * rest + power + 1);
 }
 
 /* --- packing --- */
@@ -230,10 +229,10 @@ INLINE void cell_forward(enum cell cell, int low, const window *w, size row, siz
     const float *x = w->inputs + (w->tokens ? w->tokens[row] : row) * gates_of(cell) * H + j;
     size kept = row * 4 * H + j;
     if (cell == RNN) {
-        store(low, w->hidden, next, vtanh(load(0, x, 0) + load(0, sums, 0)));
+        store(low, w->hidden, next, vtanh(low, load(0, x, 0) + load(0, sums, 0)));
     } else if (cell == GRU) {
-        vec r = sigmoid(load(0, x, 0) + load(0, sums, 0)), z = sigmoid(load(0, x, H) + load(0, sums, far));
-        vec q = load(0, sums, 2 * far) + load(0, w->bias, j), n = vtanh(load(0, x, 2 * H) + r * q);
+        vec r = sigmoid(low, load(0, x, 0) + load(0, sums, 0)), z = sigmoid(low, load(0, x, H) + load(0, sums, far));
+        vec q = load(0, sums, 2 * far) + load(0, w->bias, j), n = vtanh(low, load(0, x, 2 * H) + r * q);
         vec h = n + z * (load(0, w->carry, row * H + j) - n);
         store(0, w->carry, next, h);
         store(low, w->hidden, next, h);
@@ -243,12 +242,12 @@ INLINE void cell_forward(enum cell cell, int low, const window *w, size row, siz
         store(low, w->gates, kept + 2 * H, n);
         store(low, w->gates, kept + 3 * H, q);
     } else {
-        vec i = sigmoid(load(0, x, 0) + load(0, sums, 0)), f = sigmoid(load(0, x, H) + load(0, sums, far));
-        vec g = vtanh(load(0, x, 2 * H) + load(0, sums, 2 * far));
-        vec o = sigmoid(load(0, x, 3 * H) + load(0, sums, 3 * far));
+        vec i = sigmoid(low, load(0, x, 0) + load(0, sums, 0)), f = sigmoid(low, load(0, x, H) + load(0, sums, far));
+        vec g = vtanh(low, load(0, x, 2 * H) + load(0, sums, 2 * far));
+        vec o = sigmoid(low, load(0, x, 3 * H) + load(0, sums, 3 * far));
         vec c = f * load(0, w->carry, row * H + j) + i * g;
         store(0, w->carry, next, c);
-        store(low, w->hidden, next, o * vtanh(c));
+        store(low, w->hidden, next, o * vtanh(low, c));
         if (!w->gates) return;
         store(low, w->gates, kept, i);
         store(low, w->gates, kept + H, f);
@@ -277,7 +276,7 @@ INLINE void cell_backward(enum cell cell, int low, const window *w, size row, si
     } else {
         vec i = load(low, w->gates, kept), f = load(low, w->gates, kept + H);
         vec g = load(low, w->gates, kept + 2 * H), o = load(low, w->gates, kept + 3 * H);
-        vec c = vtanh(load(0, w->carry, next));
+        vec c = vtanh(low, load(0, w->carry, next));
         vec dc = load(0, w->dcarry, lane * H + j) + dh * o * (1 - c * c);
         store(0, w->dcarry, lane * H + j, dc * f);
         store(low, w->dgates, kept, dc * g * i * (1 - i));
@@ -525,7 +524,7 @@ INLINE float row_of_loss(float *logits, size count, size padded, int64_t target,
     float most = largest(logits, padded), right = logits[target] - most;
     vec total = {};
     for (size j = 0; j < padded; j += WIDTH) {
-        vec power, rest = expm1_parts(larger(all(-87), load(0, logits, j) - most), &power), e = power * rest + power;
+        vec power, rest = expm1_parts(0, larger(all(-87), load(0, logits, j) - most), &power), e = power * rest + power;
         store(0, logits, j, e);
         total += e;
     }
