@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def run(options: Config, stem: str, screen: Screen, launch: Launcher) -> int:
         screen.line(f"{folder} is finished; to train longer, raise train.epochs")
         _show(previous.result, folder, screen)
         return 0
-    lease.refuse_if_alive(folder)
+    lease.refuse_unless_dead(folder, screen.line)
     wishes = Wishes()
     with wishes.heard():
         plan, tokens = prepare(options, folder)
@@ -82,6 +83,8 @@ def run(options: Config, stem: str, screen: Screen, launch: Launcher) -> int:
         folder.check_writable()
         if wishes.status:
             return wishes.status
+        folder = replace(folder, patient=True)
+        plan = replace(plan, checkpoints=folder / plan.checkpoints.name)
         screen.line(_about(plan))
         # Heard anew within: Ray, once it is connected, has handlers of its own.
         with launch(plan.config, screen) as follow, wishes.heard():

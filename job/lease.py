@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +79,22 @@ def refuse_if_alive(folder: Folder) -> None:
         f"{folder}: this run is alive, driven by process {owner['pid']} on {owner['host']} (last sign of life "
         f"{silent:.0f} s ago); {remedy}, or choose another run.name"
     )
+
+
+def refuse_unless_dead(folder: Folder, tell: Callable[[str], None]) -> None:
+    """As ``refuse_if_alive``, but that a driver on another host is listened to: it may have died a moment ago."""
+    first, told = _read(folder), False
+    while True:
+        try:
+            return refuse_if_alive(folder)
+        except UserError:
+            owner = _read(folder)
+            if owner and (owner["host"] == socket.gethostname() or owner != first):
+                raise
+        if not told:
+            tell(f"waiting for a sign of life of {folder}'s driver on {first['host'] if first else 'another host'}")
+            told = True
+        time.sleep(0.5)
 
 
 def acquire(folder: Folder) -> Lease:

@@ -21,7 +21,7 @@ def opened(letter: bytes) -> Any:
     return ray.cloudpickle.loads(letter)
 
 
-@ray.remote(num_cpus=0, max_restarts=0)
+@ray.remote(num_cpus=0, max_restarts=0, max_task_retries=-1)  # a network that falters loses no letter
 class Mailbox:
     """Carries events to the driver, in order, and its orders to rank 0."""
 
@@ -36,7 +36,8 @@ class Mailbox:
     async def post(self, sender: str, number: int, event: bytes) -> None:
         """From a worker: its event of that number, from 0; those before it are waited for."""
         held = self.held.setdefault(sender, {})
-        held[number] = event
+        if number >= self.taken.get(sender, 0):  # else it comes again: its receipt was lost
+            held[number] = event
         while (following := self.taken.get(sender, 0)) in held:
             self.events.put_nowait(held.pop(following))
             self.taken[sender] = following + 1

@@ -14,6 +14,7 @@ from job import cluster  # isort: skip  first: it sets what Ray reads when it is
 import ray.util
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 
 assert cluster
 _SIOCGIFADDR = 0x8915  # netdevice(7), Linux
@@ -41,8 +42,14 @@ def _name_interface() -> None:
 
 class _Backend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        worker_group.execute(_name_interface)
-        super().on_start(worker_group, backend_config)
+        try:
+            worker_group.execute(_name_interface)
+            super().on_start(worker_group, backend_config)
+        except ray.exceptions.RayTaskError as error:
+            # One may have died as they met. Ray tries again only where it hears of it by this name, and then
+            # leaves the group that never began where it is, in the next one's place.
+            worker_group.abort()
+            raise WorkerGroupStartupFailedError("the workers did not meet") from (error.cause or error)
 
 
 class Networked(TorchConfig):

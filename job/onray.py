@@ -92,6 +92,12 @@ def _tell_ray_how_patient_to_be(options: Config) -> None:
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
 
 
+def _saved_within(options: Config) -> float:
+    """Seconds in which a group of workers that trains has saved; 0 where that goes by steps."""
+    seconds = options.train.checkpoint_seconds
+    return 2 * seconds if math.isfinite(seconds) else 0.0
+
+
 def mailbox_here() -> Any:
     """A mailbox that lives and dies with this node, as its driver does."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -138,7 +144,8 @@ class _Following:
                 use_gpu=placement.use_gpu,
                 resources_per_worker=placement.resources,
                 placement_strategy=placement.strategy,
-                elastic_resize_monitor_interval_s=options.scale.hang_timeout,
+                # Not before a checkpoint: else nodes that keep coming would keep a run from getting on.
+                elastic_resize_monitor_interval_s=max(options.scale.hang_timeout, _saved_within(options)),
             ),
             run_config=RunConfig(
                 name=RAY_FOLDER,

@@ -161,8 +161,7 @@ def open_checkpoint(address: str) -> tuple[Checkpoint, Restored]:
             found, problems = latest_sound(folder / "checkpoints")
         if found is None:
             raise UserError(problems[0] if problems else f"{folder}: neither a run with a checkpoint nor a checkpoint")
-        checkpoint.verify(found)
-        return found, checkpoint.restore(found)
+        return found, checkpoint.verify(found)
     except Unsound as error:
         raise UserError(str(error)) from None
     except OSError as error:

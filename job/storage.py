@@ -2,15 +2,18 @@
 
 import contextlib
 import os
+import random
 import re
 import shlex
 import shutil
 import threading
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 from pyarrow import fs
@@ -34,6 +37,11 @@ def written_out(source: str) -> str:
     return os.path.expanduser(os.path.expandvars(source))
 
 
+PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds between tries where a store falters
+# What no further try mends, in the words of pyarrow's errors.
+_FOR_GOOD = re.compile("ACCESS_DENIED|NO_SUCH|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|SIGNATURE_DOES_NOT_MATCH")
+
+
 class TooLarge(OSError):
     """A file is larger than it may be."""
 
@@ -43,10 +51,12 @@ class Folder:
     """A folder by its address; it exists once something is written into it.
 
     A file that is written is there whole or not at all: on a local disk by renaming, elsewhere
-    because object stores show an object only when it is complete. Errors are OSError.
+    because object stores show an object only when it is complete. Errors are OSError. One that is
+    ``patient`` tries for a minute or two where a store falters, as they do under load.
     """
 
     address: str
+    patient: bool = False
 
     @classmethod
     def at(cls, address: str) -> "Folder":
@@ -82,7 +92,7 @@ class Folder:
     def parent(self) -> "Folder":
         """The folder that this one lies in."""
         base, mark, query = self.address.partition("?")
-        return Folder(f"{base.rpartition('/')[0]}{mark}{query}")
+        return Folder(f"{base.rpartition('/')[0]}{mark}{query}", self.patient)
 
     @property
     def local(self) -> Path | None:
@@ -92,7 +102,11 @@ class Folder:
 
     def __truediv__(self, name: str) -> "Folder":
         base, mark, query = self.address.partition("?")
-        return Folder(f"{base}/{name}{mark}{query}")
+        inner = Folder(f"{base}/{name}{mark}{query}", self.patient)
+        if is_address(self.address):  # by the connection that there is
+            system, path = self._place
+            inner.__dict__["_place"] = (system, f"{path}/{name}")
+        return inner
 
     def __str__(self) -> str:
         """As a person would write it: a local path relative to where one stands, if below it."""
@@ -110,6 +124,9 @@ class Folder:
 
     def read(self, name: str, limit: int | None = None) -> bytes:
         """A file's bytes; OSError where it is missing, or larger than ``limit`` bytes."""
+        return self._tried(lambda: self._read(name, limit))
+
+    def _read(self, name: str, limit: int | None) -> bytes:
         system, path = self._place
         size = system.get_file_info(f"{path}/{name}").size
         if size is None:
@@ -122,7 +139,11 @@ class Folder:
     def write(self, name: str, data: bytes) -> None:
         """Writes a file, whole or not at all, and has it on the disk before it returns."""
         if self.local is not None:
-            return _write_local(self.local, name, data)
+            _write_local(self.local, name, data)
+            return
+        self._tried(lambda: self._write(name, data))
+
+    def _write(self, name: str, data: bytes) -> None:
         system, path = self._place
         with system.open_output_stream(f"{path}/{name}") as stream:
             stream.write(data)
@@ -130,32 +151,47 @@ class Folder:
     def names(self) -> list[str]:
         """What lies directly in the folder, sorted; nothing where it does not exist."""
         system, path = self._place
-        found = system.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        found = self._tried(lambda: system.get_file_info(fs.FileSelector(path, allow_not_found=True)))
         return sorted(info.base_name for info in found)
 
     def has(self, name: str) -> bool:
         """Whether there is a file or folder of that name."""
+        return self._kind(name) != fs.FileType.NotFound
+
+    def _kind(self, name: str) -> fs.FileType:
         system, path = self._place
-        return system.get_file_info(f"{path}/{name}").type != fs.FileType.NotFound
+        return self._tried(lambda: system.get_file_info(f"{path}/{name}").type)
 
     def remove(self, name: str) -> None:
         """Removes a file or a folder with all it holds; nothing where there is none."""
-        system, path = self._place
         if self.local is not None:
             target = self.local / name
             if target.is_dir() and not target.is_symlink():
                 return shutil.rmtree(target, ignore_errors=True)
             return target.unlink(missing_ok=True)
-        kind = system.get_file_info(f"{path}/{name}").type
-        if kind == fs.FileType.Directory:
-            system.delete_dir(f"{path}/{name}")
-        elif kind == fs.FileType.File:
-            system.delete_file(f"{path}/{name}")
+        system, path = self._place
+        delete = {fs.FileType.Directory: system.delete_dir, fs.FileType.File: system.delete_file}.get(self._kind(name))
+        if delete:
+            self._tried(lambda: delete(f"{path}/{name}"))
 
     def upload(self, source: Path) -> None:
         """Copies a local folder's files into this one; those elsewhere are left alone."""
         system, path = self._place
-        fs.copy_files(str(source), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=system)
+        here = fs.LocalFileSystem()
+        self._tried(lambda: fs.copy_files(str(source), path, source_filesystem=here, destination_filesystem=system))
+
+    def _tried(self, action: Callable[[], Any]) -> Any:
+        """What an action gives; a store's passing trouble is waited out."""
+        for pause in PAUSES if self.patient and self.local is None else ():
+            try:
+                return action()
+            except (FileNotFoundError, PermissionError, TooLarge):
+                raise
+            except OSError as error:
+                if _FOR_GOOD.search(str(error)):
+                    raise
+            time.sleep(pause * random.uniform(0.5, 1.5))  # workers shall not come back all at once
+        return action()
 
     def check_writable(self) -> None:
         """UserError where nothing can be written here; leaves nothing behind."""

@@ -7,6 +7,7 @@ import copy
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Protocol
 
 import numpy as np
@@ -28,6 +29,7 @@ from job.vocabulary import Vocabulary
 from job.world import World, device_name, keep_memory, precision_of
 
 PULSE = 0.5  # seconds between two signs of life
+LONGEST_LOOK = 1800.0  # seconds in which one worker finds the last sound checkpoint for all
 LOOK = 5.0  # seconds between two looks for nodes that are about to go
 
 
@@ -83,7 +85,6 @@ def latest_sound(folder: Folder) -> tuple[Checkpoint | None, tuple[str, ...]]:
             continue
         try:
             checkpoint.verify(found)
-            checkpoint.restore(found)
         except Unsound as error:
             passed_over.append(str(error))
         else:
@@ -159,8 +160,10 @@ class _Worker:
             if not found:
                 _refuse_to_begin_again(folder, passed_over)
             chosen = [(found, passed_over, precision_of(self.options.train.precision, self.world.device).name)]
-        if self.world.size > 1:
-            dist.broadcast_object_list(chosen)
+        if self.world.size > 1:  # of many parts in a slow store it takes longer than any step may
+            patient = dist.new_group(backend="gloo", timeout=timedelta(seconds=LONGEST_LOOK))
+            dist.broadcast_object_list(chosen, group=patient)
+            dist.destroy_process_group(patient)
         agreed: tuple[Checkpoint | None, tuple[str, ...], str] = chosen[0]
         return agreed
 
@@ -249,7 +252,7 @@ class _Worker:
         look = now - self.looked_at >= LOOK
         if look:
             self.looked_at = now
-        due = now - self.saved_at >= self.options.train.checkpoint_seconds
+        due = now - self.saved_at >= self.options.train.checkpoint_seconds and not self.writer.busy
         return asked._replace(checkpoint=asked.checkpoint or due, look=look)
 
     def _due(self, asked: Signals) -> bool:
@@ -360,6 +363,11 @@ class _Writer:
             self.post(Part(self.world.attempt, receipt))
 
         self.pending = self.thread.submit(write)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a save is still being written."""
+        return bool(self.pending and not self.pending.done())
 
     def finish(self) -> None:
         """Waits for the save that runs; OSError if it failed."""

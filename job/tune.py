@@ -151,7 +151,7 @@ def run(options: Config, wanted: Search, stem: str, screen: Screen) -> int:
         screen.line(f"{folder} is finished; to search longer, raise search.trials")
         summary.show(Trials(folder, options, wanted), screen)
         return 0
-    lease.refuse_if_alive(folder)
+    lease.refuse_unless_dead(folder, screen.line)
     wishes = Wishes()
     with wishes.heard():
         base = trials.check(options, wanted, folder)

@@ -8,8 +8,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, job, result, rows, start_job
@@ -252,6 +254,50 @@ def test_a_driver_elsewhere_is_given_time(tmp_path):
         lease.acquire(folder)
 
 
+def test_a_driver_elsewhere_is_listened_to(tmp_path, monkeypatch):
+    """A job that is submitted again after its head has died must not be refused for it."""
+    monkeypatch.setattr(lease, "SILENCE", 2.0)
+    folder, said = Folder(str(tmp_path / "run")), []
+    owner_of(folder, host="elsewhere")
+    lease.refuse_unless_dead(folder, said.append)
+    assert len(said) == 1
+    assert "waiting for a sign of life" in said[0]
+    owner_of(folder, host="elsewhere")
+    place = tmp_path / "run" / "owner.json"
+    beat = {**json.loads(place.read_text()), "beat": time.time() + 1}
+    timer = threading.Timer(0.7, folder.write, ("owner.json", json.dumps(beat).encode()))
+    timer.start()
+    with pytest.raises(UserError, match="this run is alive"):
+        lease.refuse_unless_dead(folder, said.append)
+    timer.join()
+
+
+class Faltering:
+    """A store that fails some times before it answers."""
+
+    def __init__(self, *errors):
+        self.errors = list(errors)
+
+    def get_file_info(self, _):
+        if self.errors:
+            raise OSError(self.errors.pop(0))
+        return SimpleNamespace(type="File")
+
+
+def test_a_store_that_falters_is_waited_for(monkeypatch):
+    monkeypatch.setattr(storage, "PAUSES", (0.0, 0.0))
+    busy = "When getting information: AWS Error SLOW_DOWN during HeadObject operation"
+    cases = [(True, [busy] * 2, ""), (True, [busy] * 3, "SLOW_DOWN"), (False, [busy], "SLOW_DOWN")]
+    for patient, errors, told in [*cases, (True, ["AWS Error ACCESS_DENIED"], "ACCESS_DENIED")]:
+        folder = Folder("s3://bucket/runs", patient)
+        folder.__dict__["_place"] = (Faltering(*errors), "bucket/runs")
+        if told:
+            with pytest.raises(OSError, match=told):
+                (folder / "run").has("manifest.json")
+        else:
+            assert (folder / "run").has("manifest.json")
+
+
 def test_a_driver_that_lost_its_run_writes_no_more(tmp_path):
     folder = Folder(str(tmp_path / "run"))
     first = lease.acquire(folder)
@@ -354,7 +400,7 @@ def test_events_of_one_worker_are_taken_in_order():
 
     async def swapped():
         box = Mailbox.__ray_metadata__.modified_class()
-        for number in (1, 0, 3, 2):
+        for number in (1, 0, 0, 3, 1, 2):  # and send one again whose receipt was lost
             await box.post("worker", number, bytes([number]))
         return await box.collect(1.0)
 

@@ -136,6 +136,18 @@ def test_workers_that_always_die_end_the_run(prose, tmp_path, on_cluster, monkey
 
 
 @pytest.mark.slow
+def test_workers_that_cannot_meet_are_started_again_and_then_told(prose, tmp_path, monkeypatch):
+    """One that dies as they meet must not end a run; that they never do must."""
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "nowhere0")
+    monkeypatch.setattr("job.record.TRIES", 2)
+    ended = job(*small(prose, tmp_path, "run", "--scale.workers", 2))
+    assert (ended.status, ended.err.count("\n")) == (1, 1), ended.err
+    assert "the workers failed 2 times without getting to a checkpoint; at last: RuntimeError: " in ended.err
+    assert "nowhere0" in ended.err
+
+
+@pytest.mark.slow
 def test_before_a_node_is_taken_away_the_run_is_saved(prose, tmp_path):
     """Ray announces a pre-emption; no other checkpoint is due for a thousand seconds or an epoch."""
     flags = small(prose, tmp_path, "storm", "--model.cell", "lstm", "--train.checkpoint_every", "1000s")[1:]
