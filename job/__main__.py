@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -45,6 +46,8 @@ def _evaluate(line: Line) -> int:
     driver, runs = importlib.import_module("job.driver"), importlib.import_module("job.runs")
     evaluation = importlib.import_module("job.evaluate")
     values = _only(line, "corpus.source", "corpus.cleaning", "corpus.max_tokens")
+    if "corpus.source" in line.flags:
+        values["corpus"].setdefault("max_tokens", 0)  # all of it, whatever was cut from the text that trained
     found, restored = runs.open_checkpoint(_required(line, "a run's folder or a checkpoint's"))
     options = parse.override(restored.config, values).corpus
     result = evaluation.evaluate(restored, driver.load_model(restored), options)
@@ -157,6 +160,9 @@ def main(words: Sequence[str]) -> int:
 def command() -> int:
     """The whole command line, with one plain line for any error; the exit status."""
     debug = "--debug" in sys.argv
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  closed by whoever started it
+    if hasattr(signal, "SIGUSR1"):
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is a run that could save
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()

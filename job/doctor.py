@@ -118,7 +118,7 @@ def _working_directory(folder: Path) -> Row:
 def _own_rows(options: Config) -> Iterator[Row]:
     gpus = torch.cuda.device_count()
     yield Row("cluster", f"one of this job's own: {cores()} cores, {gpus} GPUs")
-    if options.scale.max_workers:
+    if options.scale.max_workers or options.scale.gpu_wish:
         yield _tried("workers", lambda: _on_this_machine(options, gpus))
     if gpus:
         yield _gpu_row([Node("this machine", {}, probe.here(Question(".", "", (), gpus=True)))])

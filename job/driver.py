@@ -18,13 +18,13 @@ import numpy as np
 
 from job import checkpoint, generate, lease, model, parse, report, runs
 from job.config import Config
-from job.errors import Diverged, Hopeless, RunFailed
+from job.errors import Diverged, Hopeless, RunFailed, UserError
 from job.loop import perplexity
 from job.prepare import prepare
-from job.record import Recorder
+from job.record import RESULT, Recorder
 from job.screen import Screen, duration
 from job.storage import Folder
-from job.trainer import Plan
+from job.trainer import Plan, latest_sound
 
 
 class Wishes:
@@ -72,7 +72,8 @@ def run(options: Config, stem: str, screen: Screen, launch: Launcher) -> int:
     folder, options, previous = runs.choose(options, stem)
     if previous and previous.is_finished(options):
         assert previous.result
-        screen.line(f"{folder} is finished; to train longer, raise train.epochs")
+        bound = "train.epochs" if previous.result["epochs"] >= options.train.epochs else "train.max_steps"
+        screen.line(f"{folder} is finished; to train longer, raise {bound}")
         _show(previous.result, folder, screen)
         return 0
     lease.refuse_unless_dead(folder, screen.line)
@@ -85,7 +86,7 @@ def run(options: Config, stem: str, screen: Screen, launch: Launcher) -> int:
             return wishes.status
         folder = replace(folder, patient=True)
         plan = replace(plan, checkpoints=folder / plan.checkpoints.name)
-        screen.line(_about(plan))
+        screen.line(_about(plan, options.corpus.source))
         # Heard anew within: Ray, once it is connected, has handlers of its own.
         with launch(plan.config, screen) as follow, wishes.heard():
             return _run(follow, plan, tokens, folder, wishes, screen)
@@ -97,7 +98,6 @@ def _run(follow: Follow, plan: Plan, tokens: np.ndarray, folder: Folder, wishes:
     try:
         runs.refuse_if_changed(folder, plan.config)  # between the look at it and the lease
         folder.write(runs.CONFIG, parse.to_toml(plan.config).encode())
-        folder.remove(runs.RESULT)  # of a shorter run that goes on
         recorder = Recorder(folder, plan.config, owned, screen)
         follow(plan, tokens, recorder, wishes)
         if recorder.failed:
@@ -114,7 +114,9 @@ def _run(follow: Follow, plan: Plan, tokens: np.ndarray, folder: Folder, wishes:
         screen.line(f"stopped; {_what_is_kept(folder)}")
         return wishes.status
     except RunFailed as error:
-        raise type(error)(f"{error}; {_what_is_kept(folder)}") from error.__cause__
+        raise type(error)(
+            "; ".join(filter(None, (str(error), _what_is_kept(folder, closely=True))))
+        ) from error.__cause__
     except OSError as error:
         raise RunFailed(f"{folder}: cannot be read or written: {error}; {_what_is_kept(folder)}") from None
     finally:
@@ -150,7 +152,7 @@ def _finish(plan: Plan, recorder: Recorder, folder: Folder) -> dict[str, Any]:
         "generated": text,
         "corpus": plan.corpus,
     }
-    folder.write(runs.RESULT, json.dumps(result, indent=1, ensure_ascii=False).encode())
+    folder.write(RESULT, json.dumps(result, indent=1, ensure_ascii=False).encode())
     return result
 
 
@@ -170,10 +172,10 @@ def load_model(restored: checkpoint.Restored) -> model.LanguageModel:
     return net
 
 
-def _about(plan: Plan) -> str:
+def _about(plan: Plan, asked: str) -> str:
     facts, options = plan.corpus, plan.config
     source = facts["source"]
-    if source == "embedded":
+    if source == "embedded" and asked == "auto":
         source = "the text embedded in Python (The Time Machine is neither cached nor to be had within seconds)"
     unit = "bytes" if options.vocabulary.kind == "byte" else "characters"
     return (
@@ -182,15 +184,21 @@ def _about(plan: Plan) -> str:
     )
 
 
-def _what_is_kept(folder: Folder) -> str:
+def _what_is_kept(folder: Folder, closely: bool = False) -> str:
+    """The last checkpoint, by its manifest, or by every byte; empty where all are damaged."""
+    place = folder / "checkpoints"
+    damaged: tuple[str, ...] = ()
     try:
-        found = [entry for entry in checkpoint.committed(folder / "checkpoints") if not isinstance(entry, str)]
-    except OSError as error:
+        entries = [entry for entry in checkpoint.committed(place) if not isinstance(entry, str)]
+        found = entries[-1] if entries else None
+        if closely:
+            found, damaged = latest_sound(place)
+    except (OSError, UserError) as error:
         return f"the checkpoints cannot be read now: {error}"
     if not found:
-        return "no checkpoint was written yet: the same command starts anew"
+        return "" if damaged else "no checkpoint was written yet: the same command starts anew"
     return (
-        f"step {found[-1].step:,} is kept: the same command with --run.name {folder.name} "
+        f"step {found.step:,} is kept: the same command with --run.name {folder.name} "
         f"goes on, {python()} -m job generate {folder.typed} lets it speak"
     )
 

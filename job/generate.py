@@ -58,7 +58,8 @@ def _chosen(logits_BV: Tensor, temperature: float, generator: torch.Generator) -
     """A token for each lane: the most likely one, or one drawn."""
     if not temperature:
         return logits_BV.argmax(1)
-    odds_BV = torch.softmax(logits_BV.float() / temperature, 1)
+    above_BV = (logits_BV - logits_BV.amax(1, keepdim=True)).double()  # in which no temperature is too low
+    odds_BV = torch.softmax(above_BV / temperature, 1)
     return torch.multinomial(odds_BV, 1, generator=generator)[:, 0]
 
 

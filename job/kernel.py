@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from job import compiled
 
 WIDTH = 32
+SPOKEN_AT_ONCE = 1000  # tokens between two moments in which Python hears a signal
 CELLS = {"RNN_TANH": 0, "GRU": 1, "LSTM": 2}
 _SIZES = ("steps", "lanes", "units", "threads", "rows")
 _ARRAYS = ("inputs", "tokens", "weight", "bias", "hidden", "carry", "gates")
@@ -295,5 +296,7 @@ def speech(
         )  # fmt: skip
         storey.weight, storey.bias = weight_GE.data_ptr(), bias_G.data_ptr()
         alive += [inputs, bias_G, bias_H, hidden, carry]
-    _call("speak", CELLS[cell], len(layers), storeys, weight_VH, bias_V, tokens, length, spoken)
+    for start in range(0, length, SPOKEN_AT_ONCE):
+        count = min(SPOKEN_AT_ONCE, length - start)
+        _call("speak", CELLS[cell], len(layers), storeys, weight_VH, bias_V, tokens, count, spoken[start:])
     return spoken[1:]

@@ -21,6 +21,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from job import probe
 from job.config import Config
 from job.driver import Follow, Wishes
+from job.elastic import Frugal
 from job.errors import RunFailed
 from job.events import Event
 from job.gradients import Signals
@@ -105,7 +106,17 @@ def mailbox_here() -> Any:
 
 
 class _Trainer(TorchTrainer):
-    """Ray's trainer, without an actor for Ray Data at each start of workers: a second or two on a small machine."""
+    """Ray's trainer with our word on how many workers there may be.
+
+    And without an actor for Ray Data at each start of workers: a second or two on a small machine.
+    """
+
+    placement: Placement
+
+    def _initialize_and_run_controller(self, **options: Any) -> Any:
+        if self.scaling_config.elasticity_enabled:
+            options["scaling_policy"] = Frugal(self.scaling_config, self.placement)
+        return super()._initialize_and_run_controller(**options)
 
     def _create_default_callbacks(self) -> list[Any]:
         return [
@@ -135,7 +146,7 @@ class _Following:
             "mailbox": self.mailbox,
             "threads": placement.cpus_per_worker,
         }
-        return _Trainer(
+        trainer = _Trainer(
             train_worker,
             train_loop_config=task,
             torch_config=Networked(timeout_s=math.ceil(options.scale.hang_timeout)),
@@ -155,6 +166,8 @@ class _Following:
                 callbacks=[Watch(self.mailbox)],
             ),
         )
+        trainer.placement = placement
+        return trainer
 
     def _fit(self) -> None:
         try:

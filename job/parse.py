@@ -24,7 +24,7 @@ def _parsed(text: str, hint: Any) -> Any:
         return text
     try:
         return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+    except ValueError:  # no TOML, or more digits than Python reads
         return text
 
 
@@ -52,7 +52,7 @@ def read_toml(text: str, where: str) -> Values:
     """Sections of a TOML text, every key known; ``where`` names the place in errors."""
     try:
         document = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:
         raise UserError(f"{where}: not TOML: {error}") from None
     for name, section in document.items():
         if name not in SECTIONS_OF_FILES:

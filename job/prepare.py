@@ -49,7 +49,7 @@ def _first_weights(options: Config, words: vocabulary.Vocabulary) -> bytes | Non
     """The file that ``model.init`` names, tried on a model, as the cell is by making one."""
     try:
         net = model.build(options.model, len(words), options.run.seed)
-    except (RuntimeError, MemoryError) as error:  # torch's allocator
+    except (RuntimeError, MemoryError, TypeError, OverflowError) as error:  # torch's allocator, or sizes beyond all
         raise UserError(f"model: does not fit into memory: {str(error).splitlines()[0]}; make it smaller") from None
     name = options.model.init
     if not name:

@@ -21,6 +21,7 @@ from job.screen import Screen, duration
 from job.storage import Folder
 
 METRICS = "metrics.jsonl"
+RESULT = "result.json"  # of a run that is finished
 TRIES = 6
 RACE = 60.0  # seconds between a group's look at the checkpoints and its word of it, at most
 
@@ -122,6 +123,7 @@ class Recorder:
                 "is it the same storage on all nodes?"
             )
             return
+        self.folder.remove(RESULT)  # of a shorter run that goes on
         checkpoint.clear_for(self.checkpoints, event.step, event.attempt)
         found = checkpoint.committed(self.checkpoints)
         self.committed = [entry for entry in found if isinstance(entry, Checkpoint)]

@@ -12,10 +12,10 @@ from job.checkpoint import Checkpoint, Restored, Unsound
 from job.config import Config
 from job.errors import UserError
 from job.loop import Progress, is_done
+from job.record import RESULT
 from job.storage import Folder, is_address, written_out
 from job.trainer import latest_sound
 
-RESULT = "result.json"
 CONFIG = "config.toml"
 SEARCH = "search.toml"  # of a search: its configuration, as it was resolved
 _LARGEST = 1 << 20  # bytes of a result or a configuration

@@ -1,5 +1,6 @@
 """What a person sees of a run: one line that moves on a terminal, plain lines elsewhere."""
 
+import os
 import shutil
 import sys
 import time
@@ -13,7 +14,7 @@ class Screen:
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stdout
-        self.moving = self.stream.isatty()
+        self.moving = self.stream.isatty() and os.environ.get("TERM") != "dumb"
         self.shown_at = 0.0
         self.drawn = 0  # lines that will move
 

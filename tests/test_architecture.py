@@ -8,8 +8,8 @@ import sys
 from conftest import ROOT
 
 KNOW_RAY = {
-    "attempt", "autoscaler", "cluster", "doctor", "mailbox", "network", "onray", "probe", "steering", "tune", "watch",
-    "worker",
+    "attempt", "autoscaler", "cluster", "doctor", "elastic", "mailbox", "network", "onray", "probe", "steering", "tune",
+    "watch", "worker",
 }  # fmt: skip
 
 

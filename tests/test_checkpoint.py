@@ -178,11 +178,14 @@ def test_a_store_that_does_not_answer_costs_no_checkpoint(prose, tmp_path, monke
 def test_where_all_is_damaged_nothing_is_begun_over_it(prose, tmp_path):
     stopped_inside(prose, tmp_path)
     place = tmp_path / "run" / "checkpoints"
+    before = result(tmp_path / "run")
     for weights in place.glob("*/model.safetensors"):
         weights.write_bytes(b"")
     ended = job("train", *flags(prose, tmp_path, "--model.cell", "lstm", "--train.max_steps", 40))
     assert (ended.status, ended.err.count("\n")) == (1, 1)
     assert "no checkpoint is sound" in ended.err
+    assert "goes on" not in ended.err
+    assert result(tmp_path / "run") == before
     assert len(list(place.glob("*/manifest.json"))) == 3
 
 

@@ -5,11 +5,13 @@ import json
 import math
 import re
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
 import torch
-from conftest import job, result, rows, start_job
+from conftest import ROOT, job, result, rows, start_job
 from safetensors.torch import save_file
 
 SMALL = ["--scale.workers", 0, "--model.hidden_size", 16, "--train.epochs", 2, "--generate.prefix", "the"]
@@ -53,6 +55,8 @@ def refuse(tmp_path, *words):
         (["--run.storage", "gopher://x/y"], ["not an address pyarrow understands"]),
         (["--scale.accelerator", "gpu"], ["GPU"]),
         (["--scale.accelerator", "gpu", "--scale.workers", 2], ["GPU"]),
+        (["--model.hidden_size", "1" + "0" * 30], ["model: does not fit"]),
+        (["--model.hidden_size", "1" * 5000], ["model.hidden_size", "must be an integer"]),
         (["--scale.accelerator_type", "A100"], ["accelerator_type = A100", "no GPU"]),
         (["--scale.accelerator_type", "A100", "--scale.workers", 2], ["accelerator_type = A100", "0 GPUs"]),
         (["--corpus.validation_fraction", 0.0004], ["validation_fraction", "too few"]),
@@ -146,6 +150,24 @@ def test_a_finished_run_says_so(storage, prose):
     told(job(*words, "--run.resume", "never"), "exists")
     told(job(*words, "--model.hidden_size", 17), "model.hidden_size (16 → 17)")
     assert (storage / "run" / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_closed_standard_output_does_no_harm(prose, tmp_path):
+    words = ["train", "--corpus.source", prose, *SMALL, "--run.storage", tmp_path, "--run.name", "run"]
+    command = [sys.executable, "-m", "job", *map(str, words)]
+    done = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *command], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert result(tmp_path / "run")["steps"]
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-40, 0.5])
+def test_no_temperature_is_too_low(storage, temperature):
+    words = ["generate", storage / "run", "--generate.prefix", "the", "--generate.length", 20]
+    ended = job(*words, "--generate.temperature", temperature)
+    assert ended.status == 0, ended.err
+    assert (ended.out == job(*words).out) == (temperature < 0.1)
 
 
 def test_names_count_up(storage, prose, tmp_path):

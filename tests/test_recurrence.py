@@ -235,9 +235,10 @@ def test_the_cache_is_ours_alone(tmp_path):
 
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
 @pytest.mark.parametrize(("layers", "embedding"), [(1, 0), (2, 7)])
-def test_speech_is_one_step_after_the_other(way, cell, layers, embedding):
+def test_speech_is_one_step_after_the_other(way, cell, layers, embedding, monkeypatch):
     net = model.build(config.Model(cell=cell, num_layers=layers, embedding_size=embedding, hidden_size=64), 28, 3)
     prefixes = torch.randint(0, 28, (5, 7))
+    monkeypatch.setattr(kernel, "SPOKEN_AT_ONCE", 7)
     spoken = generate.continuations(net, prefixes, config.Generate(length=40), 0)
     inputs, state, expected = prefixes, None, []
     with torch.no_grad():
