@@ -250,7 +250,7 @@ class Scale(Section):
     )
     placement: str = _option("pack", "pack or spread workers over nodes", _one_of("pack", "spread"))
     hang_timeout: float = _option(
-        60.0, "seconds until a silent worker is replaced, or a change in nodes is used", _above_zero
+        60.0, "seconds until a silent worker is replaced, or, once it has saved, a change in nodes is used", _above_zero
     )
 
     @property
