@@ -148,6 +148,13 @@ def trace(request, tmp_path) -> Trace:
     return Trace(meta, arrays, _flags(meta, arrays["offsets"], init))
 
 
+@pytest.fixture(autouse=True)
+def until_ray_has_ended(request, monkeypatch):
+    """A command's process would end with Ray Train still at work; that of the tests goes on, and must not be in it."""
+    if request.node.get_closest_marker("cluster"):
+        monkeypatch.setattr("job.onray.PATIENCE", 60.0)
+
+
 @pytest.fixture(scope="session")
 def cluster():
     """A Ray cluster of one node with eight slots, which tests reach by its address.
@@ -158,7 +165,7 @@ def cluster():
     from job import onray  # isort: skip  first: it sets what Ray reads when it is imported
     from ray.cluster_utils import Cluster
 
-    onray.PATIENCE = 60  # a command's process would end with Ray Train still at work; this one goes on
+    assert onray
     node = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "include_dashboard": False})
     yield node.address
     node.shutdown()
