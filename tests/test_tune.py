@@ -223,7 +223,7 @@ def test_an_exploited_trial_goes_on_with_the_winners_weights_and_state(prose, tm
     assert result(loser)["weights_sha256"] == result(winner)["weights_sha256"]
 
 
-class Stub:
+class Member:
     """As much of Ray Tune's trial as a scheduler looks at."""
 
     def __init__(self, number):
@@ -249,25 +249,25 @@ def test_a_population_goes_on_without_the_one_it_waited_for(tmp_path):
     ear = steering.Ear(known)
     stop = steering.Stop(ear)
     scheduler = steering.scheduler_of(known, stop)
-    stubs = [Stub(number) for number in range(3)]
-    controller = SimpleNamespace(search_alg=None, get_trials=lambda: stubs)
-    controller.get_live_trials = lambda: {stub for stub in stubs if not stub.is_finished()}
-    for stub in stubs:
-        scheduler.on_trial_add(controller, stub)
-        stub.config = {"trial": {"number": stub.number, "point": known.found[stub.number].point}}
-        ear.on_trial_start(0, stubs, stub)
-        stub.status = "RUNNING"
-    for stub in stubs[:2]:
-        assert scheduler.on_trial_result(controller, stub, {"epoch": 6, "score": 7.0 - stub.number}) == "PAUSE"
-        stub.status = "PAUSED"
+    members = [Member(number) for number in range(3)]
+    controller = SimpleNamespace(search_alg=None, get_trials=lambda: members)
+    controller.get_live_trials = lambda: {member for member in members if not member.is_finished()}
+    for member in members:
+        scheduler.on_trial_add(controller, member)
+        member.config = {"trial": {"number": member.number, "point": known.found[member.number].point}}
+        ear.on_trial_start(0, members, member)
+        member.status = "RUNNING"
+    for member in members[:2]:
+        assert scheduler.on_trial_result(controller, member, {"epoch": 6, "score": 7.0 - member.number}) == "PAUSE"
+        member.status = "PAUSED"
     assert scheduler.choose_trial_to_run(controller) is None
     stop.wanted = True
     assert not stop.stop_all()
-    stubs[2].status = "TERMINATED"  # diverged
+    members[2].status = "TERMINATED"  # diverged
     assert scheduler.choose_trial_to_run(controller) is None
     assert stop.stop_all()
     stop.wanted = False
-    assert scheduler.choose_trial_to_run(controller) in stubs[:2]
+    assert scheduler.choose_trial_to_run(controller) in members[:2]
 
 
 def test_a_checkpoint_is_taken_over_when_the_last_actor_has_written_its_own(tmp_path, monkeypatch):
