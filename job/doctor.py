@@ -5,7 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from job import cluster  # isort: skip  first: it sets what Ray reads when it is imported
@@ -125,7 +125,8 @@ def _own_rows(options: Config) -> Iterator[Row]:
 
 
 def _on_this_machine(options: Config, gpus: int) -> Row:
-    found = placement.on_this_machine(options.scale, cores(), gpus)
+    scale = options.scale if options.scale.max_workers else replace(options.scale, workers=1)  # this process is one
+    found = placement.on_this_machine(scale, cores(), gpus)
     return Row("workers", f"{found.max_workers} of {found.each}{f'; {found.notice}' if found.notice else ''}")
 
 

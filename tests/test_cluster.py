@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, job, result, rows, start_job
 from nodes import RAY, Nodes, free_port
 from test_workers import small
@@ -144,6 +145,16 @@ def test_the_doctor_looks_at_a_cluster(growing, prose, tmp_path, monkeypatch):
     failed = [line.split()[1] for line in ill.out.splitlines() if line.startswith("FAIL")]
     assert failed == ["text", "workers"]
     assert ill.out.count("→") == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_doctor_misses_a_gpu_that_is_asked_for(prose, tmp_path, monkeypatch, workers):
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    words = ["--corpus.source", prose, "--run.storage", tmp_path / "runs", "--generate.prefix", "the"]
+    ended = job("doctor", *words, "--scale.workers", workers, "--scale.accelerator", "gpu")
+    assert ended.status == 1
+    assert "this machine has 0 GPUs" in ended.out
 
 
 # --- what can be wrong with a cluster ---
