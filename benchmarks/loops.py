@@ -8,9 +8,10 @@ import torch
 
 from benchmarks import plain
 from job import config, model, optimizer
-from job.gradients import Signals, Summed
-from job.loop import Learner, Progress, steps
+from job.gradients import Share, Signals, Summed
+from job.loop import Learner, Progress, end_epoch, steps
 from job.stream import Stream
+from job.update import Direct
 from job.world import precision_of
 
 
@@ -51,17 +52,27 @@ def plain_steps(shapes: Shapes) -> Iterator[object]:
     return plain.steps(plain.PlainModel(shapes.cell, shapes.tokens, shapes.units), shapes.stream(), 0.1)
 
 
-def our_steps(shapes: Shapes, precision: str, workers: int = 1) -> Iterator[object]:
-    """As a worker of ``workers`` takes them, which hold as many lanes each."""
-    stream = shapes.stream()
-    options = config.Config(model=config.Model(cell=shapes.cell, hidden_size=shapes.units), stream=stream.options)
-    chosen, device = precision_of(precision, torch.device("cpu")), torch.device("cpu")
-    net = model.build(options.model, shapes.tokens, 0).to(chosen.weights)
+def learner_of(
+    options: config.Config, stream: Stream, tokens: int, precision: str, workers: int = 1, device: str = "cpu"
+) -> Learner:
+    """A worker of ``workers``, which hold as many lanes each, before its first step."""
+    place = torch.device(device)
+    chosen = precision_of(precision, place)
+    net = model.build(options.model, tokens, 0).to(place, chosen.weights)
     updates = optimizer.build(options.optimizer, net)
-    gradients = Summed(net, chosen.autocast, workers)
-    lanes = [range(shapes.lanes)]
-    learner = Learner(net, updates, gradients, stream, 0, lanes, device, chosen.autocast, Progress())
+    share = Share([range(stream.options.batch_size)], workers, stream.tokens_of_window, chosen.autocast)
+    update = Direct(Summed(net, share), updates, options.optimizer.grad_clip_norm, place)
+    return Learner(net, updates, update, stream, 0, share, Progress())
+
+
+def endless(learner: Learner, options: config.Config) -> Iterator[object]:
+    """Its steps, epoch after epoch."""
     while True:
         yield from steps(learner, options, Signals)
-        learner.progress.epoch += 1
-        learner.progress.window, learner.state = 0, None
+        end_epoch(learner)
+
+
+def our_steps(shapes: Shapes, precision: str, workers: int = 1) -> Iterator[object]:
+    """As a worker of ``workers`` takes them, which hold as many lanes each."""
+    options = config.Config(model=config.Model(cell=shapes.cell, hidden_size=shapes.units))
+    return endless(learner_of(options, shapes.stream(), shapes.tokens, precision, workers), options)

@@ -21,11 +21,10 @@ from pathlib import Path
 import torch
 
 from benchmarks import measure, plain
-from job import corpus, model, optimizer, parse, vocabulary
-from job.gradients import Signals, Summed
-from job.loop import Learner, Progress, steps
+from benchmarks.loops import endless, learner_of
+from job import corpus, parse, vocabulary
 from job.stream import Stream
-from job.world import keep_memory, precision_of
+from job.world import keep_memory
 
 STEPS, EVERY, WARM = 4000, 100, 1000
 PLAIN_STEPS, PLAIN_WARM = 800, 100  # the plain loop takes its time
@@ -58,20 +57,7 @@ def plain_loop() -> float:
 def our_loop(precision: str) -> float:
     stream, size = stream_of()
     options = parse.load(SEED, {})
-    device = torch.device("cpu")
-    chosen = precision_of(precision, device)
-    net = model.build(options.model, size, 0).to(chosen.weights)
-    updates = optimizer.build(options.optimizer, net)
-    gradients = Summed(net, chosen.autocast, 1)
-    learner = Learner(net, updates, gradients, stream, 0, [range(32)], device, chosen.autocast, Progress())
-
-    def endless() -> Iterator[object]:
-        while True:
-            yield from steps(learner, options, Signals)
-            learner.progress.epoch += 1
-            learner.progress.window, learner.state = 0, None
-
-    return timed(endless(), STEPS, WARM)
+    return timed(endless(learner_of(options, stream, size, precision), options), STEPS, WARM)
 
 
 def job(workers: int, precision: str, starts: list[dict[str, float]]) -> float:

@@ -11,21 +11,18 @@ import math
 import torch
 
 from benchmarks import measure, plain
+from benchmarks.loops import learner_of
 from benchmarks.overhead import SEED, stream_of
-from job import model, optimizer, parse
+from job import model, parse
 from job.config import Config
-from job.gradients import Signals, Summed
-from job.loop import Learner, Progress, end_epoch, steps
+from job.gradients import Signals
+from job.loop import end_epoch, steps
 from job.stream import Stream
-from job.world import keep_memory, precision_of
+from job.world import keep_memory
 
 
 def ours(options: Config, stream: Stream, tokens: int, precision: str) -> float:
-    chosen, device = precision_of(precision, torch.device("cpu")), torch.device("cpu")
-    net = model.build(options.model, tokens, 0).to(chosen.weights)
-    updates, gradients = optimizer.build(options.optimizer, net), Summed(net, chosen.autocast, 1)
-    lanes = [range(stream.options.batch_size)]
-    learner = Learner(net, updates, gradients, stream, 0, lanes, device, chosen.autocast, Progress())
+    learner = learner_of(options, stream, tokens, precision)
     for _ in range(options.train.epochs):
         for _ in steps(learner, options, Signals):
             pass

@@ -4,7 +4,7 @@ A library's generator hands out numbers in the order in which they are asked for
 depend on which lanes share a worker. Here each number is a hash of its own address (a
 counter-based generator, Salmon et al. 2011), the same on every device and worker.
 
-Axes: T steps of a window, B lanes, H hidden units.
+Axes: T steps of a window, B lanes, H hidden units, L layers.
 """
 
 import hashlib
@@ -16,32 +16,32 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Dropout:
-    """The masks of one step for the lanes at hand."""
+    """The masks of one step for the lanes at hand, from the ``keys`` of their layers: (L, B)."""
 
     probability: float
-    seed: int
-    step: int
-    lanes: range
+    keys_LB: Tensor
 
     def __call__(self, x_TBH: Tensor, layer: int) -> Tensor:
         """``x`` with elements zeroed and the rest scaled to keep the mean; (T, B, H) as ``x``."""
         if not self.probability:
             return x_TBH
-        return torch.where(self.mask(x_TBH, layer), x_TBH / (1 - self.probability), 0)
+        return (x_TBH / (1 - self.probability)).masked_fill(self.mask(x_TBH, layer), 0)
 
     def mask(self, like_TBH: Tensor, layer: int) -> Tensor:
-        """True where an element is kept: (T, B, H) bool. The odds are exact to 2^-16."""
+        """True where an element is dropped: (T, B, H) bool. The odds are exact to 2^-16."""
         steps, _, units = like_TBH.shape
         pairs = (units + 1) // 2
-        device = like_TBH.device
-        keys_B1 = torch.tensor([_key(self.seed, self.step, layer, lane) for lane in self.lanes], dtype=torch.int32).to(
-            device
-        )[:, None]
-        counters_T1P = torch.arange(steps * pairs, dtype=torch.int32, device=device).view(steps, 1, pairs)
+        counters_T1P = torch.arange(steps * pairs, dtype=torch.int32, device=like_TBH.device).view(steps, 1, pairs)
         # Two 16-bit draws from each 32-bit hash.
-        bits = _mixed(counters_T1P * _signed(0x9E3779B9) ^ keys_B1).view(torch.int16)
+        bits = _mixed(counters_T1P * _signed(0x9E3779B9) ^ self.keys_LB[layer, :, None]).view(torch.int16)
         threshold = round(self.probability * 65536) - 32768
-        return bits[..., :units] >= threshold
+        return bits[..., :units] < threshold
+
+
+def keys(seed: int, step: int, layers: int, lanes: range) -> Tensor:
+    """What tells a step's masks apart: (L, B) int32."""
+    found = [[_key(seed, step, layer, lane) for lane in lanes] for layer in range(layers)]
+    return torch.tensor(found, dtype=torch.int32).view(layers, len(lanes))
 
 
 def _key(seed: int, step: int, layer: int, lane: int) -> int:

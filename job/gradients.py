@@ -7,7 +7,7 @@ gradients travels a tally of four numbers, as the gradient of a parameter that i
 Axes: T steps, B lanes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,67 +34,89 @@ class Tally(NamedTuple):
     nats: float  # summed over the tokens
     signals: Signals
 
+    @classmethod
+    def of(cls, found: Tensor) -> "Tally":
+        """From the tally's gradient, (4); waits for a GPU."""
+        nats, *signals = found.tolist()
+        return cls(nats, Signals(*(signal > 0 for signal in signals)))
 
-@dataclass(frozen=True)
-class Window:
-    """One worker's part of a global window."""
+
+class Window(NamedTuple):
+    """What a worker brings to a step: its part of a global window, and its word to all."""
 
     inputs_TB: Tensor
     targets_TB: Tensor
-    groups: Sequence[range]  # global lanes, successive
-    global_tokens: int
-    dropout: Callable[[range], Dropout] | None
+    signals: Tensor  # (3): ``Signals`` as numbers
+    keys_LB: Tensor  # of dropout's masks; without rows where there is none
+
+    def on(self, device: torch.device) -> "Window":
+        """All of it on that device."""
+        return Window(*(part.to(device, non_blocking=True) for part in self))
+
+    def of(self, first: int, count: int) -> "Window":
+        """Some lanes of it, by their place; the word goes with the first."""
+        lanes = slice(first, first + count)
+        signals = torch.zeros_like(self.signals) if first else self.signals
+        return Window(self.inputs_TB[:, lanes], self.targets_TB[:, lanes], signals, self.keys_LB[:, lanes])
+
+
+@dataclass(frozen=True)
+class Share:
+    """What stays of a worker's part throughout a run."""
+
+    groups: Sequence[range]  # its global lanes, successive
+    workers: int  # of the run
+    global_tokens: int  # targets in a window of all lanes
+    autocast: torch.dtype | None = None
+    dropout: float = 0.0
+
+    @property
+    def lanes(self) -> range:
+        """The global lanes that this worker holds."""
+        return range(self.groups[0].start, self.groups[-1].stop)
 
 
 class _Objective(nn.Module):
     """The number that is differentiated: a part's share of the global mean loss."""
 
-    def __init__(self, model: LanguageModel, autocast: torch.dtype | None) -> None:
+    def __init__(self, model: LanguageModel, share: Share) -> None:
         super().__init__()
         self.model = model
-        self.autocast = autocast
+        self.share = share
         weight = model.linear.weight
         self.tally = nn.Parameter(torch.zeros(4, dtype=weight.dtype, device=weight.device))
 
-    def forward(
-        self,
-        inputs_TB: Tensor,
-        targets_TB: Tensor,
-        state: State,
-        dropout: Dropout | None,
-        signals: Signals,
-        tokens: int,
-    ) -> tuple[Tensor, State]:
-        device = inputs_TB.device.type
-        with torch.autocast(device, self.autocast, enabled=self.autocast is not None):
-            nats, state = self.model.nats(inputs_TB, targets_TB, state, dropout)
-        facts = torch.cat([nats.detach().view(1), nats.new_tensor(signals)])
-        return nats / tokens + torch.dot(self.tally, facts), state
+    def forward(self, window: Window, state: State) -> tuple[Tensor, State]:
+        autocast, dropout = self.share.autocast, None
+        if self.share.dropout:
+            dropout = Dropout(self.share.dropout, window.keys_LB)
+        with torch.autocast(window.inputs_TB.device.type, autocast, enabled=autocast is not None):
+            nats, state = self.model.nats(window.inputs_TB, window.targets_TB, state, dropout)
+        facts = torch.cat([nats.detach().view(1), window.signals.to(nats)])
+        return nats / self.share.global_tokens + torch.dot(self.tally, facts), state
 
 
 class Summed:
     """Whole-batch gradients: DDP, with a sum in the place of its mean."""
 
-    def __init__(self, model: LanguageModel, autocast: torch.dtype | None, workers: int) -> None:
-        self.objective = _Objective(model, autocast)
+    def __init__(self, model: LanguageModel, share: Share) -> None:
+        self.objective = _Objective(model, share)
         self.parameters = list(self.objective.parameters())
         self.module: nn.Module = self.objective
-        if workers > 1:
+        if share.workers > 1:
             ddp = DistributedDataParallel(
-                self.objective, gradient_as_bucket_view=True, find_unused_parameters=model.may_leave_weights_unused
+                self.objective, gradient_as_bucket_view=True, find_unused_parameters=model.has_users_cell
             )
             ddp.register_comm_hook(None, _add_bucket)
             self.module = ddp
 
-    def __call__(self, window: Window, state: State, signals: Signals) -> tuple[Tally, State]:
-        """Leaves the global gradient in the model's parameters; gives the tally and the new state."""
+    def __call__(self, window: Window, state: State) -> tuple[Tensor, State]:
+        """Leaves the global gradient in the model's parameters; gives what ``Tally.of`` reads, and the new state."""
         for parameter in self.parameters:
             parameter.grad = None
-        lanes = range(window.groups[0].start, window.groups[-1].stop)
-        dropout = window.dropout(lanes) if window.dropout else None
-        loss, state = self.module(window.inputs_TB, window.targets_TB, state, dropout, signals, window.global_tokens)
+        loss, state = self.module(window, state)
         loss.backward()
-        return _tally(self.objective.tally.grad), detached(state)
+        return _found(self.objective.tally.grad), detached(state)
 
 
 def _add_bucket(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
@@ -111,25 +133,17 @@ class Ordered:
     them, and adds them as a binary tree over the groups' numbers (EasyScale, SC'23).
     """
 
-    def __init__(self, model: LanguageModel, autocast: torch.dtype | None, workers: int) -> None:
-        self.objective = _Objective(model, autocast)
+    def __init__(self, model: LanguageModel, share: Share) -> None:
+        self.objective = _Objective(model, share)
         self.parameters = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
-        self.workers = workers
+        self.share = share
 
-    def __call__(self, window: Window, state: State, signals: Signals) -> tuple[Tally, State]:
+    def __call__(self, window: Window, state: State) -> tuple[Tensor, State]:
         """As ``Summed``."""
         flats, states = [], []
-        first = window.groups[0].start
-        for group in window.groups:
-            begin, count = group.start - first, len(group)
-            loss, after = self.objective(
-                window.inputs_TB[:, begin : begin + count],
-                window.targets_TB[:, begin : begin + count],
-                lanes_of_state(state, begin, count),
-                window.dropout(group) if window.dropout else None,
-                signals if begin == 0 else Signals(),
-                window.global_tokens,
-            )
+        for group in self.share.groups:
+            place = group.start - self.share.lanes.start, len(group)
+            loss, after = self.objective(window.of(*place), lanes_of_state(state, *place))
             grads = torch.autograd.grad(loss, self.parameters, allow_unused=True)
             flats.append(_joined(grads, self.parameters))
             states.append(detached(after))
@@ -137,14 +151,14 @@ class Ordered:
         sizes = [parameter.numel() for parameter in self.parameters]
         for parameter, grad, part in zip(self.parameters, grads, total.split(sizes), strict=True):
             parameter.grad = None if grad is None else part.view_as(parameter)
-        return _tally(self.objective.tally.grad), joined_states(states)
+        return _found(self.objective.tally.grad), joined_states(states)
 
     def _of_all_workers(self, flats: list[Tensor]) -> list[Tensor]:
         """The groups' gradients of all workers, in the order of the groups."""
-        if self.workers == 1:
+        if self.share.workers == 1:
             return flats
         # Workers hold whole groups, whose number may differ by one: the shorter ones are padded.
-        counts = [torch.zeros(1, dtype=torch.int64, device=flats[0].device) for _ in range(self.workers)]
+        counts = [torch.zeros(1, dtype=torch.int64, device=flats[0].device) for _ in range(self.share.workers)]
         dist.all_gather(counts, counts[0].new_tensor([len(flats)]))
         held = [int(count) for count in counts]
         padded = flats + [torch.zeros_like(flats[0])] * (max(held) - len(flats))
@@ -169,10 +183,9 @@ def _tree_sum(parts: list[Tensor]) -> Tensor:
     return parts[0]
 
 
-def _tally(found: Tensor | None) -> Tally:
-    assert found is not None
-    nats, *signals = found.tolist()
-    return Tally(nats, Signals(*(signal > 0 for signal in signals)))
+def _found(tally: Tensor | None) -> Tensor:
+    assert tally is not None
+    return tally
 
 
 def tree_sum(values: Sequence[float]) -> float:

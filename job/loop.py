@@ -16,12 +16,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from job import config, optimizer
-from job.dropout import Dropout
+from job.dropout import keys
 from job.errors import Diverged
-from job.gradients import Ordered, Signals, Summed, Tally, Window
+from job.gradients import Share, Signals, Tally, Window
 from job.lanes import split
 from job.model import LanguageModel, State
 from job.stream import Stream
+from job.update import Update
 
 
 @dataclass
@@ -81,19 +82,12 @@ class Learner:
 
     model: LanguageModel
     optimizer: torch.optim.Optimizer
-    gradients: Summed | Ordered
+    update: Update
     stream: Stream
     total_steps: int
-    groups: Sequence[range]
-    device: torch.device
-    autocast: torch.dtype | None
+    share: Share
     progress: Progress
     state: State = None
-
-    @property
-    def lanes(self) -> range:
-        """The global lanes that this worker holds."""
-        return range(self.groups[0].start, self.groups[-1].stop)
 
     @property
     def at_epochs_end(self) -> bool:
@@ -117,13 +111,13 @@ def steps(learner: Learner, options: config.Config, signals: Callable[[], Signal
     learner.model.train()
     while progress.window < num_windows and not is_done(progress, options.train):
         rate = optimizer.learning_rate(options.optimizer, progress.step, learner.total_steps)
-        tally, learner.state = learner.gradients(_window(learner, options), learner.state, signals())
+        found, learner.state = learner.update(_window(learner, options, signals()), learner.state, rate)
+        tally = Tally.of(found)
         if not math.isfinite(tally.nats):
             raise Diverged(
                 f"the loss is {tally.nats} at step {progress.step + 1} (epoch {progress.epoch + 1}): "
                 "lower optimizer.learning_rate or set optimizer.grad_clip_norm"
             )
-        _update(learner, options.optimizer, rate)
         progress.window += 1
         progress.step += 1
         progress.tokens += stream.tokens_of_window
@@ -134,25 +128,12 @@ def steps(learner: Learner, options: config.Config, signals: Callable[[], Signal
         yield Step(tally, rate, ends_epoch, ends_run)
 
 
-def _window(learner: Learner, options: config.Config) -> Window:
-    progress, stream = learner.progress, learner.stream
-    inputs_TB, targets_TB = stream.window(progress.epoch, progress.window, learner.lanes)
-    probability, seed, step = options.model.dropout, options.run.seed, progress.step
-    return Window(
-        inputs_TB.to(learner.device, non_blocking=True),
-        targets_TB.to(learner.device, non_blocking=True),
-        learner.groups,
-        stream.tokens_of_window,
-        (lambda lanes: Dropout(probability, seed, step, lanes)) if probability else None,
-    )
-
-
-def _update(learner: Learner, options: config.Optimizer, rate: float) -> None:
-    if options.grad_clip_norm:
-        optimizer.clip(learner.model.parameters(), options.grad_clip_norm)
-    for group in learner.optimizer.param_groups:
-        group["lr"] = rate
-    learner.optimizer.step()
+def _window(learner: Learner, options: config.Config, signals: Signals) -> Window:
+    progress, lanes = learner.progress, learner.share.lanes
+    inputs_TB, targets_TB = learner.stream.window(progress.epoch, progress.window, lanes)
+    layers = options.model.num_layers if learner.share.dropout else 0
+    keys_LB = keys(options.run.seed, progress.step, layers, lanes)
+    return Window(inputs_TB, targets_TB, torch.tensor(signals, dtype=torch.float32), keys_LB)
 
 
 def end_epoch(learner: Learner) -> Mean:

@@ -117,8 +117,8 @@ class LanguageModel(nn.Module):
         self.linear = nn.Linear(options.hidden_size, vocabulary_size)
 
     @property
-    def may_leave_weights_unused(self) -> bool:
-        """Whether a window may give some weight no gradient, as a user's cell can have it."""
+    def has_users_cell(self) -> bool:
+        """Whether the cell is the user's own, which may leave weights unused and take any way through its code."""
         return not isinstance(self.rnn, Recurrent)
 
     def forward(self, tokens_TB: Tensor, state: State, dropout: Dropout | None = None) -> tuple[Tensor, State]:

@@ -14,7 +14,10 @@ def build(options: config.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
     weights = list(model.parameters())
     if options.name == "sgd":
         return torch.optim.SGD(weights, options.learning_rate, weight_decay=options.weight_decay, fused=True)
-    return torch.optim.AdamW(weights, options.learning_rate, weight_decay=options.weight_decay, fused=True)
+    on_gpu = weights[0].is_cuda  # where the update may be part of a recorded step
+    return torch.optim.AdamW(
+        weights, options.learning_rate, weight_decay=options.weight_decay, fused=True, capturable=on_gpu
+    )
 
 
 def learning_rate(options: config.Optimizer, step: int, total_steps: int) -> float:
@@ -36,7 +39,7 @@ def clip(weights: Iterable[Tensor], longest: float) -> None:
     """
     gradients = [weight.grad for weight in weights if weight.grad is not None]
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(grad) for grad in gradients]))
-    scale = torch.where(norm > longest, longest / norm, 1.0)
+    scale = (longest / norm).clamp(max=1.0)
     for gradient in gradients:
         gradient.mul_(scale)
 

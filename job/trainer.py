@@ -14,17 +14,18 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from job import checkpoint, kernel, loop, model, optimizer
+from job import checkpoint, kernel, loop, model, optimizer, recorded
 from job.checkpoint import Checkpoint, Unsound
 from job.config import CELLS, Config
 from job.errors import Diverged, RunFailed, UserError
 from job.events import Event, Failed, Finished, Part, Post, Pulse, Row, Started
-from job.gradients import Ordered, Signals, Summed, tree_sum
+from job.gradients import Ordered, Share, Signals, Summed, tree_sum
 from job.lanes import groups_of
 from job.loop import Learner, Mean, Progress, perplexity
 from job.model import map_state
 from job.storage import Folder
 from job.stream import Stream
+from job.update import Direct
 from job.vocabulary import Vocabulary
 from job.world import World, device_name, keep_memory, precision_of
 
@@ -115,20 +116,23 @@ def learner_of(
     updates = optimizer.build(options.optimizer, net)
     if restored:
         optimizer.load_state_tensors(updates, net, restored.optimizer)
-    reproducible = options.train.reproducible
-    groups = groups_of(
-        options.stream.batch_size, options.train.lane_groups if reproducible else 0, world.rank, world.size
-    )
-    gradients = (Ordered if reproducible else Summed)(net, precision.autocast, world.size)
+    share = _share(options, stream, world, precision.autocast)
+    gradients = (Ordered if options.train.reproducible else Summed)(net, share)
+    direct = Direct(gradients, updates, options.optimizer.grad_clip_norm, device)
+    update = recorded.Recorded(direct) if recorded.is_possible(net, share) else direct
     progress = restored.progress if restored else Progress()
-    learner = Learner(
-        net, updates, gradients, stream, stream.total_steps(options.train), groups, device, precision.autocast, progress
-    )
+    learner = Learner(net, updates, update, stream, stream.total_steps(options.train), share, progress)
     if found:
         progress.restarts += 1
-        state = checkpoint.lane_state(found, learner.lanes)
+        state = checkpoint.lane_state(found, share.lanes)
         learner.state = map_state(lambda part: part.to(device), state)
     return learner, precision.name
+
+
+def _share(options: Config, stream: Stream, world: World, autocast: torch.dtype | None) -> Share:
+    split = options.train.lane_groups if options.train.reproducible else 0
+    groups = groups_of(options.stream.batch_size, split, world.rank, world.size)
+    return Share(groups, world.size, stream.tokens_of_window, autocast, options.model.dropout)
 
 
 class _Worker:
@@ -232,9 +236,9 @@ class _Worker:
 
     def _validate(self) -> Mean:
         """The mean over the kept text, its lanes shared out like the stream's."""
-        learner, stream = self.learner, self.options.stream
+        share, stream = self.learner.share, self.options.stream
         sums = loop.evaluate(
-            learner.model, self.validation, learner.groups, stream.batch_size, stream.num_steps, learner.autocast
+            self.learner.model, self.validation, share.groups, stream.batch_size, stream.num_steps, share.autocast
         )
         if self.world.size > 1:
             gathered: list[Any] = [None] * self.world.size
@@ -350,7 +354,7 @@ class _Writer:
         self.last = progress.step
 
         def write() -> None:
-            files = checkpoint.lanes_part(learner.lanes, state)
+            files = checkpoint.lanes_part(learner.share.lanes, state)
             if self.world.rank == 0:
                 on_cpu = {name: weight.cpu() for name, weight in weights.items()}
                 files |= checkpoint.model_part(

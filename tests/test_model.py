@@ -5,9 +5,9 @@ import torch
 from torch import nn
 
 from job import config, model
-from job.dropout import Dropout
+from job.dropout import Dropout, keys
 from job.errors import UserError
-from job.gradients import Signals, Summed, Window
+from job.gradients import Share, Summed, Window
 from job.stepwise import tanh_layer
 
 KINDS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
@@ -55,20 +55,24 @@ def test_names_are_torchs_own():
     assert names == layers | {"linear.weight", "linear.bias"}
 
 
+def dropout_of(probability, seed, step, lanes):
+    return Dropout(probability, keys(seed, step, 2, lanes))
+
+
 def test_a_mask_belongs_to_its_lane():
     x = torch.ones(6, 10, 33)
-    whole = Dropout(0.4, seed=3, step=7, lanes=range(10))(x, 1)
-    parts = [Dropout(0.4, 3, 7, lanes)(x[:, lanes.start : lanes.stop], 1) for lanes in (range(3), range(3, 10))]
+    whole = dropout_of(0.4, 3, 7, range(10))(x, 1)
+    parts = [dropout_of(0.4, 3, 7, lanes)(x[:, lanes.start : lanes.stop], 1) for lanes in (range(3), range(3, 10))]
     assert torch.equal(torch.cat(parts, 1), whole)
-    others = [Dropout(0.4, 4, 7, range(10)), Dropout(0.4, 3, 8, range(10)), Dropout(0.4, 3, 7, range(1, 11))]
+    others = [dropout_of(0.4, 4, 7, range(10)), dropout_of(0.4, 3, 8, range(10)), dropout_of(0.4, 3, 7, range(1, 11))]
     assert not any(torch.equal(other(x, 1), whole) for other in others)
-    assert not torch.equal(Dropout(0.4, 3, 7, range(10))(x, 0), whole)
+    assert not torch.equal(dropout_of(0.4, 3, 7, range(10))(x, 0), whole)
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
 def test_masks_keep_the_right_share_and_are_not_alike(probability):
     x = torch.ones(100, 50, 40)
-    kept = (Dropout(probability, 0, 0, range(50))(x, 0) > 0).float()
+    kept = (dropout_of(probability, 0, 0, range(50))(x, 0) > 0).float()
     assert abs(kept.mean() - (1 - probability)) < 0.004  # five standard deviations
     for axis in range(3):  # neighbours are uncorrelated
         a, b = (kept.narrow(axis, start, kept.shape[axis] - 1) for start in (0, 1))
@@ -134,8 +138,8 @@ def test_a_users_cell_is_checked():
 def test_a_tuple_state_travels_through_the_gradients():
     net = model.build(config.Model(cell="test_model:ScaledCell", hidden_size=8), 9, 0)
     tokens = torch.randint(0, 9, (6, 4))
-    window = Window(tokens[:-1], tokens[1:], [range(4)], 20, None)
-    _, state = Summed(net, None, 1)(window, None, Signals())
+    window = Window(tokens[:-1], tokens[1:], torch.zeros(3), keys(0, 0, 0, range(4)))
+    _, state = Summed(net, Share([range(4)], 1, 20))(window, None)
     assert isinstance(state, tuple)
     assert state[1].shape == (1, 4, 8)
     assert not any(part.requires_grad for part in state)

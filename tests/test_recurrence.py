@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from job import compiled, config, generate, kernel, loss, model, recurrence, stepwise
-from job.dropout import Dropout
+from job.dropout import Dropout, keys
 
 KINDS = {"RNN_TANH": nn.RNN, "GRU": nn.GRU, "LSTM": nn.LSTM}
 SIZES = [(1, 1, 1, 3), (5, 3, 7, 4), (17, 1, 6, 9), (33, 3, 1, 28), (257, 9, 3, 10), (64, 35, 5, 70)]  # H, B, T, V
@@ -91,7 +91,7 @@ def test_layers_with_dropout_are_the_exact_models(way, cell, low):
     ours, exact = (model.build(options, 11, seed=1) for _ in range(2))
     exact = exact.double()
     inputs, targets = torch.randint(0, 11, (2, 6, 4))
-    dropout = Dropout(0.3, 0, 5, range(4))
+    dropout = Dropout(0.3, keys(0, 5, 3, range(4)))
     with autocast(torch.bfloat16 if low else None):
         nats, state = ours.nats(inputs, targets, None, dropout)
     expected, exact_state = exact.nats(inputs, targets, None, dropout)

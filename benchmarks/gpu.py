@@ -1,0 +1,119 @@
+"""A GPU: a step of ours, with and without its recording, against plain ``nn`` modules under autocast.
+
+    python -m benchmarks.gpu [--rounds N] [--device cpu]
+
+The plain step has one-hot input and bf16 autocast, and as ours reads its loss at each step. The peak is
+that of a large bf16 product. On ``cpu`` nothing is recorded: that shows that the program runs.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.nn import functional as F
+
+from benchmarks import measure
+from benchmarks.loops import Shapes, endless, learner_of
+from benchmarks.plain import PlainModel
+from job import config, recorded
+from job.update import Direct
+
+SIZES = {
+    "seed's": (32, 40, 256, 28),
+    "larger": (64, 64, 512, 256),
+    "1024 units": (128, 64, 1024, 256),
+    "4096 units": (128, 64, 4096, 256),
+}
+
+
+def plain_steps(shapes: Shapes, device: torch.device) -> Iterator[object]:
+    """The seed's loop with what torch offers a GPU: cuDNN under autocast, a fused optimizer."""
+    net, stream = PlainModel(shapes.cell, shapes.tokens, shapes.units).to(device), shapes.stream()
+    updates = torch.optim.SGD(net.parameters(), 0.1, fused=True)
+    state, windows = None, stream.cut(0).num_windows
+    while True:
+        for index in range(windows):
+            inputs, targets = (part.to(device) for part in stream.window(0, index, range(shapes.lanes)))
+            if state is not None:
+                state = state.detach() if isinstance(state, torch.Tensor) else tuple(part.detach() for part in state)
+            with torch.autocast(device.type, torch.bfloat16):
+                logits, state = net(inputs, state)
+            loss = F.cross_entropy(logits.float(), targets.reshape(-1))
+            updates.zero_grad()
+            loss.backward()
+            updates.step()
+            yield loss.item()
+
+
+def our_steps(shapes: Shapes, device: torch.device, is_recorded: bool) -> Iterator[object]:
+    options = config.Config(model=config.Model(cell=shapes.cell, hidden_size=shapes.units))
+    learner = learner_of(options, shapes.stream(), shapes.tokens, "bf16", device=device.type)
+    if is_recorded and recorded.is_possible(learner.model, learner.share):
+        assert isinstance(learner.update, Direct)
+        learner.update = recorded.Recorded(learner.update)
+    return endless(learner, options)
+
+
+def seconds(run: Callable[[], object], times: int, device: torch.device) -> float:
+    """Of one of ``times`` runs, begun and ended with nothing left to do."""
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    wait()
+    start = time.perf_counter()
+    for _ in range(times):
+        run()
+    wait()
+    return (time.perf_counter() - start) / times
+
+
+def peak(device: torch.device) -> float:
+    """Operations a second of a large bf16 product: the best of some tries."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
+    return max(2 * side**3 / seconds(lambda: a @ b, 10, device) for _ in range(5))
+
+
+def row(shapes: Shapes, rounds: int, device: torch.device, limit: float) -> None:
+    """One cell at one size, all ways in turns."""
+    runs = {
+        "plain, autocast": plain_steps(shapes, device),
+        "ours, launched": our_steps(shapes, device, False),
+        "ours, recorded": our_steps(shapes, device, True),
+    }
+    times = 50 if device.type == "cuda" else 2
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            taken = seconds(lambda run=run: next(run), times, device)  # type: ignore[misc]
+            if number:  # the first round warms up, and records
+                found[name].append(taken)
+    for name, values in found.items():
+        taken = statistics.median(values)
+        speed, share = shapes.lanes * shapes.steps / taken, shapes.operations / taken / limit
+        ratio = measure.ratios(found["plain, autocast"], values)
+        print(f"  {name:<18}{taken * 1e3:9.3f} ms {speed:12,.0f} tokens/s {share:7.1%}   {ratio}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
+    parser.add_argument("--cells", nargs="+", default=["rnn", "gru", "lstm"])
+    given = parser.parse_args()
+    device = torch.device(given.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        parser.error("this machine has no GPU that torch can use; --device cpu shows that the program runs")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else measure.machine()
+    limit = peak(device)
+    print(f"{name}, torch {torch.__version__}; {limit / 1e12:.1f} TFLOP/s in a large bf16 product")
+    print("a step: ms, tokens a second, share of the peak, plain / this: median (range)")
+    for size in given.sizes:
+        for cell in given.cells:
+            print(f"{size} {cell}", flush=True)
+            row(Shapes(cell, *SIZES[size]), given.rounds, device, limit)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""A whole update recorded once and replayed from one call: CUDA graphs.
+
+A small model's step on a GPU is hundreds of short kernels, and Python takes longer to launch them than
+they run. What is recorded reads and writes places that stay: before a replay the window, the state and
+the learning rate are copied into them, and after it they hold the new state.
+"""
+
+import os
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from job.gradients import Share, Window
+from job.model import LanguageModel, State, map_state
+from job.update import Direct
+
+OFF = "LANES_GRAPH"  # set to "off", nothing is recorded
+EARLY = 3  # updates before the recording, in which libraries choose their ways and take what memory they want
+
+Replay = Callable[[], None]
+Recorder = Callable[[Callable[[], Tensor]], tuple[Tensor, Replay]]
+
+
+def is_possible(model: LanguageModel, share: Share) -> bool:
+    """Whether each update of the run is the same work of one GPU, with no exchange in it."""
+    weight = model.linear.weight
+    alike = share.workers == 1 and not model.has_users_cell
+    # A rate on the GPU is a float32, which would round that of a run in float64.
+    return alike and weight.is_cuda and weight.dtype == torch.float32 and os.environ.get(OFF) != "off"
+
+
+def cuda_graph(step: Callable[[], Tensor]) -> tuple[Tensor, Replay]:
+    """Records what ``step`` launches, without running it: the place of its result, and what runs it."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a checkpoint may be written meanwhile
+        found = step()
+    return found, graph.replay
+
+
+class Recorded:
+    """An ``Update`` of windows that are all alike."""
+
+    def __init__(self, update: Direct, recorder: Recorder = cuda_graph) -> None:
+        self.update, self.recorder = update, recorder
+        self.rate = torch.zeros((), device=update.device)
+        self.wait: int | None = EARLY  # updates until the recording; None once that is tried
+        self.tape: _Tape | None = None
+
+    def __call__(self, window: Window, state: State, rate: float) -> tuple[Tensor, State]:
+        """As ``Update``; what it gives, the next call overwrites."""
+        self.rate.fill_(rate)
+        if self.wait == 0 and state is not None:  # whose shape must be known
+            self.wait, self.tape = None, self._recorded(window, state)
+        if self.tape:
+            return self.tape.replayed(window, state)
+        self.wait = self.wait and self.wait - 1
+        return self.update(window, state, self.rate)
+
+    def _recorded(self, window: Window, state: State) -> "_Tape | None":
+        try:
+            return _Tape(self.update, window, state, self.rate, self.recorder)
+        except RuntimeError as error:  # nothing has run, so nothing is lost but speed
+            warnings.warn(f"steps are not recorded, but launched one by one: {error}", stacklevel=2)
+            return None
+
+
+class _Tape:
+    """The recording, and the places that it reads and writes."""
+
+    def __init__(self, update: Direct, window: Window, state: State, rate: Tensor, recorder: Recorder) -> None:
+        self.window = Window(*(part.to(update.device, copy=True) for part in window))
+        self.state = map_state(torch.clone, state)
+
+        def step() -> Tensor:
+            found, after = update(self.window, self.state, rate)
+            _put(after, self.state)
+            return found
+
+        self.found, self.replay = recorder(step)
+
+    def replayed(self, window: Window, state: State) -> tuple[Tensor, State]:
+        for part, place in zip(window, self.window, strict=True):
+            place.copy_(part, non_blocking=True)
+        _put(state, self.state)
+        self.replay()
+        return self.found, self.state
+
+
+def _put(state: State, places: State) -> None:
+    """Copies a state, zero where it is None, to where another stands."""
+    for index, place in enumerate(_parts(places)):
+        if state is None:
+            place.zero_()
+        elif (part := _parts(state)[index]) is not place:
+            place.copy_(part)
+
+
+def _parts(state: State) -> tuple[Tensor, ...]:
+    return (state,) if isinstance(state, Tensor) else state or ()

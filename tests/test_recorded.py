@@ -1,0 +1,146 @@
+"""A recorded update: replayed, it is the update itself. The graphs are not a GPU's, which is not needed for that."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from job import config, kernel, model, optimizer
+from job.gradients import Ordered, Share, Signals, Summed
+from job.loop import Learner, Progress, end_epoch, steps
+from job.recorded import EARLY, Recorded, is_possible
+from job.stream import Stream
+from job.update import Direct
+
+LANES, STEPS = 6, 5
+
+
+class Tape(TorchDispatchMode):
+    """What a CUDA graph does, for a processor: each operation again, on the same memory, without Python.
+
+    As there, what waits for a number or takes one from elsewhere cannot be recorded.
+    """
+
+    FORBIDDEN = ("_local_scalar_dense", "lift_fresh", "is_nonzero", "equal", "nonzero")
+
+    def __init__(self):
+        super().__init__()
+        self.operations = []
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        if any(name in operation.name() for name in self.FORBIDDEN):
+            raise RuntimeError(f"{operation.name()} cannot be recorded")
+        found = operation(*args, **(kwargs or {}))
+        self.operations.append((operation, args, kwargs or {}, found))
+        return found
+
+    @torch.no_grad()
+    def replay(self):
+        for operation, args, kwargs, first in self.operations:
+            found = operation(*args, **kwargs)
+            for place, tensor in zip(tree_leaves(first), tree_leaves(found), strict=True):
+                if isinstance(tensor, torch.Tensor) and place.data_ptr() != tensor.data_ptr():
+                    place.copy_(tensor)
+
+
+class Tapes:
+    """Records as a CUDA graph is recorded: nothing that is kept changes by it."""
+
+    def __init__(self, net, updates):
+        self.net, self.updates = net, updates
+        self.made = []
+
+    def __call__(self, step):
+        moments = [value for state in self.updates.state.values() for value in state.values()]
+        kept = [value for value in (*self.net.parameters(), *moments) if isinstance(value, torch.Tensor)]
+        before = [value.detach().clone() for value in kept]
+        with Tape() as tape:
+            found = step()
+        with torch.no_grad():
+            for value, old in zip(kept, before, strict=True):
+                value.copy_(old)
+        self.made.append(tape)
+        return found, tape.replay
+
+
+@pytest.fixture(autouse=True)
+def small_operations(monkeypatch):
+    """The tape sees torch's operations alone, and no memory that they keep to themselves."""
+    monkeypatch.setattr(kernel, "works_in", lambda dtype: False)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+
+
+def learner_of(options, kind, recorded):
+    text = torch.randint(0, 9, (190,), generator=torch.Generator().manual_seed(1)).numpy().astype("uint8")
+    stream = Stream(text, options.stream, 0)
+    net = model.build(options.model, 9, seed=1)
+    updates = optimizer.build(options.optimizer, net)
+    groups = [range(LANES)] if kind is Summed else [range(2), range(2, LANES)]
+    share = Share(groups, 1, stream.tokens_of_window, None, options.model.dropout)
+    direct = Direct(kind(net, share), updates, options.optimizer.grad_clip_norm, torch.device("cpu"))
+    tapes = Tapes(net, updates)
+    update = (
+        Recorded(direct, tapes) if recorded else lambda window, state, rate: direct(window, state, torch.tensor(rate))
+    )
+    return Learner(net, updates, update, stream, stream.total_steps(options.train), share, Progress()), tapes
+
+
+def trained(options, kind, recorded):
+    learner, tapes = learner_of(options, kind, recorded)
+    losses, states = [], []
+    for _ in range(options.train.epochs):
+        for step in steps(learner, options, lambda: Signals(look=learner.progress.step % 2 == 0)):
+            losses.append(step.tally)
+            states.append([part.clone() for part in model.map_state(lambda part: part[None], learner.state)])
+        end_epoch(learner)
+    return losses, states, learner.model.state_dict(), tapes.made
+
+
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+@pytest.mark.parametrize("kind", [Summed, Ordered])
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_a_replayed_update_is_the_update(cell, kind, name):
+    options = config.Config(
+        stream=config.Stream(batch_size=LANES, num_steps=STEPS, offset=0),
+        model=config.Model(cell=cell, hidden_size=8, num_layers=2, embedding_size=4, dropout=0.3),
+        optimizer=config.Optimizer(name=name, learning_rate=0.5, grad_clip_norm=0.1, schedule="cosine", warmup_steps=2),
+        train=config.Train(epochs=3),
+    )
+    losses, states, weights, none = trained(options, kind, recorded=False)
+    again, states_again, weights_again, made = trained(options, kind, recorded=True)
+    assert (len(none), len(made)) == (0, 1)
+    assert len(losses) > EARLY + 10
+    assert losses == again
+    assert [tally.signals.look for tally in losses] == [step % 2 == 0 for step in range(len(losses))]
+    torch.testing.assert_close(states_again, states, rtol=0, atol=0)
+    torch.testing.assert_close(weights_again, weights, rtol=0, atol=0)
+
+
+def test_what_cannot_be_recorded_is_launched_step_by_step():
+    options = config.Config(
+        stream=config.Stream(batch_size=LANES, num_steps=STEPS, offset=0), train=config.Train(epochs=2)
+    )
+    losses, *_ = trained(options, Summed, recorded=False)
+    learner, _ = learner_of(options, Summed, recorded=True)
+    gradients = learner.update.update.gradients
+
+    def waiting(window, state):
+        found, state = gradients(window, state)
+        assert float(found[0]) > 0
+        return found, state
+
+    learner.update.update = dataclasses.replace(learner.update.update, gradients=waiting)
+    again = []
+    with pytest.warns(UserWarning, match="not recorded.*cannot be recorded") as said:
+        for _ in range(options.train.epochs):
+            again += [step.tally.nats for step in steps(learner, options, Signals)]
+            end_epoch(learner)
+    assert len(said) == 1
+    assert again == [tally.nats for tally in losses]
+
+
+def test_a_processor_records_nothing():
+    net = model.build(config.Model(), 9, seed=1)
+    assert not is_possible(net, Share([range(4)], 1, 20))
