@@ -75,15 +75,14 @@ INLINE vec multiplied(int low, uint32_t a, vec b, vec sum) {
     return sum + x * b;
 }
 
-/* exp(x) - 1 as a power p of two and exp(r) - 1 of the rest: exp(x) - 1 = p (exp(r) - 1) + p - 1.
-   Good to 1e-7 of its value; to 1e-4, a twentieth of a bf16's last bit, where `low`. */
-INLINE vec expm1_parts(int low, vec x, vec *power) {
+/* exp(x) - 1 as a power p of two and exp(r) - 1 of the rest, good to 1e-7: exp(x) - 1 = p (exp(r) - 1) + p - 1. */
+INLINE vec expm1_parts(vec x, vec *power) {
     vec n = x * 1.44269504f + 12582912.0f; /* the nearest integer stands in the last bits */
     *power = (vec)(((ints)n + 127) << 23);
     n -= 12582912.0f;
-    vec r = low ? x - n * 0.69314718f : x - n * 0.693359375f + n * 2.12194440e-4f;
-    vec p = all(4.1666667e-2f);
-    if (!low) p = ((all(1.9841270e-4f) * r + 1.3888889e-3f) * r + 8.3333333e-3f) * r + p;
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = (all(1.9841270e-4f) * r + 1.3888889e-3f) * r + 8.3333333e-3f;
+    p = p * r + 4.1666667e-2f;
     p = p * r + 1.6666667e-1f;
     p = p * r + 0.5f;
     return p * r * r + r;
@@ -109,16 +108,29 @@ INLINE vec divided(int low, vec a, vec b) {
 #endif
 }
 
-/* (1 - exp(-2|x|)) / (1 + exp(-2|x|)), with the sign of x. */
+/* Good to 1e-7 of the value; where `low` to 1e-4, a twentieth of a bf16's last bit, by a quotient of polynomials. */
 INLINE vec vtanh(int low, vec x) {
-    ints sign = (ints)x & INT32_MIN;
-    vec power, rest = expm1_parts(low, larger(all(-40), -2 * (vec)((ints)x ^ sign)), &power), e = power * rest + (power - 1);
-    return (vec)((ints)divided(low, -e, e + 2) | sign);
+    if (low) {
+        x = -larger(all(-4.97f), -larger(all(-4.97f), x));
+        vec y = x * x, above = (y * 6.7345327e-4f + 1.02510300e-1f) * y + 0.99994979f;
+        return divided(1, x * above, (y * 1.28483914e-2f + 4.35534239e-1f) * y + 1);
+    }
+    ints sign = (ints)x & INT32_MIN; /* (1 - exp(-2|x|)) / (1 + exp(-2|x|)), with the sign of x */
+    vec power, rest = expm1_parts(larger(all(-40), -2 * (vec)((ints)x ^ sign)), &power), e = power * rest + (power - 1);
+    return (vec)((ints)divided(0, -e, e + 2) | sign);
 }
 
+/* As good as vtanh. */
 INLINE vec sigmoid(int low, vec x) {
-    vec power, rest = expm1_parts(low, -larger(all(-80), -larger(all(-80), -x)), &power);
-    return divided(low, all(1), power * rest + power + 1);
+#ifdef __AVX512BF16__
+    if (low) {
+        vec t = x * -1.44269504f, r = (vec)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+        vec p = ((all(7.80235e-2f) * r + 2.26067824e-1f) * r + 6.95833713e-1f) * r + 0.99992515f;
+        return divided(1, all(1), (vec)_mm512_scalef_ps((__m512)p, (__m512)t) + 1);
+    }
+#endif
+    vec power, rest = expm1_parts(-larger(all(-80), -larger(all(-80), -x)), &power);
+    return divided(0, all(1), power * rest + power + 1);
 }
 
 /* --- packing --- */
@@ -524,7 +536,7 @@ INLINE float row_of_loss(float *logits, size count, size padded, int64_t target,
     float most = largest(logits, padded), right = logits[target] - most;
     vec total = {};
     for (size j = 0; j < padded; j += WIDTH) {
-        vec power, rest = expm1_parts(0, larger(all(-87), load(0, logits, j) - most), &power), e = power * rest + power;
+        vec power, rest = expm1_parts(larger(all(-87), load(0, logits, j) - most), &power), e = power * rest + power;
         store(0, logits, j, e);
         total += e;
     }
