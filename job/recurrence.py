@@ -63,7 +63,7 @@ def _by_steps(
         gates_TBG = F.linear(inputs, weight_ih, bias_G).to(dtype)
     else:
         table_VG = weight_ih.t() + bias_G if vectors_VE is None else F.linear(vectors_VE, weight_ih, bias_G)
-        gates_TBG = F.embedding(inputs, table_VG.to(dtype))
+        gates_TBG = F.embedding(inputs, table_VG.to(dtype).contiguous())  # which a sum with a transposed one is not
     h0, weight = state[0].to(dtype), weight_hh.to(dtype)
     if bias_new_H is None:
         hidden = stepwise.tanh_layer(gates_TBG, h0, weight)
