@@ -14,7 +14,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCE = Path(__file__).parent / "kernels" / "recurrence.c"
+SOURCES = sorted((Path(__file__).parent / "kernels").glob("*.c"))
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-strict-aliasing", "-fPIC", "-shared", "-pthread")
 OFF = "LANES_KERNEL"  # set to "off", nothing is built or loaded
 BUILD_SECONDS = 60.0
@@ -53,7 +53,7 @@ def _loaded() -> ctypes.CDLL:
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
     _check_ours(folder)
-    path = folder / f"recurrence-{_key(compiler)}.so"
+    path = folder / f"kernels-{_key(compiler)}.so"
     if not path.exists():
         _build(compiler, path)
     _check_ours(path)
@@ -72,7 +72,8 @@ def _key(compiler: str) -> str:
     real = Path(compiler).resolve()
     found = real.stat()
     facts = [str(real), found.st_size, found.st_mtime_ns, FLAGS, platform.machine(), _processor()]
-    return hashlib.sha256(SOURCE.read_bytes() + repr(facts).encode()).hexdigest()[:24]
+    texts = b"".join(source.read_bytes() for source in SOURCES)
+    return hashlib.sha256(texts + repr(facts).encode()).hexdigest()[:24]
 
 
 def _processor() -> list[str]:
@@ -85,7 +86,7 @@ def _build(compiler: str, path: Path) -> None:
     """Makes the file under another name and renames it: workers may race, and each finds it whole."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         made = Path(folder) / path.name
-        command = [compiler, *FLAGS, str(SOURCE), "-lm", "-o", str(made)]
+        command = [compiler, *FLAGS, *map(str, SOURCES), "-lm", "-o", str(made)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_SECONDS, check=False)  # noqa: S603
         if done.returncode:
             raise _Unusable(f"{compiler} failed: {done.stderr.strip()[-500:]}")

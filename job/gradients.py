@@ -9,15 +9,17 @@ Axes: T steps, B lanes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from job import neighbours
 from job.dropout import Dropout
 from job.model import LanguageModel, State, detached, joined_states, lanes_of_state
+from job.neighbours import Neighbours
 
 
 class Signals(NamedTuple):
@@ -69,6 +71,7 @@ class Share:
     global_tokens: int  # targets in a window of all lanes
     autocast: torch.dtype | None = None
     dropout: float = 0.0
+    patience: float = 60.0  # seconds that a worker waits for another
 
     @property
     def lanes(self) -> range:
@@ -107,7 +110,8 @@ class Summed:
             ddp = DistributedDataParallel(
                 self.objective, gradient_as_bucket_view=True, find_unused_parameters=model.has_users_cell
             )
-            ddp.register_comm_hook(None, _add_bucket)
+            on_cpu = model.linear.weight.device.type == "cpu"
+            ddp.register_comm_hook(neighbours.meet(share.patience) if on_cpu else None, _add_bucket)
             self.module = ddp
 
     def __call__(self, window: Window, state: State) -> tuple[Tensor, State]:
@@ -119,8 +123,13 @@ class Summed:
         return _found(self.objective.tally.grad), detached(state)
 
 
-def _add_bucket(_: Any, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
+def _add_bucket(near: Neighbours | None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
     """DDP's exchange of one bucket, a sum over the workers."""
+    if near:
+        near.add_up(bucket.buffer())
+        done: torch.futures.Future[Tensor] = torch.futures.Future()
+        done.set_result(bucket.buffer())
+        return done
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda future: future.value()[0])
 

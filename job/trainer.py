@@ -132,7 +132,8 @@ def learner_of(
 def _share(options: Config, stream: Stream, world: World, autocast: torch.dtype | None) -> Share:
     split = options.train.lane_groups if options.train.reproducible else 0
     groups = groups_of(options.stream.batch_size, split, world.rank, world.size)
-    return Share(groups, world.size, stream.tokens_of_window, autocast, options.model.dropout)
+    tokens, patience = stream.tokens_of_window, options.scale.hang_timeout
+    return Share(groups, world.size, tokens, autocast, options.model.dropout, patience)
 
 
 class _Worker:

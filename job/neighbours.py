@@ -1,0 +1,97 @@
+"""The exchange between workers of one machine: sums in memory that they share.
+
+Gloo goes through the network's stack also where there is no network, and its threads sleep and are woken
+for each message: a millisecond or more, as long as a small model's step.
+"""
+
+import contextlib
+import ctypes
+import mmap
+import os
+import secrets
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from job import compiled
+
+ROOM = 1 << 20  # bytes of a worker's slot; longer rows of numbers take turns
+LINE = 64  # bytes, as in exchange.c
+
+
+class _Neighbours(ctypes.Structure):
+    """``neighbours`` of exchange.c."""
+
+    _fields_ = (
+        ("memory", ctypes.c_void_p),
+        ("rank", ctypes.c_long),
+        ("workers", ctypes.c_long),
+        ("room", ctypes.c_long),
+        ("patience", ctypes.c_double),
+        ("turn", ctypes.c_uint64),
+        ("missing", ctypes.c_long),
+    )
+
+
+class Neighbours:
+    """All workers of a run, where they share a machine's memory."""
+
+    def __init__(self, memory: mmap.mmap, rank: int, workers: int, patience: float) -> None:
+        self.memory = memory  # kept as long as its address is used
+        address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+        self.group = _Neighbours(address, rank, workers, ROOM, patience)
+
+    def add_up(self, numbers: Tensor) -> None:
+        """Makes float32 or float64 numbers the sums of all workers' numbers: all call it, with as many each.
+
+        Raises RuntimeError where another does not within the patience.
+        """
+        assert numbers.is_contiguous()
+        library = compiled.library()
+        assert library
+        address = ctypes.c_void_p(numbers.data_ptr())
+        width, count = ctypes.c_long(numbers.element_size()), ctypes.c_long(numbers.numel())
+        if library.add_up(ctypes.byref(self.group), width, count, address):
+            raise RuntimeError(f"worker {self.group.missing} was silent for {self.group.patience:g} seconds")
+
+
+def meet(patience: float) -> Neighbours | None:
+    """The workers of the default group, all of which call it; None where they do not all share a memory.
+
+    The memory has no name in any folder, and goes with the last worker.
+    """
+    rank, workers = dist.get_rank(), dist.get_world_size()
+    size = LINE + workers * LINE + (workers + 1) * ROOM
+    with contextlib.ExitStack() as stack:
+        invitation: list[tuple[str, bytes] | None] = [_invitation(size, stack) if rank == 0 else None]
+        dist.broadcast_object_list(invitation)
+        memory = _opened(*invitation[0], size) if invitation[0] else None
+        agreed = torch.tensor(memory is not None and compiled.library() is not None, dtype=torch.int32)
+        dist.all_reduce(agreed, dist.ReduceOp.MIN)
+    return Neighbours(memory, rank, workers, patience) if memory and agreed else None
+
+
+def _invitation(size: int, stack: contextlib.ExitStack) -> tuple[str, bytes] | None:
+    """New memory, its place while the stack lasts, and what it begins with; None where there is none to be had."""
+    try:
+        file = os.memfd_create("lanes")
+        stack.callback(os.close, file)
+        os.posix_fallocate(file, 0, size)
+    except (AttributeError, OSError):  # another system than Linux, or too little memory
+        return None
+    token = secrets.token_bytes(LINE)
+    os.pwrite(file, token, 0)
+    return f"/proc/{os.getpid()}/fd/{file}", token
+
+
+def _opened(place: str, token: bytes, size: int) -> mmap.mmap | None:
+    """The memory at that place; None where another machine, or container, has something else there, or nothing."""
+    try:
+        file = os.open(place, os.O_RDWR)
+    except OSError:
+        return None
+    with contextlib.closing(os.fdopen(file, "r+b")) as opened:
+        if os.fstat(file).st_size != size or opened.read(LINE) != token:
+            return None
+        return mmap.mmap(file, size)
