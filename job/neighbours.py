@@ -64,7 +64,7 @@ def meet(patience: float) -> Neighbours | None:
     rank, workers = dist.get_rank(), dist.get_world_size()
     size = LINE + workers * LINE + (workers + 1) * ROOM
     with contextlib.ExitStack() as stack:
-        invitation: list[tuple[str, bytes] | None] = [_invitation(size, stack) if rank == 0 else None]
+        invitation: list[tuple[int, int, bytes] | None] = [_invitation(size, stack) if rank == 0 else None]
         dist.broadcast_object_list(invitation)
         memory = _opened(*invitation[0], size) if invitation[0] else None
         agreed = torch.tensor(memory is not None and compiled.library() is not None, dtype=torch.int32)
@@ -72,8 +72,8 @@ def meet(patience: float) -> Neighbours | None:
     return Neighbours(memory, rank, workers, patience) if memory and agreed else None
 
 
-def _invitation(size: int, stack: contextlib.ExitStack) -> tuple[str, bytes] | None:
-    """New memory, its place while the stack lasts, and what it begins with; None where there is none to be had."""
+def _invitation(size: int, stack: contextlib.ExitStack) -> tuple[int, int, bytes] | None:
+    """New memory: process and file that have it while the stack lasts, and what it begins with."""
     try:
         file = os.memfd_create("lanes")
         stack.callback(os.close, file)
@@ -82,16 +82,18 @@ def _invitation(size: int, stack: contextlib.ExitStack) -> tuple[str, bytes] | N
         return None
     token = secrets.token_bytes(LINE)
     os.pwrite(file, token, 0)
-    return f"/proc/{os.getpid()}/fd/{file}", token
+    return os.getpid(), file, token
 
 
-def _opened(place: str, token: bytes, size: int) -> mmap.mmap | None:
-    """The memory at that place; None where another machine, or container, has something else there, or nothing."""
+def _opened(process: int, file: int, token: bytes, size: int) -> mmap.mmap | None:
+    """That memory; None where another machine or container has something else there, or nothing."""
     try:
-        file = os.open(place, os.O_RDWR)
+        # Network namespaces are hosts of their own: what cuts them off from each other must not go unnoticed.
+        if not os.path.samefile(f"/proc/{process}/ns/net", "/proc/self/ns/net"):
+            return None
+        with open(f"/proc/{process}/fd/{file}", "r+b", buffering=0) as opened:
+            if os.fstat(opened.fileno()).st_size != size or opened.read(LINE) != token:
+                return None
+            return mmap.mmap(opened.fileno(), size)
     except OSError:
         return None
-    with contextlib.closing(os.fdopen(file, "r+b")) as opened:
-        if os.fstat(file).st_size != size or opened.read(LINE) != token:
-            return None
-        return mmap.mmap(file, size)

@@ -1,6 +1,7 @@
 """Sums in shared memory: the numbers, their order, and what happens where a worker does not come."""
 
 import mmap
+import os
 import socket
 import threading
 
@@ -91,10 +92,17 @@ def test_processes_meet_where_all_can(without):
     assert found == ([(True, 3.0)] * 2 if without is None else [(False, 1.0), (False, 2.0)])
 
 
-def test_another_machines_memory_is_not_taken(tmp_path):
+def test_another_machines_memory_is_not_taken(tmp_path, monkeypatch):
     mine = tmp_path / "memory"
     mine.write_bytes(b"x" * 200)
-    assert neighbours._opened(str(mine), b"x" * LINE, 200) is not None
-    assert neighbours._opened(str(mine), b"y" * LINE, 200) is None
-    assert neighbours._opened(str(mine), b"x" * LINE, 100) is None
-    assert neighbours._opened(str(tmp_path / "none"), b"x" * LINE, 200) is None
+    here = os.getpid()
+    with mine.open("r+b") as opened:
+        file = opened.fileno()
+        assert neighbours._opened(here, file, b"x" * LINE, 200) is not None
+        assert neighbours._opened(here, file, b"y" * LINE, 200) is None
+        assert neighbours._opened(here, file, b"x" * LINE, 100) is None
+        monkeypatch.setattr(os.path, "samefile", lambda *places: False)
+        assert neighbours._opened(here, file, b"x" * LINE, 200) is None
+    monkeypatch.undo()
+    assert neighbours._opened(here, file, b"x" * LINE, 200) is None
+    assert neighbours._opened(1 << 30, 0, b"x" * LINE, 200) is None
