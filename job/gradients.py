@@ -146,6 +146,7 @@ class Ordered:
         self.objective = _Objective(model, share)
         self.parameters = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
         self.share = share
+        self.counts = _counts(share, self.objective.tally.device)
 
     def __call__(self, window: Window, state: State) -> tuple[Tensor, State]:
         """As ``Summed``."""
@@ -166,16 +167,20 @@ class Ordered:
         """The groups' gradients of all workers, in the order of the groups."""
         if self.share.workers == 1:
             return flats
-        # Workers hold whole groups, whose number may differ by one: the shorter ones are padded.
-        counts = [torch.zeros(1, dtype=torch.int64, device=flats[0].device) for _ in range(self.share.workers)]
-        dist.all_gather(counts, counts[0].new_tensor([len(flats)]))
-        held = [int(count) for count in counts]
-        padded = flats + [torch.zeros_like(flats[0])] * (max(held) - len(flats))
-        gathered = [
-            torch.empty(max(held), flats[0].numel(), dtype=flats[0].dtype, device=flats[0].device) for _ in held
-        ]
+        like, most = flats[0], max(self.counts)  # to which the shorter ones are padded
+        padded = flats + [torch.zeros_like(like)] * (most - len(flats))
+        gathered = [like.new_empty(most, like.numel()) for _ in self.counts]
         dist.all_gather(gathered, torch.stack(padded))
-        return [flat for flat_GN, count in zip(gathered, held, strict=True) for flat in flat_GN[:count]]
+        return [flat for flat_GN, count in zip(gathered, self.counts, strict=True) for flat in flat_GN[:count]]
+
+
+def _counts(share: Share, device: torch.device) -> list[int]:
+    """How many lane groups each worker holds; they may differ by one."""
+    if share.workers == 1:
+        return [len(share.groups)]
+    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(share.workers)]
+    dist.all_gather(counts, counts[0].new_tensor([len(share.groups)]))
+    return [int(count) for count in counts]
 
 
 def _joined(grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
