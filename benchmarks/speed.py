@@ -56,7 +56,7 @@ def row(shapes: Shapes, rounds: int, found_limits: Limits) -> None:
     low = torch.bfloat16 if kernel.works_in(torch.bfloat16) else torch.float32
     runs = {"plain": plain_steps(shapes)} | {name: our_steps(shapes, way) for name, way in WAYS.items()}
     runs |= {"auto: recurrence": recurrences(shapes, low), "fp32: recurrence": recurrences(shapes, torch.float32)}
-    times = max(1, round(4e9 / shapes.operations))
+    times = max(3, round(2e10 / shapes.operations))  # so many that a turn's first, cold one weighs little
     found: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name, run in runs.items():
