@@ -1,9 +1,9 @@
-"""A GPU: a step of ours, with and without its recording, against plain ``nn`` modules under autocast.
+"""A GPU: a step of ours, with and without its CUDA graph, against plain ``nn`` modules under autocast.
 
     python -m benchmarks.gpu [--rounds N] [--device cpu]
 
 The plain step has one-hot input and bf16 autocast, and as ours reads its loss at each step. The peak is
-that of a large bf16 product. On ``cpu`` nothing is recorded: that shows that the program runs.
+that of a large bf16 product. On ``cpu`` there is no graph: that shows that the program runs.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from benchmarks import measure
 from benchmarks.loops import Shapes, endless, learner_of
 from benchmarks.plain import PlainModel
-from job import config, recorded
+from job import config, cudagraph
 from job.update import Direct
 
 SIZES = {
@@ -47,12 +47,12 @@ def plain_steps(shapes: Shapes, device: torch.device) -> Iterator[object]:
             yield loss.item()
 
 
-def our_steps(shapes: Shapes, device: torch.device, is_recorded: bool) -> Iterator[object]:
+def our_steps(shapes: Shapes, device: torch.device, is_graphed: bool) -> Iterator[object]:
     options = config.Config(model=config.Model(cell=shapes.cell, hidden_size=shapes.units))
-    learner = learner_of(options, shapes.stream(), shapes.tokens, "bf16", device=device.type)
-    if is_recorded and recorded.is_possible(learner.model, learner.share):
+    learner = learner_of(options, shapes.stream(), shapes.tokens, "bf16", device=str(device))
+    if is_graphed and cudagraph.is_possible(learner.model, learner.share):
         assert isinstance(learner.update, Direct)
-        learner.update = recorded.Recorded(learner.update)
+        learner.update = cudagraph.Graphed(learner.update)
     return endless(learner, options)
 
 
@@ -79,14 +79,14 @@ def row(shapes: Shapes, rounds: int, device: torch.device, limit: float) -> None
     runs = {
         "plain, autocast": plain_steps(shapes, device),
         "ours, launched": our_steps(shapes, device, False),
-        "ours, recorded": our_steps(shapes, device, True),
+        "ours, CUDA graph": our_steps(shapes, device, True),
     }
     times = 50 if device.type == "cuda" else 2
     found: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name, run in runs.items():
             taken = seconds(lambda run=run: next(run), times, device)  # type: ignore[misc]
-            if number:  # the first round warms up, and records
+            if number:  # the first round warms up, and captures
                 found[name].append(taken)
     for name, values in found.items():
         taken = statistics.median(values)

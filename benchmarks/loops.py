@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from benchmarks import plain
-from job import config, model, optimizer
+from job import config, model, neighbours, optimizer
 from job.gradients import Share, Signals, Summed
 from job.loop import Learner, Progress, end_epoch, steps
 from job.stream import Stream
@@ -60,7 +60,9 @@ def learner_of(
     chosen = precision_of(precision, place)
     net = model.build(options.model, tokens, 0).to(place, chosen.weights)
     updates = optimizer.build(options.optimizer, net)
-    share = Share([range(stream.options.batch_size)], workers, stream.tokens_of_window, chosen.autocast)
+    near = neighbours.meet(60) if workers > 1 else None
+    lanes, tokens_of_window = [range(stream.options.batch_size)], stream.tokens_of_window
+    share = Share(lanes, workers, tokens_of_window, chosen.autocast, options.model.dropout, near)
     update = Direct(Summed(net, share), updates, options.optimizer.grad_clip_norm, place)
     return Learner(net, updates, update, stream, 0, share, Progress())
 
@@ -70,6 +72,7 @@ def endless(learner: Learner, options: config.Config) -> Iterator[object]:
     while True:
         yield from steps(learner, options, Signals)
         end_epoch(learner)
+        learner.progress.epoch = 0
 
 
 def our_steps(shapes: Shapes, precision: str, workers: int = 1) -> Iterator[object]:

@@ -6,3 +6,6 @@ import os
 # seed's whole step, on cores that others need; asleep, two of them make that step 1.2 times as fast, and
 # spinning 0.7 times.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# What cuBLAS needs to be reproducible.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -211,7 +211,7 @@ def _free(nodes: list[Node]) -> str:
 def _gpu_row(nodes: list[Node]) -> Row:
     gpus = [(node, *gpu) for node in nodes for gpu in node.facts["gpus"]]
     if not gpus:
-        return Row("GPUs", "none: workers use processors, and gloo between them")
+        return Row("GPUs", "none: workers use processors")
     facts = gpus[0][0].facts
     found = f"{len(gpus)} × {gpus[0][1]}, driver {facts['driver']}, NCCL {facts['nccl']}"
     busy = [(node, name) for node, name, free, total in gpus if free < (1 - IN_USE) * total]

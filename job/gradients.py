@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from job import neighbours
 from job.dropout import Dropout
 from job.model import LanguageModel, State, detached, joined_states, lanes_of_state
 from job.neighbours import Neighbours
@@ -71,7 +70,7 @@ class Share:
     global_tokens: int  # targets in a window of all lanes
     autocast: torch.dtype | None = None
     dropout: float = 0.0
-    patience: float = 60.0  # seconds that a worker waits for another
+    near: Neighbours | None = None  # all of the run's workers, where they share a memory
 
     @property
     def lanes(self) -> range:
@@ -98,6 +97,11 @@ class _Objective(nn.Module):
         facts = torch.cat([nats.detach().view(1), window.signals.to(nats)])
         return nats / self.share.global_tokens + torch.dot(self.tally, facts), state
 
+    def found(self) -> Tensor:
+        """After a backward pass: the sum of all workers' facts, (4)."""
+        assert self.tally.grad is not None
+        return self.tally.grad
+
 
 class Summed:
     """Whole-batch gradients: DDP, with a sum in the place of its mean."""
@@ -110,8 +114,7 @@ class Summed:
             ddp = DistributedDataParallel(
                 self.objective, gradient_as_bucket_view=True, find_unused_parameters=model.has_users_cell
             )
-            on_cpu = model.linear.weight.device.type == "cpu"
-            ddp.register_comm_hook(neighbours.meet(share.patience) if on_cpu else None, _add_bucket)
+            ddp.register_comm_hook(share.near, _add_bucket)
             self.module = ddp
 
     def __call__(self, window: Window, state: State) -> tuple[Tensor, State]:
@@ -120,7 +123,7 @@ class Summed:
             parameter.grad = None
         loss, state = self.module(window, state)
         loss.backward()
-        return _found(self.objective.tally.grad), detached(state)
+        return self.objective.found(), detached(state)
 
 
 def _add_bucket(near: Neighbours | None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
@@ -161,7 +164,7 @@ class Ordered:
         sizes = [parameter.numel() for parameter in self.parameters]
         for parameter, grad, part in zip(self.parameters, grads, total.split(sizes), strict=True):
             parameter.grad = None if grad is None else part.view_as(parameter)
-        return _found(self.objective.tally.grad), joined_states(states)
+        return self.objective.found(), joined_states(states)
 
     def _of_all_workers(self, flats: list[Tensor]) -> list[Tensor]:
         """The groups' gradients of all workers, in the order of the groups."""
@@ -195,11 +198,6 @@ def _tree_sum(parts: list[Tensor]) -> Tensor:
         pairs = [parts[i] + parts[i + 1] for i in range(0, len(parts) - 1, 2)]
         parts = pairs + parts[len(pairs) * 2 :]
     return parts[0]
-
-
-def _found(tally: Tensor | None) -> Tensor:
-    assert tally is not None
-    return tally
 
 
 def tree_sum(values: Sequence[float]) -> float:

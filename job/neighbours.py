@@ -47,7 +47,7 @@ class Neighbours:
 
         Raises RuntimeError where another does not within the patience.
         """
-        assert numbers.is_contiguous()
+        assert numbers.is_contiguous() and numbers.dtype in (torch.float32, torch.float64)
         library = compiled.library()
         assert library
         address = ctypes.c_void_p(numbers.data_ptr())

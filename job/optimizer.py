@@ -14,10 +14,7 @@ def build(options: config.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
     weights = list(model.parameters())
     if options.name == "sgd":
         return torch.optim.SGD(weights, options.learning_rate, weight_decay=options.weight_decay, fused=True)
-    on_gpu = weights[0].is_cuda  # where the update may be part of a recorded step
-    return torch.optim.AdamW(
-        weights, options.learning_rate, weight_decay=options.weight_decay, fused=True, capturable=on_gpu
-    )
+    return torch.optim.AdamW(weights, options.learning_rate, weight_decay=options.weight_decay, fused=True)
 
 
 def learning_rate(options: config.Optimizer, step: int, total_steps: int) -> float:

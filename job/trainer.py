@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from job import checkpoint, kernel, loop, model, optimizer, recorded
+from job import checkpoint, cudagraph, kernel, loop, model, neighbours, optimizer
 from job.checkpoint import Checkpoint, Unsound
 from job.config import CELLS, Config
 from job.errors import Diverged, RunFailed, UserError
@@ -119,7 +119,7 @@ def learner_of(
     share = _share(options, stream, world, precision.autocast)
     gradients = (Ordered if options.train.reproducible else Summed)(net, share)
     direct = Direct(gradients, updates, options.optimizer.grad_clip_norm, device)
-    update = recorded.Recorded(direct) if recorded.is_possible(net, share) else direct
+    update = cudagraph.Graphed(direct) if cudagraph.is_possible(net, share) else direct
     progress = restored.progress if restored else Progress()
     learner = Learner(net, updates, update, stream, stream.total_steps(options.train), share, progress)
     if found:
@@ -130,10 +130,12 @@ def learner_of(
 
 
 def _share(options: Config, stream: Stream, world: World, autocast: torch.dtype | None) -> Share:
-    split = options.train.lane_groups if options.train.reproducible else 0
+    reproducible = options.train.reproducible
+    split = options.train.lane_groups if reproducible else 0
     groups = groups_of(options.stream.batch_size, split, world.rank, world.size)
-    tokens, patience = stream.tokens_of_window, options.scale.hang_timeout
-    return Share(groups, world.size, tokens, autocast, options.model.dropout, patience)
+    adds_up = world.size > 1 and not reproducible and world.device.type == "cpu"
+    near = neighbours.meet(options.scale.hang_timeout) if adds_up else None
+    return Share(groups, world.size, stream.tokens_of_window, autocast, options.model.dropout, near)
 
 
 class _Worker:
@@ -292,9 +294,11 @@ class _Worker:
         )
 
     def _device(self) -> str:
-        """What the worker computes on, and why more slowly than it might."""
+        """What the worker computes on, whether all share a memory, and why it is slower than it might be."""
         missing = kernel.missing_on(self.world.device) if self.options.model.cell in CELLS else ""
-        return device_name(self.world.device) + (f" without the compiled kernel ({missing})" if missing else "")
+        together = " in one memory" if self.learner.share.near else ""
+        slowly = f" without the compiled kernel ({missing})" if missing else ""
+        return device_name(self.world.device) + together + slowly
 
     def _report(self, step: loop.Step) -> None:
         progress, every = self.progress, self.options.train.log_every

@@ -27,8 +27,13 @@ class Direct:
     device: torch.device
 
     def __call__(self, window: Window, state: State, rate: float | Tensor) -> tuple[Tensor, State]:
-        """As ``Update``; the rate may be a tensor on the device."""
+        """As ``Update``; the rate may be a tensor on the device.
+
+        It has the weights' precision, as a tensor for them would: a captured update is to be this one.
+        """
         found, state = self.gradients(window.on(self.device), state)
+        if isinstance(rate, float):
+            rate = float(torch.tensor(rate, dtype=found.dtype))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
             if self.grad_clip_norm:

@@ -12,7 +12,7 @@ import storm
 from conftest import job, result, rows, start_job
 from test_reference import assert_reproduces
 
-from job import placement
+from job import compiled, placement
 
 pytestmark = pytest.mark.cluster
 
@@ -26,6 +26,7 @@ def test_reference_traces_hold_on_any_number_of_workers(trace, workers, tmp_path
     ended = job("train", *trace.flags, "--scale.workers", workers, "--run.storage", tmp_path, "--run.name", "run")
     assert ended.status == 0, ended.err
     assert {row["workers"] for row in rows(tmp_path / "run", "epoch")} == {workers}
+    assert ("in one memory" in ended.out) == (workers > 1 and compiled.library() is not None)
     assert_reproduces(trace, tmp_path / "run", 1e-8)
 
 

@@ -1,9 +1,10 @@
 /* Sums over workers of one machine, in memory that they share.
 
-   A worker writes its numbers into its own slot, adds up one part of all slots, and takes the whole sum,
-   in the order of the workers' ranks: all get the same bits. What it has done it tells by the turn's
-   number in its mark. Its slot it may use again in the next turn, since nobody begins that while another
-   still reads: it has taken the sum to which all have added their part. */
+   In each turn a worker writes its numbers into its own slot, adds up its part of all slots in the order
+   of the workers' ranks, and takes the whole sum: all get the same bits. How far it is it tells by the
+   turn's number in its mark. Nothing is overwritten that is still read: who writes in the next turn has
+   seen that all have added, so that no slot is read any more; who adds in it has seen that all have
+   written, so that all have taken the sums before. */
 
 #include <sched.h>
 #include <stdatomic.h>

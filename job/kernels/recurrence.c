@@ -108,7 +108,7 @@ INLINE vec divided(int low, vec a, vec b) {
 #endif
 }
 
-/* Good to 1e-7 of the value; where `low` to 1e-4, a twentieth of a bf16's last bit, by a quotient of polynomials. */
+/* Good to 1e-7 of the value; where `low` to 1.2e-4, a sixteenth of a bf16's last bit, by a quotient of polynomials. */
 INLINE vec vtanh(int low, vec x) {
     if (low) {
         x = -larger(all(-4.97f), -larger(all(-4.97f), x));

@@ -1,7 +1,7 @@
-"""A whole update recorded once and replayed from one call: CUDA graphs.
+"""A whole update captured once and replayed from one call: CUDA graphs.
 
 A small model's step on a GPU is hundreds of short kernels, and Python takes longer to launch them than
-they run. What is recorded reads and writes places that stay: before a replay the window, the state and
+they run. What is captured reads and writes places that stay: before a replay the window, the state and
 the learning rate are copied into them, and after it they hold the new state.
 """
 
@@ -16,11 +16,11 @@ from job.gradients import Share, Window
 from job.model import LanguageModel, State, map_state
 from job.update import Direct
 
-OFF = "LANES_GRAPH"  # set to "off", nothing is recorded
-EARLY = 3  # updates before the recording, in which libraries choose their ways and take what memory they want
+OFF = "LANES_GRAPH"  # set to "off", nothing is captured
+EARLY = 3  # updates before the capture, in which libraries choose their ways and take what memory they want
 
 Replay = Callable[[], None]
-Recorder = Callable[[Callable[[], Tensor]], tuple[Tensor, Replay]]
+Capture = Callable[[Callable[[], Tensor]], tuple[Tensor, Replay]]
 
 
 def is_possible(model: LanguageModel, share: Share) -> bool:
@@ -31,45 +31,53 @@ def is_possible(model: LanguageModel, share: Share) -> bool:
     return alike and weight.is_cuda and weight.dtype == torch.float32 and os.environ.get(OFF) != "off"
 
 
-def cuda_graph(step: Callable[[], Tensor]) -> tuple[Tensor, Replay]:
-    """Records what ``step`` launches, without running it: the place of its result, and what runs it."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a checkpoint may be written meanwhile
-        found = step()
+def captured(step: Callable[[], Tensor]) -> tuple[Tensor, Replay]:
+    """Takes down what ``step`` launches, without running it: the place of its result, and what runs it."""
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+    try:
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a checkpoint may be written meanwhile
+            found = step()
+    except BaseException:
+        torch.cuda.set_stream(stream)  # torch leaves that of a capture which broke off in its place
+        raise
     return found, graph.replay
 
 
-class Recorded:
+class Graphed:
     """An ``Update`` of windows that are all alike."""
 
-    def __init__(self, update: Direct, recorder: Recorder = cuda_graph) -> None:
-        self.update, self.recorder = update, recorder
+    def __init__(self, update: Direct, capture: Capture = captured) -> None:
+        self.update, self.capture = update, capture
         self.rate = torch.zeros((), device=update.device)
-        self.wait: int | None = EARLY  # updates until the recording; None once that is tried
-        self.tape: _Tape | None = None
+        self.wait: int | None = EARLY  # updates until the capture; None once that is tried
+        self.graph: _Graph | None = None
 
     def __call__(self, window: Window, state: State, rate: float) -> tuple[Tensor, State]:
         """As ``Update``; what it gives, the next call overwrites."""
         self.rate.fill_(rate)
         if self.wait == 0 and state is not None:  # whose shape must be known
-            self.wait, self.tape = None, self._recorded(window, state)
-        if self.tape:
-            return self.tape.replayed(window, state)
+            self.wait, self.graph = None, self._captured(window, state)
+        if self.graph:
+            return self.graph.replayed(window, state)
         self.wait = self.wait and self.wait - 1
         return self.update(window, state, self.rate)
 
-    def _recorded(self, window: Window, state: State) -> "_Tape | None":
+    def _captured(self, window: Window, state: State) -> "_Graph | None":
+        for group in self.update.optimizer.param_groups:
+            if "capturable" in group:  # torch asks for it now, and warns of it at any other time
+                group["capturable"] = True
         try:
-            return _Tape(self.update, window, state, self.rate, self.recorder)
-        except RuntimeError as error:  # nothing has run, so nothing is lost but speed
-            warnings.warn(f"steps are not recorded, but launched one by one: {error}", stacklevel=2)
+            return _Graph(self.update, window, state, self.rate, self.capture)
+        except RuntimeError as error:  # nothing has run yet
+            why = error.__context__ or error
+            warnings.warn(f"no CUDA graph, each step is launched operation by operation: {why}", stacklevel=2)
             return None
 
 
-class _Tape:
-    """The recording, and the places that it reads and writes."""
+class _Graph:
+    """What was captured, and the places that it reads and writes."""
 
-    def __init__(self, update: Direct, window: Window, state: State, rate: Tensor, recorder: Recorder) -> None:
+    def __init__(self, update: Direct, window: Window, state: State, rate: Tensor, capture: Capture) -> None:
         self.window = Window(*(part.to(update.device, copy=True) for part in window))
         self.state = map_state(torch.clone, state)
 
@@ -78,7 +86,7 @@ class _Tape:
             _put(after, self.state)
             return found
 
-        self.found, self.replay = recorder(step)
+        self.found, self.replay = capture(step)
 
     def replayed(self, window: Window, state: State) -> tuple[Tensor, State]:
         for part, place in zip(window, self.window, strict=True):

@@ -1,16 +1,18 @@
-"""A recorded update: replayed, it is the update itself. The graphs are not a GPU's, which is not needed for that."""
+"""A captured update, replayed, is the update itself. The graph is not a GPU's, which that does not need."""
 
+import contextlib
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from job import config, kernel, model, optimizer
+from job import config, cudagraph, kernel, model, optimizer
+from job.cudagraph import EARLY, OFF, Graphed
 from job.gradients import Ordered, Share, Signals, Summed
 from job.loop import Learner, Progress, end_epoch, steps
-from job.recorded import EARLY, Recorded, is_possible
 from job.stream import Stream
 from job.update import Direct
 
@@ -20,7 +22,7 @@ LANES, STEPS = 6, 5
 class Tape(TorchDispatchMode):
     """What a CUDA graph does, for a processor: each operation again, on the same memory, without Python.
 
-    As there, what waits for a number or takes one from elsewhere cannot be recorded.
+    As there, what waits for a number or takes one from elsewhere cannot be captured.
     """
 
     FORBIDDEN = ("_local_scalar_dense", "lift_fresh", "is_nonzero", "equal", "nonzero")
@@ -31,7 +33,7 @@ class Tape(TorchDispatchMode):
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         if any(name in operation.name() for name in self.FORBIDDEN):
-            raise RuntimeError(f"{operation.name()} cannot be recorded")
+            raise RuntimeError(f"{operation.name()} cannot be captured")
         found = operation(*args, **(kwargs or {}))
         self.operations.append((operation, args, kwargs or {}, found))
         return found
@@ -46,7 +48,7 @@ class Tape(TorchDispatchMode):
 
 
 class Tapes:
-    """Records as a CUDA graph is recorded: nothing that is kept changes by it."""
+    """Captures as a GPU does: nothing that is kept changes by it."""
 
     def __init__(self, net, updates):
         self.net, self.updates = net, updates
@@ -72,7 +74,7 @@ def small_operations(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
 
 
-def learner_of(options, kind, recorded):
+def learner_of(options, kind, graphed):
     text = torch.randint(0, 9, (190,), generator=torch.Generator().manual_seed(1)).numpy().astype("uint8")
     stream = Stream(text, options.stream, 0)
     net = model.build(options.model, 9, seed=1)
@@ -81,14 +83,12 @@ def learner_of(options, kind, recorded):
     share = Share(groups, 1, stream.tokens_of_window, None, options.model.dropout)
     direct = Direct(kind(net, share), updates, options.optimizer.grad_clip_norm, torch.device("cpu"))
     tapes = Tapes(net, updates)
-    update = (
-        Recorded(direct, tapes) if recorded else lambda window, state, rate: direct(window, state, torch.tensor(rate))
-    )
+    update = Graphed(direct, tapes) if graphed else direct
     return Learner(net, updates, update, stream, stream.total_steps(options.train), share, Progress()), tapes
 
 
-def trained(options, kind, recorded):
-    learner, tapes = learner_of(options, kind, recorded)
+def trained(options, kind, graphed):
+    learner, tapes = learner_of(options, kind, graphed)
     losses, states = [], []
     for _ in range(options.train.epochs):
         for step in steps(learner, options, lambda: Signals(look=learner.progress.step % 2 == 0)):
@@ -108,8 +108,8 @@ def test_a_replayed_update_is_the_update(cell, kind, name):
         optimizer=config.Optimizer(name=name, learning_rate=0.5, grad_clip_norm=0.1, schedule="cosine", warmup_steps=2),
         train=config.Train(epochs=3),
     )
-    losses, states, weights, none = trained(options, kind, recorded=False)
-    again, states_again, weights_again, made = trained(options, kind, recorded=True)
+    losses, states, weights, none = trained(options, kind, graphed=False)
+    again, states_again, weights_again, made = trained(options, kind, graphed=True)
     assert (len(none), len(made)) == (0, 1)
     assert len(losses) > EARLY + 10
     assert losses == again
@@ -118,12 +118,12 @@ def test_a_replayed_update_is_the_update(cell, kind, name):
     torch.testing.assert_close(weights_again, weights, rtol=0, atol=0)
 
 
-def test_what_cannot_be_recorded_is_launched_step_by_step():
+def test_what_cannot_be_captured_is_launched_operation_by_operation():
     options = config.Config(
         stream=config.Stream(batch_size=LANES, num_steps=STEPS, offset=0), train=config.Train(epochs=2)
     )
-    losses, *_ = trained(options, Summed, recorded=False)
-    learner, _ = learner_of(options, Summed, recorded=True)
+    losses, *_ = trained(options, Summed, graphed=False)
+    learner, _ = learner_of(options, Summed, graphed=True)
     gradients = learner.update.update.gradients
 
     def waiting(window, state):
@@ -133,7 +133,7 @@ def test_what_cannot_be_recorded_is_launched_step_by_step():
 
     learner.update.update = dataclasses.replace(learner.update.update, gradients=waiting)
     again = []
-    with pytest.warns(UserWarning, match="not recorded.*cannot be recorded") as said:
+    with pytest.warns(UserWarning, match="no CUDA graph.*cannot be captured") as said:
         for _ in range(options.train.epochs):
             again += [step.tally.nats for step in steps(learner, options, Signals)]
             end_epoch(learner)
@@ -141,6 +141,37 @@ def test_what_cannot_be_recorded_is_launched_step_by_step():
     assert again == [tally.nats for tally in losses]
 
 
-def test_a_processor_records_nothing():
-    net = model.build(config.Model(), 9, seed=1)
-    assert not is_possible(net, Share([range(4)], 1, 20))
+def a_model(cell="rnn", **weight):
+    facts = {"is_cuda": True, "dtype": torch.float32} | weight
+    is_users = cell not in config.CELLS
+    return SimpleNamespace(linear=SimpleNamespace(weight=SimpleNamespace(**facts)), has_users_cell=is_users)
+
+
+def test_what_is_captured(monkeypatch):
+    one, two = (Share([range(4)], workers, 20) for workers in (1, 2))
+    assert cudagraph.is_possible(a_model(), one)
+    assert not cudagraph.is_possible(a_model(), two)
+    assert not cudagraph.is_possible(a_model("torch.nn:GRU"), one)
+    assert not cudagraph.is_possible(a_model(dtype=torch.float64), one)
+    assert not cudagraph.is_possible(a_model(is_cuda=False), one)
+    monkeypatch.setenv(OFF, "off")
+    assert not cudagraph.is_possible(a_model(), one)
+
+
+def test_a_capture_that_breaks_off_leaves_the_stream_as_it_was(monkeypatch):
+    streams = ["own"]
+
+    @contextlib.contextmanager
+    def graph(made, **options):
+        streams.append("of the capture")
+        yield
+        streams.pop()
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=len))
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[-1])
+    monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
+    assert cudagraph.captured(lambda: 3) == (3, len)
+    with pytest.raises(ZeroDivisionError):
+        cudagraph.captured(lambda: 1 // 0)
+    assert streams[-1] == "own"
