@@ -1,6 +1,6 @@
 """Two workers on two cores against one, each with the same number of lanes; the loop alone, without Ray.
 
-    make bench-speed        (or: python -m benchmarks.pair [--rounds N])
+    make bench-speed        (or: python -m benchmarks.pair [--rounds N] [--gloo])
 
 Beside the wall's time stands the processor's of the first worker: what the exchange itself costs,
 without the wait for a neighbour whom a busy machine holds up.
@@ -11,6 +11,7 @@ import os
 import socket
 import statistics
 import time
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -19,10 +20,13 @@ from torch import multiprocessing
 from benchmarks import measure
 from benchmarks.loops import Shapes, our_steps
 from benchmarks.speed import SIZES
+from job import neighbours
 from job.world import keep_memory
 
 
-def both(rank: int, port: int, rounds: int) -> None:
+def both(rank: int, port: int, rounds: int, gloo: bool) -> None:
+    if gloo:
+        mock.patch.object(neighbours, "meet", lambda patience: None).start()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
     keep_memory()
@@ -61,12 +65,13 @@ def compare(rank: int, name: str, shapes: Shapes, rounds: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--gloo", action="store_true", help="as on two machines")
+    given = parser.parse_args()
     with socket.socket() as some:
         some.bind(("127.0.0.1", 0))
         port = some.getsockname()[1]
     print(f"{measure.machine()}\na step of two workers, and their tokens a second over one's: median (range)")
-    multiprocessing.spawn(both, (port, rounds), nprocs=2)  # type: ignore[attr-defined,no-untyped-call]
+    multiprocessing.spawn(both, (port, given.rounds, given.gloo), nprocs=2)  # type: ignore[attr-defined,no-untyped-call]
 
 
 if __name__ == "__main__":
