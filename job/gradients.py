@@ -79,7 +79,10 @@ class Share:
 
 
 class _Objective(nn.Module):
-    """The number that is differentiated: a part's share of the global mean loss."""
+    """What a part of the global window brings to the gradient of the mean loss.
+
+    ``nats`` and ``tally`` are differentiated together, each from the slope that ``slopes`` gives it.
+    """
 
     def __init__(self, model: LanguageModel, share: Share) -> None:
         super().__init__()
@@ -87,15 +90,19 @@ class _Objective(nn.Module):
         self.share = share
         weight = model.linear.weight
         self.tally = nn.Parameter(torch.zeros(4, dtype=weight.dtype, device=weight.device))
+        self.of_mean = weight.new_tensor(1 / share.global_tokens)
 
-    def forward(self, window: Window, state: State) -> tuple[Tensor, State]:
+    def forward(self, window: Window, state: State) -> tuple[tuple[Tensor, Tensor], State]:
         autocast, dropout = self.share.autocast, None
         if self.share.dropout:
             dropout = Dropout(self.share.dropout, window.keys_LB)
         with torch.autocast(window.inputs_TB.device.type, autocast, enabled=autocast is not None):
             nats, state = self.model.nats(window.inputs_TB, window.targets_TB, state, dropout)
-        facts = torch.cat([nats.detach().view(1), window.signals.to(nats)])
-        return nats / self.share.global_tokens + torch.dot(self.tally, facts), state
+        return (nats, self.tally.view(4)), state  # DDP looks for what each parameter leads to
+
+    def slopes(self, nats: Tensor, signals: Tensor) -> tuple[Tensor, Tensor]:
+        """The loss counts by its tokens; the tally's gradient is what it carries."""
+        return self.of_mean, torch.cat([nats.detach().view(1), signals.to(nats)])
 
     def found(self) -> Tensor:
         """After a backward pass: the sum of all workers' facts, (4)."""
@@ -121,8 +128,8 @@ class Summed:
         """Leaves the global gradient in the model's parameters; gives what ``Tally.of`` reads, and the new state."""
         for parameter in self.parameters:
             parameter.grad = None
-        loss, state = self.module(window, state)
-        loss.backward()
+        outputs, state = self.module(window, state)
+        torch.autograd.backward(outputs, self.objective.slopes(outputs[0], window.signals))
         return self.objective.found(), detached(state)
 
 
@@ -156,8 +163,10 @@ class Ordered:
         flats, states = [], []
         for group in self.share.groups:
             place = group.start - self.share.lanes.start, len(group)
-            loss, after = self.objective(window.of(*place), lanes_of_state(state, *place))
-            grads = torch.autograd.grad(loss, self.parameters, allow_unused=True)
+            part = window.of(*place)
+            outputs, after = self.objective(part, lanes_of_state(state, *place))
+            slopes = self.objective.slopes(outputs[0], part.signals)
+            grads = torch.autograd.grad(outputs, self.parameters, slopes, allow_unused=True)
             flats.append(_joined(grads, self.parameters))
             states.append(detached(after))
         total = _tree_sum(self._of_all_workers(flats))

@@ -17,6 +17,7 @@ from job import compiled
 WIDTH = 32
 SPOKEN_AT_ONCE = 1000  # tokens between two moments in which Python hears a signal
 CELLS = {"RNN_TANH": 0, "GRU": 1, "LSTM": 2}
+NONE = range(0)  # of the columns
 _SIZES = ("steps", "lanes", "units", "threads", "rows")
 _ARRAYS = ("inputs", "tokens", "weight", "bias", "hidden", "carry", "gates")
 _GRADIENTS = ("dhidden", "dcarry_end", "dgates", "dh0", "dcarry", "packed")
@@ -78,33 +79,37 @@ def works_in(dtype: torch.dtype) -> bool:
 
 
 def _linear(
-    left_RK: Tensor, weight: Tensor, bias: Tensor | None, columns: int, to: Tensor, scale: float = 1.0
+    left: Tensor, weight: Tensor, bias: Tensor | None, columns: int, to: Tensor, scale: float = 1.0
 ) -> Tensor:
     """``to`` = scale × left × weight + bias, the weight (columns, K), or (K, columns) where there is no bias."""
-    rows, inner = left_RK.shape
+    inner = left.shape[-1]
     _call(
-        "linear", _is_low(left_RK), _is_low(to), bias is not None, rows, inner, columns, len(weight),
-        left_RK, weight, bias, ctypes.c_float(scale), to, None, None, torch.get_num_threads(),
+        "linear", _is_low(left), _is_low(to), bias is not None, left.numel() // inner, inner, columns, len(weight),
+        left, weight, bias, ctypes.c_float(scale), to, None, None, torch.get_num_threads(),
     )  # fmt: skip
     return to
 
 
-def _weight_gradient(left_RM: Tensor, columns: int, right_RN: Tensor) -> Tensor:
-    """The first columns of the left factor, transposed, times the right one: (columns, N) in float32."""
-    rows, width = left_RM.shape
-    found = torch.empty(columns, right_RN.shape[1])
+def _weight_gradient(left: Tensor, columns: int, right: Tensor, scale: float = 1.0) -> Tensor:
+    """``scale`` × the left factor's first columns, transposed, × the right one, or its first rows: in float32."""
+    width, wide = left.shape[-1], right.shape[-1]
+    found = torch.empty(columns, wide)
     _call(
-        "weight_gradient", _is_low(left_RM), rows, columns, width, left_RM, right_RN.shape[1], right_RN, found,
-        torch.get_num_threads(),
+        "weight_gradient", _is_low(left), left.numel() // width, columns, width, left, wide, right,
+        ctypes.c_float(scale), found, torch.get_num_threads(),
     )  # fmt: skip
     return found
 
 
-def _sums(from_RN: Tensor, columns: int, skip: range, tokens: Tensor | None, places: int) -> Tensor:
-    """The rows' sums by their tokens, or of all, without some columns: (places, columns) in float32."""
-    found = torch.empty(places, columns)
-    rows, stride = from_RN.shape
-    _call("sums", _is_low(from_RN), rows, columns, stride, skip.start, len(skip), from_RN, tokens, places, found)
+def _sums(
+    rows: Tensor, columns: int, skip: range, tokens: Tensor | None = None, places: int = 1, scale: float = 1.0
+) -> Tensor:
+    """``scale`` × the rows' sums by their tokens, or of all, without some columns: (places, columns) in float32."""
+    found, width = torch.empty(places, columns), rows.shape[-1]
+    _call(
+        "sums", _is_low(rows), rows.numel() // width, columns, width, skip.start, len(skip), rows, tokens, places,
+        ctypes.c_float(scale), found,
+    )  # fmt: skip
     return found
 
 
@@ -149,7 +154,7 @@ class _Recurrence(torch.autograd.Function):
         tokens_TB = None if inputs.is_floating_point() else inputs
         if tokens_TB is None:
             inputs = inputs.to(dtype).contiguous()
-            given = _linear(inputs.flatten(0, 1), weight_GE, bias_G, width, torch.empty(steps * lanes, width))
+            given = _linear(inputs, weight_GE, bias_G, width, torch.empty(steps * lanes, width))
         else:
             given = _table(weight_GE, vectors_VE, bias_G)
         hidden = torch.empty(steps + 1, lanes, units, dtype=dtype)
@@ -193,19 +198,18 @@ class _Recurrence(torch.autograd.Function):
             dhidden=dhidden, dgates=dgates, dh0=dh0, dcarry=dcarry,
         )  # fmt: skip
         _call("backward", CELLS[cell], _is_low(hidden), ctypes.byref(window))
-        dgates = dgates.flatten(0, 1)
-        dweight_GH = _weight_gradient(dgates, width, hidden[:-1].flatten(0, 1))
+        dweight_GH = _weight_gradient(dgates, width, hidden)
         # A GRU's new state has two gradients: the third block is the hidden state's, the fourth the input's.
-        third = range(2 * units, 3 * units) if cell == "GRU" else range(width, width)
-        dnew_H = _sums(dgates, units, range(0, third.start), None, 1)[0] if third else None
+        third = range(2 * units, 3 * units) if cell == "GRU" else NONE
+        dnew_H = _sums(dgates, units, range(third.start))[0] if third else None
         dinputs = dvectors_VE = None
         if inputs.is_floating_point():
             if third:
-                dgates = torch.cat([dgates[:, : third.start], dgates[:, third.stop :]], 1)
+                dgates = torch.cat([dgates[..., : third.start], dgates[..., third.stop :]], 2)
             if ctx.needs_input_grad[3]:
                 dinputs = _linear(dgates, weight_GE, None, inputs.shape[2], torch.empty_like(inputs))
-            dweight_GE = _weight_gradient(dgates, width, inputs.flatten(0, 1))
-            dbias_G = _sums(dgates, width, range(width, width), None, 1)[0]
+            dweight_GE = _weight_gradient(dgates, width, inputs)
+            dbias_G = _sums(dgates, width, NONE)[0]
         else:
             tokens = weight_GE.shape[1] if vectors_VE is None else len(vectors_VE)
             dgiven_VG = _sums(dgates, width, third, inputs, tokens)
@@ -220,28 +224,28 @@ class _Recurrence(torch.autograd.Function):
 class _Nats(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, keep: bool, hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_R: Tensor
+        ctx: Any, keep: bool, hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_TB: Tensor
     ) -> Tensor:
-        (rows, units), tokens = hidden_RH.shape, len(weight_VH)
-        missing = -tokens % WIDTH
+        (tokens, units), rows = weight_VH.shape, targets_TB.numel()
+        columns = tokens + -tokens % WIDTH
         nats_R = torch.empty(rows)
-        dlogits = hidden_RH.new_empty(rows, tokens + missing) if keep else None
+        dlogits = hidden_TBH.new_empty(rows, columns) if keep else None
         _call(
-            "linear", _is_low(hidden_RH), False, True, rows, units, tokens + missing, tokens, hidden_RH, weight_VH,
-            F.pad(bias_V, (0, missing)), ctypes.c_float(1), dlogits, targets_R, nats_R, torch.get_num_threads(),
+            "linear", _is_low(hidden_TBH), False, True, rows, units, columns, tokens, hidden_TBH, weight_VH, bias_V,
+            ctypes.c_float(1), dlogits, targets_TB, nats_R, torch.get_num_threads(),
         )  # fmt: skip
         if keep:
-            ctx.save_for_backward(hidden_RH, weight_VH, dlogits)
+            ctx.save_for_backward(hidden_TBH, weight_VH, dlogits)
         return nats_R.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dnats: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_RH, weight_VH, dlogits = ctx.saved_tensors
-        tokens, scale = len(weight_VH), float(dnats)
-        dhidden = _linear(dlogits, weight_VH, None, hidden_RH.shape[1], torch.empty_like(hidden_RH), scale)
-        dweight = _weight_gradient(dlogits, dlogits.shape[1], hidden_RH)[:tokens].mul_(scale)
-        dbias = _sums(dlogits, dlogits.shape[1], range(0), None, 1)[0, :tokens].mul_(scale)
+        hidden_TBH, weight_VH, dlogits = ctx.saved_tensors
+        (tokens, units), scale = weight_VH.shape, float(dnats)
+        dhidden = _linear(dlogits, weight_VH, None, units, torch.empty_like(hidden_TBH), scale)
+        dweight = _weight_gradient(dlogits, dlogits.shape[1], hidden_TBH, scale)[:tokens]
+        dbias = _sums(dlogits, dlogits.shape[1], NONE, scale=scale)[0, :tokens]
         return None, dhidden, dweight, dbias, None
 
 
@@ -262,10 +266,10 @@ def recurrence(
     return _Recurrence.apply(cell, dtype, keep, inputs.contiguous(), vectors_VE, state[0], c0, *weights)
 
 
-def nats(hidden_RH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_R: Tensor) -> Tensor:
+def nats(hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_TB: Tensor) -> Tensor:
     """The cross-entropy of an output layer, summed: products in ``hidden``'s type, all else in float32."""
     keep = torch.is_grad_enabled()
-    return _Nats.apply(keep, hidden_RH.contiguous(), weight_VH, bias_V, targets_R.contiguous())
+    return _Nats.apply(keep, hidden_TBH.contiguous(), weight_VH, bias_V, targets_TB.contiguous())
 
 
 @torch.no_grad()

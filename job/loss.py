@@ -16,6 +16,6 @@ def nats(hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_TB: Tens
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else own
     whole = hidden_TBH.shape[2] % kernel.WIDTH == 0
     if kind == "cpu" and whole and own == torch.float32 and kernel.works_in(dtype):
-        return kernel.nats(hidden_TBH.to(dtype).flatten(0, 1), weight_VH, bias_V, targets_TB.flatten())
+        return kernel.nats(hidden_TBH.to(dtype), weight_VH, bias_V, targets_TB)
     logits_TBV = F.linear(hidden_TBH, weight_VH, bias_V).to(own)
     return F.cross_entropy(logits_TBV.flatten(0, 1), targets_TB.flatten(), reduction="sum")

@@ -439,11 +439,11 @@ typedef struct {
     int low;
     size rows, columns, left_columns, stride, left_stride;
     const void *left, *right;
-    float *to;
+    float scale, *to;
     int failed;
 } gradient_task;
 
-/* to (left_columns, columns) = left (rows, left_columns), transposed, times right (rows, columns). */
+/* to (left_columns, columns) = scale times left (rows, left_columns), transposed, times right (rows, columns). */
 INLINE void gradient_columns(int low, const gradient_task *task, size first, size count) {
     size step = low ? 2 : 1, N = task->columns;
     uint32_t *a = room(count * DEPTH), *b = room(N * DEPTH);
@@ -460,6 +460,8 @@ INLINE void gradient_columns(int low, const gradient_task *task, size first, siz
         }
     else
         ((gradient_task *)task)->failed = 1;
+    for (size i = first * N; task->scale != 1 && i < (first + count) * N; i += WIDTH)
+        store(0, task->to, i, task->scale * load(0, task->to, i));
     free(a);
     free(b);
 }
@@ -473,22 +475,23 @@ static void work_on_columns(const void *given, size first, size count) {
 }
 
 int weight_gradient(size low, size rows, size left_columns, size left_stride, const void *left, size columns,
-                    const void *right, float *to, size threads) {
-    gradient_task task = {(int)low, rows, columns, left_columns, columns, left_stride, left, right, to, 0};
+                    const void *right, float scale, float *to, size threads) {
+    gradient_task task = {(int)low, rows, columns, left_columns, columns, left_stride, left, right, scale, to, 0};
     shared_out(work_on_columns, &task, left_columns, PANEL, threads);
     return task.failed;
 }
 
-/* to (V, columns) = the sums of the rows of `from`, each in its token's place, or all in one where there are no tokens.
+/* to (V, columns) = scale times the sums of the rows of `from`, each in its token's place, or all in one where there are no tokens.
    A row is `stride` long; from `skip_from` on, `skip` of its columns are passed over. */
 int sums(size low, size rows, size columns, size stride, size skip_from, size skip, const void *from,
-         const int64_t *tokens, size places, float *to) {
+         const int64_t *tokens, size places, float scale, float *to) {
     memset(to, 0, places * columns * sizeof *to);
     for (size r = 0; r < rows; r++)
         for (size j = 0; j < columns; j += WIDTH) {
             size at = r * stride + j + (j >= skip_from ? skip : 0), place = (tokens ? tokens[r] * columns : 0) + j;
             store(0, to, place, load(0, to, place) + (low ? load(1, from, at) : load(0, from, at)));
         }
+    for (size i = 0; scale != 1 && i < places * columns; i += WIDTH) store(0, to, i, scale * load(0, to, i));
     return 0;
 }
 
@@ -583,7 +586,8 @@ static void work_on_rows(const void *given, size first, size count) {
 }
 
 /* to (rows, columns) = scale left (rows, inner) weight + bias; the weight is (columns, inner) where `transposed`,
-   else (inner, columns). It has `given` rows of its first axis; more are zero. Or the loss: see rows_task. */
+   else (inner, columns). It has `given` rows of its first axis; more are zero, and so is the bias beyond them where
+   it is transposed. Or the loss: see rows_task. */
 int linear(size low, size to_low, size transposed, size rows, size inner, size columns, size given, const void *left,
            const float *weight, const float *bias, float scale, void *to, const int64_t *targets, float *nats,
            size threads) {
@@ -591,8 +595,11 @@ int linear(size low, size to_low, size transposed, size rows, size inner, size c
     for (size i = 0; targets && i < rows; i++)
         if (targets[i] < 0 || targets[i] >= given) return 2;
     uint32_t *packed = room(depth * columns), *scratch = room(inner * PANEL);
-    rows_task task = {(int)low, (int)to_low, rows, depth, columns, left, packed, bias, scale, to, targets, nats, given, 0};
-    if (packed && scratch) {
+    float *wide = bias ? (float *)room(columns) : NULL;
+    rows_task task = {(int)low, (int)to_low, rows, depth, columns, left, packed, wide, scale, to, targets, nats, given, 0};
+    task.failed = !packed || !scratch || (bias && !wide);
+    if (!task.failed) {
+        for (size j = 0; bias && j < columns; j++) wide[j] = j < given ? bias[j] : 0;
         if (transposed && low)
             pack_columns(1, packed, weight, given, inner, scratch);
         else if (transposed)
@@ -603,9 +610,9 @@ int linear(size low, size to_low, size transposed, size rows, size inner, size c
             pack_rows(0, 0, packed, weight, columns, given, columns, depth);
         shared_out(work_on_rows, &task, rows, ROWS, threads);
     }
-    task.failed |= !packed || !scratch;
     free(packed);
     free(scratch);
+    free(wide);
     return task.failed;
 }
 
