@@ -5,6 +5,7 @@ V tokens. E, H and what G is made of are multiples of WIDTH: the caller pads.
 """
 
 import ctypes
+import functools
 from typing import Any
 
 import torch
@@ -72,15 +73,14 @@ def missing_on(device: torch.device) -> str:
     return (compiled.why_not() or "") if device.type == "cpu" else ""
 
 
+@functools.cache
 def works_in(dtype: torch.dtype) -> bool:
     """Whether the kernels are there and compute with numbers of that type on this processor."""
     library = compiled.library()
     return library is not None and (dtype == torch.float32 or (dtype == torch.bfloat16 and library.multiplies_bf16()))
 
 
-def _linear(
-    left: Tensor, weight: Tensor, bias: Tensor | None, columns: int, to: Tensor, scale: float = 1.0
-) -> Tensor:
+def _linear(left: Tensor, weight: Tensor, bias: Tensor | None, columns: int, to: Tensor, scale: float = 1.0) -> Tensor:
     """``to`` = scale × left × weight + bias, the weight (columns, K), or (K, columns) where there is no bias."""
     inner = left.shape[-1]
     _call(

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,8 +33,8 @@ class Direct:
         It has the weights' precision, as a tensor for them would: a captured update is to be this one.
         """
         found, state = self.gradients(window.on(self.device), state)
-        if isinstance(rate, float):
-            rate = float(torch.tensor(rate, dtype=found.dtype))
+        if isinstance(rate, float) and found.dtype == torch.float32:
+            rate = float(np.float32(rate))
         for group in self.optimizer.param_groups:
             group["lr"] = rate
             if self.grad_clip_norm:

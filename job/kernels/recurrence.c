@@ -98,6 +98,26 @@ INLINE vec larger(vec a, vec b) {
 #endif
 }
 
+INLINE float largest_of(vec x) {
+#ifdef __AVX512F__
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    float found = x[0];
+    for (int v = 1; v < WIDTH; v++) found = x[v] > found ? x[v] : found;
+    return found;
+#endif
+}
+
+INLINE float sum_of(vec x) {
+#ifdef __AVX512F__
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    float found = 0;
+    for (int v = 0; v < WIDTH; v++) found += x[v];
+    return found;
+#endif
+}
+
 /* a / b; the processor's estimate is good to 1e-4; mended once, to 1e-7, it takes half a division's time. */
 INLINE vec divided(int low, vec a, vec b) {
 #ifdef __AVX512F__
@@ -316,6 +336,18 @@ INLINE void run_forward(enum cell cell, int low, const window *given, size first
         }
 }
 
+/* Asks for what cell_backward will read of some lanes, which lie too far apart for the processor to foresee. */
+INLINE void foresee(enum cell cell, int low, const window *w, size row, size count, size j) {
+    size H = w->units, line = low ? PANEL : WIDTH;
+    for (size lane = row; lane < row + count; lane++)
+        for (size v = j; v < j + PANEL; v += line) {
+            __builtin_prefetch(moved(low, w->dhidden, lane * H + v));
+            if (cell == RNN) __builtin_prefetch(moved(low, w->hidden, (lane + w->lanes) * H + v));
+            for (size gate = 0; cell != RNN && gate < 4; gate++)
+                __builtin_prefetch(moved(low, w->gates, (lane * 4 + gate) * H + v));
+        }
+}
+
 INLINE void run_backward(enum cell cell, int low, const window *given, size first, size count) {
     const window own = *given, *w = &own;
     float sums[LANES * PANEL] __attribute__((aligned(64)));
@@ -325,9 +357,11 @@ INLINE void run_backward(enum cell cell, int low, const window *given, size firs
         for (size j = 0; j < H; j += PANEL) {
             size row = t * w->lanes + first;
             const void *later = moved(low, w->dgates, (row + w->lanes) * kept);
-            memset(sums, 0, count * PANEL * sizeof *sums);
+            if (t >= 0) foresee(cell, low, w, row, count, j);
             if (t < w->steps - 1)
                 product(low, count, later, stride, 1, w->packed + j * depth, depth, sums, PANEL, 0);
+            else
+                memset(sums, 0, count * PANEL * sizeof *sums);
             for (size lane = 0; lane < count; lane++)
                 for (size v = 0; v < PANEL; v += WIDTH) {
                     vec sum = load(0, sums, lane * PANEL + v);
@@ -512,53 +546,51 @@ typedef struct {
 } rows_task;
 
 INLINE void rows_of_product(int low, int to_low, const rows_task *task, size first, size count, void *to) {
-    float sums[LANES * PANEL] __attribute__((aligned(64)));
-    size N = task->columns;
+    float sums[LANES * PANEL] __attribute__((aligned(64))), scale = task->scale;
+    size N = task->columns, depth = task->depth;
     for (size n = 0; n < N; n += PANEL) {
-        product(low, count, (const uint32_t *)task->left + first * task->depth, task->depth, 1,
-                task->packed + n * task->depth, task->depth, sums, PANEL, 0);
-        for (size i = 0; i < count; i++)
-            for (size v = 0; v < PANEL; v += WIDTH) {
-                vec x = task->scale * load(0, sums, i * PANEL + v);
-                store(to_low, to, i * N + n + v, task->bias ? x + load(0, task->bias, n + v) : x);
-            }
+        product(low, count, (const uint32_t *)task->left + first * depth, depth, 1, task->packed + n * depth, depth,
+                sums, PANEL, 0);
+        vec left = {}, right = {}; /* of the bias */
+        if (task->bias) left = load(0, task->bias, n), right = load(0, task->bias, n + WIDTH);
+        for (size i = 0; i < count; i++) {
+            store(to_low, to, i * N + n, scale * load(0, sums, i * PANEL) + left);
+            store(to_low, to, i * N + n + WIDTH, scale * load(0, sums, i * PANEL + WIDTH) + right);
+        }
     }
-}
-
-INLINE float largest(const float *x, size count) {
-    vec most = load(0, x, 0);
-    for (size j = WIDTH; j < count; j += WIDTH) most = larger(most, load(0, x, j));
-    float found = most[0];
-    for (size v = 1; v < WIDTH; v++) found = most[v] > found ? most[v] : found;
-    return found;
 }
 
 /* A row's loss; its logits, with padding up to `padded`, become their exponentials less the largest one's. */
 INLINE float row_of_loss(float *logits, size count, size padded, int64_t target, float *sum) {
     for (size j = count; j < padded; j++) logits[j] = -INFINITY;
-    float most = largest(logits, padded), right = logits[target] - most;
-    vec total = {};
+    vec most = load(0, logits, 0), total = {};
+    for (size j = WIDTH; j < padded; j += WIDTH) most = larger(most, load(0, logits, j));
+    most = all(largest_of(most));
+    float right = logits[target] - most[0];
     for (size j = 0; j < padded; j += WIDTH) {
         vec power, rest = expm1_parts(larger(all(-87), load(0, logits, j) - most), &power), e = power * rest + power;
         store(0, logits, j, e);
         total += e;
     }
-    *sum = 0;
-    for (size v = 0; v < WIDTH; v++) *sum += total[v];
+    *sum = sum_of(total);
     return logf(*sum) - right;
 }
 
 INLINE void rows_of_loss(int low, const rows_task *task, size first, size count, float *logits) {
     size N = task->columns;
+    void *to = task->to;
+    int32_t places[WIDTH];
+    for (int v = 0; v < WIDTH; v++) places[v] = v;
     rows_of_product(low, 0, task, first, count, logits);
     for (size i = 0; i < count; i++) {
         float sum, *row = logits + i * N;
         int64_t target = task->targets[first + i];
         task->nats[first + i] = row_of_loss(row, task->tokens, N, target, &sum);
-        if (!task->to) continue;
-        for (size j = 0; j < N; j += WIDTH) store(0, row, j, load(0, row, j) / sum);
-        row[target] -= 1;
-        for (size j = 0; j < N; j += WIDTH) store(low, task->to, (first + i) * N + j, load(0, row, j));
+        vec share = all(1 / sum);
+        for (size j = 0; to && j < N; j += WIDTH) {
+            ints right = *(ints *)places + (int32_t)j == (int32_t)target;
+            store(low, to, (first + i) * N + j, share * load(0, row, j) - (vec)(right & (ints)all(1)));
+        }
     }
 }
 
