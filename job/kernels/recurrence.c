@@ -226,6 +226,8 @@ INLINE void product(int low, size rows, const void *a, size row_stride, size uni
         const uint32_t *from = (const uint32_t *)a + k * unit_stride, *part = panel + k * PANEL;
         for (; i + ROWS <= rows; i += ROWS)
             tile(low, ROWS, from + i * row_stride, row_stride, unit_stride, part, deep, sums + i * stride, stride, add);
+        for (; i + 4 <= rows; i += 4)
+            tile(low, 4, from + i * row_stride, row_stride, unit_stride, part, deep, sums + i * stride, stride, add);
         for (; i + 2 <= rows; i += 2)
             tile(low, 2, from + i * row_stride, row_stride, unit_stride, part, deep, sums + i * stride, stride, add);
         for (; i < rows; i++)
