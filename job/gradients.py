@@ -9,6 +9,7 @@ Axes: T steps, B lanes.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from job.dropout import Dropout
 from job.model import LanguageModel, State, detached, joined_states, lanes_of_state
 from job.neighbours import Neighbours
+from job.tree import Node, folded, nodes_of
 
 
 class Signals(NamedTuple):
@@ -147,68 +149,62 @@ def _add_bucket(near: Neighbours | None, bucket: dist.GradBucket) -> torch.futur
 class Ordered:
     """Gradients of each lane group, added in one order whatever the number of workers.
 
-    Floating-point addition is not associative, so bits depend on order. Here each group's
-    gradient is computed by itself, in the same shapes everywhere, every worker gets all of
-    them, and adds them as a binary tree over the groups' numbers (EasyScale, SC'23).
+    Each group's gradient is computed by itself, in the same shapes everywhere. A worker adds those of its groups
+    as far as they are nodes of the tree over all groups; all workers get all their nodes, and add up the rest.
     """
 
     def __init__(self, model: LanguageModel, share: Share) -> None:
         self.objective = _Objective(model, share)
         self.parameters = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
         self.share = share
-        self.counts = _counts(share, self.objective.tally.device)
+        owned = _groups_of_workers(share, self.objective.tally.device)
+        self.first, self.total = owned[dist.get_rank() if share.workers > 1 else 0].start, owned[-1].stop
+        self.nodes_of_workers = [nodes_of(groups, self.total) for groups in owned]
 
     def __call__(self, window: Window, state: State) -> tuple[Tensor, State]:
         """As ``Summed``."""
-        flats, states = [], []
-        for group in self.share.groups:
+        nodes: list[Node] = []
+        states = []
+        for number, group in enumerate(self.share.groups, self.first):
             place = group.start - self.share.lanes.start, len(group)
             part = window.of(*place)
             outputs, after = self.objective(part, lanes_of_state(state, *place))
             slopes = self.objective.slopes(outputs[0], part.signals)
             grads = torch.autograd.grad(outputs, self.parameters, slopes, allow_unused=True)
-            flats.append(_joined(grads, self.parameters))
+            leaf = range(number, number + 1), _joined(grads, self.parameters)
+            nodes = folded([*nodes, leaf], self.total)
             states.append(detached(after))
-        total = _tree_sum(self._of_all_workers(flats))
+        [(_, gradient)] = folded(self._of_all_workers(nodes), self.total)
         sizes = [parameter.numel() for parameter in self.parameters]
-        for parameter, grad, part in zip(self.parameters, grads, total.split(sizes), strict=True):
-            parameter.grad = None if grad is None else part.view_as(parameter)
+        for parameter, grad, slope in zip(self.parameters, grads, gradient.split(sizes), strict=True):
+            parameter.grad = None if grad is None else slope.view_as(parameter)
         return self.objective.found(), joined_states(states)
 
-    def _of_all_workers(self, flats: list[Tensor]) -> list[Tensor]:
-        """The groups' gradients of all workers, in the order of the groups."""
+    def _of_all_workers(self, nodes: list[Node]) -> list[Node]:
+        """The nodes of all workers, in the order of their groups."""
         if self.share.workers == 1:
-            return flats
-        like, most = flats[0], max(self.counts)  # to which the shorter ones are padded
-        padded = flats + [torch.zeros_like(like)] * (most - len(flats))
-        gathered = [like.new_empty(most, like.numel()) for _ in self.counts]
-        dist.all_gather(gathered, torch.stack(padded))
-        return [flat for flat_GN, count in zip(gathered, self.counts, strict=True) for flat in flat_GN[:count]]
+            return nodes
+        like, most = nodes[0][1], max(map(len, self.nodes_of_workers))  # to which the shorter lists are padded
+        rows = torch.stack([value for _, value in nodes] + [torch.zeros_like(like)] * (most - len(nodes)))
+        gathered = [torch.empty_like(rows) for _ in self.nodes_of_workers]
+        if self.share.near:
+            self.share.near.gather(rows, gathered)
+        else:
+            dist.all_gather(gathered, rows)
+        pairs = zip(self.nodes_of_workers, gathered, strict=True)
+        return [node for groups, values in pairs for node in zip(groups, values, strict=False)]
 
 
-def _counts(share: Share, device: torch.device) -> list[int]:
-    """How many lane groups each worker holds; they may differ by one."""
-    if share.workers == 1:
-        return [len(share.groups)]
-    counts = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(share.workers)]
-    dist.all_gather(counts, counts[0].new_tensor([len(share.groups)]))
-    return [int(count) for count in counts]
+def _groups_of_workers(share: Share, device: torch.device) -> list[range]:
+    """The numbers of the lane groups that each worker holds."""
+    mine = torch.tensor([len(share.groups)], device=device)
+    counts = [torch.zeros_like(mine) for _ in range(share.workers)] if share.workers > 1 else [mine]
+    if share.workers > 1:
+        dist.all_gather(counts, mine)
+    return [range(*ends) for ends in pairwise(accumulate(map(int, counts), initial=0))]
 
 
 def _joined(grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
     """Gradients as one vector, zero where a parameter has none."""
     found = zip(grads, parameters, strict=True)
     return torch.cat([(torch.zeros_like(own) if grad is None else grad).flatten() for grad, own in found])
-
-
-def _tree_sum(parts: list[Tensor]) -> Tensor:
-    """The sum of neighbours, of those sums, and so on."""
-    while len(parts) > 1:
-        pairs = [parts[i] + parts[i + 1] for i in range(0, len(parts) - 1, 2)]
-        parts = pairs + parts[len(pairs) * 2 :]
-    return parts[0]
-
-
-def tree_sum(values: Sequence[float]) -> float:
-    """Numbers of the lane groups, added in the order in which their gradients are."""
-    return float(_tree_sum([torch.tensor(value, dtype=torch.float64) for value in values]))

@@ -1,4 +1,4 @@
-"""The exchange between workers of one machine: sums in memory that they share.
+"""The exchange between workers of one machine, in memory that they share.
 
 Gloo goes through the network's stack also where there is no network, and its threads sleep and are woken
 for each message: a millisecond or more, as long as a small model's step.
@@ -9,6 +9,7 @@ import ctypes
 import mmap
 import os
 import secrets
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,11 +49,17 @@ class Neighbours:
         Raises RuntimeError where another does not within the patience.
         """
         assert numbers.is_contiguous() and numbers.dtype in (torch.float32, torch.float64)
-        library = compiled.library()
-        assert library
-        address = ctypes.c_void_p(numbers.data_ptr())
         width, count = ctypes.c_long(numbers.element_size()), ctypes.c_long(numbers.numel())
-        if library.add_up(ctypes.byref(self.group), width, count, address):
+        self._call("add_up", width, count, ctypes.c_void_p(numbers.data_ptr()))
+
+    def gather(self, numbers: Tensor, places: list[Tensor]) -> None:
+        """Gives each place one worker's numbers, in the order of their ranks; else as ``add_up``, of any type."""
+        assert all(some.is_contiguous() and some.nbytes == numbers.nbytes for some in (numbers, *places))
+        addresses = (ctypes.c_void_p * len(places))(*(place.data_ptr() for place in places))
+        self._call("gather", ctypes.c_long(numbers.nbytes), ctypes.c_void_p(numbers.data_ptr()), addresses)
+
+    def _call(self, function: str, *arguments: Any) -> None:
+        if getattr(compiled.library(), function)(ctypes.byref(self.group), *arguments):
             raise RuntimeError(f"worker {self.group.missing} was silent for {self.group.patience:g} seconds")
 
 

@@ -19,12 +19,13 @@ from job.checkpoint import Checkpoint, Unsound
 from job.config import CELLS, Config
 from job.errors import Diverged, RunFailed, UserError
 from job.events import Event, Failed, Finished, Part, Post, Pulse, Row, Started
-from job.gradients import Ordered, Share, Signals, Summed, tree_sum
+from job.gradients import Ordered, Share, Signals, Summed
 from job.lanes import groups_of
 from job.loop import Learner, Mean, Progress, perplexity
 from job.model import map_state
 from job.storage import Folder
 from job.stream import Stream
+from job.tree import tree_sum
 from job.update import Direct
 from job.vocabulary import Vocabulary
 from job.world import World, device_name, keep_memory, precision_of
@@ -133,8 +134,8 @@ def _share(options: Config, stream: Stream, world: World, autocast: torch.dtype 
     reproducible = options.train.reproducible
     split = options.train.lane_groups if reproducible else 0
     groups = groups_of(options.stream.batch_size, split, world.rank, world.size)
-    adds_up = world.size > 1 and not reproducible and world.device.type == "cpu"
-    near = neighbours.meet(options.scale.hang_timeout) if adds_up else None
+    on_processors = world.size > 1 and world.device.type == "cpu"
+    near = neighbours.meet(options.scale.hang_timeout) if on_processors else None
     return Share(groups, world.size, stream.tokens_of_window, autocast, options.model.dropout, near)
 
 

@@ -5,10 +5,12 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 
 from job import config, world
 from job.lanes import cut, groups_of, split
 from job.stream import Stream
+from job.tree import folded, nodes_of, tree_sum
 
 
 @pytest.mark.parametrize(("total", "parts"), [(1, 1), (8, 3), (32, 3), (64, 7), (5, 5)])
@@ -34,6 +36,32 @@ def test_groups_are_the_same_on_any_number_of_workers():
     alone = groups_of(30, 8, 0, 1)
     for workers in range(2, 9):
         assert [group for worker in range(workers) for group in groups_of(30, 8, worker, workers)] == alone
+
+
+def by_pairs(parts):
+    while len(parts) > 1:
+        parts = [sum(parts[i + 1 : i + 2], start=parts[i]) for i in range(0, len(parts), 2)]
+    return parts[0]
+
+
+@pytest.mark.parametrize("groups", [1, 2, 3, 5, 7, 8, 13])
+def test_the_tree_over_groups_is_one_however_they_are_held(groups):
+    values = torch.randn(groups, generator=torch.Generator().manual_seed(groups)) * torch.logspace(-6, 6, groups)
+    leaves = [(range(i, i + 1), value) for i, value in enumerate(values)]
+    for workers in range(1, groups + 1):
+        owned = split(groups, workers)
+        nodes = [folded(leaves[own.start : own.stop], groups) for own in owned]
+        assert [[span for span, _ in held] for held in nodes] == [nodes_of(own, groups) for own in owned]
+        [(span, found)] = folded([node for held in nodes for node in held], groups)
+        assert span == range(groups)
+        assert torch.equal(found, by_pairs(list(values)))
+    assert tree_sum(values.tolist()) == float(by_pairs(list(values.double())))
+
+
+def test_who_holds_half_of_the_groups_has_one_node():
+    assert nodes_of(range(4), 8) == [range(4)]
+    assert nodes_of(range(3, 8), 8) == [range(3, 4), range(4, 8)]
+    assert nodes_of(range(4, 6), 6) == [range(4, 6)]
 
 
 def books_partition(corpus, batch_size, num_steps, offset):

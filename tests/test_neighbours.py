@@ -1,4 +1,4 @@
-"""Sums in shared memory: the numbers, their order, and what happens where a worker does not come."""
+"""The exchange in shared memory: the numbers, their order, and what happens where a worker does not come."""
 
 import mmap
 import os
@@ -10,7 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from job import compiled, neighbours
+from job import compiled, config, model, neighbours
+from job.gradients import Ordered, Share, Window
+from job.lanes import groups_of
 from job.neighbours import LINE, ROOM, Neighbours
 
 pytestmark = pytest.mark.skipif(compiled.library() is None, reason=f"no kernel: {compiled.why_not()}")
@@ -41,14 +43,27 @@ def test_all_get_the_sum_in_the_order_of_the_ranks(workers, dtype):
         assert all(torch.equal(numbers, expected) for numbers in found)
 
 
+@pytest.mark.parametrize("workers", [2, 3])
+def test_all_get_the_numbers_of_all(workers):
+    members = group(workers)
+    for count in (1, 1000, 2 * ROOM + 5):
+        given = [torch.randint(0, 100, (count,), dtype=torch.uint8) for _ in members]
+        found = [[torch.zeros_like(numbers) for numbers in given] for _ in members]
+        at_once([lambda m=m, x=x, to=to: m.gather(x, to) for m, x, to in zip(members, given, found, strict=True)])
+        assert all(torch.equal(torch.stack(places), torch.stack(given)) for places in found)
+
+
 def test_many_turns_in_a_row():
     members, turns = group(3), 2000
 
     def work(member, failures):
+        places = [torch.zeros(50) for _ in members]
         for turn in range(turns):
             numbers = torch.full((50,), float(turn + member.group.rank))
+            member.gather(numbers, places)
             member.add_up(numbers)
-            if not torch.equal(numbers, torch.full((50,), 3.0 * turn + 3)):
+            good = torch.equal(torch.stack(places)[:, 7], turn + torch.arange(3.0))
+            if not good or not torch.equal(numbers, torch.full((50,), 3.0 * turn + 3)):
                 failures.append(turn)
 
     failures = []
@@ -69,6 +84,12 @@ def test_who_does_not_come_is_named():
     assert len(found) == 2
 
 
+def free_port():
+    with socket.socket() as some:
+        some.bind(("127.0.0.1", 0))
+        return some.getsockname()[1]
+
+
 def met(rank, port, without, answers):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     if rank == without:
@@ -83,13 +104,37 @@ def met(rank, port, without, answers):
 
 @pytest.mark.parametrize("without", [None, 1])
 def test_processes_meet_where_all_can(without):
-    with socket.socket() as some:
-        some.bind(("127.0.0.1", 0))
-        port = some.getsockname()[1]
+    port = free_port()
     answers = multiprocessing.get_context("spawn").SimpleQueue()
     multiprocessing.spawn(met, (port, without, answers), nprocs=2)
     found = sorted(answers.get() for _ in range(2))
     assert found == ([(True, 3.0)] * 2 if without is None else [(False, 1.0), (False, 2.0)])
+
+
+def gradients(rank, near, workers):
+    net = model.build(config.Model(hidden_size=32), 9, seed=1)
+    lanes = groups_of(7, 5, rank, workers)
+    held = slice(lanes[0].start, lanes[-1].stop)
+    tokens = torch.randint(0, 9, (6, 7), generator=torch.Generator().manual_seed(0))
+    signals = torch.tensor([0.0, rank == workers - 1, 0.0])
+    window = Window(tokens[:-1, held], tokens[1:, held], signals, torch.zeros(0, 7, dtype=torch.int32)[:, held])
+    found, _ = Ordered(net, Share(lanes, workers, 35, near=near))(window, None)
+    return [found] + [weight.grad for weight in net.parameters()]
+
+
+def ordered(rank, port, workers):
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
+    near = neighbours.meet(30)
+    assert near
+    alone, together, by_gloo = gradients(0, None, 1), gradients(rank, near, workers), gradients(rank, None, workers)
+    for one, two, three in zip(alone, together, by_gloo, strict=True):
+        assert torch.equal(one, two)
+        assert torch.equal(one, three)
+    dist.destroy_process_group()
+
+
+def test_ordered_gradients_are_the_same_bits_alone_in_one_memory_and_by_gloo():
+    multiprocessing.spawn(ordered, (free_port(), 3), nprocs=3)
 
 
 def test_another_machines_memory_is_not_taken(tmp_path, monkeypatch):

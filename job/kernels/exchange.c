@@ -1,10 +1,11 @@
-/* Sums over workers of one machine, in memory that they share.
+/* The exchange between workers of one machine, in memory that they share.
 
-   In each turn a worker writes its numbers into its own slot, adds up its part of all slots in the order
-   of the workers' ranks, and takes the whole sum: all get the same bits. How far it is it tells by the
-   turn's number in its mark. Nothing is overwritten that is still read: who writes in the next turn has
-   seen that all have added, so that no slot is read any more; who adds in it has seen that all have
-   written, so that all have taken the sums before. */
+   In each turn a worker writes its numbers into its own slot, and when all have, takes what it needs of all
+   slots: the numbers themselves, or its part of their sum, which is added in the order of the workers' ranks
+   and of which all then read the whole. All get the same bits. How far a worker is it tells by the turn's
+   number in its mark. Nothing is overwritten that is still read: who writes in the next turn has seen that
+   all have taken, so that no slot is read any more; who adds in it has seen that all have written, so that
+   all have read the sums before. */
 
 #include <sched.h>
 #include <stdatomic.h>
@@ -19,7 +20,7 @@ enum { LINE = 64, SPINS = 2000 };
 static const double YIELDING = 1e-3, NAP = 5e-5; /* seconds: a machine that sleeps is slow to wake */
 
 typedef struct {
-    _Atomic uint64_t written, added;
+    _Atomic uint64_t written, taken;
     char rest[LINE - 16]; /* a line of the cache to each */
 } mark;
 
@@ -71,6 +72,20 @@ static int wait_for(neighbours *n, size offset) {
     return 0;
 }
 
+/* A turn begins: this worker's numbers are in its slot, and all have written theirs. */
+static int shown(neighbours *n, const void *numbers, size bytes) {
+    n->turn++;
+    memcpy(slot(n, n->rank), numbers, bytes);
+    atomic_store_explicit(&mark_of(n, n->rank)->written, n->turn, memory_order_release);
+    return wait_for(n, offsetof(mark, written));
+}
+
+/* It ends: no slot is read any more. */
+static int taken(neighbours *n) {
+    atomic_store_explicit(&mark_of(n, n->rank)->taken, n->turn, memory_order_release);
+    return wait_for(n, offsetof(mark, taken));
+}
+
 #define SUM_OF(type)                                                                     \
     static void sum_of_##type(const neighbours *n, size first, size last) {              \
         type *to = (type *)slot(n, n->workers);                                          \
@@ -88,18 +103,26 @@ int add_up(neighbours *n, size width, size count, void *numbers) {
     for (size done = 0; done < count;) {
         size some = n->room / width < count - done ? n->room / width : count - done;
         char *own = (char *)numbers + done * width;
-        n->turn++;
-        memcpy(slot(n, n->rank), own, some * width);
-        atomic_store_explicit(&mark_of(n, n->rank)->written, n->turn, memory_order_release);
-        if (wait_for(n, offsetof(mark, written))) return 1;
+        if (shown(n, own, some * width)) return 1;
         size first = some * n->rank / n->workers, last = some * (n->rank + 1) / n->workers;
         if (width == sizeof(double))
             sum_of_double(n, first, last);
         else
             sum_of_float(n, first, last);
-        atomic_store_explicit(&mark_of(n, n->rank)->added, n->turn, memory_order_release);
-        if (wait_for(n, offsetof(mark, added))) return 1;
+        if (taken(n)) return 1;
         memcpy(own, slot(n, n->workers), some * width);
+        done += some;
+    }
+    return 0;
+}
+
+/* Gives `to` the `bytes` of each worker's numbers; 1 where a worker was missing. */
+int gather(neighbours *n, size bytes, const void *numbers, void *const *to) {
+    for (size done = 0; done < bytes;) {
+        size some = n->room < bytes - done ? n->room : bytes - done;
+        if (shown(n, (const char *)numbers + done, some)) return 1;
+        for (size rank = 0; rank < n->workers; rank++) memcpy((char *)to[rank] + done, slot(n, rank), some);
+        if (taken(n)) return 1;
         done += some;
     }
     return 0;
