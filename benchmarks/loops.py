@@ -8,7 +8,8 @@ import torch
 
 from benchmarks import plain
 from job import config, model, neighbours, optimizer
-from job.gradients import Share, Signals, Summed
+from job.gradients import Ordered, Share, Signals, Summed
+from job.lanes import groups_of
 from job.loop import Learner, Progress, end_epoch, steps
 from job.stream import Stream
 from job.update import Direct
@@ -61,9 +62,11 @@ def learner_of(
     net = model.build(options.model, tokens, 0).to(place, chosen.weights)
     updates = optimizer.build(options.optimizer, net)
     near = neighbours.meet(60) if workers > 1 else None
-    lanes, tokens_of_window = [range(stream.options.batch_size)], stream.tokens_of_window
-    share = Share(lanes, workers, tokens_of_window, chosen.autocast, options.model.dropout, near)
-    update = Direct(Summed(net, share), updates, options.optimizer.grad_clip_norm, place)
+    reproducible = options.train.reproducible
+    groups = groups_of(stream.options.batch_size, options.train.lane_groups if reproducible else 0, 0, 1)
+    share = Share(groups, workers, stream.tokens_of_window, chosen.autocast, options.model.dropout, near)
+    gradients = (Ordered if reproducible else Summed)(net, share)
+    update = Direct(gradients, updates, options.optimizer.grad_clip_norm, place)
     return Learner(net, updates, update, stream, 0, share, Progress())
 
 
@@ -75,7 +78,8 @@ def endless(learner: Learner, options: config.Config) -> Iterator[object]:
         learner.progress.epoch = 0
 
 
-def our_steps(shapes: Shapes, precision: str, workers: int = 1) -> Iterator[object]:
+def our_steps(shapes: Shapes, precision: str, workers: int = 1, reproducible: bool = False) -> Iterator[object]:
     """As a worker of ``workers`` takes them, which hold as many lanes each."""
-    options = config.Config(model=config.Model(cell=shapes.cell, hidden_size=shapes.units))
+    given = config.Model(cell=shapes.cell, hidden_size=shapes.units)
+    options = config.Config(model=given, train=config.Train(reproducible=reproducible))
     return endless(learner_of(options, shapes.stream(), shapes.tokens, precision, workers), options)

@@ -1,6 +1,6 @@
 """Two workers on two cores against one, each with the same number of lanes; the loop alone, without Ray.
 
-    make bench-speed        (or: python -m benchmarks.pair [--rounds N] [--gloo])
+    make bench-speed        (or: python -m benchmarks.pair [--rounds N] [--gloo] [--reproducible])
 
 Beside the wall's time stands the processor's of the first worker: what the exchange itself costs,
 without the wait for a neighbour whom a busy machine holds up.
@@ -24,7 +24,7 @@ from job import neighbours
 from job.world import keep_memory
 
 
-def both(rank: int, port: int, rounds: int, gloo: bool) -> None:
+def both(rank: int, port: int, rounds: int, gloo: bool, reproducible: bool) -> None:
     if gloo:
         mock.patch.object(neighbours, "meet", lambda patience: None).start()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -33,13 +33,13 @@ def both(rank: int, port: int, rounds: int, gloo: bool) -> None:
     torch.set_num_threads(1)
     for size, numbers in SIZES.items():
         for cell in ("rnn", "gru", "lstm"):
-            compare(rank, f"{size} {cell}", Shapes(cell, *numbers), rounds)
+            compare(rank, f"{size} {cell}", Shapes(cell, *numbers), rounds, reproducible)
     dist.destroy_process_group()
 
 
-def compare(rank: int, name: str, shapes: Shapes, rounds: int) -> None:
+def compare(rank: int, name: str, shapes: Shapes, rounds: int, reproducible: bool) -> None:
     """One worker alone while the other sleeps, then both, in turns."""
-    alone, together = our_steps(shapes, "auto"), our_steps(shapes, "auto", 2)
+    alone, together = (our_steps(shapes, "auto", workers, reproducible) for workers in (1, 2))
     times = max(3, round(2e10 / shapes.operations))
     found: dict[str, list[tuple[float, float]]] = {"one": [], "two": []}
     for number in range(rounds + 1):
@@ -66,12 +66,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--gloo", action="store_true", help="as on two machines")
+    parser.add_argument("--reproducible", action="store_true", help="with eight lane groups a worker")
     given = parser.parse_args()
     with socket.socket() as some:
         some.bind(("127.0.0.1", 0))
         port = some.getsockname()[1]
     print(f"{measure.machine()}\na step of two workers, and their tokens a second over one's: median (range)")
-    multiprocessing.spawn(both, (port, given.rounds, given.gloo), nprocs=2)  # type: ignore[attr-defined,no-untyped-call]
+    options = (port, given.rounds, given.gloo, given.reproducible)
+    multiprocessing.spawn(both, options, nprocs=2)  # type: ignore[attr-defined,no-untyped-call]
 
 
 if __name__ == "__main__":

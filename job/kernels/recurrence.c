@@ -517,8 +517,8 @@ int weight_gradient(size low, size rows, size left_columns, size left_stride, co
     return task.failed;
 }
 
-/* to (V, columns) = scale times the sums of the rows of `from`, each in its token's place, or all in one where there are no tokens.
-   A row is `stride` long; from `skip_from` on, `skip` of its columns are passed over. */
+/* to (V, columns) = scale times the sums of the rows of `from`, each in its token's place, or all in one where there
+   are no tokens. A row is `stride` long; from `skip_from` on, `skip` of its columns are passed over. */
 int sums(size low, size rows, size columns, size stride, size skip_from, size skip, const void *from,
          const int64_t *tokens, size places, float scale, float *to) {
     memset(to, 0, places * columns * sizeof *to);
