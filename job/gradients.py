@@ -1,8 +1,8 @@
 """The gradient of the mean loss over the global window, whoever holds its lanes.
 
-Each worker differentiates its lanes' summed loss divided by the global count of tokens, and the
-workers' gradients are added: workers with fewer lanes weigh less by themselves. Beside the
-gradients travels a tally of four numbers, as the gradient of a parameter that is always zero.
+Each worker differentiates its lanes' summed loss, each nat of which counts as one over the global
+number of tokens, and the workers' gradients are added: workers with fewer lanes weigh less by themselves.
+Beside the gradients travels a tally of four numbers, as the gradient of a parameter that is always zero.
 
 Axes: T steps, B lanes.
 """
@@ -157,6 +157,7 @@ class Ordered:
         self.objective = _Objective(model, share)
         self.parameters = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
         self.share = share
+        self.uses = len(self.parameters) if model.has_users_cell else 0  # numbers behind a gradient: what has one
         owned = _groups_of_workers(share, self.objective.tally.device)
         self.first, self.total = owned[dist.get_rank() if share.workers > 1 else 0].start, owned[-1].stop
         self.nodes_of_workers = [nodes_of(groups, self.total) for groups in owned]
@@ -167,18 +168,26 @@ class Ordered:
         states = []
         for number, group in enumerate(self.share.groups, self.first):
             place = group.start - self.share.lanes.start, len(group)
-            part = window.of(*place)
-            outputs, after = self.objective(part, lanes_of_state(state, *place))
-            slopes = self.objective.slopes(outputs[0], part.signals)
-            grads = torch.autograd.grad(outputs, self.parameters, slopes, allow_unused=True)
-            leaf = range(number, number + 1), _joined(grads, self.parameters)
-            nodes = folded([*nodes, leaf], self.total)
-            states.append(detached(after))
-        [(_, gradient)] = folded(self._of_all_workers(nodes), self.total)
-        sizes = [parameter.numel() for parameter in self.parameters]
-        for parameter, grad, slope in zip(self.parameters, grads, gradient.split(sizes), strict=True):
-            parameter.grad = None if grad is None else slope.view_as(parameter)
+            flat, after = self._of_group(window.of(*place), lanes_of_state(state, *place))
+            nodes = folded([*nodes, (range(number, number + 1), flat)], self.total)
+            states.append(after)
+        [(_, flat)] = folded(self._of_all_workers(nodes), self.total)
+        *slopes, uses = flat.split([*(parameter.numel() for parameter in self.parameters), self.uses])
+        used = uses.tolist() if self.uses else [1] * len(slopes)
+        for parameter, slope, times in zip(self.parameters, slopes, used, strict=True):
+            parameter.grad = slope.view_as(parameter) if times else None
         return self.objective.found(), joined_states(states)
+
+    def _of_group(self, window: Window, state: State) -> tuple[Tensor, State]:
+        """A group's gradients as one vector, zero where a parameter has none, and the state after."""
+        outputs, state = self.objective(window, state)
+        slopes = self.objective.slopes(outputs[0], window.signals)
+        found = torch.autograd.grad(outputs, self.parameters, slopes, allow_unused=self.uses > 0)
+        pairs = zip(found, self.parameters, strict=True)
+        flat = [(torch.zeros_like(own) if slope is None else slope).flatten() for slope, own in pairs]
+        if self.uses:
+            flat.append(flat[0].new_tensor([slope is not None for slope in found]))
+        return torch.cat(flat), detached(state)
 
     def _of_all_workers(self, nodes: list[Node]) -> list[Node]:
         """The nodes of all workers, in the order of their groups."""
@@ -202,9 +211,3 @@ def _groups_of_workers(share: Share, device: torch.device) -> list[range]:
     if share.workers > 1:
         dist.all_gather(counts, mine)
     return [range(*ends) for ends in pairwise(accumulate(map(int, counts), initial=0))]
-
-
-def _joined(grads: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Tensor:
-    """Gradients as one vector, zero where a parameter has none."""
-    found = zip(grads, parameters, strict=True)
-    return torch.cat([(torch.zeros_like(own) if grad is None else grad).flatten() for grad, own in found])

@@ -18,7 +18,7 @@ from job import compiled
 WIDTH = 32
 SPOKEN_AT_ONCE = 1000  # tokens between two moments in which Python hears a signal
 CELLS = {"RNN_TANH": 0, "GRU": 1, "LSTM": 2}
-NONE = range(0)  # of the columns
+NO_COLUMNS = range(0)
 _SIZES = ("steps", "lanes", "units", "threads", "rows")
 _ARRAYS = ("inputs", "tokens", "weight", "bias", "hidden", "carry", "gates")
 _GRADIENTS = ("dhidden", "dcarry_end", "dgates", "dh0", "dcarry", "packed")
@@ -200,7 +200,7 @@ class _Recurrence(torch.autograd.Function):
         _call("backward", CELLS[cell], _is_low(hidden), ctypes.byref(window))
         dweight_GH = _weight_gradient(dgates, width, hidden)
         # A GRU's new state has two gradients: the third block is the hidden state's, the fourth the input's.
-        third = range(2 * units, 3 * units) if cell == "GRU" else NONE
+        third = range(2 * units, 3 * units) if cell == "GRU" else NO_COLUMNS
         dnew_H = _sums(dgates, units, range(third.start))[0] if third else None
         dinputs = dvectors_VE = None
         if inputs.is_floating_point():
@@ -209,7 +209,7 @@ class _Recurrence(torch.autograd.Function):
             if ctx.needs_input_grad[3]:
                 dinputs = _linear(dgates, weight_GE, None, inputs.shape[2], torch.empty_like(inputs))
             dweight_GE = _weight_gradient(dgates, width, inputs)
-            dbias_G = _sums(dgates, width, NONE)[0]
+            dbias_G = _sums(dgates, width, NO_COLUMNS)[0]
         else:
             tokens = weight_GE.shape[1] if vectors_VE is None else len(vectors_VE)
             dgiven_VG = _sums(dgates, width, third, inputs, tokens)
@@ -245,7 +245,7 @@ class _Nats(torch.autograd.Function):
         (tokens, units), scale = weight_VH.shape, float(dnats)
         dhidden = _linear(dlogits, weight_VH, None, units, torch.empty_like(hidden_TBH), scale)
         dweight = _weight_gradient(dlogits, dlogits.shape[1], hidden_TBH, scale)[:tokens]
-        dbias = _sums(dlogits, dlogits.shape[1], NONE, scale=scale)[0, :tokens]
+        dbias = _sums(dlogits, dlogits.shape[1], NO_COLUMNS, scale=scale)[0, :tokens]
         return None, dhidden, dweight, dbias, None
 
 
@@ -268,6 +268,8 @@ def recurrence(
 
 def nats(hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_TB: Tensor) -> Tensor:
     """The cross-entropy of an output layer, summed: products in ``hidden``'s type, all else in float32."""
+    if hidden_TBH.shape != (*targets_TB.shape, weight_VH.shape[1]):
+        raise ValueError(f"hidden states {tuple(hidden_TBH.shape)} do not fit targets {tuple(targets_TB.shape)}")
     keep = torch.is_grad_enabled()
     return _Nats.apply(keep, hidden_TBH.contiguous(), weight_VH, bias_V, targets_TB.contiguous())
 

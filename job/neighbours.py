@@ -54,6 +54,7 @@ class Neighbours:
 
     def gather(self, numbers: Tensor, places: list[Tensor]) -> None:
         """Gives each place one worker's numbers, in the order of their ranks; else as ``add_up``, of any type."""
+        assert len(places) == self.group.workers
         assert all(some.is_contiguous() and some.nbytes == numbers.nbytes for some in (numbers, *places))
         addresses = (ctypes.c_void_p * len(places))(*(place.data_ptr() for place in places))
         self._call("gather", ctypes.c_long(numbers.nbytes), ctypes.c_void_p(numbers.data_ptr()), addresses)

@@ -7,6 +7,9 @@ from conftest import job, result
 from safetensors.torch import load_file
 from torch import nn
 
+from job import config, model
+from job.gradients import Ordered, Share, Summed, Window
+
 
 class Bomb(nn.Module):
     """Counts the steps of each lane in its state, and from the 281st on gives no number."""
@@ -67,6 +70,33 @@ class Idle(Bomb):
         before = self.first.expand(1, inputs.shape[1], -1) if state is None else state
         outputs = torch.tanh(self.layer(inputs) + before) * self.fixed
         return outputs, outputs[-1:]
+
+
+class Seldom(Idle):
+    """Takes a way that a token opens in its lane."""
+
+    def forward(self, inputs, state):
+        outputs, state = super().forward(inputs, state)
+        opened = inputs[..., :1].sum(0)
+        return (outputs + self.dead.sum() * opened, state) if opened.any() else (outputs, state)
+
+
+def test_a_weight_that_one_lane_group_uses_has_that_groups_gradient():
+    net = model.build(config.Model(cell="test_cells:Seldom", hidden_size=8), 5, seed=1)
+    tokens = torch.randint(1, 5, (6, 4), generator=torch.Generator().manual_seed(0))
+    tokens[2, 0] = 0
+    window = Window(tokens[:-1], tokens[1:], torch.zeros(3), torch.zeros(0, 4, dtype=torch.int32))
+    state = torch.zeros(1, 4, 8)
+    found = []
+    for kind, groups in ((Summed, [range(4)]), (Ordered, [range(1), range(1, 3), range(3, 4)])):
+        kind(net, Share(groups, 1, 20))(window, state)
+        found.append({name: weight.grad for name, weight in net.named_parameters()})
+    one, groups = found
+    assert groups["rnn.dead"] is not None
+    assert groups["rnn.first"] is None
+    for name, slope in one.items():
+        assert (slope is None) == (groups[name] is None), name
+        assert slope is None or torch.allclose(slope, groups[name], atol=1e-7), name
 
 
 def test_weights_without_a_gradient_are_left_alone(prose, tmp_path):

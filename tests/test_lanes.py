@@ -50,7 +50,11 @@ def test_the_tree_over_groups_is_one_however_they_are_held(groups):
     leaves = [(range(i, i + 1), value) for i, value in enumerate(values)]
     for workers in range(1, groups + 1):
         owned = split(groups, workers)
-        nodes = [folded(leaves[own.start : own.stop], groups) for own in owned]
+        nodes = [[] for own in owned]
+        for place, own in enumerate(owned):
+            for leaf in leaves[own.start : own.stop]:
+                nodes[place] = folded([*nodes[place], leaf], groups)
+            assert len(nodes[place]) == len(folded(leaves[own.start : own.stop], groups))
         assert [[span for span, _ in held] for held in nodes] == [nodes_of(own, groups) for own in owned]
         [(span, found)] = folded([node for held in nodes for node in held], groups)
         assert span == range(groups)

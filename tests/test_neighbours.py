@@ -71,13 +71,14 @@ def test_many_turns_in_a_row():
     assert failures == []
 
 
-def test_who_does_not_come_is_named():
+@pytest.mark.parametrize("is_sum", [True, False])
+def test_who_does_not_come_is_named(is_sum):
     first, second = group(3, patience=0.2)[:2]
     found = []
 
     def work(member):
         with pytest.raises(RuntimeError, match=r"worker 2 was silent for 0\.2 seconds"):
-            member.add_up(torch.ones(3))
+            member.add_up(torch.ones(3)) if is_sum else member.gather(torch.ones(3), list(torch.ones(3, 3)))
         found.append(member)
 
     at_once([lambda: work(first), lambda: work(second)])
@@ -113,12 +114,12 @@ def test_processes_meet_where_all_can(without):
 
 def gradients(rank, near, workers):
     net = model.build(config.Model(hidden_size=32), 9, seed=1)
-    lanes = groups_of(7, 5, rank, workers)
+    lanes = groups_of(9, 8, rank, workers)  # of three workers two have two nodes of the tree, and one has one
     held = slice(lanes[0].start, lanes[-1].stop)
-    tokens = torch.randint(0, 9, (6, 7), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 9, (6, 9), generator=torch.Generator().manual_seed(0))
     signals = torch.tensor([0.0, rank == workers - 1, 0.0])
-    window = Window(tokens[:-1, held], tokens[1:, held], signals, torch.zeros(0, 7, dtype=torch.int32)[:, held])
-    found, _ = Ordered(net, Share(lanes, workers, 35, near=near))(window, None)
+    window = Window(tokens[:-1, held], tokens[1:, held], signals, torch.zeros(0, 9, dtype=torch.int32)[:, held])
+    found, _ = Ordered(net, Share(lanes, workers, 45, near=near))(window, None)
     return [found] + [weight.grad for weight in net.parameters()]
 
 

@@ -226,7 +226,7 @@ INLINE void product(int low, size rows, const void *a, size row_stride, size uni
         const uint32_t *from = (const uint32_t *)a + k * unit_stride, *part = panel + k * PANEL;
         for (; i + ROWS <= rows; i += ROWS)
             tile(low, ROWS, from + i * row_stride, row_stride, unit_stride, part, deep, sums + i * stride, stride, add);
-        for (; i + 4 <= rows; i += 4)
+        for (; ROWS > 4 && i + 4 <= rows; i += 4)
             tile(low, 4, from + i * row_stride, row_stride, unit_stride, part, deep, sums + i * stride, stride, add);
         for (; i + 2 <= rows; i += 2)
             tile(low, 2, from + i * row_stride, row_stride, unit_stride, part, deep, sums + i * stride, stride, add);
@@ -338,7 +338,7 @@ INLINE void run_forward(enum cell cell, int low, const window *given, size first
         }
 }
 
-/* Asks for what cell_backward will read of some lanes, which lie too far apart for the processor to foresee. */
+/* Asks for the slopes and gates that cell_backward will read, which lie too far apart for the processor to foresee. */
 INLINE void foresee(enum cell cell, int low, const window *w, size row, size count, size j) {
     size H = w->units, line = low ? PANEL : WIDTH;
     for (size lane = row; lane < row + count; lane++)
@@ -620,8 +620,8 @@ static void work_on_rows(const void *given, size first, size count) {
 }
 
 /* to (rows, columns) = scale left (rows, inner) weight + bias; the weight is (columns, inner) where `transposed`,
-   else (inner, columns). It has `given` rows of its first axis; more are zero, and so is the bias beyond them where
-   it is transposed. Or the loss: see rows_task. */
+   else (inner, columns). It has `given` rows of its first axis; more are zero. A bias, of as many numbers, only goes with a
+   transposed weight. Or the loss: see rows_task. */
 int linear(size low, size to_low, size transposed, size rows, size inner, size columns, size given, const void *left,
            const float *weight, const float *bias, float scale, void *to, const int64_t *targets, float *nats,
            size threads) {
