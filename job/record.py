@@ -47,6 +47,7 @@ class Recorder:
         self.committed_at: dict[str, float] = {}  # by time.monotonic
         self.setbacks = 0
         self.standing = False  # whether a group of workers is there
+        self.is_told = False  # whether one of them has said why it ended
         self.parts: dict[str, list[Receipt]] = {}
         self.early: list[events.Part] = []  # of a group whose first worker has not been heard yet
         self.board: Board | None = None
@@ -79,6 +80,7 @@ class Recorder:
         if isinstance(event, events.Started):
             return self._writing(self._start, event)
         if isinstance(event, events.Crashed):
+            self.is_told = True
             return self.screen.warn(event.message)
         if isinstance(event, events.GroupEnded):
             return self._ended(event.message)
@@ -106,7 +108,9 @@ class Recorder:
 
     def _ended(self, why: str) -> None:
         """Counts failures with no checkpoint between them: what fails each time will fail for ever."""
-        self.standing = False
+        if why and not self.is_told:  # a worker that is killed says nothing itself
+            self.screen.warn(why)
+        self.standing = self.is_told = False
         self.setbacks += bool(why)
         if self.setbacks >= TRIES:
             self.failed = f"the workers failed {TRIES} times without getting to a checkpoint; at last: {why}"

@@ -43,7 +43,7 @@ def _fault(error: Any) -> str:
     workers = getattr(error, "worker_failures", None)
     if workers:
         rank, first = sorted(workers.items())[0]
-        return f"worker {rank}: {in_a_line(first)}"
+        return f"worker {rank}: {in_a_line(getattr(first, 'health_check_failure', first))}"
     cause = getattr(error, "controller_failure", error)
     if cause is None or type(cause).__name__ == "WorkerGroupStartupTimeoutError":
         return ""

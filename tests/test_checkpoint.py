@@ -203,6 +203,21 @@ def test_workers_that_see_another_storage_remove_nothing(run):
     assert sorted(run.glob("checkpoints/*/manifest.json")) == before
 
 
+def test_why_a_group_ended_is_told_once(run):
+    """By the worker that failed, or, where it was killed, by Ray."""
+    from job import events, lease, record
+
+    screen = io.StringIO()
+    mine = lease.acquire(Folder(str(run)))
+    recorder = record.Recorder(Folder(str(run)), runs.read(Folder(str(run))).config, mine, Screen(screen))
+    recorder.handle(events.Crashed("one", "worker 1 of 2 ended: so it said"))
+    recorder.handle(events.GroupEnded("", "worker 1: what Ray says of it"))
+    recorder.handle(events.GroupEnded("", "worker 0: it died"))
+    recorder.handle(events.GroupEnded("", ""))
+    mine.release()
+    assert screen.getvalue() == "warning: worker 1 of 2 ended: so it said\nwarning: worker 0: it died\n"
+
+
 def test_a_part_that_is_there_before_its_group_is_kept_for_it(prose, tmp_path):
     """A group that has nothing left to do saves at once, and its second worker's letter may be the first."""
     from job import events, lease, record

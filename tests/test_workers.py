@@ -169,6 +169,7 @@ def test_workers_that_always_die_end_the_run(prose, tmp_path, on_cluster, monkey
     ended = job(*small(prose, tmp_path, "run", "--scale.workers", 1, "--model.cell", "test_cells:Dies"))
     assert (ended.status, ended.err.count("\n")) == (1, 1)
     assert "the workers failed 2 times without getting to a checkpoint" in ended.err
+    assert "warning: worker 0: ActorDiedError" in ended.out
 
 
 def test_workers_that_cannot_meet_are_started_again():
