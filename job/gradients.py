@@ -157,7 +157,7 @@ class Ordered:
         self.objective = _Objective(model, share)
         self.parameters = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
         self.share = share
-        self.uses = len(self.parameters) if model.has_users_cell else 0  # numbers behind a gradient: what has one
+        self.num_uses = len(self.parameters) if model.has_users_cell else 0
         owned = _groups_of_workers(share, self.objective.tally.device)
         self.first, self.total = owned[dist.get_rank() if share.workers > 1 else 0].start, owned[-1].stop
         self.nodes_of_workers = [nodes_of(groups, self.total) for groups in owned]
@@ -172,20 +172,24 @@ class Ordered:
             nodes = folded([*nodes, (range(number, number + 1), flat)], self.total)
             states.append(after)
         [(_, flat)] = folded(self._of_all_workers(nodes), self.total)
-        *slopes, uses = flat.split([*(parameter.numel() for parameter in self.parameters), self.uses])
-        used = uses.tolist() if self.uses else [1] * len(slopes)
+        *slopes, uses = flat.split([*(parameter.numel() for parameter in self.parameters), self.num_uses])
+        used = uses.tolist() if self.num_uses else [1] * len(slopes)
         for parameter, slope, times in zip(self.parameters, slopes, used, strict=True):
             parameter.grad = slope.view_as(parameter) if times else None
         return self.objective.found(), joined_states(states)
 
     def _of_group(self, window: Window, state: State) -> tuple[Tensor, State]:
-        """A group's gradients as one vector, zero where a parameter has none, and the state after."""
+        """A group's gradients as one vector, and the state after.
+
+        Zeros stand where a parameter has none, which a user's cell may leave unused; then there is behind
+        them a one for each that it did use.
+        """
         outputs, state = self.objective(window, state)
         slopes = self.objective.slopes(outputs[0], window.signals)
-        found = torch.autograd.grad(outputs, self.parameters, slopes, allow_unused=self.uses > 0)
+        found = torch.autograd.grad(outputs, self.parameters, slopes, allow_unused=self.num_uses > 0)
         pairs = zip(found, self.parameters, strict=True)
         flat = [(torch.zeros_like(own) if slope is None else slope).flatten() for slope, own in pairs]
-        if self.uses:
+        if self.num_uses:
             flat.append(flat[0].new_tensor([slope is not None for slope in found]))
         return torch.cat(flat), detached(state)
 

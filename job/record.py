@@ -119,7 +119,7 @@ class Recorder:
         """A group of workers goes on from a step: what came after it will come again."""
         self.lease.check()
         self.attempts.append(event.attempt)
-        self.started, self.finished, self.standing = event, None, True
+        self.started, self.finished, self.standing, self.is_told = event, None, True, False
         self.parts.clear()
         if overlooked := self._overlooked(event):
             self.failed = (

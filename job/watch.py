@@ -43,7 +43,8 @@ def _fault(error: Any) -> str:
     workers = getattr(error, "worker_failures", None)
     if workers:
         rank, first = sorted(workers.items())[0]
-        return f"worker {rank}: {in_a_line(getattr(first, 'health_check_failure', first))}"
+        cause = getattr(first, "health_check_failure", first)  # which Ray wraps where a worker is killed
+        return f"worker {rank}: {in_a_line(cause)}"
     cause = getattr(error, "controller_failure", error)
     if cause is None or type(cause).__name__ == "WorkerGroupStartupTimeoutError":
         return ""

@@ -54,7 +54,6 @@ def test_the_tree_over_groups_is_one_however_they_are_held(groups):
         for place, own in enumerate(owned):
             for leaf in leaves[own.start : own.stop]:
                 nodes[place] = folded([*nodes[place], leaf], groups)
-            assert len(nodes[place]) == len(folded(leaves[own.start : own.stop], groups))
         assert [[span for span, _ in held] for held in nodes] == [nodes_of(own, groups) for own in owned]
         [(span, found)] = folded([node for held in nodes for node in held], groups)
         assert span == range(groups)

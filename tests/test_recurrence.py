@@ -165,7 +165,6 @@ def test_weight_gradients_are_the_same_bits_on_any_number_of_threads():
         assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
 
 
-@needs_kernel
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_loss_of_what_is_no_number_is_none(way, value):
     hidden = torch.ones(3, 2, 32)
@@ -179,6 +178,7 @@ def test_hidden_states_that_do_not_fit_the_targets_are_an_error(way):
         loss.nats(torch.ones(1, 4, 32), torch.ones(5, 32), torch.zeros(5), torch.zeros(5, 4, dtype=torch.int64))
 
 
+@needs_kernel
 def test_what_is_no_number_stays_none_and_what_is_large_is_held():
     weights = list(nn.LSTM(3, 32).parameters())
     tokens = torch.tensor([[0, 1, 2]])
