@@ -207,7 +207,7 @@ def why_not(cache, **environment):
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
-        env={**os.environ, "XDG_CACHE_HOME": str(cache), **environment},
+        env={**os.environ, "LANES_KERNEL": "", "XDG_CACHE_HOME": str(cache), **environment},
         capture_output=True,
         text=True,
         check=True,
