@@ -13,7 +13,9 @@ from torch.nn import functional as F
 
 from benchmarks import measure, plain
 from benchmarks.speed import milliseconds
-from job import config, generate, model
+from job.config.schema import GenerateConfig, ModelConfig
+from job.inference.generate import generate_batch, generate_tokens
+from job.nn.language_model import build_model
 
 LENGTH, LANES, TOKENS, UNITS = 500, 32, 28, 256
 
@@ -29,15 +31,15 @@ def seeds(net: plain.PlainModel) -> list[int]:
     return outputs
 
 
-def ways(cell: str, options: config.Generate) -> dict[str, Callable[[], object]]:
-    net = model.build(config.Model(cell=cell, hidden_size=UNITS), TOKENS, 0)
+def ways(cell: str, generate_config: GenerateConfig) -> dict[str, Callable[[], object]]:
+    net = build_model(ModelConfig(cell=cell, hidden_size=UNITS), TOKENS, 0)
     theirs = plain.PlainModel(cell, TOKENS, UNITS)
     theirs.load_state_dict(net.state_dict())
     prefixes_NB = torch.randint(0, TOKENS, (8, LANES))
     return {
         "the seed's": lambda: seeds(theirs),
-        "one prefix": lambda: generate.continuation(net, np.zeros(1, np.int64), options, 0),
-        f"{LANES} prefixes": lambda: generate.continuations(net, prefixes_NB, options, 0),
+        "one prefix": lambda: generate_tokens(net, np.zeros(1, np.int64), generate_config, 0),
+        f"{LANES} prefixes": lambda: generate_batch(net, prefixes_NB, generate_config, 0),
     }
 
 
@@ -47,7 +49,7 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     print(f"{measure.machine()}\nthousand characters a second, medians; over the seed's: median (range)")
-    options = config.Generate(length=LENGTH)
+    options = GenerateConfig(length=LENGTH)
     for cell in ("rnn", "gru", "lstm"):
         runs = ways(cell, options)
         found: dict[str, list[float]] = {name: [] for name in runs}

@@ -17,8 +17,9 @@ from torch.nn import functional as F
 from benchmarks import measure
 from benchmarks.loops import Shapes, endless, learner_of
 from benchmarks.plain import PlainModel
-from job import config, cudagraph
-from job.update import Direct
+from job.config.schema import Config, ModelConfig
+from job.training.cuda_graph import CudaGraphTrainStep, supports_cuda_graph
+from job.training.train_step import EagerTrainStep
 
 SIZES = {
     "seed's": (32, 40, 256, 28),
@@ -48,12 +49,12 @@ def plain_steps(shapes: Shapes, device: torch.device) -> Iterator[object]:
 
 
 def our_steps(shapes: Shapes, device: torch.device, is_graphed: bool) -> Iterator[object]:
-    options = config.Config(model=config.Model(cell=shapes.cell, hidden_size=shapes.units))
-    learner = learner_of(options, shapes.stream(), shapes.tokens, "bf16", device=str(device))
-    if is_graphed and cudagraph.is_possible(learner.model, learner.share):
-        assert isinstance(learner.update, Direct)
-        learner.update = cudagraph.Graphed(learner.update)
-    return endless(learner, options)
+    options = Config(model=ModelConfig(cell=shapes.cell, hidden_size=shapes.units))
+    train_state = learner_of(options, shapes.stream(), shapes.tokens, "bf16", device=str(device))
+    if is_graphed and supports_cuda_graph(train_state.model, train_state.share):
+        assert isinstance(train_state.update, EagerTrainStep)
+        train_state.update = CudaGraphTrainStep(train_state.update)
+    return endless(train_state, options)
 
 
 def seconds(run: Callable[[], object], times: int, device: torch.device) -> float:

@@ -7,13 +7,17 @@ import numpy as np
 import torch
 
 from benchmarks import plain
-from job import config, model, neighbours, optimizer
-from job.gradients import Ordered, Share, Signals, Summed
-from job.lanes import groups_of
-from job.loop import Learner, Progress, end_epoch, steps
-from job.stream import Stream
-from job.update import Direct
-from job.world import precision_of
+from job.config.schema import Config, ModelConfig, StreamConfig, TrainConfig
+from job.data.lanes import lane_groups_of_worker
+from job.data.stream import Stream
+from job.distributed.context import precision_of
+from job.distributed.gradient_sync import AllReduceGradients, ControlFlags, DeterministicGradients, LaneAssignment
+from job.distributed.shared_memory import create_group
+from job.nn.language_model import build_model
+from job.training.loop import TrainState, end_epoch, train_steps
+from job.training.optimizer import build_optimizer
+from job.training.progress import Progress
+from job.training.train_step import EagerTrainStep
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Shapes:
 
     def stream(self) -> Stream:
         text = np.random.default_rng(0).integers(0, self.tokens, 200 * self.lanes * self.steps).astype(np.uint8)
-        return Stream(text, config.Stream(batch_size=self.lanes, num_steps=self.steps, offset=0), 0)
+        return Stream(text, StreamConfig(batch_size=self.lanes, num_steps=self.steps, offset=0), 0)
 
 
 def plain_steps(shapes: Shapes) -> Iterator[object]:
@@ -54,32 +58,32 @@ def plain_steps(shapes: Shapes) -> Iterator[object]:
 
 
 def learner_of(
-    options: config.Config, stream: Stream, tokens: int, precision: str, workers: int = 1, device: str = "cpu"
-) -> Learner:
+    config: Config, stream: Stream, tokens: int, precision: str, workers: int = 1, device: str = "cpu"
+) -> TrainState:
     """A worker of ``workers``, which hold as many lanes each, before its first step."""
     place = torch.device(device)
     chosen = precision_of(precision, place)
-    net = model.build(options.model, tokens, 0).to(place, chosen.weights)
-    updates = optimizer.build(options.optimizer, net)
-    near = neighbours.meet(60) if workers > 1 else None
-    reproducible = options.train.reproducible
-    groups = groups_of(stream.options.batch_size, options.train.lane_groups if reproducible else 0, 0, 1)
-    share = Share(groups, workers, stream.tokens_of_window, chosen.autocast, options.model.dropout, near)
-    gradients = (Ordered if reproducible else Summed)(net, share)
-    update = Direct(gradients, updates, options.optimizer.grad_clip_norm, place)
-    return Learner(net, updates, update, stream, 0, share, Progress())
+    net = build_model(config.model, tokens, 0).to(place, chosen.weights)
+    updates = build_optimizer(config.optimizer, net)
+    near = create_group(60) if workers > 1 else None
+    reproducible = config.train.reproducible
+    groups = lane_groups_of_worker(stream.options.batch_size, config.train.lane_groups if reproducible else 0, 0, 1)
+    share = LaneAssignment(groups, workers, stream.tokens_per_step, chosen.autocast, config.model.dropout, near)
+    gradients = (DeterministicGradients if reproducible else AllReduceGradients)(net, share)
+    update = EagerTrainStep(gradients, updates, config.optimizer.grad_clip_norm, place)
+    return TrainState(net, updates, update, stream, 0, share, Progress())
 
 
-def endless(learner: Learner, options: config.Config) -> Iterator[object]:
+def endless(train_state: TrainState, config: Config) -> Iterator[object]:
     """Its steps, epoch after epoch."""
     while True:
-        yield from steps(learner, options, Signals)
-        end_epoch(learner)
-        learner.progress.epoch = 0
+        yield from train_steps(train_state, config, ControlFlags)
+        end_epoch(train_state)
+        train_state.progress.epoch = 0
 
 
 def our_steps(shapes: Shapes, precision: str, workers: int = 1, reproducible: bool = False) -> Iterator[object]:
     """As a worker of ``workers`` takes them, which hold as many lanes each."""
-    given = config.Model(cell=shapes.cell, hidden_size=shapes.units)
-    options = config.Config(model=given, train=config.Train(reproducible=reproducible))
+    given = ModelConfig(cell=shapes.cell, hidden_size=shapes.units)
+    options = Config(model=given, train=TrainConfig(reproducible=reproducible))
     return endless(learner_of(options, shapes.stream(), shapes.tokens, precision, workers), options)

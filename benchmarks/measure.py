@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from job.world import cores
+from job.distributed.context import available_cpus
 
 
 def interleaved(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -29,11 +29,11 @@ def ratios(a: list[float], b: list[float]) -> str:
 
 def machine() -> str:
     """Processor, cores and versions, for the head of a table."""
-    facts = _processor()
-    name = "{model name} (family {cpu family})".format(**facts) if "cpu family" in facts else platform.processor()
+    metadata = _processor()
+    name = "{model name} (family {cpu family})".format(**metadata) if "cpu family" in metadata else platform.processor()
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "ray"))
     bf16 = "with" if torch.cpu.get_capabilities().get("avx512_bf16") else "without"
-    return f"{name}, {cores()} cores, {bf16} AVX-512 bf16; Python {platform.python_version()}, {versions}"
+    return f"{name}, {available_cpus()} cores, {bf16} AVX-512 bf16; Python {platform.python_version()}, {versions}"
 
 
 def _processor() -> dict[str, str]:

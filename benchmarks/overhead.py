@@ -22,9 +22,11 @@ import torch
 
 from benchmarks import measure, plain
 from benchmarks.loops import endless, learner_of
-from job import corpus, parse, vocabulary
-from job.stream import Stream
-from job.world import keep_memory
+from job.config.toml import load_config
+from job.data.corpus import read_corpus
+from job.data.stream import Stream
+from job.data.vocabulary import build_vocabulary
+from job.distributed.context import raise_malloc_thresholds
 
 STEPS, EVERY, WARM = 4000, 100, 1000
 PLAIN_STEPS, PLAIN_WARM = 800, 100  # the plain loop takes its time
@@ -32,9 +34,9 @@ SEED = str(Path(__file__).parent.parent / "configs" / "seed.toml")
 
 
 def stream_of() -> tuple[Stream, int]:
-    options = parse.load(SEED, {})
-    text = corpus.read(options.corpus, "char")
-    words = vocabulary.build(options.vocabulary, text)
+    options = load_config(SEED, {})
+    text = read_corpus(options.corpus, "char")
+    words = build_vocabulary(options.vocabulary, text)
     return Stream(words.encode(text.lines), options.stream, 0), len(words)
 
 
@@ -56,7 +58,7 @@ def plain_loop() -> float:
 
 def our_loop(precision: str) -> float:
     stream, size = stream_of()
-    options = parse.load(SEED, {})
+    options = load_config(SEED, {})
     return timed(endless(learner_of(options, stream, size, precision), options), STEPS, WARM)
 
 
@@ -86,7 +88,7 @@ def job(workers: int, precision: str, starts: list[dict[str, float]]) -> float:
 
 
 def main() -> None:
-    keep_memory()  # as every worker does
+    raise_malloc_thresholds()  # as every worker does
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds

@@ -20,16 +20,16 @@ from torch import multiprocessing
 from benchmarks import measure
 from benchmarks.loops import Shapes, our_steps
 from benchmarks.speed import SIZES
-from job import neighbours
-from job.world import keep_memory
+from job.distributed import shared_memory
+from job.distributed.context import raise_malloc_thresholds
 
 
 def both(rank: int, port: int, rounds: int, gloo: bool, reproducible: bool) -> None:
     if gloo:
-        mock.patch.object(neighbours, "meet", lambda patience: None).start()
+        mock.patch.object(shared_memory, "meet", lambda patience: None).start()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
-    keep_memory()
+    raise_malloc_thresholds()
     torch.set_num_threads(1)
     for size, numbers in SIZES.items():
         for cell in ("rnn", "gru", "lstm"):

@@ -13,28 +13,29 @@ import torch
 from benchmarks import measure, plain
 from benchmarks.loops import learner_of
 from benchmarks.overhead import SEED, stream_of
-from job import model, parse
-from job.config import Config
-from job.gradients import Signals
-from job.loop import end_epoch, steps
-from job.stream import Stream
-from job.world import keep_memory
+from job.config.schema import Config
+from job.config.toml import load_config
+from job.data.stream import Stream
+from job.distributed.context import raise_malloc_thresholds
+from job.distributed.gradient_sync import ControlFlags
+from job.nn.language_model import build_model
+from job.training.loop import end_epoch, train_steps
 
 
-def ours(options: Config, stream: Stream, tokens: int, precision: str) -> float:
-    learner = learner_of(options, stream, tokens, precision)
-    for _ in range(options.train.epochs):
-        for _ in steps(learner, options, Signals):
+def ours(config: Config, stream: Stream, tokens: int, precision: str) -> float:
+    train_state = learner_of(config, stream, tokens, precision)
+    for _ in range(config.train.epochs):
+        for _ in train_steps(train_state, config, ControlFlags):
             pass
-        mean = end_epoch(learner)
+        mean = end_epoch(train_state)
     return math.exp(mean.nats_per_token)
 
 
-def plainly(options: Config, stream: Stream, tokens: int) -> float:
-    net = plain.PlainModel(options.model.cell, tokens, options.model.hidden_size)
-    net.load_state_dict(model.build(options.model, tokens, 0).state_dict())
-    losses = plain.steps(net, stream, options.optimizer.learning_rate)
-    for epoch in range(options.train.epochs):
+def plainly(config: Config, stream: Stream, tokens: int) -> float:
+    net = plain.PlainModel(config.model.cell, tokens, config.model.hidden_size)
+    net.load_state_dict(build_model(config.model, tokens, 0).state_dict())
+    losses = plain.steps(net, stream, config.optimizer.learning_rate)
+    for epoch in range(config.train.epochs):
         nats = [next(losses) for _ in range(stream.cut(epoch).num_windows)]
     return math.exp(sum(nats) / len(nats))
 
@@ -44,12 +45,12 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=50)
     parser.add_argument("--cells", nargs="+", default=["rnn", "gru", "lstm"])
     given = parser.parse_args()
-    keep_memory()
+    raise_malloc_thresholds()
     torch.set_num_threads(1)
     stream, tokens = stream_of()
     print(f"{measure.machine()}\nperplexity of epoch {given.epochs}, and how far from the plain loop's")
     for cell in given.cells:
-        options = parse.load(SEED, {"model.cell": cell, "train.epochs": str(given.epochs)})
+        options = load_config(SEED, {"model.cell": cell, "train.epochs": str(given.epochs)})
         expected = plainly(options, stream, tokens)
         print(f"  {cell:<6}plain, fp32 {expected:12.6f}", flush=True)
         for precision in ("fp32", "bf16"):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from job.stream import Stream
+from job.data.stream import Stream
 
 
 class PlainModel(nn.Module):

@@ -21,7 +21,8 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import measure
-from job import corpus, parse
+from job.config.toml import load_config
+from job.data.corpus import read_corpus
 
 CONFIG = str(Path(__file__).parent / "shakespeare.toml")
 RECIPE = (
@@ -64,8 +65,8 @@ def main() -> None:
     parser.add_argument("--corpus", help="tiny Shakespeare, a file or an address")
     given = parser.parse_args()
     flags = ["--corpus.source", given.corpus] if given.corpus else []
-    options = parse.load(CONFIG, {"corpus.source": given.corpus} if given.corpus else {})
-    (text,) = corpus.read(options.corpus, options.vocabulary.kind).lines
+    options = load_config(CONFIG, {"corpus.source": given.corpus} if given.corpus else {})
+    (text,) = read_corpus(options.corpus, options.vocabulary.kind).lines
     assert isinstance(text, str)
     print(measure.machine())
     runs = {"ours": ours(flags), "nanoGPT": nano_gpt(given.nanogpt, text), "ours again": ours(flags)}

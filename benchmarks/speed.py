@@ -18,8 +18,9 @@ import torch
 from benchmarks import measure
 from benchmarks.loops import Shapes, our_steps, plain_steps
 from benchmarks.peak import Limits, limits
-from job import kernel, model
-from job.world import keep_memory
+from job.distributed.context import raise_malloc_thresholds
+from job.kernels import ops
+from job.nn.language_model import RecurrentLayers
 
 SIZES = {"seed's": (32, 40, 256, 28), "larger": (64, 64, 512, 256)}
 WAYS = {"auto": "auto", "auto, no compiler": "auto", "fp32": "fp32", "fp32, no compiler": "fp32"}
@@ -29,7 +30,7 @@ def without_kernel(name: str) -> contextlib.AbstractContextManager[object]:
     """No compiled kernel, where the way's name says so."""
     if "no compiler" not in name:
         return contextlib.nullcontext()
-    return mock.patch.object(kernel, "works_in", lambda dtype: False)
+    return mock.patch.object(ops, "works_in", lambda dtype: False)
 
 
 def milliseconds(run: Callable[[], object], times: int) -> float:
@@ -41,7 +42,7 @@ def milliseconds(run: Callable[[], object], times: int) -> float:
 
 def recurrences(shapes: Shapes, dtype: torch.dtype) -> Iterator[object]:
     """Forward and backward of the recurrent layer alone."""
-    layer = model.Recurrent(shapes.cell, shapes.tokens, shapes.units, 1)
+    layer = RecurrentLayers(shapes.cell, shapes.tokens, shapes.units, 1)
     tokens_TB = torch.randint(0, shapes.tokens, (shapes.steps, shapes.lanes))
     slopes_TBH = torch.randn(shapes.steps, shapes.lanes, shapes.units).to(dtype)
     while True:
@@ -53,7 +54,7 @@ def recurrences(shapes: Shapes, dtype: torch.dtype) -> Iterator[object]:
 
 def row(shapes: Shapes, rounds: int, found_limits: Limits) -> None:
     """One cell at one size, all ways."""
-    low = torch.bfloat16 if kernel.works_in(torch.bfloat16) else torch.float32
+    low = torch.bfloat16 if ops.supports_dtype(torch.bfloat16) else torch.float32
     runs = {"plain": plain_steps(shapes)} | {name: our_steps(shapes, way) for name, way in WAYS.items()}
     runs |= {"auto: recurrence": recurrences(shapes, low), "fp32: recurrence": recurrences(shapes, torch.float32)}
     times = max(3, round(2e10 / shapes.operations))  # so many that a turn's first, cold one weighs little
@@ -78,7 +79,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
-    keep_memory()  # as every worker does
+    raise_malloc_thresholds()  # as every worker does
     torch.set_num_threads(1)
     peak = limits()
     gflops, bf16, memory = (limit / 1e9 for limit in (peak.float32, peak.bfloat16, peak.memory))

@@ -20,9 +20,12 @@ from pathlib import Path
 from unittest import mock
 
 from benchmarks import measure
-from job import driver, inprocess, parse, trainer
-from job.loop import Learner
-from job.screen import Screen
+from job.config.toml import load_config
+from job.console import Console
+from job.run.driver import run_training
+from job.run.local_launcher import launch_local
+from job.training.checkpoint_writer import CheckpointWriter
+from job.training.loop import TrainState
 
 SEED = str(Path(__file__).parent.parent / "configs" / "seed.toml")
 STEPS = 1200  # of each run that is compared
@@ -33,8 +36,8 @@ def speed(**flags: str) -> float:
     """Thousand tokens per second of a run in this process, all it does between its steps included."""
     with tempfile.TemporaryDirectory() as storage:
         given = {"run.storage": storage, "run.name": "run", "scale.workers": "0", "scale.cpus_per_worker": "1"}
-        options = parse.load(SEED, {**given, "train.max_steps": str(STEPS), **flags})
-        driver.run(options, "seed", Screen(io.StringIO()), inprocess.launch)
+        options = load_config(SEED, {**given, "train.max_steps": str(STEPS), **flags})
+        run_training(options, "seed", Console(io.StringIO()), launch_local)
         result = json.loads((Path(storage) / "run" / "result.json").read_text())
     return float(result["tokens"] / result["seconds"] / 1000)
 
@@ -45,14 +48,14 @@ def epochs_after_a_checkpoint(count: int) -> tuple[list[float], list[float]]:
     They take turns in one run, since two runs on a shared machine differ by more than a checkpoint costs.
     """
     begun: list[float] = []
-    save = trainer._Writer.save
+    save = CheckpointWriter.save
 
-    def every_other(writer: trainer._Writer, learner: Learner) -> None:
+    def every_other(writer: CheckpointWriter, train_state: TrainState) -> None:
         begun.append(time.perf_counter())
-        if len(begun) % 2 or learner.progress.epoch == count:  # the result needs the last
-            save(writer, learner)
+        if len(begun) % 2 or train_state.progress.epoch == count:  # the result needs the last
+            save(writer, train_state)
 
-    with mock.patch.object(trainer._Writer, "save", every_other):
+    with mock.patch.object(CheckpointWriter, "save", every_other):
         speed(**{"train.max_steps": "0", "train.epochs": str(count)})
     taken = [after - before for before, after in itertools.pairwise(begun)][WARM:]
     return taken[0::2], taken[1::2]

@@ -1,6 +1,5 @@
 """The command line: ``python -m job VERB [CONFIG.toml | RUN] [--section.field VALUE …]``."""
 
-import importlib
 import os
 import signal
 import sys
@@ -9,9 +8,19 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from job import config, parse
+from job.config.schema import FIELDS, SECTIONS, format_value
+from job.config.toml import (
+    FILE_SECTIONS,
+    ConfigValues,
+    check_known_flag,
+    closest,
+    load_config,
+    load_search_config,
+    override_config,
+    parse_flags,
+)
+from job.console import Console
 from job.errors import RunFailed, UserError
-from job.screen import Screen
 
 
 @dataclass(frozen=True)
@@ -24,57 +33,71 @@ class Line:
 
 def _train(line: Line) -> int:
     """Train a model, or go on with a run: train [CONFIG.toml] [--section.field VALUE …]"""
-    options = parse.load(line.target, line.flags)
-    launcher = "job.onray" if options.scale.max_workers else "job.inprocess"
-    driver = importlib.import_module("job.driver")
-    launch = importlib.import_module(launcher).launch
+    from job.run.driver import Launcher, run_training
+
+    config = load_config(line.target, line.flags)
+    launch: Launcher
+    if config.scale.max_workers:
+        from job.cluster.launcher import launch_on_ray
+
+        launch = launch_on_ray
+    else:
+        from job.run.local_launcher import launch_local
+
+        launch = launch_local
     stem = Path(line.target).stem if line.target else "run"
-    return int(driver.run(options, stem, Screen(), launch))
+    return run_training(config, stem, Console(), launch)
 
 
 def _generate(line: Line) -> int:
     """Continue a prefix: generate RUN|CHECKPOINT [--generate.prefix TEXT …]"""
-    driver, runs = importlib.import_module("job.driver"), importlib.import_module("job.runs")
+    from job.inference.generate import generate_sample
+    from job.run.run_dir import open_checkpoint
+
     values = _only(line, "generate", "run.seed")
-    _, restored = runs.open_checkpoint(_required(line, "a run's folder or a checkpoint's"))
-    print(driver.sample(restored, parse.override(restored.config, values)))
+    _, loaded = open_checkpoint(_required(line, "a run's folder or a checkpoint's"))
+    print(generate_sample(loaded, override_config(loaded.config, values)))
     return 0
 
 
 def _evaluate(line: Line) -> int:
     """Perplexity of a text: evaluate RUN|CHECKPOINT [--corpus.source TEXT …]"""
-    driver, runs = importlib.import_module("job.driver"), importlib.import_module("job.runs")
-    evaluation = importlib.import_module("job.evaluate")
+    from job.inference.evaluate import evaluate_text
+    from job.inference.generate import load_model
+    from job.run.run_dir import open_checkpoint
+    from job.training.progress import perplexity
+
     values = _only(line, "corpus.source", "corpus.cleaning", "corpus.max_tokens")
     if "corpus.source" in line.flags:
         values["corpus"].setdefault("max_tokens", 0)  # all of it, whatever was cut from the text that trained
-    found, restored = runs.open_checkpoint(_required(line, "a run's folder or a checkpoint's"))
-    options = parse.override(restored.config, values).corpus
-    result = evaluation.evaluate(restored, driver.load_model(restored), options)
-    unit = "byte" if restored.vocabulary.kind == "byte" else "character"
-    perplexity = importlib.import_module("job.loop").perplexity(result.mean.nats_per_token)
+    checkpoint, loaded = open_checkpoint(_required(line, "a run's folder or a checkpoint's"))
+    corpus_config = override_config(loaded.config, values).corpus
+    result = evaluate_text(loaded, load_model(loaded), corpus_config)
+    unit = "byte" if loaded.vocabulary.kind == "byte" else "character"
     print(
-        f"perplexity {perplexity:.6g}, {result.bits_per_character:.4f} bits per {unit}, "
+        f"perplexity {perplexity(result.mean.nats_per_token):.6g}, {result.bits_per_character:.4f} bits per {unit}, "
         f"{result.mean.nats_per_token:.6f} nats per token over {result.mean.tokens:,} targets "
-        f"(step {found.step:,}, {options.source})"
+        f"(step {checkpoint.step:,}, {corpus_config.source})"
     )
     return 0
 
 
 def _doctor(line: Line) -> int:
     """What would go wrong: doctor [CONFIG.toml] [--address HOST:PORT] [--section.field VALUE …]"""
+    from job.cluster.doctor import run_doctor
+
     address = line.flags.pop("address", None)
     if address is not None:
         os.environ["RAY_ADDRESS"] = address
-    doctor = importlib.import_module("job.doctor")
-    return int(doctor.examine(parse.load(line.target, line.flags), Screen()))
+    return run_doctor(load_config(line.target, line.flags), Console())
 
 
 def _tune(line: Line) -> int:
     """Search for the best configuration: tune CONFIG.toml with a [search] [--section.field VALUE …]"""
-    options, search = parse.load_search(line.target, line.flags)
-    tune = importlib.import_module("job.tune")
-    return int(tune.run(options, search, Path(line.target).stem if line.target else "search", Screen()))
+    from job.cluster.tune import run_search
+
+    config, search = load_search_config(line.target, line.flags)
+    return run_search(config, search, Path(line.target).stem if line.target else "search", Console())
 
 
 VERBS: dict[str, Callable[[Line], int]] = {
@@ -94,12 +117,12 @@ def _required(line: Line, what: str) -> str:
     return line.target
 
 
-def _only(line: Line, *allowed: str) -> parse.Values:
+def _only(line: Line, *allowed: str) -> ConfigValues:
     """The flags' values, where they are among those that the verb takes."""
     for name in line.flags:
-        if name in config.OPTIONS and name not in allowed and name.split(".")[0] not in allowed:
+        if name in FIELDS and name not in allowed and name.split(".")[0] not in allowed:
             raise UserError(f"--{name}: is of the checkpoint and cannot be changed here; {', '.join(allowed)} can")
-    return parse.read_flags(line.flags)
+    return parse_flags(line.flags)
 
 
 def _split(verb: str, words: Sequence[str]) -> Line:
@@ -115,7 +138,7 @@ def _split(verb: str, words: Sequence[str]) -> Line:
             continue
         name, has_value, value = word[2:].partition("=")
         if name not in FLAGS.get(verb, ()):
-            parse.check_known(name, searched=verb == "tune")
+            check_known_flag(name, searched=verb == "tune")
         if not has_value:
             try:
                 value = next(rest)
@@ -129,14 +152,14 @@ def _help(verb: str | None) -> str:
     verbs = {verb: VERBS[verb]} if verb else VERBS
     lines = ["python -m job VERB …", ""]
     lines += [f"  {name:<10}{action.__doc__}" for name, action in verbs.items()]
-    shown = {"generate": ("generate",), "evaluate": ("corpus",), "tune": ("search", *config.SECTIONS)}
-    for section in shown.get(verb or "", tuple(config.SECTIONS)):
-        kind = parse.SECTIONS_OF_FILES[section]
+    shown = {"generate": ("generate",), "evaluate": ("corpus",), "tune": ("search", *SECTIONS)}
+    for section in shown.get(verb or "", tuple(SECTIONS)):
+        kind = FILE_SECTIONS[section]
         lines += ["", f"[{section}] {kind.__doc__}"]
         for option in fields(kind):
             if option.name == "space":
                 continue
-            default = config.shown(option.default)
+            default = format_value(option.default)
             lines.append(f"  --{section}.{option.name:<20} {option.metadata['meaning']} ({default})")
     lines += ["", "  --debug                        show where an error came from"]
     return "\n".join(lines)
@@ -150,7 +173,7 @@ def main(words: Sequence[str]) -> int:
         return 0 if words else 2
     verb, *rest = words
     if verb not in VERBS:
-        raise UserError(f"{verb}: unknown verb{parse.nearest(verb, list(VERBS))}")
+        raise UserError(f"{verb}: unknown verb{closest(verb, list(VERBS))}")
     if "-h" in rest or "--help" in rest:
         print(_help(verb))
         return 0

@@ -12,9 +12,9 @@ class RunFailed(RuntimeError):
     """A run that ended by itself before its end, told in one line. Status 1."""
 
 
-class Hopeless(RunFailed):
+class UnrecoverableError(RunFailed):
     """A run that would fail again."""
 
 
-class Diverged(Hopeless):
+class Diverged(UnrecoverableError):
     """The loss is no longer a finite number."""

@@ -21,12 +21,12 @@ from pyarrow import fs
 from job.errors import UserError
 
 
-def is_address(source: str) -> bool:
+def is_uri(source: str) -> bool:
     """Whether the text names a file system of its own (``s3://…``) and not a local path."""
     return "://" in source
 
 
-def written_out(source: str) -> str:
+def expand_env(source: str) -> str:
     """The text with ``~`` and ``$NAME`` filled in; UserError where no such name is set.
 
     A cluster says in its environment where its runs lie: ``run.storage = $RUNS``.
@@ -37,9 +37,9 @@ def written_out(source: str) -> str:
     return os.path.expanduser(os.path.expandvars(source))
 
 
-PAUSES = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds between tries where a store falters
+RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds between tries where a store falters
 # What no further try mends, in the words of pyarrow's errors.
-_FOR_GOOD = re.compile("ACCESS_DENIED|NO_SUCH|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|SIGNATURE_DOES_NOT_MATCH")
+PERMANENT_ERRORS = re.compile("ACCESS_DENIED|NO_SUCH|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|SIGNATURE_DOES_NOT_MATCH")
 
 
 class TooLarge(OSError):
@@ -56,13 +56,13 @@ class Folder:
     """
 
     address: str
-    patient: bool = False
+    retry: bool = False
 
     @classmethod
     def at(cls, address: str) -> "Folder":
         """A folder from what a user wrote; a local path is made absolute."""
-        address = written_out(address)
-        if not is_address(address):
+        address = expand_env(address)
+        if not is_uri(address):
             return cls(str(Path(address).absolute()))
         folder = cls(address.rstrip("/"))
         folder._place  # noqa: B018  an address that nobody understands is refused here
@@ -70,7 +70,7 @@ class Folder:
 
     @cached_property
     def _place(self) -> tuple[fs.FileSystem, str]:
-        if not is_address(self.address):
+        if not is_uri(self.address):
             return fs.LocalFileSystem(), self.address
         try:
             return fs.FileSystem.from_uri(self.address)
@@ -92,7 +92,7 @@ class Folder:
     def parent(self) -> "Folder":
         """The folder that this one lies in."""
         base, mark, query = self.address.partition("?")
-        return Folder(f"{base.rpartition('/')[0]}{mark}{query}", self.patient)
+        return Folder(f"{base.rpartition('/')[0]}{mark}{query}", self.retry)
 
     @property
     def local(self) -> Path | None:
@@ -102,8 +102,8 @@ class Folder:
 
     def __truediv__(self, name: str) -> "Folder":
         base, mark, query = self.address.partition("?")
-        inner = Folder(f"{base}/{name}{mark}{query}", self.patient)
-        if is_address(self.address):  # by the connection that there is
+        inner = Folder(f"{base}/{name}{mark}{query}", self.retry)
+        if is_uri(self.address):  # by the connection that there is
             system, path = self._place
             inner.__dict__["_place"] = (system, f"{path}/{name}")
         return inner
@@ -118,7 +118,7 @@ class Folder:
         return str(path)
 
     @property
-    def typed(self) -> str:
+    def shell_quoted(self) -> str:
         """As one would type it: an address whole, and safe from the shell."""
         return shlex.quote(str(self) if self.local else self.address)
 
@@ -182,24 +182,24 @@ class Folder:
 
     def _tried(self, action: Callable[[], Any]) -> Any:
         """What an action gives; a store's passing trouble is waited out."""
-        for pause in PAUSES if self.patient and self.local is None else ():
+        for pause in RETRY_DELAYS_S if self.retry and self.local is None else ():
             try:
                 return action()
             except (FileNotFoundError, PermissionError, TooLarge):
                 raise
             except OSError as error:
-                if _FOR_GOOD.search(str(error)):
+                if PERMANENT_ERRORS.search(str(error)):
                     raise
             time.sleep(pause * random.uniform(0.5, 1.5))  # workers shall not come back all at once
         return action()
 
     def check_writable(self) -> None:
         """UserError where nothing can be written here; leaves nothing behind."""
-        with self.marked():
+        with self.probe_file():
             pass
 
     @contextlib.contextmanager
-    def marked(self) -> Iterator[str]:
+    def probe_file(self) -> Iterator[str]:
         """A file that lies here meanwhile, by its name; UserError where nothing can be written."""
         marker = f".writable-{uuid.uuid4().hex[:8]}"
         try:

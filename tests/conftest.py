@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import secrets
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ import torch
 from safetensors.torch import save_file
 
 from job import __main__ as command_line
+
+# Ray's processes need a token, and a machine on which Ray has never run has no ~/.ray/auth_token.
+os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
@@ -148,11 +152,17 @@ def trace(request, tmp_path) -> Trace:
     return Trace(meta, arrays, _flags(meta, arrays["offsets"], init))
 
 
+def disable_kernel(monkeypatch):
+    """Makes the model use torch's operators, as on a machine without a compiler."""
+    for module in ("language_model", "loss", "rnn"):
+        monkeypatch.setattr(f"job.nn.{module}.supports_dtype", lambda dtype: False)
+
+
 @pytest.fixture(autouse=True)
 def until_ray_has_ended(request, monkeypatch):
     """A command's process would end with Ray Train still at work; that of the tests goes on, and must not be in it."""
     if request.node.get_closest_marker("cluster"):
-        monkeypatch.setattr("job.onray.PATIENCE", 60.0)
+        monkeypatch.setattr("job.cluster.launcher.SHUTDOWN_TIMEOUT_S", 60.0)
 
 
 @pytest.fixture(scope="session")
@@ -162,10 +172,10 @@ def cluster():
     Its workers find the tests' own modules, as a job's find those of its working directory.
     """
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
-    from job import onray  # isort: skip  first: it sets what Ray reads when it is imported
     from ray.cluster_utils import Cluster
 
-    assert onray
+    import job.cluster  # noqa: F401  sets what Ray reads when it is imported
+
     node = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "include_dashboard": False})
     yield node.address
     node.shutdown()

@@ -15,11 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import job.cluster  # isort: skip  first: it sets what Ray reads when it is imported
 import ray.util
 from storm import MARK, marked, title
-
-assert job.cluster
 
 RAY = Path(sys.executable).parent / "ray"
 _MAPPINGS = ("auth", "docker", "file_mounts", "head_node", "worker_nodes")

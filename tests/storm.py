@@ -26,7 +26,6 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-import job.cluster  # isort: skip  first: it sets what Ray reads when it is imported
 from ray.cluster_utils import Cluster
 
 ROOT = Path(__file__).parent.parent
@@ -40,8 +39,6 @@ MODES = {
 }
 LONGEST = 240.0  # seconds that a run may need to get on after a blow
 MARK = "LANES_STORM"  # in the environment of all processes of one storm: others may run on this machine
-
-assert job.cluster
 
 
 class Storm:
@@ -112,7 +109,7 @@ class Storm:
             time.sleep(0.02)
         return True
 
-    def strike(self, blow: str, luck: random.Random) -> None:
+    def strike(self, blow: str, rng: random.Random) -> None:
         assert self.driver
         if blow == "kill driver":
             self.driver.kill()
@@ -121,11 +118,11 @@ class Storm:
         elif blow in ("kill worker", "stop worker"):
             workers = self.workers()
             if workers:
-                os.kill(luck.choice(workers), signal.SIGKILL if blow == "kill worker" else signal.SIGSTOP)
+                os.kill(rng.choice(workers), signal.SIGKILL if blow == "kill worker" else signal.SIGSTOP)
         elif blow == "node joins" or len(self.nodes) == self.least:
             self.nodes.append(self.cluster.add_node(num_cpus=1))
         else:
-            node = self.nodes.pop(luck.randrange(len(self.nodes)))
+            node = self.nodes.pop(rng.randrange(len(self.nodes)))
             self.cluster.remove_node(node, allow_graceful=blow == "node leaves")
 
     def announce_preemption(self, node_id: str, seconds: int) -> None:
@@ -177,9 +174,9 @@ def losses(run: Path) -> list[tuple[int, float]]:
 
 def kinds_of(blows: int, seed: int) -> list[str]:
     """Kinds of blows in a random order; every kind falls before any falls twice."""
-    luck, kinds = random.Random(seed), list[str]()
+    rng, kinds = random.Random(seed), list[str]()
     while len(kinds) < blows:
-        kinds += luck.sample(BLOWS, len(BLOWS))
+        kinds += rng.sample(BLOWS, len(BLOWS))
     return kinds[:blows]
 
 
@@ -188,8 +185,8 @@ def storm(flags: list[str], steps: int, kinds: Sequence[str], seed: int, mode: s
     more, workers, calm_workers = MODES[mode]
     flags = [*flags, *more, "--train.max_steps", str(steps), "--train.log_every", "1"]
     flags += ["--train.checkpoint_every", "25", "--scale.hang_timeout", "10", "--scale.cpus_per_worker", "1"]
-    luck = random.Random(seed)
-    at = sorted(luck.sample(range(10, steps - 20), len(kinds)))
+    rng = random.Random(seed)
+    at = sorted(rng.sample(range(10, steps - 20), len(kinds)))
     print(f"storm of {len(kinds)} blows, seed {seed}, {mode}", flush=True)
     calm = [sys.executable, "-m", "job", "train", *flags, "--run.storage", str(folder), "--run.name", "calm"]
     alone = {**os.environ, "RAY_ADDRESS": ""}
@@ -203,7 +200,7 @@ def storm(flags: list[str], steps: int, kinds: Sequence[str], seed: int, mode: s
             print(f"  at step {it.step()} of {steps}: {blow}, {len(it.nodes)} nodes", flush=True)
             begun = time.monotonic()
             before = it.step()
-            it.strike(blow, luck)
+            it.strike(blow, rng)
             it.wait_for_step(before + 5)
             sizes = ", ".join(f"{name} {size} MB" for name, size in it.megabytes().items())
             print(f"    five steps on after {time.monotonic() - begun:.1f} s; {sizes}", flush=True)

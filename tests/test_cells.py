@@ -7,8 +7,9 @@ from conftest import job, result
 from safetensors.torch import load_file
 from torch import nn
 
-from job import config, model
-from job.gradients import Ordered, Share, Summed, Window
+from job.config.schema import ModelConfig
+from job.distributed.gradient_sync import AllReduceGradients, Batch, DeterministicGradients, LaneAssignment
+from job.nn.language_model import build_model
 
 
 class Bomb(nn.Module):
@@ -82,14 +83,17 @@ class Seldom(Idle):
 
 
 def test_a_weight_that_one_lane_group_uses_has_that_groups_gradient():
-    net = model.build(config.Model(cell="test_cells:Seldom", hidden_size=8), 5, seed=1)
+    net = build_model(ModelConfig(cell="test_cells:Seldom", hidden_size=8), 5, seed=1)
     tokens = torch.randint(1, 5, (6, 4), generator=torch.Generator().manual_seed(0))
     tokens[2, 0] = 0
-    window = Window(tokens[:-1], tokens[1:], torch.zeros(3), torch.zeros(0, 4, dtype=torch.int32))
+    window = Batch(tokens[:-1], tokens[1:], torch.zeros(3), torch.zeros(0, 4, dtype=torch.int32))
     state = torch.zeros(1, 4, 8)
     found = []
-    for kind, groups in ((Summed, [range(4)]), (Ordered, [range(1), range(1, 3), range(3, 4)])):
-        kind(net, Share(groups, 1, 20))(window, state)
+    for kind, groups in (
+        (AllReduceGradients, [range(4)]),
+        (DeterministicGradients, [range(1), range(1, 3), range(3, 4)]),
+    ):
+        kind(net, LaneAssignment(groups, 1, 20))(window, state)
         found.append({name: weight.grad for name, weight in net.named_parameters()})
     one, groups = found
     assert groups["rnn.dead"] is not None

@@ -10,13 +10,27 @@ from conftest import job, result, rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from job import checkpoint, runs
-from job.checkpoint import Unsound
+from job.console import Console
+from job.data.lanes import split_evenly
 from job.errors import UserError
-from job.lanes import split
-from job.screen import Screen
+from job.inference.generate import load_model
+from job.run.lease import acquire_lease
+from job.run.recorder import Recorder
+from job.run.run_dir import open_checkpoint, read_existing_run
 from job.storage import Folder
-from job.trainer import latest_sound
+from job.training.checkpoint import (
+    CorruptCheckpoint,
+    PartReceipt,
+    Progress,
+    _digest,
+    commit_checkpoint,
+    find_latest_valid,
+    load_lane_state,
+    serialize_lane_state,
+    weights_sha256,
+    write_part,
+)
+from job.training.events import Crashed, Finished, PartWritten, Started, WorkerGroupEnded
 
 
 def flags(prose, storage, *more):
@@ -45,8 +59,8 @@ def test_a_run_leaves_what_the_contract_says(run):
     assert {"model.safetensors", "optimizer.safetensors", "progress.json", "vocabulary.json", "config.toml"} < {
         path.name for path in last.iterdir()
     }
-    _, restored = runs.open_checkpoint(str(run))
-    assert found["weights_sha256"] == checkpoint.weights_sha256(restored.weights)
+    _, loaded = open_checkpoint(str(run))
+    assert found["weights_sha256"] == weights_sha256(loaded.weights)
     assert found["perplexity"] == rows(run, "epoch")[-1]["perplexity"]
     assert (run / "sample.txt").read_text() == found["generated"] + "\n"
     assert (run / "perplexity.png").read_bytes().startswith(b"\x89PNG")
@@ -76,27 +90,27 @@ def stopped_inside(prose, storage):
     job(
         "train", *flags(prose, storage, "--model.cell", "lstm", "--train.max_steps", 30, "--train.checkpoint_every", 10)
     )
-    found, _ = latest_sound(Folder(str(storage / "run" / "checkpoints")))
+    found, _ = find_latest_valid(Folder(str(storage / "run" / "checkpoints")))
     return found
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 7])
 def test_state_follows_its_lane(prose, tmp_path, workers):
     found = stopped_inside(prose, tmp_path)
-    whole = checkpoint.lane_state(found, range(32))
+    whole = load_lane_state(found, range(32))
     assert whole[0].shape == (1, 32, 16)
     # Written by so many workers, read by another number.
     folder = Folder(str(tmp_path / "again"))
     receipts = []
-    for rank, lanes in enumerate(split(32, workers)):
+    for rank, lanes in enumerate(split_evenly(32, workers)):
         state = tuple(part[:, lanes.start : lanes.stop] for part in whole)
-        files = checkpoint.lanes_part(lanes, state)
-        _, restored = runs.open_checkpoint(str(tmp_path / "run"))
-        progress = None if rank else restored.progress
-        receipts.append(checkpoint.write_part(folder, "step-000030-abcdef", files, workers, progress))
-    again = checkpoint.commit(folder, "step-000030-abcdef", receipts)
+        files = serialize_lane_state(lanes, state)
+        _, loaded = open_checkpoint(str(tmp_path / "run"))
+        progress = None if rank else loaded.progress
+        receipts.append(write_part(folder, "step-000030-abcdef", files, workers, progress))
+    again = commit_checkpoint(folder, "step-000030-abcdef", receipts)
     for other in (1, 2, 5):
-        parts = [checkpoint.lane_state(again, lanes) for lanes in split(32, other)]
+        parts = [load_lane_state(again, lanes) for lanes in split_evenly(32, other)]
         for index in (0, 1):
             assert torch.equal(torch.cat([part[index] for part in parts], 1), whole[index])
 
@@ -112,7 +126,7 @@ def test_a_damaged_checkpoint_is_told_and_passed_over(prose, tmp_path):
     weights.write_bytes(data)
     (place / names[1] / "manifest.json").write_bytes(b"{}")
     (place / "step-000040-abcdef").mkdir()  # never committed
-    sound, problems = latest_sound(Folder(str(place)))
+    sound, problems = find_latest_valid(Folder(str(place)))
     assert sound.step == 10
     assert "model.safetensors: damaged" in problems[0]
     assert "manifest is damaged" in problems[1]
@@ -148,7 +162,7 @@ def test_a_foreign_folder_is_told(tmp_path):
 
 def test_a_format_of_the_future_is_told(run, tmp_path):
     content = {"format": 99, "step": 1, "validation_nats": None, "files": {}}
-    manifest = {"content": content, "sha256": checkpoint._digest(content)}
+    manifest = {"content": content, "sha256": _digest(content)}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert "of format 99, and this version reads 1" in job("generate", tmp_path).err
 
@@ -191,13 +205,12 @@ def test_where_all_is_damaged_nothing_is_begun_over_it(prose, tmp_path):
 
 def test_workers_that_see_another_storage_remove_nothing(run):
     """On a node without the mount the folder is empty, and they would begin anew."""
-    from job import events, lease, record
 
-    options = runs.read(Folder(str(run))).config
-    mine = lease.acquire(Folder(str(run)))
-    recorder = record.Recorder(Folder(str(run)), options, mine, Screen(io.StringIO()))
+    options = read_existing_run(Folder(str(run))).config
+    mine = acquire_lease(Folder(str(run)))
+    recorder = Recorder(Folder(str(run)), options, mine, Console(io.StringIO()))
     before = sorted(run.glob("checkpoints/*/manifest.json"))
-    recorder.handle(events.Started("abcdef", 0, 0, 1, "cpu", "fp32", 1, 100, ()))
+    recorder.handle(Started("abcdef", 0, 0, 1, "cpu", "fp32", 1, 100, ()))
     mine.release()
     assert "do not see step-" in recorder.failed
     assert sorted(run.glob("checkpoints/*/manifest.json")) == before
@@ -205,33 +218,31 @@ def test_workers_that_see_another_storage_remove_nothing(run):
 
 def test_why_a_group_ended_is_told_once(run):
     """By the worker that failed, or, where it was killed, by Ray."""
-    from job import events, lease, record
 
-    screen = io.StringIO()
-    mine = lease.acquire(Folder(str(run)))
-    recorder = record.Recorder(Folder(str(run)), runs.read(Folder(str(run))).config, mine, Screen(screen))
-    recorder.handle(events.Crashed("one", "worker 1 of 2 ended: so it said"))
-    recorder.handle(events.GroupEnded("", "worker 1: what Ray says of it"))
-    recorder.handle(events.GroupEnded("", "worker 0: it died"))
-    recorder.handle(events.GroupEnded("", ""))
+    console = io.StringIO()
+    mine = acquire_lease(Folder(str(run)))
+    recorder = Recorder(Folder(str(run)), read_existing_run(Folder(str(run))).config, mine, Console(console))
+    recorder.handle(Crashed("one", "worker 1 of 2 ended: so it said"))
+    recorder.handle(WorkerGroupEnded("", "worker 1: what Ray says of it"))
+    recorder.handle(WorkerGroupEnded("", "worker 0: it died"))
+    recorder.handle(WorkerGroupEnded("", ""))
     mine.release()
-    assert screen.getvalue() == "warning: worker 1 of 2 ended: so it said\nwarning: worker 0: it died\n"
+    assert console.getvalue() == "warning: worker 1 of 2 ended: so it said\nwarning: worker 0: it died\n"
 
 
 def test_a_part_that_is_there_before_its_group_is_kept_for_it(prose, tmp_path):
     """A group that has nothing left to do saves at once, and its second worker's letter may be the first."""
-    from job import events, lease, record
 
     stopped_inside(prose, tmp_path)
     place = Folder(str(tmp_path / "run"))
-    options, mine = runs.read(place).config, lease.acquire(place)
-    recorder = record.Recorder(place, options, mine, Screen(io.StringIO()))
-    progress = checkpoint.Progress(step=30)
-    ours = checkpoint.Receipt("step-000030-abcdef", 2, {"model.safetensors": (1, "0")}, asdict(progress))
-    recorder.handle(events.Part("abcdef", checkpoint.Receipt(ours.checkpoint, 2, {}, None)))
-    recorder.handle(events.Started("abcdef", 30, 0, 2, "cpu", "fp32", 1, 100, ()))
-    recorder.handle(events.Part("abcdef", ours))
-    recorder.handle(events.Finished("abcdef", False, progress, ours.checkpoint, 2))
+    options, mine = read_existing_run(place).config, acquire_lease(place)
+    recorder = Recorder(place, options, mine, Console(io.StringIO()))
+    progress = Progress(step=30)
+    ours = PartReceipt("step-000030-abcdef", 2, {"model.safetensors": (1, "0")}, asdict(progress))
+    recorder.handle(PartWritten("abcdef", PartReceipt(ours.checkpoint, 2, {}, None)))
+    recorder.handle(Started("abcdef", 30, 0, 2, "cpu", "fp32", 1, 100, ()))
+    recorder.handle(PartWritten("abcdef", ours))
+    recorder.handle(Finished("abcdef", False, progress, ours.checkpoint, 2))
     mine.release()
     assert recorder.over
     assert not recorder.failed
@@ -247,7 +258,7 @@ def test_fewer_steps_than_are_taken_end_the_run_where_it_is(prose, tmp_path):
 
 
 def test_numbers_without_a_dimension_are_weights_too():
-    digest = checkpoint.weights_sha256({"scale": torch.tensor(1.0), "table": torch.arange(3)})
+    digest = weights_sha256({"scale": torch.tensor(1.0), "table": torch.arange(3)})
     assert len(digest) == 64
 
 
@@ -274,20 +285,19 @@ def test_readers_survive_any_bytes(files, tmp_path, data):
     for name, content in files.items():
         (place / name).write_bytes(bytes(changed) if name == victim else content)
     if victim != "manifest.json":  # as one who can also write the manifest would do it
-        receipt = checkpoint.write_part(
+        receipt = write_part(
             Folder(str(tmp_path)),
             place.name,
             {name: (place / name).read_bytes() for name in files if name != "manifest.json"},
             1,
-            checkpoint.Progress(step=1),
+            Progress(step=1),
         )
-        checkpoint.commit(Folder(str(tmp_path)), place.name, [receipt])
+        commit_checkpoint(Folder(str(tmp_path)), place.name, [receipt])
     try:
-        _, restored = runs.open_checkpoint(str(place))
-        found, _ = runs.open_checkpoint(str(place))
-        checkpoint.lane_state(found, range(4))
-        from job import driver
+        _, loaded = open_checkpoint(str(place))
+        found, _ = open_checkpoint(str(place))
+        load_lane_state(found, range(4))
 
-        driver.load_model(restored)
-    except (UserError, Unsound):
+        load_model(loaded)
+    except (UserError, CorruptCheckpoint):
         pass

@@ -122,8 +122,8 @@ def test_more_than_an_autoscaler_may_ever_bring_is_refused(growing, prose, tmp_p
 def test_the_autoscaler_brings_what_a_run_asks_for(growing, prose, tmp_path, monkeypatch):
     """Two workers on a head with room for one; the node goes again when it is idle."""
     monkeypatch.setenv("RAY_ADDRESS", growing.address)
-    monkeypatch.setattr("job.watch.FIRST", 0.5)
-    monkeypatch.setattr("job.watch.AGAIN", 1)
+    monkeypatch.setattr("job.cluster.waiting.FIRST_NOTICE_S", 0.5)
+    monkeypatch.setattr("job.cluster.waiting.REPEAT_NOTICE_S", 1)
     ended = job(*small(prose, tmp_path, "run", "--scale.workers", 2))
     assert ended.status == 0, ended.err
     assert re.search(r"waiting for 1 of 2 workers: 1 CPU each, .*autoscaler is asked for more", ended.out)

@@ -14,6 +14,11 @@ import torch
 from conftest import ROOT, job, result, rows, start_job
 from safetensors.torch import save_file
 
+from job.data.stream import split_validation
+from job.inference.generate import load_model
+from job.run.run_dir import open_checkpoint
+from job.training.loop import evaluate_lanes
+
 SMALL = ["--scale.workers", 0, "--model.hidden_size", 16, "--train.epochs", 2, "--generate.prefix", "the"]
 
 
@@ -197,11 +202,10 @@ def test_evaluate_counts_each_target_once(storage, prose, tmp_path):
     text = prose.read_text()[:500]
     (tmp_path / "part.txt").write_text(text)
     said = job("evaluate", storage / "run", "--corpus.source", tmp_path / "part.txt").out
-    from job import driver, runs
 
-    _, restored = runs.open_checkpoint(str(storage / "run"))
-    net = driver.load_model(restored)
-    ids = torch.tensor(restored.vocabulary.encode([text])).long()
+    _, loaded = open_checkpoint(str(storage / "run"))
+    net = load_model(loaded)
+    ids = torch.tensor(loaded.vocabulary.encode([text])).long()
     state, nats = None, 0.0
     with torch.no_grad():
         for token, target in itertools.pairwise(ids):
@@ -217,14 +221,12 @@ def test_validation_counts_each_target_once(prose, tmp_path):
     words = ["--corpus.source", prose, *SMALL, "--run.storage", tmp_path, "--run.name", "run"]
     words += ["--corpus.validation_fraction", 0.05, "--train.precision", "fp64"]
     assert job("train", *words).status == 0
-    from job import driver, loop, runs
-    from job.trainer import parts_of_text
 
-    _, restored = runs.open_checkpoint(str(tmp_path / "run"))
-    net = driver.load_model(restored)
-    tokens = restored.vocabulary.encode([prose.read_text()])
-    _, kept = parts_of_text(tokens, 0.05)
-    sums = loop.evaluate(net, kept, [range(lane, lane + 1) for lane in range(32)], 32, 7)
+    _, loaded = open_checkpoint(str(tmp_path / "run"))
+    net = load_model(loaded)
+    tokens = loaded.vocabulary.encode([prose.read_text()])
+    _, kept = split_validation(tokens, 0.05)
+    sums = evaluate_lanes(net, kept, [range(lane, lane + 1) for lane in range(32)], 32, 7)
     row = rows(tmp_path / "run", "validation")[-1]
     assert row["nats"] == pytest.approx(sum(sums) / (len(kept) - 1), rel=1e-12)
     found = result(tmp_path / "run")

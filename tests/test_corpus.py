@@ -10,12 +10,14 @@ from conftest import BOOK
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job import config, corpus, vocabulary
+from job.config.schema import CorpusConfig, VocabularyConfig
+from job.data import corpus
+from job.data.vocabulary import Vocabulary, build_vocabulary, vocabulary_from_json
 from job.errors import UserError
 
 
 def read(source, kind="char", **options):
-    return corpus.read(config.Corpus(source=str(source), **options), kind)
+    return corpus.read_corpus(CorpusConfig(source=str(source), **options), kind)
 
 
 @pytest.fixture
@@ -55,7 +57,7 @@ def test_the_book_has_the_books_length():
         pytest.skip("The Time Machine is not here")
     text = read(BOOK, cleaning="d2l")
     assert text.characters == 170_580
-    words = vocabulary.build(config.Vocabulary(), text)
+    words = build_vocabulary(VocabularyConfig(), text)
     assert words.tokens[:5] == ("<unk>", " ", "e", "t", "a")
     assert len(words) == 28
 
@@ -75,7 +77,7 @@ def test_a_download_is_cached_and_never_fetched_twice(web):
 
 def test_a_damaged_cache_is_fetched_again(web, monkeypatch):
     data = b"The Time Machine!"
-    monkeypatch.setattr(corpus, "TIME_MACHINE_ADDRESS", f"{web.address}/book")
+    monkeypatch.setattr(corpus, "TIME_MACHINE_URL", f"{web.address}/book")
     monkeypatch.setattr(corpus, "TIME_MACHINE_SHA1", hashlib.sha1(data).hexdigest())
     web["/book"] = data
     assert read("time-machine").lines == ["the time machine"]
@@ -86,7 +88,7 @@ def test_a_damaged_cache_is_fetched_again(web, monkeypatch):
 
 
 def test_auto_falls_back_to_the_text_in_python(web, monkeypatch):
-    monkeypatch.setattr(corpus, "TIME_MACHINE_ADDRESS", "http://127.0.0.1:9/book")
+    monkeypatch.setattr(corpus, "TIME_MACHINE_URL", "http://127.0.0.1:9/book")
     text = read("auto")
     assert (text.source, text.cleaning) == ("embedded", "d2l")
     assert 140_000 < text.characters <= corpus.TIME_MACHINE_LENGTH
@@ -119,7 +121,7 @@ def test_wrong_downloads_are_told_and_not_kept(web, path, body, told):
 
 
 def test_a_wrong_time_machine_is_told(web, monkeypatch):
-    monkeypatch.setattr(corpus, "TIME_MACHINE_ADDRESS", f"{web.address}/book")
+    monkeypatch.setattr(corpus, "TIME_MACHINE_URL", f"{web.address}/book")
     web["/book"] = b"another book"
     with pytest.raises(UserError, match=r"time-machine: wrong checksum, SHA-1 is .* and should be 090b5e7e"):
         read("time-machine")
@@ -152,21 +154,21 @@ def test_missing_files_are_told(source, told):
 @given(st.binary(min_size=1))
 def test_bytes_take_any_file(data):
     text = corpus.Text("here", "none", [data])
-    words = vocabulary.build(config.Vocabulary(kind="byte"), text)
+    words = build_vocabulary(VocabularyConfig(kind="byte"), text)
     assert bytes(words.encode(text.lines).tolist()) == data
 
 
 @given(st.text(min_size=1).filter(lambda text: not any(0xD800 <= ord(c) <= 0xDFFF for c in text)))
 def test_characters_come_back(text):
-    words = vocabulary.build(config.Vocabulary(), corpus.Text("here", "none", [text]))
+    words = build_vocabulary(VocabularyConfig(), corpus.Text("here", "none", [text]))
     assert words.decode(words.encode([text])) == text
-    assert vocabulary.from_json(words.to_json().encode(), "here") == words
-    assert vocabulary.Vocabulary("char", words.tokens[:1]).encode([text]).tolist() == [0] * len(text)
+    assert vocabulary_from_json(words.to_json().encode(), "here") == words
+    assert Vocabulary("char", words.tokens[:1]).encode([text]).tolist() == [0] * len(text)
 
 
 def test_words_are_counted_by_line():
     text = corpus.Text("here", "d2l", ["b a", "b c", "a d"])
-    words = vocabulary.build(config.Vocabulary(kind="word", min_frequency=2), text)
+    words = build_vocabulary(VocabularyConfig(kind="word", min_frequency=2), text)
     assert words.tokens == ("<unk>", "b", "a")
     assert words.decode(words.encode(text.lines)) == "b a b <unk> a <unk>"
-    assert len(vocabulary.build(config.Vocabulary(kind="word", size=2), text)) == 2
+    assert len(build_vocabulary(VocabularyConfig(kind="word", size=2), text)) == 2

@@ -6,15 +6,19 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import disable_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from job import config, cudagraph, kernel, model, optimizer
-from job.cudagraph import EARLY, OFF, Graphed
-from job.gradients import Ordered, Share, Signals, Summed
-from job.loop import Learner, Progress, end_epoch, steps
-from job.stream import Stream
-from job.update import Direct
+from job.config.schema import BUILTIN_CELLS, Config, ModelConfig, OptimizerConfig, StreamConfig, TrainConfig
+from job.data.stream import Stream
+from job.distributed.gradient_sync import AllReduceGradients, ControlFlags, DeterministicGradients, LaneAssignment
+from job.nn.language_model import build_model, map_state
+from job.training.cuda_graph import GRAPH_ENV_VAR, WARMUP_STEPS, CudaGraphTrainStep, capture_graph, supports_cuda_graph
+from job.training.loop import TrainState, end_epoch, train_steps
+from job.training.optimizer import build_optimizer
+from job.training.progress import Progress
+from job.training.train_step import EagerTrainStep
 
 LANES, STEPS = 6, 5
 
@@ -70,48 +74,48 @@ class Tapes:
 @pytest.fixture(autouse=True)
 def small_operations(monkeypatch):
     """The tape sees torch's operations alone, and no memory that they keep to themselves."""
-    monkeypatch.setattr(kernel, "works_in", lambda dtype: False)
+    disable_kernel(monkeypatch)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
 
 
 def learner_of(options, kind, graphed):
     text = torch.randint(0, 9, (190,), generator=torch.Generator().manual_seed(1)).numpy().astype("uint8")
     stream = Stream(text, options.stream, 0)
-    net = model.build(options.model, 9, seed=1)
-    updates = optimizer.build(options.optimizer, net)
-    groups = [range(LANES)] if kind is Summed else [range(2), range(2, LANES)]
-    share = Share(groups, 1, stream.tokens_of_window, None, options.model.dropout)
-    direct = Direct(kind(net, share), updates, options.optimizer.grad_clip_norm, torch.device("cpu"))
+    net = build_model(options.model, 9, seed=1)
+    updates = build_optimizer(options.optimizer, net)
+    groups = [range(LANES)] if kind is AllReduceGradients else [range(2), range(2, LANES)]
+    share = LaneAssignment(groups, 1, stream.tokens_per_step, None, options.model.dropout)
+    direct = EagerTrainStep(kind(net, share), updates, options.optimizer.grad_clip_norm, torch.device("cpu"))
     tapes = Tapes(net, updates)
-    update = Graphed(direct, tapes) if graphed else direct
-    return Learner(net, updates, update, stream, stream.total_steps(options.train), share, Progress()), tapes
+    update = CudaGraphTrainStep(direct, tapes) if graphed else direct
+    return TrainState(net, updates, update, stream, stream.total_steps(options.train), share, Progress()), tapes
 
 
 def trained(options, kind, graphed):
-    learner, tapes = learner_of(options, kind, graphed)
+    train_state, tapes = learner_of(options, kind, graphed)
     losses, states = [], []
     for _ in range(options.train.epochs):
-        for step in steps(learner, options, lambda: Signals(look=learner.progress.step % 2 == 0)):
+        for step in train_steps(train_state, options, lambda: ControlFlags(look=train_state.progress.step % 2 == 0)):
             losses.append(step.tally)
-            states.append([part.clone() for part in model.map_state(lambda part: part[None], learner.state)])
-        end_epoch(learner)
-    return losses, states, learner.model.state_dict(), tapes.made
+            states.append([part.clone() for part in map_state(lambda part: part[None], train_state.state)])
+        end_epoch(train_state)
+    return losses, states, train_state.model.state_dict(), tapes.made
 
 
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
-@pytest.mark.parametrize("kind", [Summed, Ordered])
+@pytest.mark.parametrize("kind", [AllReduceGradients, DeterministicGradients])
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_a_replayed_update_is_the_update(cell, kind, name):
-    options = config.Config(
-        stream=config.Stream(batch_size=LANES, num_steps=STEPS, offset=0),
-        model=config.Model(cell=cell, hidden_size=8, num_layers=2, embedding_size=4, dropout=0.3),
-        optimizer=config.Optimizer(name=name, learning_rate=0.5, grad_clip_norm=0.1, schedule="cosine", warmup_steps=2),
-        train=config.Train(epochs=3),
+    options = Config(
+        stream=StreamConfig(batch_size=LANES, num_steps=STEPS, offset=0),
+        model=ModelConfig(cell=cell, hidden_size=8, num_layers=2, embedding_size=4, dropout=0.3),
+        optimizer=OptimizerConfig(name=name, learning_rate=0.5, grad_clip_norm=0.1, schedule="cosine", warmup_steps=2),
+        train=TrainConfig(epochs=3),
     )
     losses, states, weights, none = trained(options, kind, graphed=False)
     again, states_again, weights_again, made = trained(options, kind, graphed=True)
     assert (len(none), len(made)) == (0, 1)
-    assert len(losses) > EARLY + 10
+    assert len(losses) > WARMUP_STEPS + 10
     assert losses == again
     assert [tally.signals.look for tally in losses] == [step % 2 == 0 for step in range(len(losses))]
     torch.testing.assert_close(states_again, states, rtol=0, atol=0)
@@ -119,43 +123,41 @@ def test_a_replayed_update_is_the_update(cell, kind, name):
 
 
 def test_what_cannot_be_captured_is_launched_operation_by_operation():
-    options = config.Config(
-        stream=config.Stream(batch_size=LANES, num_steps=STEPS, offset=0), train=config.Train(epochs=2)
-    )
-    losses, *_ = trained(options, Summed, graphed=False)
-    learner, _ = learner_of(options, Summed, graphed=True)
-    gradients = learner.update.update.gradients
+    options = Config(stream=StreamConfig(batch_size=LANES, num_steps=STEPS, offset=0), train=TrainConfig(epochs=2))
+    losses, *_ = trained(options, AllReduceGradients, graphed=False)
+    train_state, _ = learner_of(options, AllReduceGradients, graphed=True)
+    gradients = train_state.update.update.gradients
 
     def waiting(window, state):
         found, state = gradients(window, state)
         assert float(found[0]) > 0
         return found, state
 
-    learner.update.update = dataclasses.replace(learner.update.update, gradients=waiting)
+    train_state.update.update = dataclasses.replace(train_state.update.update, gradients=waiting)
     again = []
     with pytest.warns(UserWarning, match="no CUDA graph.*cannot be captured") as said:
         for _ in range(options.train.epochs):
-            again += [step.tally.nats for step in steps(learner, options, Signals)]
-            end_epoch(learner)
+            again += [step.tally.nats for step in train_steps(train_state, options, ControlFlags)]
+            end_epoch(train_state)
     assert len(said) == 1
     assert again == [tally.nats for tally in losses]
 
 
 def a_model(cell="rnn", **weight):
-    facts = {"is_cuda": True, "dtype": torch.float32} | weight
-    is_users = cell not in config.CELLS
-    return SimpleNamespace(linear=SimpleNamespace(weight=SimpleNamespace(**facts)), has_users_cell=is_users)
+    metadata = {"is_cuda": True, "dtype": torch.float32} | weight
+    is_users = cell not in BUILTIN_CELLS
+    return SimpleNamespace(linear=SimpleNamespace(weight=SimpleNamespace(**metadata)), has_custom_cell=is_users)
 
 
 def test_what_is_captured(monkeypatch):
-    one, two = (Share([range(4)], workers, 20) for workers in (1, 2))
-    assert cudagraph.is_possible(a_model(), one)
-    assert not cudagraph.is_possible(a_model(), two)
-    assert not cudagraph.is_possible(a_model("torch.nn:GRU"), one)
-    assert not cudagraph.is_possible(a_model(dtype=torch.float64), one)
-    assert not cudagraph.is_possible(a_model(is_cuda=False), one)
-    monkeypatch.setenv(OFF, "off")
-    assert not cudagraph.is_possible(a_model(), one)
+    one, two = (LaneAssignment([range(4)], workers, 20) for workers in (1, 2))
+    assert supports_cuda_graph(a_model(), one)
+    assert not supports_cuda_graph(a_model(), two)
+    assert not supports_cuda_graph(a_model("torch.nn:GRU"), one)
+    assert not supports_cuda_graph(a_model(dtype=torch.float64), one)
+    assert not supports_cuda_graph(a_model(is_cuda=False), one)
+    monkeypatch.setenv(GRAPH_ENV_VAR, "off")
+    assert not supports_cuda_graph(a_model(), one)
 
 
 def test_a_capture_that_breaks_off_leaves_the_stream_as_it_was(monkeypatch):
@@ -171,7 +173,7 @@ def test_a_capture_that_breaks_off_leaves_the_stream_as_it_was(monkeypatch):
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[-1])
     monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
-    assert cudagraph.captured(lambda: 3) == (3, len)
+    assert capture_graph(lambda: 3) == (3, len)
     with pytest.raises(ZeroDivisionError):
-        cudagraph.captured(lambda: 1 // 0)
+        capture_graph(lambda: 1 // 0)
     assert streams[-1] == "own"

@@ -17,6 +17,8 @@ import pytest
 import yaml
 from conftest import ROOT, job
 
+from job.cluster.autoscaler import _limits
+
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RAY = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
 CLUSTERS = ["cluster.yaml", "clusters/local.yaml"]
@@ -96,9 +98,8 @@ def test_ray_accepts_the_cluster_files():
 
 def test_machines_of_ones_own_that_are_still_to_come_are_waited_for():
     """Of the head's kind and brought one by one; the autoscaler's own file has no word of how many."""
-    from job import autoscaler
 
-    assert autoscaler._limits(prepared(read("clusters/local.yaml"))) is None
+    assert _limits(prepared(read("clusters/local.yaml"))) is None
 
 
 @pytest.mark.parametrize("name", CLUSTERS)

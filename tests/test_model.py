@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from job import config, model
-from job.dropout import Dropout, keys
+from job.config.schema import ModelConfig
+from job.distributed.gradient_sync import AllReduceGradients, Batch, LaneAssignment
 from job.errors import UserError
-from job.gradients import Share, Summed, Window
-from job.stepwise import tanh_layer
+from job.nn.dropout import Dropout, dropout_keys
+from job.nn.language_model import RecurrentLayers, build_model
+from job.nn.rnn_fallback import tanh_layer
 
 KINDS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 
@@ -16,7 +17,7 @@ KINDS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 @pytest.mark.parametrize("cell", KINDS)
 @pytest.mark.parametrize(("layers", "lanes", "steps"), [(1, 3, 5), (2, 1, 4), (3, 4, 1)])
 def test_recurrent_layers_are_torchs(cell, layers, lanes, steps):
-    ours = model.Recurrent(cell, 5, 7, layers).double()
+    ours = RecurrentLayers(cell, 5, 7, layers).double()
     torchs = KINDS[cell](5, 7, layers).double()
     torchs.load_state_dict(ours.state_dict())
     tokens = torch.randint(0, 5, (steps, lanes))
@@ -40,7 +41,7 @@ def test_the_recurrences_own_backward_is_its_gradient():
 
 
 def test_bf16_stays_near_fp32():
-    net = model.build(config.Model(hidden_size=64), 20, seed=1)
+    net = build_model(ModelConfig(hidden_size=64), 20, seed=1)
     tokens = torch.randint(0, 20, (30, 4))
     with torch.autocast("cpu", torch.bfloat16):
         low, _ = net(tokens, None)
@@ -50,13 +51,13 @@ def test_bf16_stays_near_fp32():
 
 
 def test_names_are_torchs_own():
-    names = set(model.build(config.Model(cell="lstm", num_layers=2), 9, 0).state_dict())
+    names = set(build_model(ModelConfig(cell="lstm", num_layers=2), 9, 0).state_dict())
     layers = {f"rnn.{kind}_l{layer}" for kind in ("weight_ih", "weight_hh", "bias_ih", "bias_hh") for layer in (0, 1)}
     assert names == layers | {"linear.weight", "linear.bias"}
 
 
 def dropout_of(probability, seed, step, lanes):
-    return Dropout(probability, keys(seed, step, 2, lanes))
+    return Dropout(probability, dropout_keys(seed, step, 2, lanes))
 
 
 def test_a_mask_belongs_to_its_lane():
@@ -81,10 +82,10 @@ def test_masks_keep_the_right_share_and_are_not_alike(probability):
 
 def test_weights_depend_on_the_seed_alone():
     torch.manual_seed(1)
-    first = model.build(config.Model(), 28, seed=5).state_dict()
+    first = build_model(ModelConfig(), 28, seed=5).state_dict()
     torch.manual_seed(2)
-    again = model.build(config.Model(), 28, seed=5).state_dict()
-    other = model.build(config.Model(), 28, seed=6).state_dict()
+    again = build_model(ModelConfig(), 28, seed=5).state_dict()
+    other = build_model(ModelConfig(), 28, seed=6).state_dict()
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["rnn.weight_hh_l0"], other["rnn.weight_hh_l0"])
 
@@ -123,8 +124,8 @@ class LeakyCell(nn.Module):
 
 
 def test_a_users_cell_is_checked():
-    assert model.build(config.Model(cell="test_model:ScaledCell"), 9, 0)
-    assert model.build(config.Model(cell="torch.nn:GRU"), 9, 0)
+    assert build_model(ModelConfig(cell="test_model:ScaledCell"), 9, 0)
+    assert build_model(ModelConfig(cell="torch.nn:GRU"), 9, 0)
     for cell, why in {
         "test_model:LeakyCell": "axis 1",
         "test_model:Missing": "cannot be imported",
@@ -132,14 +133,14 @@ def test_a_users_cell_is_checked():
         "torch.nn:Linear": "must give outputs and state",
     }.items():
         with pytest.raises(UserError, match=why):
-            model.build(config.Model(cell=cell), 9, 0)
+            build_model(ModelConfig(cell=cell), 9, 0)
 
 
 def test_a_tuple_state_travels_through_the_gradients():
-    net = model.build(config.Model(cell="test_model:ScaledCell", hidden_size=8), 9, 0)
+    net = build_model(ModelConfig(cell="test_model:ScaledCell", hidden_size=8), 9, 0)
     tokens = torch.randint(0, 9, (6, 4))
-    window = Window(tokens[:-1], tokens[1:], torch.zeros(3), keys(0, 0, 0, range(4)))
-    _, state = Summed(net, Share([range(4)], 1, 20))(window, None)
+    window = Batch(tokens[:-1], tokens[1:], torch.zeros(3), dropout_keys(0, 0, 0, range(4)))
+    _, state = AllReduceGradients(net, LaneAssignment([range(4)], 1, 20))(window, None)
     assert isinstance(state, tuple)
     assert state[1].shape == (1, 4, 8)
     assert not any(part.requires_grad for part in state)

@@ -10,17 +10,20 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from job import compiled, config, model, neighbours
-from job.gradients import Ordered, Share, Window
-from job.lanes import groups_of
-from job.neighbours import LINE, ROOM, Neighbours
+from job.config.schema import ModelConfig
+from job.data.lanes import lane_groups_of_worker
+from job.distributed import shared_memory
+from job.distributed.gradient_sync import Batch, DeterministicGradients, LaneAssignment
+from job.distributed.shared_memory import CACHE_LINE, SLOT_BYTES, SharedMemoryGroup, _attach, create_group
+from job.kernels.build import load_library, unavailable_reason
+from job.nn.language_model import build_model
 
-pytestmark = pytest.mark.skipif(compiled.library() is None, reason=f"no kernel: {compiled.why_not()}")
+pytestmark = pytest.mark.skipif(load_library() is None, reason=f"no kernel: {unavailable_reason()}")
 
 
 def group(workers, patience=30.0):
-    memory = mmap.mmap(-1, LINE + workers * LINE + (workers + 1) * ROOM)
-    return [Neighbours(memory, rank, workers, patience) for rank in range(workers)]
+    memory = mmap.mmap(-1, CACHE_LINE + workers * CACHE_LINE + (workers + 1) * SLOT_BYTES)
+    return [SharedMemoryGroup(memory, rank, workers, patience) for rank in range(workers)]
 
 
 def at_once(calls):
@@ -35,18 +38,18 @@ def at_once(calls):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_all_get_the_sum_in_the_order_of_the_ranks(workers, dtype):
     members = group(workers)
-    for count in (1, 2, 1000, ROOM // dtype.itemsize, 3 * ROOM // dtype.itemsize + 5):
+    for count in (1, 2, 1000, SLOT_BYTES // dtype.itemsize, 3 * SLOT_BYTES // dtype.itemsize + 5):
         given = [torch.randn(count, dtype=dtype) for _ in members]
         expected = sum(given[1:], start=given[0])
         found = [numbers.clone() for numbers in given]
-        at_once([lambda m=m, x=x: m.add_up(x) for m, x in zip(members, found, strict=True)])
+        at_once([lambda m=m, x=x: m.all_reduce_(x) for m, x in zip(members, found, strict=True)])
         assert all(torch.equal(numbers, expected) for numbers in found)
 
 
 @pytest.mark.parametrize("workers", [2, 3])
 def test_all_get_the_numbers_of_all(workers):
     members = group(workers)
-    for count in (1, 1000, 2 * ROOM + 5):
+    for count in (1, 1000, 2 * SLOT_BYTES + 5):
         given = [torch.randint(0, 100, (count,), dtype=torch.uint8) for _ in members]
         found = [[torch.zeros_like(numbers) for numbers in given] for _ in members]
         at_once([lambda m=m, x=x, to=to: m.gather(x, to) for m, x, to in zip(members, given, found, strict=True)])
@@ -61,7 +64,7 @@ def test_many_turns_in_a_row():
         for turn in range(turns):
             numbers = torch.full((50,), float(turn + member.group.rank))
             member.gather(numbers, places)
-            member.add_up(numbers)
+            member.all_reduce_(numbers)
             good = torch.equal(torch.stack(places)[:, 7], turn + torch.arange(3.0))
             if not good or not torch.equal(numbers, torch.full((50,), 3.0 * turn + 3)):
                 failures.append(turn)
@@ -78,7 +81,7 @@ def test_who_does_not_come_is_named(is_sum):
 
     def work(member):
         with pytest.raises(RuntimeError, match=r"worker 2 was silent for 0\.2 seconds"):
-            member.add_up(torch.ones(3)) if is_sum else member.gather(torch.ones(3), list(torch.ones(3, 3)))
+            member.all_reduce_(torch.ones(3)) if is_sum else member.gather(torch.ones(3), list(torch.ones(3, 3)))
         found.append(member)
 
     at_once([lambda: work(first), lambda: work(second)])
@@ -94,11 +97,11 @@ def free_port():
 def met(rank, port, without, answers):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     if rank == without:
-        neighbours.compiled.library = lambda: None
-    near = neighbours.meet(30)
+        shared_memory.load_library = lambda: None
+    near = create_group(30)
     numbers = torch.tensor([1.0 + rank])
     if near:
-        near.add_up(numbers)
+        near.all_reduce_(numbers)
     answers.put((near is not None, float(numbers)))
     dist.destroy_process_group()
 
@@ -113,19 +116,21 @@ def test_processes_meet_where_all_can(without):
 
 
 def gradients(rank, near, workers):
-    net = model.build(config.Model(hidden_size=32), 9, seed=1)
-    lanes = groups_of(9, 8, rank, workers)  # of three workers two have two nodes of the tree, and one has one
+    net = build_model(ModelConfig(hidden_size=32), 9, seed=1)
+    lanes = lane_groups_of_worker(
+        9, 8, rank, workers
+    )  # of three workers two have two nodes of the tree, and one has one
     held = slice(lanes[0].start, lanes[-1].stop)
     tokens = torch.randint(0, 9, (6, 9), generator=torch.Generator().manual_seed(0))
     signals = torch.tensor([0.0, rank == workers - 1, 0.0])
-    window = Window(tokens[:-1, held], tokens[1:, held], signals, torch.zeros(0, 9, dtype=torch.int32)[:, held])
-    found, _ = Ordered(net, Share(lanes, workers, 45, near=near))(window, None)
+    window = Batch(tokens[:-1, held], tokens[1:, held], signals, torch.zeros(0, 9, dtype=torch.int32)[:, held])
+    found, _ = DeterministicGradients(net, LaneAssignment(lanes, workers, 45, near=near))(window, None)
     return [found] + [weight.grad for weight in net.parameters()]
 
 
 def ordered(rank, port, workers):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
-    near = neighbours.meet(30)
+    near = create_group(30)
     assert near
     alone, together, by_gloo = gradients(0, None, 1), gradients(rank, near, workers), gradients(rank, None, workers)
     for one, two, three in zip(alone, together, by_gloo, strict=True):
@@ -144,11 +149,11 @@ def test_another_machines_memory_is_not_taken(tmp_path, monkeypatch):
     here = os.getpid()
     with mine.open("r+b") as opened:
         file = opened.fileno()
-        assert neighbours._opened(here, file, b"x" * LINE, 200) is not None
-        assert neighbours._opened(here, file, b"y" * LINE, 200) is None
-        assert neighbours._opened(here, file, b"x" * LINE, 100) is None
+        assert _attach(here, file, b"x" * CACHE_LINE, 200) is not None
+        assert _attach(here, file, b"y" * CACHE_LINE, 200) is None
+        assert _attach(here, file, b"x" * CACHE_LINE, 100) is None
         monkeypatch.setattr(os.path, "samefile", lambda *places: False)
-        assert neighbours._opened(here, file, b"x" * LINE, 200) is None
+        assert _attach(here, file, b"x" * CACHE_LINE, 200) is None
     monkeypatch.undo()
-    assert neighbours._opened(here, file, b"x" * LINE, 200) is None
-    assert neighbours._opened(1 << 30, 0, b"x" * LINE, 200) is None
+    assert _attach(here, file, b"x" * CACHE_LINE, 200) is None
+    assert _attach(1 << 30, 0, b"x" * CACHE_LINE, 200) is None

@@ -6,7 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job import config, parse
+from job.config.schema import (
+    SECTIONS,
+    Config,
+    GenerateConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScaleConfig,
+    StreamConfig,
+    TrainConfig,
+    config_differences,
+)
+from job.config.toml import check_known_flag, config_from_toml, config_to_toml, load_config
 from job.errors import UserError
 
 
@@ -19,19 +30,19 @@ from job.errors import UserError
 def test_toml_reads_back_to_the_same(prefix, offset, rate, reproducible):
     if any(0xD800 <= ord(character) <= 0xDFFF for character in prefix):
         return  # half a surrogate pair is no text
-    options = config.Config(
-        generate=config.Generate(prefix=prefix),
-        stream=config.Stream(offset=tuple(offset) if isinstance(offset, list) else offset),
-        optimizer=config.Optimizer(learning_rate=rate),
-        train=config.Train(reproducible=reproducible),
+    options = Config(
+        generate=GenerateConfig(prefix=prefix),
+        stream=StreamConfig(offset=tuple(offset) if isinstance(offset, list) else offset),
+        optimizer=OptimizerConfig(learning_rate=rate),
+        train=TrainConfig(reproducible=reproducible),
     )
-    assert parse.from_toml(parse.to_toml(options), "here") == options
+    assert config_from_toml(config_to_toml(options), "here") == options
 
 
 def test_a_flag_overrides_the_file(tmp_path):
     path = tmp_path / "a.toml"
     path.write_text('[model]\ncell = "gru"\nhidden_size = 7\n[stream]\noffset = [1, 2]\n[train]\nepochs = 2')
-    options = parse.load(str(path), {"model.cell": "lstm", "train.checkpoint_every": "5s", "run.name": "7"})
+    options = load_config(str(path), {"model.cell": "lstm", "train.checkpoint_every": "5s", "run.name": "7"})
     assert (options.model.cell, options.model.hidden_size, options.run.name) == ("lstm", 7, "7")
     assert options.stream.offset == (1, 2)
     assert options.train.checkpoint_seconds == 5
@@ -65,7 +76,7 @@ def test_wrong_values_are_told(tmp_path, toml, told):
     path = tmp_path / "a.toml"
     path.write_text(toml)
     with pytest.raises(UserError) as error:
-        parse.load(str(path), {})
+        load_config(str(path), {})
     assert told in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -81,27 +92,27 @@ def test_wrong_values_are_told(tmp_path, toml, told):
 )
 def test_wrong_flags_are_told(name, text, told):
     with pytest.raises(UserError) as error:
-        parse.load(None, {name: text})
+        load_config(None, {name: text})
     assert told in str(error.value)
 
 
 def test_flags_of_a_search_are_not_for_a_run():
     with pytest.raises(UserError, match=r"--search.trials: is for tune alone"):
-        parse.check_known("search.trials", searched=False)
-    parse.check_known("search.trials", searched=True)
+        check_known_flag("search.trials", searched=False)
+    check_known_flag("search.trials", searched=True)
 
 
 def test_every_option_says_what_it_means():
-    for kind in config.SECTIONS.values():
+    for kind in SECTIONS.values():
         for option in dataclasses.fields(kind):
             assert option.metadata["meaning"]
 
 
 def test_a_run_goes_on_only_with_the_same_mathematics():
-    old = config.Config()
-    free = config.Config(
-        scale=config.Scale(workers=7), train=config.Train(epochs=60, log_every=5), generate=config.Generate(length=3)
+    old = Config()
+    free = Config(
+        scale=ScaleConfig(workers=7), train=TrainConfig(epochs=60, log_every=5), generate=GenerateConfig(length=3)
     )
-    assert config.differences(old, free) == []
-    other = config.Config(run=config.Run(seed=4), train=config.Train(epochs=40))
-    assert config.differences(old, other) == ["run.seed (0 → 4)", "train.epochs (50 → 40)"]
+    assert config_differences(old, free) == []
+    other = Config(run=RunConfig(seed=4), train=TrainConfig(epochs=40))
+    assert config_differences(old, other) == ["run.seed (0 → 4)", "train.epochs (50 → 40)"]

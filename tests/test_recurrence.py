@@ -6,28 +6,35 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, disable_kernel
 from torch import nn
 from torch.nn import functional as F
 
-from job import compiled, config, generate, kernel, loss, model, recurrence, stepwise
-from job.dropout import Dropout, keys
+from job.config.schema import GenerateConfig, ModelConfig
+from job.inference.generate import generate_batch, generate_tokens
+from job.kernels import ops
+from job.kernels.build import load_library, unavailable_reason
+from job.nn.dropout import Dropout, dropout_keys
+from job.nn.language_model import build_model
+from job.nn.loss import linear_cross_entropy
+from job.nn.rnn import _flatten_weights, rnn_layer
+from job.nn.rnn_fallback import gru_layer, tanh_layer
 
 KINDS = {"RNN_TANH": nn.RNN, "GRU": nn.GRU, "LSTM": nn.LSTM}
 SIZES = [(1, 1, 1, 3), (5, 3, 7, 4), (17, 1, 6, 9), (33, 3, 1, 28), (257, 9, 3, 10), (64, 35, 5, 70)]  # H, B, T, V
 # Of each tensor's norm (of 0.1 where that is less, for sums of a few numbers that cancel). bf16 itself has 2^-9.
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
-needs_kernel = pytest.mark.skipif(compiled.library() is None, reason=f"no kernel: {compiled.why_not()}")
+needs_kernel = pytest.mark.skipif(load_library() is None, reason=f"no kernel: {unavailable_reason()}")
 
 
 @pytest.fixture(params=["kernel", "torch"])
 def way(request, monkeypatch):
     """The kernel, or what there is without it."""
     if request.param == "torch":
-        monkeypatch.setattr(kernel, "works_in", lambda dtype: False)
-    elif compiled.library() is None:
-        pytest.skip(f"no kernel: {compiled.why_not()}")
+        disable_kernel(monkeypatch)
+    elif load_library() is None:
+        pytest.skip(f"no kernel: {unavailable_reason()}")
     return request.param
 
 
@@ -72,10 +79,10 @@ def test_a_layer_is_torchs(way, cell, given, dtype):
 
         with autocast(dtype):
             if given == "features":
-                found, after = recurrence.layer(cell, F.embedding(inputs, vectors), None, tuple(state), ours)
+                found, after = rnn_layer(cell, F.embedding(inputs, vectors), None, tuple(state), ours)
             else:
                 table = vectors if given == "embedding" else None
-                found, after = recurrence.layer(cell, inputs, table, tuple(state), ours)
+                found, after = rnn_layer(cell, inputs, table, tuple(state), ours)
         outputs = [found, *after]
         assert found.dtype == dtype
         assert_near(outputs, expected, BOUNDS[dtype])
@@ -87,11 +94,11 @@ def test_a_layer_is_torchs(way, cell, given, dtype):
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
 @pytest.mark.parametrize("low", [False, True], ids=["float32", "bfloat16"])
 def test_layers_with_dropout_are_the_exact_models(way, cell, low):
-    options = config.Model(cell=cell, hidden_size=40, num_layers=3, embedding_size=7, dropout=0.3)
-    ours, exact = (model.build(options, 11, seed=1) for _ in range(2))
+    options = ModelConfig(cell=cell, hidden_size=40, num_layers=3, embedding_size=7, dropout=0.3)
+    ours, exact = (build_model(options, 11, seed=1) for _ in range(2))
     exact = exact.double()
     inputs, targets = torch.randint(0, 11, (2, 6, 4))
-    dropout = Dropout(0.3, keys(0, 5, 3, range(4)))
+    dropout = Dropout(0.3, dropout_keys(0, 5, 3, range(4)))
     with autocast(torch.bfloat16 if low else None):
         nats, state = ours.nats(inputs, targets, None, dropout)
     expected, exact_state = exact.nats(inputs, targets, None, dropout)
@@ -107,8 +114,8 @@ def test_the_stepwise_backwards_are_their_gradients():
     def random(*shape):
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
-    assert torch.autograd.gradcheck(stepwise.tanh_layer, [random(4, 2, 3), random(2, 3), random(3, 3)])
-    assert torch.autograd.gradcheck(stepwise.gru_layer, [random(4, 2, 9), random(2, 3), random(9, 3), random(3)])
+    assert torch.autograd.gradcheck(tanh_layer, [random(4, 2, 3), random(2, 3), random(3, 3)])
+    assert torch.autograd.gradcheck(gru_layer, [random(4, 2, 9), random(2, 3), random(9, 3), random(3)])
 
 
 @pytest.mark.parametrize(("rows", "units", "tokens"), [(1, 32, 2), (37, 64, 5), (130, 256, 257)])
@@ -121,7 +128,7 @@ def test_the_loss_is_torchs(way, dtype, rows, units, tokens):
     exact = [x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
     expected = F.cross_entropy(F.linear(*exact)[0], targets[0], reduction="sum")
     with autocast(dtype):
-        found = loss.nats(hidden.to(dtype), weight, bias, targets)
+        found = linear_cross_entropy(hidden.to(dtype), weight, bias, targets)
     assert found.dtype == torch.float32
     assert_near([found], [expected], BOUNDS[dtype])
     gradients = torch.autograd.grad(found / 7, [hidden, weight, bias])
@@ -142,7 +149,7 @@ def test_a_lanes_bits_do_not_depend_on_its_company(cell, dtype):
         some = tokens[:, first:last].clone()
         begin = tuple(part[first:last].clone().requires_grad_() for part in state)
         with autocast(dtype):
-            hidden, after = recurrence.layer(cell, some, None, begin, weights)
+            hidden, after = rnn_layer(cell, some, None, begin, weights)
         return hidden, *after, *torch.autograd.grad(hidden.float().square().sum(), begin)
 
     whole = run(0, 77, 1)
@@ -154,7 +161,7 @@ def test_a_lanes_bits_do_not_depend_on_its_company(cell, dtype):
 
 @needs_kernel
 def test_weight_gradients_are_the_same_bits_on_any_number_of_threads():
-    net = model.build(config.Model(cell="gru", hidden_size=96, embedding_size=5), 70, 0)
+    net = build_model(ModelConfig(cell="gru", hidden_size=96, embedding_size=5), 70, 0)
     inputs, targets = torch.randint(0, 70, (2, 9, 50))
     found = []
     for threads in (1, 2, 3):
@@ -169,13 +176,15 @@ def test_weight_gradients_are_the_same_bits_on_any_number_of_threads():
 def test_a_loss_of_what_is_no_number_is_none(way, value):
     hidden = torch.ones(3, 2, 32)
     hidden[1, 1, 7] = value
-    nats = loss.nats(hidden, torch.randn(5, 32), torch.zeros(5), torch.zeros(3, 2, dtype=torch.int64))
+    nats = linear_cross_entropy(hidden, torch.randn(5, 32), torch.zeros(5), torch.zeros(3, 2, dtype=torch.int64))
     assert nats.isnan()
 
 
 def test_hidden_states_that_do_not_fit_the_targets_are_an_error(way):
     with pytest.raises((ValueError, RuntimeError)):
-        loss.nats(torch.ones(1, 4, 32), torch.ones(5, 32), torch.zeros(5), torch.zeros(5, 4, dtype=torch.int64))
+        linear_cross_entropy(
+            torch.ones(1, 4, 32), torch.ones(5, 32), torch.zeros(5), torch.zeros(5, 4, dtype=torch.int64)
+        )
 
 
 @needs_kernel
@@ -185,7 +194,7 @@ def test_what_is_no_number_stays_none_and_what_is_large_is_held():
     huge = weights[0].detach().clone()
     huge[:, 0], huge[:, 1], huge[:, 2] = 1e30, -1e30, float("nan")
     zeros = torch.zeros(3, 32)
-    hidden, (_, cell) = recurrence.layer("LSTM", tokens, None, (zeros, zeros), [huge, *weights[1:]])
+    hidden, (_, cell) = rnn_layer("LSTM", tokens, None, (zeros, zeros), [huge, *weights[1:]])
     assert hidden[0, :2].isfinite().all()
     assert hidden[0, 2].isnan().all()
     assert cell[2].isnan().all()
@@ -196,14 +205,14 @@ def test_a_token_outside_the_vocabulary_is_an_error():
     weights = list(nn.RNN(3, 32).parameters())
     for token in (-1, 3):
         with pytest.raises(IndexError, match="vocabulary"):
-            recurrence.layer("RNN_TANH", torch.tensor([[token]]), None, (torch.zeros(1, 32),), weights)
+            rnn_layer("RNN_TANH", torch.tensor([[token]]), None, (torch.zeros(1, 32),), weights)
         with pytest.raises(IndexError, match="vocabulary"):
-            loss.nats(torch.zeros(1, 1, 32), torch.zeros(3, 32), torch.zeros(3), torch.tensor([[token]]))
+            linear_cross_entropy(torch.zeros(1, 1, 32), torch.zeros(3, 32), torch.zeros(3), torch.tensor([[token]]))
 
 
 def why_not(cache, **environment):
     """What another process says of the kernel, with that folder as the user's cache."""
-    code = "from job import compiled; print(compiled.why_not())"
+    code = "from job.kernels.build import unavailable_reason; print(unavailable_reason())"
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
@@ -249,10 +258,10 @@ def test_the_cache_is_ours_alone(tmp_path):
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
 @pytest.mark.parametrize(("layers", "embedding"), [(1, 0), (2, 7)])
 def test_speech_is_one_step_after_the_other(way, cell, layers, embedding, monkeypatch):
-    net = model.build(config.Model(cell=cell, num_layers=layers, embedding_size=embedding, hidden_size=64), 28, 3)
+    net = build_model(ModelConfig(cell=cell, num_layers=layers, embedding_size=embedding, hidden_size=64), 28, 3)
     prefixes = torch.randint(0, 28, (5, 7))
-    monkeypatch.setattr(kernel, "SPOKEN_AT_ONCE", 7)
-    spoken = generate.continuations(net, prefixes, config.Generate(length=40), 0)
+    monkeypatch.setattr(ops, "GREEDY_CHUNK", 7)
+    spoken = generate_batch(net, prefixes, GenerateConfig(length=40), 0)
     inputs, state, expected = prefixes, None, []
     with torch.no_grad():
         for _ in range(40):
@@ -260,14 +269,14 @@ def test_speech_is_one_step_after_the_other(way, cell, layers, embedding, monkey
             inputs = logits[-1:].argmax(2)
             expected.append(inputs[0])
     assert torch.equal(spoken, torch.stack(expected))
-    alone = generate.continuation(net, prefixes[:, 3].numpy(), config.Generate(length=40), 0)
+    alone = generate_tokens(net, prefixes[:, 3].numpy(), GenerateConfig(length=40), 0)
     assert alone == spoken[:, 3].tolist()
 
 
 def test_weights_in_one_piece_are_the_same_weights():
     """As cuDNN wants them; no GPU is needed to see that nothing is lost or moved."""
     weights = list(torch.nn.GRU(5, 8).parameters())
-    pieces = recurrence._in_one_piece(weights, torch.float64)
+    pieces = _flatten_weights(weights, torch.float64)
     assert all(torch.equal(piece, weight.double()) for piece, weight in zip(pieces, weights, strict=True))
     ends = [piece.data_ptr() + piece.numel() * 8 for piece in pieces]
     assert [piece.data_ptr() for piece in pieces[1:]] == ends[:-1]

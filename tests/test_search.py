@@ -8,12 +8,26 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from job import parse, runs, search, summary, trials
+from job.config.search_space import SearchConfig, search_differences, search_to_toml
+from job.config.toml import config_to_toml, load_config, load_search_config, override_config, search_config_from_toml
+from job.console import Console
 from job.errors import UserError
-from job.screen import Screen
-from job.search import Search
+from job.run.run_dir import SEARCH_FILE, read_existing_run
 from job.storage import Folder
-from job.trainer import latest_sound
+from job.training.checkpoint import find_latest_valid
+from job.tuning.optuna_sampler import OptunaSampler
+from job.tuning.report import metric_name, to_parquet
+from job.tuning.trials import (
+    TRIALS_FILE,
+    Trials,
+    baseline_params,
+    check_search,
+    export_checkpoint,
+    import_checkpoint,
+    resolve_search,
+    trial_params,
+    with_params,
+)
 
 SPACE = {
     "optimizer.learning_rate": {"loguniform": [0.01, 4]},
@@ -26,7 +40,7 @@ SPACE = {
 
 @given(seed=st.integers(0, 2**63), number=st.integers(0, 10**6))
 def test_a_point_is_a_pure_function_that_stays_in_its_space(seed, number):
-    space = Search(space=SPACE).space
+    space = SearchConfig(space=SPACE).space
     point = space.point(seed, number)
     assert point == space.point(seed, number)
     assert 0.01 <= point["optimizer.learning_rate"] <= 4
@@ -34,7 +48,7 @@ def test_a_point_is_a_pure_function_that_stays_in_its_space(seed, number):
     assert point["model.hidden_size"] in range(8, 33)
     assert point["optimizer.name"] in ("sgd", "adamw")
     assert point["model.cell"] == ("rnn", "gru", "lstm")[number % 3]
-    options = trials.at(parse.load(None, {}), point)
+    options = with_params(load_config(None, {}), point)
     assert (options.model.cell, options.optimizer.learning_rate) == (
         point["model.cell"],
         point["optimizer.learning_rate"],
@@ -42,31 +56,33 @@ def test_a_point_is_a_pure_function_that_stays_in_its_space(seed, number):
 
 
 def test_a_field_is_drawn_whatever_else_is_searched():
-    alone = Search(space={"model.dropout": SPACE["model.dropout"]}).space
-    assert alone.point(3, 5)["model.dropout"] == Search(space=SPACE).space.point(3, 5)["model.dropout"]
+    alone = SearchConfig(space={"model.dropout": SPACE["model.dropout"]}).space
+    assert alone.point(3, 5)["model.dropout"] == SearchConfig(space=SPACE).space.point(3, 5)["model.dropout"]
 
 
 def test_a_grid_is_gone_through_once():
-    wanted = Search(searcher="grid", space={"model.cell": SPACE["model.cell"], "model.num_layers": {"choice": [1, 2]}})
+    wanted = SearchConfig(
+        searcher="grid", space={"model.cell": SPACE["model.cell"], "model.num_layers": {"choice": [1, 2]}}
+    )
     points = [tuple(wanted.space.point(0, number).values()) for number in range(wanted.total)]
     assert points == [("rnn", 1), ("rnn", 2), ("gru", 1), ("gru", 2), ("lstm", 1), ("lstm", 2)]
 
 
 def test_how_many_trials():
-    assert Search(space=SPACE).total == 16
-    assert Search(space=SPACE, trials=40).total == 40
-    assert Search(space={"model.cell": SPACE["model.cell"]}, trials=40).total == 3
-    assert Search(space={"model.cell": SPACE["model.cell"]}, trials=2).total == 2
+    assert SearchConfig(space=SPACE).total == 16
+    assert SearchConfig(space=SPACE, trials=40).total == 40
+    assert SearchConfig(space={"model.cell": SPACE["model.cell"]}, trials=40).total == 3
+    assert SearchConfig(space={"model.cell": SPACE["model.cell"]}, trials=2).total == 2
 
 
 def test_toml_reads_back_to_the_same():
-    wanted = Search(trials=7, scheduler="asha", space=SPACE)
-    base = parse.load(None, {"model.cell": "gru"})
-    text = f"{parse.to_toml(base)}\n{search.to_toml(wanted)}"
-    assert parse.search_from_toml(text, "here") == (base, wanted)
-    assert search.differences(wanted, Search(trials=9, scheduler="asha", space=SPACE)) == []
-    other = Search(trials=7, space={**SPACE, "model.dropout": {"uniform": [0, 0.9]}})
-    assert search.differences(wanted, other) == [
+    wanted = SearchConfig(trials=7, scheduler="asha", space=SPACE)
+    base = load_config(None, {"model.cell": "gru"})
+    text = f"{config_to_toml(base)}\n{search_to_toml(wanted)}"
+    assert search_config_from_toml(text, "here") == (base, wanted)
+    assert search_differences(wanted, SearchConfig(trials=9, scheduler="asha", space=SPACE)) == []
+    other = SearchConfig(trials=7, space={**SPACE, "model.dropout": {"uniform": [0, 0.9]}})
+    assert search_differences(wanted, other) == [
         'search.scheduler ("asha" → "none")',
         "search.space model.dropout ({ uniform = [0.0, 0.5] } → { uniform = [0.0, 0.9] })",
     ]
@@ -77,8 +93,8 @@ def test_train_takes_the_same_file_and_leaves_the_search_aside(tmp_path):
     path.write_text(
         '[model]\ncell = "gru"\n[search]\ntrials = 3\n[search.space]\n"model.dropout" = { uniform = [0, 0.5] }'
     )
-    assert parse.load(str(path), {}) == parse.load(None, {"model.cell": "gru"})
-    options, wanted = parse.load_search(str(path), {"search.trials": "5"})
+    assert load_config(str(path), {}) == load_config(None, {"model.cell": "gru"})
+    options, wanted = load_search_config(str(path), {"search.trials": "5"})
     assert (options.model.cell, wanted.trials, list(wanted.space.domains)) == ("gru", 5, ["model.dropout"])
 
 
@@ -110,7 +126,7 @@ def test_wrong_searches_are_told_by_every_verb(tmp_path, toml, told):
     path = tmp_path / "a.toml"
     path.write_text(toml)
     with pytest.raises(UserError) as error:
-        parse.load(str(path), {})
+        load_config(str(path), {})
     assert told in str(error.value)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
@@ -122,7 +138,7 @@ NOT_VALIDATED = {"corpus.validation_fraction": "0"}
 @pytest.mark.parametrize(
     ("wanted", "flags", "told"),
     [
-        (Search(), {}, "nothing to search: write [search.space]"),
+        (SearchConfig(), {}, "nothing to search: write [search.space]"),
         ({"optimizer.learning_rate": {"uniform": [-1, 1]}}, {}, "learning_rate = -1.0: must be greater than 0"),
         ({"model.hidden_size": {"uniform": [8, 16]}}, {}, "model.hidden_size = 8.0: must be an integer"),
         ({"model.cell": {"grid": ["rnn", "gruu"]}}, {}, "model.cell = \"gruu\": must be one of rnn, gru, lstm"),
@@ -131,41 +147,40 @@ NOT_VALIDATED = {"corpus.validation_fraction": "0"}
     ],
 )  # fmt: skip
 def test_what_no_trial_could_run_is_told_before_the_first(prose, tmp_path, wanted, flags, told):
-    wanted = wanted if isinstance(wanted, Search) else Search(space=wanted)
+    wanted = wanted if isinstance(wanted, SearchConfig) else SearchConfig(space=wanted)
     flags = {"corpus.source": str(prose), "corpus.validation_fraction": "0.1", "generate.prefix": "the", **flags}
     with pytest.raises(UserError) as error:
-        trials.check(parse.load(None, flags), wanted, Folder(str(tmp_path / "search")))
+        check_search(load_config(None, flags), wanted, Folder(str(tmp_path / "search")))
     assert told in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_name_that_is_taken_is_told(tmp_path):
-    wanted = Search(space={"model.dropout": {"uniform": [0, 0.5]}})
-    options = parse.load(None, {"run.storage": str(tmp_path), "run.name": "it"})
-    folder, placed = trials.choose(options, wanted, "")
-    folder.write(runs.SEARCH, f"{parse.to_toml(placed)}\n{search.to_toml(wanted)}".encode())
-    assert trials.choose(options, wanted, "") == (folder, placed)
+    wanted = SearchConfig(space={"model.dropout": {"uniform": [0, 0.5]}})
+    options = load_config(None, {"run.storage": str(tmp_path), "run.name": "it"})
+    folder, placed = resolve_search(options, wanted, "")
+    folder.write(SEARCH_FILE, f"{config_to_toml(placed)}\n{search_to_toml(wanted)}".encode())
+    assert resolve_search(options, wanted, "") == (folder, placed)
     with pytest.raises(UserError, match=r"is another search: optimizer\.name"):
-        trials.choose(parse.override(options, {"optimizer": {"name": "adamw"}}), wanted, "")
+        resolve_search(override_config(options, {"optimizer": {"name": "adamw"}}), wanted, "")
     Folder(str(tmp_path / "run")).write("config.toml", b"")
     with pytest.raises(UserError, match="is a run and not a search"):
-        trials.choose(parse.override(options, {"run": {"name": "run"}}), wanted, "")
+        resolve_search(override_config(options, {"run": {"name": "run"}}), wanted, "")
 
 
 def test_optuna_is_asked_told_and_reminded():
     pytest.importorskip("optuna")
-    from job.suggest import Suggester
 
-    space = Search(space=SPACE).space
-    first = Suggester(space, 3)
+    space = SearchConfig(space=SPACE).space
+    first = OptunaSampler(space, 3)
     points = [first.ask(number) for number in range(12)]
-    assert points == [Suggester(space, 3).ask(0), *points[1:]]
+    assert points == [OptunaSampler(space, 3).ask(0), *points[1:]]
     for number, point in enumerate(points):
-        trials.at(parse.load(None, {}), point)
+        with_params(load_config(None, {}), point)
         first.tell(number, None if number == 3 else point["model.dropout"])
-    again = Suggester(space, 3)
+    again = OptunaSampler(space, 3)
     for number, point in enumerate(points):
-        again.recall(number, point)
+        again.replay(number, point)
         again.tell(number, None if number == 3 else point["model.dropout"])
     assert again.study.best_value == first.study.best_value
     assert again.ask(12) == first.ask(12)
@@ -173,19 +188,19 @@ def test_optuna_is_asked_told_and_reminded():
 
 
 def test_fields_may_be_written_without_quotes():
-    plain = Search(space={"optimizer": {"learning_rate": SPACE["optimizer.learning_rate"]}})
-    assert plain == Search(space={"optimizer.learning_rate": SPACE["optimizer.learning_rate"]})
+    plain = SearchConfig(space={"optimizer": {"learning_rate": SPACE["optimizer.learning_rate"]}})
+    assert plain == SearchConfig(space={"optimizer.learning_rate": SPACE["optimizer.learning_rate"]})
 
 
 def test_a_range_of_numbers_may_be_searched_where_the_configuration_has_a_word():
-    wanted = Search(space={"stream.offset": {"randint": [0, 40]}})
-    assert trials.own_point(parse.load(None, {}), wanted) is None
-    assert trials.point_of(parse.load(None, {}), wanted, 0)["stream.offset"] in range(41)
+    wanted = SearchConfig(space={"stream.offset": {"randint": [0, 40]}})
+    assert baseline_params(load_config(None, {}), wanted) is None
+    assert trial_params(load_config(None, {}), wanted, 0)["stream.offset"] in range(41)
 
 
 def test_values_of_several_types_find_room_in_one_column(tmp_path):
-    wanted = Search(space={"stream.offset": {"grid": ["random", 0, [1, 2]]}})
-    table = summary.table_of(trials.Trials(Folder(str(tmp_path)), parse.load(None, {}), wanted))
+    wanted = SearchConfig(space={"stream.offset": {"grid": ["random", 0, [1, 2]]}})
+    table = to_parquet(Trials(Folder(str(tmp_path)), load_config(None, {}), wanted))
     values = parquet.read_table(io.BytesIO(table)).column("stream.offset").to_pylist()
     assert values == ['"random"', "0", "[1, 2]"]
 
@@ -196,15 +211,15 @@ def test_what_a_trial_gave_or_took_last_does_not_take_it_back(prose, tmp_path):
     flags += ["--model.hidden_size", 8, "--run.name", "run"]
     assert job("train", *flags, "--train.max_steps", 10).status == 0
     run, between = Folder(str(tmp_path / "run")), Folder(str(tmp_path / "between"))
-    given, _ = latest_sound(run / "checkpoints")
-    trials.give(given, run, between)
+    given, _ = find_latest_valid(run / "checkpoints")
+    export_checkpoint(given, run, between)
     assert job("train", *flags, "--train.max_steps", 20).status == 0
-    trials.take(between, run, runs.read(run).config)
-    assert latest_sound(run / "checkpoints")[0].step == 20
-    explored = trials.at(runs.read(run).config, {"optimizer.learning_rate": 0.5})
-    trials.take(between, run, explored)
-    assert latest_sound(run / "checkpoints")[0].step == 10
-    assert runs.read(run).config == explored
+    import_checkpoint(between, run, read_existing_run(run).config)
+    assert find_latest_valid(run / "checkpoints")[0].step == 20
+    explored = with_params(read_existing_run(run).config, {"optimizer.learning_rate": 0.5})
+    import_checkpoint(between, run, explored)
+    assert find_latest_valid(run / "checkpoints")[0].step == 10
+    assert read_existing_run(run).config == explored
 
 
 def test_a_table_that_moves_is_taken_back():
@@ -221,39 +236,39 @@ def test_a_table_that_moves_is_taken_back():
             return True
 
     terminal = Terminal()
-    screen = Screen(terminal)
-    screen.block(["a", "b", "c"])
-    screen.line("stays")
+    console = Console(terminal)
+    console.block(["a", "b", "c"])
+    console.line("stays")
     assert terminal.text == "a\nb\nc\r\x1b[2A\x1b[Jstays\n"
-    assert summary.spoken("validation_perplexity") == "validation perplexity"
+    assert metric_name("validation_perplexity") == "validation perplexity"
 
 
 def test_the_order_of_lines_does_not_matter():
     """A search goes on with its file's lines in another order: no trial changes its point."""
     grids = {"model.cell": {"grid": ["rnn", "gru"]}, "model.hidden_size": {"grid": [8, 16]}}
-    one, other = Search(space=grids), Search(space=dict(reversed(grids.items())))
-    assert search.differences(one, other) == []
+    one, other = SearchConfig(space=grids), SearchConfig(space=dict(reversed(grids.items())))
+    assert search_differences(one, other) == []
     assert [one.space.point(0, number) for number in range(4)] == [other.space.point(0, number) for number in range(4)]
 
 
 def test_how_trials_ended_is_kept_also_of_those_not_asked_for(tmp_path):
     space = {"optimizer.learning_rate": {"loguniform": [0.01, 4]}}
-    base, folder = parse.load(None, {}), Folder(str(tmp_path))
-    all_four = trials.Trials(folder, base, Search(trials=4, space=space))
+    base, folder = load_config(None, {}), Folder(str(tmp_path))
+    all_four = Trials(folder, base, SearchConfig(trials=4, space=space))
     for number in range(4):
         all_four.begin(number, all_four.found[number].point)
         all_four.end(number, "stopped")
-    one = trials.Trials(folder, base, Search(trials=1, space=space))
+    one = Trials(folder, base, SearchConfig(trials=1, space=space))
     one.end(0, "failed", "its process died")
-    again = trials.Trials(folder, base, Search(trials=4, space=space))
+    again = Trials(folder, base, SearchConfig(trials=4, space=space))
     assert [trial.state for trial in again] == ["failed", "stopped", "stopped", "stopped"]
-    (tmp_path / trials.RECORD).write_text("[")
+    (tmp_path / TRIALS_FILE).write_text("[")
     with pytest.raises(UserError, match="not a record of trials"):
-        trials.Trials(folder, base, Search(trials=4, space=space))
+        Trials(folder, base, SearchConfig(trials=4, space=space))
 
 
 def test_a_configuration_may_lie_on_any_file_system(tmp_path):
     (tmp_path / "best.toml").write_text('[model]\ncell = "gru"')
-    assert parse.load(f"file://{tmp_path}/best.toml", {}).model.cell == "gru"
+    assert load_config(f"file://{tmp_path}/best.toml", {}).model.cell == "gru"
     with pytest.raises(UserError, match="no such configuration file"):
-        parse.load(f"file://{tmp_path}/worst.toml", {})
+        load_config(f"file://{tmp_path}/worst.toml", {})

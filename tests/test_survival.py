@@ -16,11 +16,24 @@ from types import SimpleNamespace
 import pytest
 from conftest import ROOT, job, result, rows, start_job
 
-from job import checkpoint, lease, runs, storage
+from job import storage
+from job.cluster.event_channel import EventChannel
 from job.errors import RunFailed, UserError
-from job.loop import Progress
+from job.run import lease
+from job.run.run_dir import open_checkpoint, read_result
 from job.storage import Folder
-from job.trainer import latest_sound
+from job.training.checkpoint import (
+    checkpoint_name,
+    commit_checkpoint,
+    discard_after,
+    find_latest_valid,
+    list_checkpoints,
+    load_lane_state,
+    remove_checkpoint,
+    weights_sha256,
+    write_part,
+)
+from job.training.progress import Progress
 
 GOLDEN = ROOT / "tests" / "golden" / "format-1" / "step-000030-901de0"
 GOLDEN_WEIGHTS = "dc1bf71977736643653bbf855d05319b50205fb73b268713437b8096619f42a6"
@@ -91,13 +104,13 @@ class Torn:
 
 def write_checkpoint(folder: Folder, step: int, attempt: str) -> None:
     """As driver and worker do it, the clearing before and the pruning after included."""
-    checkpoint.clear_for(folder, step - 10, attempt)
-    name = checkpoint.name_of(step, attempt)
+    discard_after(folder, step - 10, attempt)
+    name = checkpoint_name(step, attempt)
     files = {path.name: path.read_bytes() for path in GOLDEN.iterdir() if path.name != "manifest.json"}
-    receipt = checkpoint.write_part(folder, name, files, 1, Progress(step=step))
-    checkpoint.commit(folder, name, [receipt])
-    for old in checkpoint.committed(folder)[:-2]:
-        checkpoint.remove(old)
+    receipt = write_part(folder, name, files, 1, Progress(step=step))
+    commit_checkpoint(folder, name, [receipt])
+    for old in list_checkpoints(folder)[:-2]:
+        remove_checkpoint(old)
 
 
 def in_a_child(action) -> int:
@@ -125,12 +138,12 @@ def test_a_checkpoint_cut_off_at_any_of_its_writes_harms_none(tmp_path, monkeypa
 
             status = in_a_child(interrupted)
         assert status in (0, 9)
-        sound, problems = latest_sound(folder)
+        sound, problems = find_latest_valid(folder)
         assert sound.step in (20, 30)
         assert problems == ()  # what is not whole is not even taken for a checkpoint
         write_checkpoint(folder, sound.step + 10, "cccccc")
-        names = [entry.name for entry in checkpoint.committed(folder)]
-        assert names[-1] == checkpoint.name_of(sound.step + 10, "cccccc")
+        names = [entry.name for entry in list_checkpoints(folder)]
+        assert names[-1] == checkpoint_name(sound.step + 10, "cccccc")
         leftovers = {path.name for path in Path(folder.address).iterdir()} - set(names)
         assert not leftovers
         if status == 0:
@@ -153,7 +166,7 @@ def test_a_full_disk_stops_the_run_and_more_room_lets_it_go_on(prose, tmp_path):
         assert "No space left" in ended.err
         assert "is kept" in ended.err
         assert ended.err.count("\n") == 1
-        sound, _ = latest_sound(Folder(str(disk / "run" / "checkpoints")))
+        sound, _ = find_latest_valid(Folder(str(disk / "run" / "checkpoints")))
         assert sound
         subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
         again = job(*flags(prose, disk, *more))
@@ -207,7 +220,7 @@ def test_a_run_on_an_object_store_is_the_same_run(bucket, prose, tmp_path):
     assert ended.status == 0, ended.err
     assert "goes on from step 33" in ended.out
     folder = Folder.at(bucket("runs")) / "run"
-    found, expected = runs.read_result(folder), result(tmp_path / "run")
+    found, expected = read_result(folder), result(tmp_path / "run")
     assert found["weights_sha256"] == expected["weights_sha256"]
     losses = [json.loads(line) for line in folder.read("metrics.jsonl").splitlines()]
     assert [(row["step"], row["nats"]) for row in losses if row["split"] == "train"] == [
@@ -220,7 +233,7 @@ def test_a_run_on_an_object_store_is_the_same_run(bucket, prose, tmp_path):
 
 
 def owner_of(folder, **changes):
-    mine = lease.acquire(folder)
+    mine = lease.acquire_lease(folder)
     owner = json.loads(folder.read("owner.json"))
     mine.release()
     folder.write("owner.json", json.dumps({**owner, **changes}).encode())
@@ -228,12 +241,12 @@ def owner_of(folder, **changes):
 
 def test_a_living_driver_keeps_its_run(tmp_path):
     folder = Folder(str(tmp_path / "run"))
-    mine = lease.acquire(folder)
+    mine = lease.acquire_lease(folder)
     with pytest.raises(UserError, match=rf"this run is alive, driven by process {os.getpid()} on "):
-        lease.acquire(folder)
+        lease.acquire_lease(folder)
     mine.check()
     mine.release()
-    lease.acquire(folder).release()
+    lease.acquire_lease(folder).release()
     assert not folder.has("owner.json")
 
 
@@ -244,22 +257,22 @@ def test_a_living_driver_keeps_its_run(tmp_path):
 def test_a_dead_drivers_run_is_taken_at_once(tmp_path, changes):
     folder = Folder(str(tmp_path / "run"))
     owner_of(folder, **changes)
-    lease.acquire(folder).release()
+    lease.acquire_lease(folder).release()
 
 
 def test_a_driver_elsewhere_is_given_time(tmp_path):
     folder = Folder(str(tmp_path / "run"))
     owner_of(folder, host="elsewhere")
     with pytest.raises(UserError, match="if that is dead, start again in"):
-        lease.acquire(folder)
+        lease.acquire_lease(folder)
 
 
 def test_a_driver_elsewhere_is_listened_to(tmp_path, monkeypatch):
     """A job that is submitted again after its head has died must not be refused for it."""
-    monkeypatch.setattr(lease, "SILENCE", 2.0)
+    monkeypatch.setattr(lease, "LEASE_TIMEOUT_S", 2.0)
     folder, said = Folder(str(tmp_path / "run")), []
     owner_of(folder, host="elsewhere")
-    lease.refuse_unless_dead(folder, said.append)
+    lease.wait_until_expired(folder, said.append)
     assert len(said) == 1
     assert "waiting for a sign of life" in said[0]
     owner_of(folder, host="elsewhere")
@@ -268,7 +281,7 @@ def test_a_driver_elsewhere_is_listened_to(tmp_path, monkeypatch):
     timer = threading.Timer(0.7, folder.write, ("owner.json", json.dumps(beat).encode()))
     timer.start()
     with pytest.raises(UserError, match="this run is alive"):
-        lease.refuse_unless_dead(folder, said.append)
+        lease.wait_until_expired(folder, said.append)
     timer.join()
 
 
@@ -285,11 +298,11 @@ class Faltering:
 
 
 def test_a_store_that_falters_is_waited_for(monkeypatch):
-    monkeypatch.setattr(storage, "PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(storage, "RETRY_DELAYS_S", (0.0, 0.0))
     busy = "When getting information: AWS Error SLOW_DOWN during HeadObject operation"
     cases = [(True, [busy] * 2, ""), (True, [busy] * 3, "SLOW_DOWN"), (False, [busy], "SLOW_DOWN")]
-    for patient, errors, told in [*cases, (True, ["AWS Error ACCESS_DENIED"], "ACCESS_DENIED")]:
-        folder = Folder("s3://bucket/runs", patient)
+    for retry, errors, told in [*cases, (True, ["AWS Error ACCESS_DENIED"], "ACCESS_DENIED")]:
+        folder = Folder("s3://bucket/runs", retry)
         folder.__dict__["_place"] = (Faltering(*errors), "bucket/runs")
         if told:
             with pytest.raises(OSError, match=told):
@@ -300,9 +313,9 @@ def test_a_store_that_falters_is_waited_for(monkeypatch):
 
 def test_a_driver_that_lost_its_run_writes_no_more(tmp_path):
     folder = Folder(str(tmp_path / "run"))
-    first = lease.acquire(folder)
+    first = lease.acquire_lease(folder)
     folder.remove("owner.json")
-    second = lease.acquire(folder)
+    second = lease.acquire_lease(folder)
     with pytest.raises(RunFailed, match="another driver has taken this run over"):
         first.check()
     second.check()
@@ -342,10 +355,10 @@ def test_the_golden_checkpoint_opens():
     said = job("generate", GOLDEN, "--generate.prefix", "the", "--generate.length", 20)
     assert said.status == 0, said.err
     assert said.out == (GOLDEN.parent / "said.txt").read_text()
-    found, restored = runs.open_checkpoint(str(GOLDEN))
-    assert checkpoint.weights_sha256(restored.weights) == GOLDEN_WEIGHTS
-    assert (found.step, restored.progress.step, restored.progress.window) == (30, 30, 30)
-    hidden, memory = checkpoint.lane_state(found, range(3, 7))
+    found, loaded = open_checkpoint(str(GOLDEN))
+    assert weights_sha256(loaded.weights) == GOLDEN_WEIGHTS
+    assert (found.step, loaded.progress.step, loaded.progress.window) == (30, 30, 30)
+    hidden, memory = load_lane_state(found, range(3, 7))
     assert hidden.shape == memory.shape == (1, 4, 8)
 
 
@@ -377,8 +390,8 @@ def test_what_a_new_attempt_has_begun_to_write_stays(tmp_path):
     folder = Folder(str(tmp_path))
     write_checkpoint(folder, 10, "aaaaaa")
     for attempt in ("aaaaaa", "bbbbbb"):
-        (folder / checkpoint.name_of(20, attempt)).write("model.safetensors", b"a part")
-    checkpoint.clear_for(folder, 10, "bbbbbb")
+        (folder / checkpoint_name(20, attempt)).write("model.safetensors", b"a part")
+    discard_after(folder, 10, "bbbbbb")
     assert folder.names() == ["step-000010-aaaaaa", "step-000020-bbbbbb"]
 
 
@@ -396,10 +409,8 @@ def test_events_of_one_worker_are_taken_in_order():
     """Ray may swap calls to an actor that is asynchronous."""
     import asyncio
 
-    from job.mailbox import Mailbox
-
     async def swapped():
-        box = Mailbox.__ray_metadata__.modified_class()
+        box = EventChannel.__ray_metadata__.modified_class()
         for number in (1, 0, 0, 3, 1, 2):  # and send one again whose receipt was lost
             await box.post("worker", number, bytes([number]))
         return await box.collect(1.0)

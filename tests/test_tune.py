@@ -13,10 +13,14 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, job, result, rows, start_job
 
-from job import checkpoint, parse, trials
-from job.search import Search, Space
+from job.cluster.schedulers import StopOnRequest, TrialCallback, build_scheduler
+from job.cluster.trainable import TrialTrainable
+from job.config.search_space import SearchConfig, SearchSpace
+from job.config.toml import config_from_toml, load_config
+from job.run.lease import acquire_lease, raise_if_held
 from job.storage import Folder
-from job.trainer import latest_sound
+from job.training.checkpoint import copy_checkpoint, find_latest_valid, read_checkpoint_file
+from job.tuning import trials
 
 pytestmark = pytest.mark.cluster
 
@@ -43,7 +47,7 @@ def outcome(folder):
     found = {
         path.parent.name: json.loads(path.read_text())["weights_sha256"] for path in folder.glob("trials/*/result.json")
     }
-    best = parse.from_toml((folder / "best.toml").read_text(), "best")
+    best = config_from_toml((folder / "best.toml").read_text(), "best")
     return found, best.optimizer
 
 
@@ -180,7 +184,7 @@ def test_asha_stops_the_hopeless_and_keeps_their_checkpoints(prose, tmp_path, on
     assert "finished" in found.values()
     assert outcome(tmp_path / "asha")[1].learning_rate == 1.0
     for name, state in found.items():
-        sound, problems = latest_sound(Folder(str(tmp_path / "asha" / "trials" / name / "checkpoints")))
+        sound, problems = find_latest_valid(Folder(str(tmp_path / "asha" / "trials" / name / "checkpoints")))
         assert sound
         assert problems == ()
         assert (state == "finished") == (tmp_path / "asha" / "trials" / name / "result.json").exists()
@@ -189,7 +193,7 @@ def test_asha_stops_the_hopeless_and_keeps_their_checkpoints(prose, tmp_path, on
 
 
 def test_a_trial_that_diverges_is_marked_and_the_others_go_on(prose, tmp_path, on_cluster, monkeypatch):
-    monkeypatch.setattr("job.tune.TRIES", 1)
+    monkeypatch.setattr("job.cluster.tune.MAX_TRIAL_FAILURES", 1)
     space = '"model.cell" = { grid = ["test_cells:Bomb", "rnn", "test_cells:Dies"] }'
     ended = job(*small(prose, tmp_path, "marked", space, "--search.concurrent", 2))
     assert ended.status == 0, ended.err
@@ -205,7 +209,7 @@ def test_a_trial_that_diverges_is_marked_and_the_others_go_on(prose, tmp_path, o
 
 def test_an_exploited_trial_goes_on_with_the_winners_weights_and_state(prose, tmp_path, on_cluster, monkeypatch):
     """Bit for bit: where exploring changes nothing, the loser's way is the winner's from there on."""
-    monkeypatch.setattr(Space, "explore", lambda self, point, luck: point)
+    monkeypatch.setattr(SearchSpace, "explore", lambda self, point, rng: point)
     space = '"optimizer.learning_rate" = { grid = [1.0, 0.001] }'
     words = small(prose, tmp_path, "pbt", space, "--search.scheduler", "pbt", "--train.epochs", 5)
     words += ["--model.cell", "lstm", "--optimizer.name", "adamw", "--model.dropout", 0.2, "--train.log_every", 1]
@@ -234,7 +238,7 @@ class Member:
         self.temporary_state = SimpleNamespace(saving_to=None)
 
     def __str__(self):
-        return trials.name_of(self.number)
+        return trials.trial_name(self.number)
 
     def is_finished(self):
         return self.status == "TERMINATED"
@@ -242,13 +246,12 @@ class Member:
 
 def test_a_population_goes_on_without_the_one_it_waited_for(tmp_path):
     """It ended without a report; and while all wait for each other, a stop has nobody to wait for."""
-    from job import steering
 
     space = {"optimizer.learning_rate": {"grid": [1.0, 0.1, 0.01]}}
-    known = trials.Trials(Folder(str(tmp_path)), parse.load(None, {}), Search(scheduler="pbt", space=space))
-    ear = steering.Ear(known)
-    stop = steering.Stop(ear)
-    scheduler = steering.scheduler_of(known, stop)
+    known = trials.Trials(Folder(str(tmp_path)), load_config(None, {}), SearchConfig(scheduler="pbt", space=space))
+    ear = TrialCallback(known)
+    stop = StopOnRequest(ear)
+    scheduler = build_scheduler(known, stop)
     members = [Member(number) for number in range(3)]
     controller = SimpleNamespace(search_alg=None, get_trials=lambda: members)
     controller.get_live_trials = lambda: {member for member in members if not member.is_finished()}
@@ -272,21 +275,20 @@ def test_a_population_goes_on_without_the_one_it_waited_for(tmp_path):
 
 def test_a_checkpoint_is_taken_over_when_the_last_actor_has_written_its_own(tmp_path, monkeypatch):
     """What an old actor still commits would else be taken for the later one."""
-    from job import attempt, lease
 
-    actor = attempt.Actor.__new__(attempt.Actor)
+    actor = TrialTrainable.__new__(TrialTrainable)
     actor.told_to_stop = False
     folder, order = Folder(str(tmp_path)), []
-    monkeypatch.setattr(attempt.Actor, "place", folder)
-    monkeypatch.setattr(attempt.Actor, "options", None)
-    monkeypatch.setattr(trials, "take", lambda *_: order.append("taken"))
-    old = lease.acquire(folder)
+    monkeypatch.setattr(TrialTrainable, "place", folder)
+    monkeypatch.setattr(TrialTrainable, "options", None)
+    monkeypatch.setattr("job.cluster.trainable.import_checkpoint", lambda *_: order.append("taken"))
+    old = acquire_lease(folder)
     timer = threading.Timer(1.0, lambda: (order.append("written"), old.release()))
     timer.start()
     actor.load_checkpoint(str(tmp_path))
     timer.join()
     assert order == ["written", "taken"]
-    lease.refuse_if_alive(folder)
+    raise_if_held(folder)
 
 
 def test_before_it_explores_it_holds_the_winners_checkpoint(prose, tmp_path):
@@ -296,16 +298,16 @@ def test_before_it_explores_it_holds_the_winners_checkpoint(prose, tmp_path):
     for name, rate in (("winner", 0.01), ("loser", 0.02)):
         more = ["--run.name", name, "--optimizer.learning_rate", rate, "--train.max_steps", 30]
         assert job("train", *flags, *more).status == 0
-    sound, _ = latest_sound(Folder(str(tmp_path / "winner" / "checkpoints")))
-    checkpoint.copy(sound, Folder(str(tmp_path / "between")))
+    sound, _ = find_latest_valid(Folder(str(tmp_path / "winner" / "checkpoints")))
+    copy_checkpoint(sound, Folder(str(tmp_path / "between")))
     (tmp_path / "loser" / "result.json").unlink()
-    options = parse.from_toml((tmp_path / "loser" / "config.toml").read_text(), "loser")
-    explored = trials.at(options, {"optimizer.learning_rate": 0.005})
-    trials.take(Folder(str(tmp_path / "between")), Folder(str(tmp_path / "loser")), explored)
-    taken, _ = latest_sound(Folder(str(tmp_path / "loser" / "checkpoints")))
+    options = config_from_toml((tmp_path / "loser" / "config.toml").read_text(), "loser")
+    explored = trials.with_params(options, {"optimizer.learning_rate": 0.005})
+    trials.import_checkpoint(Folder(str(tmp_path / "between")), Folder(str(tmp_path / "loser")), explored)
+    taken, _ = find_latest_valid(Folder(str(tmp_path / "loser" / "checkpoints")))
     assert taken.name == sound.name
-    assert {file: checkpoint.read_file(taken, file) for file in taken.files} == {
-        file: checkpoint.read_file(sound, file) for file in sound.files
+    assert {file: read_checkpoint_file(taken, file) for file in taken.files} == {
+        file: read_checkpoint_file(sound, file) for file in sound.files
     }
     ended = job("train", *flags, "--run.name", "loser", "--optimizer.learning_rate", 0.005)
     assert f"goes on from step {sound.step}" in ended.out
@@ -324,9 +326,8 @@ def test_a_trial_that_can_never_be_placed_is_told(prose, tmp_path, on_cluster):
 
 
 def test_a_driver_that_lives_keeps_its_search(calm, prose, tmp_path, on_cluster):
-    from job import lease
 
-    mine = lease.acquire(Folder(str(tmp_path / "kept")))
+    mine = acquire_lease(Folder(str(tmp_path / "kept")))
     ended = job(*small(prose, tmp_path, "kept", RATES))
     mine.release()
     assert (ended.status, ended.err.count("\n")) == (2, 1)

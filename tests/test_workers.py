@@ -12,7 +12,11 @@ import storm
 from conftest import job, result, rows, start_job
 from test_reference import assert_reproduces
 
-from job import compiled, placement
+from job.cluster.resources import cluster_placement
+from job.cluster.scaling_policy import FreeResourceScalingPolicy
+from job.cluster.torch_backend import GlooInterfaceTorchConfig
+from job.config.schema import ScaleConfig
+from job.kernels.build import load_library
 
 pytestmark = pytest.mark.cluster
 
@@ -26,7 +30,7 @@ def test_reference_traces_hold_on_any_number_of_workers(trace, workers, tmp_path
     ended = job("train", *trace.flags, "--scale.workers", workers, "--run.storage", tmp_path, "--run.name", "run")
     assert ended.status == 0, ended.err
     assert {row["workers"] for row in rows(tmp_path / "run", "epoch")} == {workers}
-    assert ("in one memory" in ended.out) == (workers > 1 and compiled.library() is not None)
+    assert ("in one memory" in ended.out) == (workers > 1 and load_library() is not None)
     assert_reproduces(trace, tmp_path / "run", 1e-8)
 
 
@@ -95,20 +99,17 @@ def test_a_node_that_others_fill_does_not_end_a_group(monkeypatch):
     """Ray counts what nodes have, of which others may hold a part."""
     from ray.train import ScalingConfig
 
-    from job import cluster, elastic
-    from job.config import Scale
-
     one = {"CPU": 1.0}
-    scale = Scale(workers="1-3")
-    policy = elastic.Frugal(
+    scale = ScaleConfig(workers="1-3")
+    policy = FreeResourceScalingPolicy(
         ScalingConfig(num_workers=(1, 3), resources_per_worker=one, elastic_resize_monitor_interval_s=0),
-        placement.on_cluster(scale, [one] * 3, []),
+        cluster_placement(scale, [one] * 3, []),
     )
     monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda: None)
     monkeypatch.setattr(policy, "_get_reserved_resources", lambda: {"a": one, "b": one, "c": one})
 
     def decided(free, running=0):
-        monkeypatch.setattr(cluster, "free", lambda: free)
+        monkeypatch.setattr("job.cluster.scaling_policy.free_resources", lambda: free)
         if running:
             state = SimpleNamespace(num_workers=running, start_time=-1e9)
             return getattr(policy.make_decision_for_running_worker_group(state, None), "num_workers", None)
@@ -137,7 +138,7 @@ def test_ctrl_c_on_ray_saves_and_leaves_no_process(prose, tmp_path):
     steps = len(rows(tmp_path / "run", "train"))
     assert f"stopped at step {steps:,}; step {steps:,} is kept" in out
     until = time.monotonic() + 30  # Ray's agents see that their node has gone, and go
-    while left := storm.marked(storm.MARK, mark):
+    while left := storm.probe_file(storm.MARK, mark):
         assert time.monotonic() < until, [storm.title(one) for one in left]
         time.sleep(0.2)
     again = job(*words, "--scale.workers", 0, "--train.max_steps", steps + 2)
@@ -165,7 +166,7 @@ def test_a_short_storm_leaves_no_trace(prose, tmp_path):
 @pytest.mark.slow
 def test_workers_that_always_die_end_the_run(prose, tmp_path, on_cluster, monkeypatch):
     """Not by trying for ever, even where nothing is left to say why."""
-    monkeypatch.setattr("job.record.TRIES", 2)
+    monkeypatch.setattr("job.run.recorder.MAX_CONSECUTIVE_FAILURES", 2)
     ended = job(*small(prose, tmp_path, "run", "--scale.workers", 1, "--model.cell", "test_cells:Dies"))
     assert (ended.status, ended.err.count("\n")) == (1, 1)
     assert "the workers failed 2 times without getting to a checkpoint" in ended.err
@@ -177,8 +178,6 @@ def test_workers_that_cannot_meet_are_started_again():
     import ray.exceptions
     from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 
-    from job.network import Networked
-
     class Group:
         aborted = False
 
@@ -188,7 +187,7 @@ def test_workers_that_cannot_meet_are_started_again():
         def abort(self):
             self.aborted = True
 
-    group, config = Group(), Networked()
+    group, config = Group(), GlooInterfaceTorchConfig()
     with pytest.raises(WorkerGroupStartupFailedError) as told:
         config.backend_cls().on_start(group, config)
     assert group.aborted

@@ -1,0 +1,233 @@
+"""A run on Ray: the launcher that has Ray Train start the workers, and carries their events."""
+
+import contextlib
+import math
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import Any
+
+import numpy as np
+import ray
+import ray.util
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from job.cluster.connection import connect, living_nodes, ray_address
+from job.cluster.event_channel import EventChannel, dumps, loads
+from job.cluster.node_probe import check_nodes
+from job.cluster.resources import Placement, cluster_placement
+from job.cluster.scaling_policy import FreeResourceScalingPolicy
+from job.cluster.torch_backend import GlooInterfaceTorchConfig
+from job.cluster.train_worker import train_worker
+from job.cluster.waiting import WaitingNotice, WorkerGroupFailureCallback
+from job.config.schema import Config
+from job.console import Console
+from job.distributed.gradient_sync import ControlFlags
+from job.errors import RunFailed
+from job.run.driver import RunWorkers
+from job.run.recorder import Recorder
+from job.run.signals import StopRequest
+from job.storage import Folder
+from job.training.events import Event
+from job.training.run_spec import RunSpec
+
+POLL_INTERVAL_S = 1.0  # seconds that a signal, or the end of Ray Train, may go unnoticed
+SHUTDOWN_TIMEOUT_S = 10.0  # seconds for Ray to end in
+RAY_FOLDER = "ray"  # Ray Train's own records; a run's truth is in its checkpoints
+AUTOSCALER_REQUESTER = "requester"  # the file in it with the name under which workers are asked for
+
+
+@contextmanager
+def launch_on_ray(config: Config, console: Console) -> Iterator[RunWorkers]:
+    """A launcher for workers on a cluster: the one that is asked for, or one of the run's own."""
+    placement = connect(config.scale)
+    fits: list[threading.Thread] = []
+    try:
+        if placement.notice:
+            console.line(placement.notice)
+        if ray_address():
+            check_nodes(placement, config.run.storage, config.model.cell)
+        with _launch(config, placement, fits) as follow:
+            yield follow
+    finally:
+        # Ray must not be shut down under a thread that waits for it. One that waits for workers
+        # which wait for each other ends with this process, and the cluster or job with it.
+        if not any(fit.is_alive() for fit in fits):
+            ray.shutdown()
+
+
+@contextmanager
+def launch_within_trial(config: Config, console: Console) -> Iterator[RunWorkers]:
+    """A launcher for a process of the cluster itself, as a search's trial is; its workers' place was found before."""
+    with _launch(config, cluster_placement(config.scale, living_nodes(), None), []) as follow:
+        yield follow
+
+
+@contextmanager
+def _launch(config: Config, placement: Placement, fits: list[threading.Thread]) -> Iterator[RunWorkers]:
+    """The launcher once a cluster is joined; ``fits`` gets the thread that is in Ray Train's hands."""
+    _set_ray_timeouts(config)
+
+    def follow(spec: RunSpec, tokens: np.ndarray, recorder: Recorder, stop_request: StopRequest) -> None:
+        following = _RayRun(spec, tokens, placement, recorder, stop_request)
+        fits.append(following.thread)
+        following.to_the_end()
+
+    try:
+        # Ray prints pages of advice on each death of a worker; what matters comes as an event.
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+            yield follow
+    finally:
+        for fit in fits:
+            fit.join(SHUTDOWN_TIMEOUT_S)
+
+
+def _set_ray_timeouts(config: Config) -> None:
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(config.scale.hang_timeout)
+    if config.scale.min_workers < config.scale.max_workers:
+        # For some time Ray counts on a node that has gone; fewer workers are tried after this.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "15")
+
+
+def _saved_within(config: Config) -> float:
+    """Seconds in which a group of workers that trains has saved; 0 where that goes by steps."""
+    seconds = config.train.checkpoint_seconds
+    return 2 * seconds if math.isfinite(seconds) else 0.0
+
+
+def create_event_channel() -> Any:
+    """A mailbox that lives and dies with this node, as its driver does."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return EventChannel.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
+
+
+class _Trainer(TorchTrainer):
+    """Ray's trainer with our word on how many workers there may be.
+
+    And without an actor for Ray Data at each start of workers: a second or two on a small machine.
+    """
+
+    placement: Placement
+
+    def _initialize_and_run_controller(self, **options: Any) -> Any:
+        if self.scaling_config.elasticity_enabled:
+            options["scaling_policy"] = FreeResourceScalingPolicy(self.scaling_config, self.placement)
+        return super()._initialize_and_run_controller(**options)
+
+    def _create_default_callbacks(self) -> list[Any]:
+        return [
+            callback for callback in super()._create_default_callbacks() if not isinstance(callback, DatasetsCallback)
+        ]
+
+
+class _RayRun:
+    """One run of Ray Train, whose events the driver's main thread takes as they come."""
+
+    def __init__(
+        self, spec: RunSpec, tokens: np.ndarray, placement: Placement, recorder: Recorder, stop_request: StopRequest
+    ) -> None:
+        self.spec, self.placement, self.recorder, self.stop_request = spec, placement, recorder, stop_request
+        self.event_channel = create_event_channel()
+        self.trainer = self._trainer(ray.put(tokens))
+        self.error: BaseException | None = None
+        self.thread = threading.Thread(target=self._fit, daemon=True)
+
+    def _trainer(self, tokens: Any) -> TorchTrainer:
+        options, placement = self.spec.config, self.placement
+        elastic = placement.min_workers < placement.max_workers
+        workers: Any = (placement.min_workers, placement.max_workers) if elastic else placement.max_workers
+        task = {
+            "plan": self.spec,
+            "tokens": tokens,
+            "mailbox": self.event_channel,
+            "threads": placement.cpus_per_worker,
+        }
+        trainer = _Trainer(
+            train_worker,
+            train_loop_config=task,
+            torch_config=GlooInterfaceTorchConfig(timeout_s=math.ceil(options.scale.hang_timeout)),
+            scaling_config=ScalingConfig(
+                num_workers=workers,
+                use_gpu=placement.use_gpu,
+                resources_per_worker=placement.resources,
+                placement_strategy=placement.strategy,
+                # Not before a checkpoint: else nodes that keep coming would keep a run from getting on.
+                elastic_resize_monitor_interval_s=max(options.scale.hang_timeout, _saved_within(options)),
+            ),
+            run_config=RunConfig(
+                name=RAY_FOLDER,
+                storage_path=self.recorder.folder.address,
+                failure_config=FailureConfig(max_failures=-1),
+                logging_config=LoggingConfig(log_level="ERROR"),
+                callbacks=[WorkerGroupFailureCallback(self.event_channel)],
+            ),
+        )
+        trainer.placement = placement
+        return trainer
+
+    def _fit(self) -> None:
+        try:
+            self.trainer.fit()
+        except BaseException as error:  # told by the main thread
+            self.error = error
+
+    def to_the_end(self) -> None:
+        """Takes events until the run is over; RunFailed where Ray ends it before."""
+        _cancel_request_of_dead_driver(self.recorder.folder / RAY_FOLDER)
+        self.recorder.folder.remove(RAY_FOLDER)
+        (self.recorder.folder / RAY_FOLDER).write(AUTOSCALER_REQUESTER, self.trainer.train_run_context.run_id.encode())
+        self.thread.start()
+        try:
+            self._take_events()
+            self.recorder.lease.check()
+            self.recorder.folder.remove(RAY_FOLDER)
+        except ray.exceptions.RayError as error:
+            raise RunFailed(f"Ray ended: {_first_line(error)}") from None
+        finally:
+            self.event_channel.end.remote()
+
+    def _collected(self) -> list[Event]:
+        """What has come; waits a moment for it."""
+        return [loads(letter) for letter in ray.get(self.event_channel.collect.remote(POLL_INTERVAL_S))]
+
+    def _take_events(self) -> None:
+        waiting, asked = WaitingNotice(self.placement, self.recorder.console), False
+        while not self.recorder.over:
+            events = self._collected()
+            for event in events:
+                self.recorder.handle(event)
+            if self.stop_request.save:
+                self.stop_request.save = False
+                ray.get(self.event_channel.order.remote(dumps(ControlFlags(checkpoint=True))))
+            if self.stop_request.status and not self.recorder.standing:
+                raise KeyboardInterrupt  # no worker stands that could save anything
+            if self.stop_request.status and not asked:
+                ray.get(self.event_channel.order.remote(dumps(ControlFlags(stop=True))))
+                asked = True
+            if not self.thread.is_alive() and not events and not self.recorder.over:
+                raise RunFailed(f"Ray Train ended: {_first_line(self.error)}")
+            waiting.look(standing=self.recorder.standing)
+        if self.recorder.failed:  # parts that were written before may still be on their way
+            for event in self._collected():
+                self.recorder.handle(event)
+
+
+def _cancel_request_of_dead_driver(folder: Folder) -> None:
+    """Takes back what a dead driver asked of the cluster for its elastic workers.
+
+    Ray would hold the dead run's resources for it for three minutes.
+    """
+    coordinator = "AutoscalingCoordinator"  # Ray's own actor, by the name that Ray gives it
+    with contextlib.suppress(OSError, ValueError, ray.exceptions.RayError):
+        requester = folder.read(AUTOSCALER_REQUESTER, 100).decode()
+        actor = ray.get_actor(coordinator, namespace=coordinator)
+        ray.get(actor.cancel_request.remote(f"train-{requester}"), timeout=SHUTDOWN_TIMEOUT_S)
+
+
+def _first_line(error: BaseException | None) -> str:
+    text = str(error).strip() if error else "without an error"
+    return text.splitlines()[0] if text else type(error).__name__

@@ -1,0 +1,230 @@
+"""One trial of a search, in an actor of Ray Tune: an ordinary run, which waits at each report for the word to go on."""
+
+import contextlib
+import os
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from signal import SIGTERM
+from typing import Any
+
+import numpy as np
+import ray
+from ray import tune
+
+from job.cluster.launcher import launch_within_trial
+from job.config.schema import Config
+from job.config.search_space import SearchConfig
+from job.console import Console
+from job.errors import Diverged, UnrecoverableError, UserError
+from job.run.driver import Launcher, RunWorkers, run_training
+from job.run.lease import HEARTBEAT_INTERVAL_S, LEASE_TIMEOUT_S, acquire_lease, raise_if_held
+from job.run.local_launcher import launch_local
+from job.run.recorder import Recorder
+from job.run.signals import StopRequest
+from job.storage import Folder
+from job.training.events import Event, MetricsRow
+from job.training.run_spec import RunSpec
+from job.tuning.trials import TRIALS_DIR, export_checkpoint, import_checkpoint, read_trial_rows, row_score, trial_config
+
+
+@dataclass(frozen=True)
+class TrialContext:
+    """What all trials share."""
+
+    base: Config
+    search: SearchConfig
+    folder: Folder
+    directory: str  # where the command was given, from which its paths are
+    event_channel: Any  # brings the order to stop
+
+
+class TrialTrainable(tune.Trainable):
+    """Runs one trial after another: each an ordinary run, which waits at each report for the word to go on."""
+
+    def setup(self, config: dict[str, Any], task: TrialContext) -> None:
+        """Called by Ray Tune once."""
+        self.task = task
+        with contextlib.suppress(OSError):  # another host may not have it
+            os.chdir(task.directory)
+        self.attempt: TrialRunner | None = None
+        self.told_to_stop = False
+        threading.Thread(target=self._listen, daemon=True).start()
+
+    def _listen(self) -> None:
+        with contextlib.suppress(ray.exceptions.RayError):  # the search's driver is gone, and soon this process
+            ray.get(self.task.event_channel.orders_after.remote(0))
+            self.told_to_stop = True
+            if self.attempt:
+                self.attempt.request_stop()
+
+    @property
+    def options(self) -> Config:
+        """The run's configuration; the trial is known by its name, since its point may be another's."""
+        return trial_config(self.task.base, self.task.folder, int(self.trial_name), self.config["trial"]["point"])
+
+    @property
+    def place(self) -> Folder:
+        """The run's folder."""
+        return self.task.folder / TRIALS_DIR / self.trial_name
+
+    def step(self) -> dict[str, Any]:
+        """Goes on to the next report."""
+        if self.attempt is None:
+            self.attempt = TrialRunner(self.options, self.place, self.task.search)
+            if self.told_to_stop:
+                self.attempt.request_stop()
+        return self.attempt.next_report()
+
+    def save_checkpoint(self, checkpoint_dir: str) -> None:
+        """Copies the checkpoint of the last report, for the trials that will go on from it."""
+        assert self.attempt and self.attempt.recorder
+        export_checkpoint(self.attempt.recorder.committed[-1], self.place, Folder(checkpoint_dir))
+
+    def load_checkpoint(self, checkpoint_dir: str) -> None:  # type: ignore[override]
+        """Makes a checkpoint, this trial's or another's, the one that the run goes on from."""
+        wait_until_free(self.place, lambda: self.told_to_stop)  # its last actor may still be writing
+        lease = acquire_lease(self.place)
+        try:
+            import_checkpoint(Folder(checkpoint_dir), self.place, self.options)
+        finally:
+            lease.release()
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        """Ends this trial's run; the actor takes another."""
+        self.cleanup()
+        return True
+
+    def cleanup(self) -> None:
+        """Ends the run, with a checkpoint, and whatever it has started."""
+        if self.attempt:
+            self.attempt.end()
+            self.attempt = None
+
+
+def wait_until_free(place: Folder, told_to_stop: Callable[[], bool]) -> None:
+    """A driver of this run that is dying, or died with its node, is waited for."""
+    until = time.monotonic() + LEASE_TIMEOUT_S + 2 * HEARTBEAT_INTERVAL_S
+    while not told_to_stop() and time.monotonic() < until:
+        try:
+            return raise_if_held(place)
+        except UserError:
+            time.sleep(0.5)
+
+
+class TrialRunner:
+    """A trial's run in a thread; it reports when the checkpoint of an epoch is whole, and waits there."""
+
+    def __init__(self, config: Config, place: Folder, search: SearchConfig) -> None:
+        self.options, self.place, self.search = config, place, search
+        self.reports: queue.SimpleQueue[dict[str, Any] | BaseException] = queue.SimpleQueue()
+        self.may_go_on = threading.Semaphore(0)
+        self.ending = self.stop_wanted = False
+        self.recorder: Recorder | None = None
+        self.stop_request: StopRequest | None = None
+        self.row: dict[str, Any] | None = None  # that waits for its checkpoint
+        self.told = 0  # the step of the last report
+        self.thread = threading.Thread(target=self._drive, daemon=True)
+
+    # --- called by Ray Tune, in the actor's main thread ---
+
+    def next_report(self) -> dict[str, Any]:
+        """Lets the run go on, and waits for its next report; raises what ended it unforeseen."""
+        if not self.thread.is_alive():
+            self.thread.start()
+        else:
+            self.may_go_on.release()
+        found = self.reports.get()
+        if isinstance(found, BaseException):
+            raise found
+        return found
+
+    def request_stop(self) -> None:
+        """Has the run save and stop at its next step."""
+        self.stop_wanted = True
+        if self.stop_request:
+            self.stop_request.status = 128 + SIGTERM
+
+    def end(self) -> None:
+        """Stops the run, where it is not over, and waits until it is."""
+        self.ending = True
+        self.request_stop()
+        self.may_go_on.release()
+        if self.thread.ident:
+            self.thread.join()
+
+    # --- in the run's thread ---
+
+    def _drive(self) -> None:
+        try:
+            self.reports.put({"done": True, **self._outcome()})
+        except BaseException as error:  # told by the main thread, and tried again by Ray Tune
+            self.reports.put(error)
+
+    def _outcome(self) -> dict[str, str]:
+        if self.search.scheduler == "asha":
+            self._recall()
+        if self.stop_wanted:
+            return {"state": "interrupted"}
+        launch = launch_within_trial if self.options.scale.max_workers else launch_local
+        try:
+            wait_until_free(self.place, lambda: self.stop_wanted)
+            if self.stop_wanted:
+                return {"state": "interrupted"}
+            with open(os.devnull, "w") as nowhere:
+                status = run_training(self.options, "", Console(nowhere), self._watched(launch))
+        except Diverged as error:
+            return {"state": "diverged", "why": _short(error)}
+        except (UnrecoverableError, UserError) as error:
+            return {"state": "failed", "why": _short(error)}
+        return {"state": "interrupted" if status else "finished"}
+
+    def _recall(self) -> None:
+        """Reports again what an earlier start of the search has seen, for the scheduler."""
+        for row in read_trial_rows(self.place):
+            if not self.stop_wanted:
+                self._report(row)
+
+    def _watched(self, launch: Launcher) -> Launcher:
+        """The launcher, with its recorder watched and its wishes within reach."""
+
+        @contextmanager
+        def watched(config: Config, console: Console) -> Iterator[RunWorkers]:
+            with launch(config, console) as follow:
+
+                def followed(spec: RunSpec, tokens: np.ndarray, recorder: Recorder, stop_request: StopRequest) -> None:
+                    self.recorder, self.stop_request = recorder, stop_request
+                    recorder.watch = self._watch
+                    if self.stop_wanted:
+                        self.request_stop()
+                    follow(spec, tokens, recorder, stop_request)
+
+                yield followed
+
+        return watched
+
+    def _watch(self, event: Event) -> None:
+        assert self.recorder
+        if isinstance(event, MetricsRow) and event.attempt == self.recorder.attempt:
+            if row_score(event.row, self.search.metric) is not None:
+                self.row = event.row
+        elif self.row and self.recorder.committed and self.recorder.committed[-1].step == self.row["step"]:
+            row, self.row = self.row, None
+            self._report(row)
+
+    def _report(self, row: dict[str, Any]) -> None:
+        """Tells Ray Tune, once for each step, and waits for its word."""
+        value = row_score(row, self.search.metric)
+        if value is None or row["step"] <= self.told or self.ending:
+            return
+        self.told = row["step"]
+        self.reports.put({"epoch": row["epoch"], "step": row["step"], "score": value})
+        self.may_go_on.acquire()
+
+
+def _short(error: Exception) -> str:
+    """What went wrong, without what the run's own command would say of going on."""
+    return str(error).partition(";")[0]

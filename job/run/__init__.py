@@ -1,0 +1,1 @@
+"""One run's directory, as its driver sees it."""

@@ -1,0 +1,174 @@
+"""Starts a run's workers, follows them, and finishes the run.
+
+How workers are started is the launcher's affair: in this process, or by Ray on a cluster.
+"""
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from job.config.schema import Config
+from job.config.toml import config_to_toml
+from job.console import Console, format_duration, python_command
+from job.errors import Diverged, RunFailed, UnrecoverableError, UserError
+from job.inference.generate import generate_sample
+from job.run.lease import acquire_lease, wait_until_expired
+from job.run.metrics import plot_perplexity
+from job.run.recorder import RESULT_FILE, Recorder
+from job.run.run_dir import CONFIG_FILE, check_config_unchanged, check_same_text, open_checkpoint, resolve_run
+from job.run.setup import build_run_spec
+from job.run.signals import StopRequest
+from job.storage import Folder
+from job.training.checkpoint import find_latest_valid, list_checkpoints, weights_sha256
+from job.training.progress import perplexity
+from job.training.run_spec import RunSpec
+
+# Workers take the plan and the tokens; the recorder gets their events until the run is over.
+RunWorkers = Callable[[RunSpec, np.ndarray, Recorder, StopRequest], None]
+# Makes sure, before anything is written, that the workers have a place.
+Launcher = Callable[[Config, Console], AbstractContextManager[RunWorkers]]
+
+
+def run_training(config: Config, stem: str, console: Console, launch: Launcher) -> int:
+    """Trains as configured, or goes on with what is there; gives the exit status."""
+    folder, config, previous = resolve_run(config, stem)
+    if previous and previous.is_finished(config):
+        assert previous.result
+        bound = "train.epochs" if previous.result["epochs"] >= config.train.epochs else "train.max_steps"
+        console.line(f"{folder} is finished; to train longer, raise {bound}")
+        _print_result(previous.result, folder, console)
+        return 0
+    wait_until_expired(folder, console.line)
+    stop_request = StopRequest()
+    with stop_request.heard():
+        spec, tokens = build_run_spec(config, folder)
+        check_same_text(spec.checkpoints, spec.corpus)
+        folder.check_writable()
+        if stop_request.status:
+            return stop_request.status
+        folder = replace(folder, retry=True)
+        spec = replace(spec, checkpoints=folder / spec.checkpoints.name)
+        console.line(_run_banner(spec, config.corpus.source))
+        # Heard anew within: Ray, once it is connected, has handlers of its own.
+        with launch(spec.config, console) as follow, stop_request.heard():
+            return _run(follow, spec, tokens, folder, stop_request, console)
+
+
+def _run(
+    follow: RunWorkers, spec: RunSpec, tokens: np.ndarray, folder: Folder, stop_request: StopRequest, console: Console
+) -> int:
+    lease = acquire_lease(folder)
+    recorder = None
+    try:
+        check_config_unchanged(folder, spec.config)  # between the look at it and the lease
+        folder.write(CONFIG_FILE, config_to_toml(spec.config).encode())
+        recorder = Recorder(folder, spec.config, lease, console)
+        follow(spec, tokens, recorder, stop_request)
+        if recorder.failed:
+            raise (Diverged if recorder.diverged else UnrecoverableError)(recorder.failed)
+        if not recorder.finished:
+            raise RunFailed("the workers ended without a word")
+        if recorder.finished.stopped:
+            console.line(f"stopped at step {recorder.finished.progress.step:,}; {_describe_last_checkpoint(folder)}")
+            return stop_request.status
+        lease.check()
+        _print_result(_finish(spec, recorder, folder), folder, console)
+        return 0
+    except KeyboardInterrupt:
+        console.line(f"stopped; {_describe_last_checkpoint(folder)}")
+        return stop_request.status
+    except RunFailed as error:
+        raise type(error)(
+            "; ".join(filter(None, (str(error), _describe_last_checkpoint(folder, closely=True))))
+        ) from error.__cause__
+    except OSError as error:
+        raise RunFailed(f"{folder}: cannot be read or written: {error}; {_describe_last_checkpoint(folder)}") from None
+    finally:
+        if recorder:
+            recorder.close()
+        lease.release()
+
+
+def _finish(spec: RunSpec, recorder: Recorder, folder: Folder) -> dict[str, Any]:
+    """Lets the model speak, draws the curve, and writes the result, which marks the run as finished."""
+    assert recorder.finished
+    done = recorder.finished
+    found, loaded = open_checkpoint((recorder.checkpoints / done.checkpoint).address)
+    text = generate_sample(loaded, spec.config)
+    folder.write("sample.txt", (text + "\n").encode())
+    folder.write("perplexity.png", plot_perplexity(recorder.rows(), spec.config.run.name))
+    nats = done.progress.last_epoch_nats
+    assert nats is not None
+    result: dict[str, Any] = {"perplexity": perplexity(nats), "nats": nats}
+    if done.progress.last_validation_nats is not None and recorder.best:
+        result["validation_perplexity"] = perplexity(done.progress.last_validation_nats)
+        result["best_validation_perplexity"] = perplexity(recorder.best.validation_nats or 0.0)
+        result["best_checkpoint"] = f"checkpoints/{recorder.best.name}"
+    result |= {
+        "epochs": done.progress.epoch,
+        "steps": done.progress.step,
+        "tokens": done.progress.tokens,
+        "seconds": round(done.progress.seconds, 3),
+        "workers": done.workers,
+        "restarts": max(done.progress.restarts, recorder.starts - 1),
+        "checkpoint": f"checkpoints/{found.name}",
+        "weights_sha256": weights_sha256(loaded.weights),
+        "generated": text,
+        "corpus": spec.corpus,
+    }
+    folder.write(RESULT_FILE, json.dumps(result, indent=1, ensure_ascii=False).encode())
+    return result
+
+
+def _run_banner(spec: RunSpec, asked: str) -> str:
+    metadata, options = spec.corpus, spec.config
+    source = metadata["source"]
+    if source == "embedded" and asked == "auto":
+        source = "the text embedded in Python (The Time Machine is neither cached nor to be had within seconds)"
+    unit = "bytes" if options.vocabulary.kind == "byte" else "characters"
+    return (
+        f"run {options.run.name}: {source}, {metadata['characters']:,} {unit}, "
+        f"{metadata['tokens']:,} tokens of {len(spec.vocabulary):,} kinds"
+    )
+
+
+def _describe_last_checkpoint(folder: Folder, closely: bool = False) -> str:
+    """The last checkpoint, by its manifest, or by every byte; empty where all are damaged."""
+    place = folder / "checkpoints"
+    damaged: tuple[str, ...] = ()
+    try:
+        entries = [entry for entry in list_checkpoints(place) if not isinstance(entry, str)]
+        found = entries[-1] if entries else None
+        if closely:
+            found, damaged = find_latest_valid(place)
+    except (OSError, UserError) as error:
+        return f"the checkpoints cannot be read now: {error}"
+    if not found:
+        return "" if damaged else "no checkpoint was written yet: the same command starts anew"
+    return (
+        f"step {found.step:,} is kept: the same command with --run.name {folder.name} "
+        f"goes on, {python_command()} -m job generate {folder.shell_quoted} lets it speak"
+    )
+
+
+def _print_result(result: dict[str, Any], folder: Folder, console: Console) -> None:
+    workers = f"{result['workers']} worker{'s' * (result['workers'] != 1)}"
+    console.line(
+        f"perplexity {result['perplexity']:.4g} after {result['epochs']} epochs, {result['steps']:,} steps, "
+        f"{format_duration(result['seconds'])} on {workers}"
+    )
+    if "validation_perplexity" in result:
+        console.line(
+            f"validation {result['validation_perplexity']:.4g}, at best {result['best_validation_perplexity']:.4g} "
+            f"in {folder / result['best_checkpoint']}"
+        )
+    console.line()
+    console.line(f"    {result['generated']}")
+    console.line()
+    for name, file in (("curve", "perplexity.png"), ("metrics", "metrics.jsonl"), ("checkpoint", result["checkpoint"])):
+        console.line(f"{name:<11}{folder / file}")
+    console.line(f"{'continue':<11}{python_command()} -m job generate {folder.shell_quoted} --generate.prefix '…'")

@@ -1,0 +1,1 @@
+"""A search's directory; knows no Ray."""
