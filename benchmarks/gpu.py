@@ -33,10 +33,10 @@ def plain_steps(shapes: Shapes, device: torch.device) -> Iterator[object]:
     """The seed's loop with what torch offers a GPU: cuDNN under autocast, a fused optimizer."""
     net, stream = PlainModel(shapes.cell, shapes.tokens, shapes.units).to(device), shapes.stream()
     updates = torch.optim.SGD(net.parameters(), 0.1, fused=True)
-    state, windows = None, stream.cut(0).num_windows
+    state, windows = None, stream.partition(0).num_windows
     while True:
         for index in range(windows):
-            inputs, targets = (part.to(device) for part in stream.window(0, index, range(shapes.lanes)))
+            inputs, targets = (part.to(device) for part in stream.read_window(0, index, range(shapes.lanes)))
             if state is not None:
                 state = state.detach() if isinstance(state, torch.Tensor) else tuple(part.detach() for part in state)
             with torch.autocast(device.type, torch.bfloat16):

@@ -67,7 +67,7 @@ def learner_of(
     updates = build_optimizer(config.optimizer, net)
     near = create_group(60) if workers > 1 else None
     reproducible = config.train.reproducible
-    groups = lane_groups_of_worker(stream.options.batch_size, config.train.lane_groups if reproducible else 0, 0, 1)
+    groups = lane_groups_of_worker(stream.config.batch_size, config.train.lane_groups if reproducible else 0, 0, 1)
     share = LaneAssignment(groups, workers, stream.tokens_per_step, chosen.autocast, config.model.dropout, near)
     gradients = (DeterministicGradients if reproducible else AllReduceGradients)(net, share)
     update = EagerTrainStep(gradients, updates, config.optimizer.grad_clip_norm, place)

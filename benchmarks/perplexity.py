@@ -36,7 +36,7 @@ def plainly(config: Config, stream: Stream, tokens: int) -> float:
     net.load_state_dict(build_model(config.model, tokens, 0).state_dict())
     losses = plain.steps(net, stream, config.optimizer.learning_rate)
     for epoch in range(config.train.epochs):
-        nats = [next(losses) for _ in range(stream.cut(epoch).num_windows)]
+        nats = [next(losses) for _ in range(stream.partition(epoch).num_windows)]
     return math.exp(sum(nats) / len(nats))
 
 

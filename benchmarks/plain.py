@@ -31,8 +31,8 @@ def steps(model: PlainModel, stream: Stream, learning_rate: float) -> Iterator[f
     epoch = 0
     while True:
         state = None
-        for index in range(stream.cut(epoch).num_windows):
-            inputs, targets = stream.window(epoch, index, range(stream.options.batch_size))
+        for index in range(stream.partition(epoch).num_windows):
+            inputs, targets = stream.read_window(epoch, index, range(stream.config.batch_size))
             if state is not None:
                 state = state.detach() if isinstance(state, torch.Tensor) else tuple(part.detach() for part in state)
             logits, state = model(inputs, state)

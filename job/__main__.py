@@ -51,19 +51,18 @@ def _train(line: Line) -> int:
 
 def _generate(line: Line) -> int:
     """Continue a prefix: generate RUN|CHECKPOINT [--generate.prefix TEXT …]"""
-    from job.inference.generate import generate_sample
+    from job.inference.generate import generate_text
     from job.run.run_dir import open_checkpoint
 
     values = _only(line, "generate", "run.seed")
     _, loaded = open_checkpoint(_required(line, "a run's folder or a checkpoint's"))
-    print(generate_sample(loaded, override_config(loaded.config, values)))
+    print(generate_text(loaded, override_config(loaded.config, values)))
     return 0
 
 
 def _evaluate(line: Line) -> int:
     """Perplexity of a text: evaluate RUN|CHECKPOINT [--corpus.source TEXT …]"""
     from job.inference.evaluate import evaluate_text
-    from job.inference.generate import load_model
     from job.run.run_dir import open_checkpoint
     from job.training.progress import perplexity
 
@@ -72,11 +71,11 @@ def _evaluate(line: Line) -> int:
         values["corpus"].setdefault("max_tokens", 0)  # all of it, whatever was cut from the text that trained
     checkpoint, loaded = open_checkpoint(_required(line, "a run's folder or a checkpoint's"))
     corpus_config = override_config(loaded.config, values).corpus
-    result = evaluate_text(loaded, load_model(loaded), corpus_config)
+    result = evaluate_text(loaded, corpus_config)
     unit = "byte" if loaded.vocabulary.kind == "byte" else "character"
     print(
-        f"perplexity {perplexity(result.mean.nats_per_token):.6g}, {result.bits_per_character:.4f} bits per {unit}, "
-        f"{result.mean.nats_per_token:.6f} nats per token over {result.mean.tokens:,} targets "
+        f"perplexity {perplexity(result.loss.nats_per_token):.6g}, {result.bits_per_character:.4f} bits per {unit}, "
+        f"{result.loss.nats_per_token:.6f} nats per token over {result.loss.tokens:,} targets "
         f"(step {checkpoint.step:,}, {corpus_config.source})"
     )
     return 0

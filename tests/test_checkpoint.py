@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from job.console import Console
 from job.data.lanes import split_evenly
 from job.errors import UserError
-from job.inference.generate import load_model
+from job.inference.load import load_model
 from job.run.lease import acquire_lease
 from job.run.recorder import Recorder
 from job.run.run_dir import open_checkpoint, read_existing_run

@@ -56,7 +56,7 @@ def test_the_book_has_the_books_length():
     if not BOOK.exists():
         pytest.skip("The Time Machine is not here")
     text = read(BOOK, cleaning="d2l")
-    assert text.characters == 170_580
+    assert text.num_characters == 170_580
     words = build_vocabulary(VocabularyConfig(), text)
     assert words.tokens[:5] == ("<unk>", " ", "e", "t", "a")
     assert len(words) == 28
@@ -91,7 +91,7 @@ def test_auto_falls_back_to_the_text_in_python(web, monkeypatch):
     monkeypatch.setattr(corpus, "TIME_MACHINE_URL", "http://127.0.0.1:9/book")
     text = read("auto")
     assert (text.source, text.cleaning) == ("embedded", "d2l")
-    assert 140_000 < text.characters <= corpus.TIME_MACHINE_LENGTH
+    assert 140_000 < text.num_characters <= corpus.TIME_MACHINE_LENGTH
     with pytest.raises(UserError, match="cannot be reached"):
         read("time-machine")
 
@@ -153,21 +153,21 @@ def test_missing_files_are_told(source, told):
 
 @given(st.binary(min_size=1))
 def test_bytes_take_any_file(data):
-    text = corpus.Text("here", "none", [data])
+    text = corpus.Corpus("here", "none", [data])
     words = build_vocabulary(VocabularyConfig(kind="byte"), text)
     assert bytes(words.encode(text.lines).tolist()) == data
 
 
 @given(st.text(min_size=1).filter(lambda text: not any(0xD800 <= ord(c) <= 0xDFFF for c in text)))
 def test_characters_come_back(text):
-    words = build_vocabulary(VocabularyConfig(), corpus.Text("here", "none", [text]))
+    words = build_vocabulary(VocabularyConfig(), corpus.Corpus("here", "none", [text]))
     assert words.decode(words.encode([text])) == text
     assert vocabulary_from_json(words.to_json().encode(), "here") == words
     assert Vocabulary("char", words.tokens[:1]).encode([text]).tolist() == [0] * len(text)
 
 
 def test_words_are_counted_by_line():
-    text = corpus.Text("here", "d2l", ["b a", "b c", "a d"])
+    text = corpus.Corpus("here", "d2l", ["b a", "b c", "a d"])
     words = build_vocabulary(VocabularyConfig(kind="word", min_frequency=2), text)
     assert words.tokens == ("<unk>", "b", "a")
     assert words.decode(words.encode(text.lines)) == "b a b <unk> a <unk>"

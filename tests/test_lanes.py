@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from job.config.schema import StreamConfig
-from job.data.lanes import lane_groups_of_worker, partition, split_evenly
+from job.data.lanes import lane_groups_of_worker, sequential_partition, split_evenly
 from job.data.stream import Stream
 from job.distributed.context import _cgroup_cpu_limit
 from job.distributed.tree_reduce import owned_subtrees, reduce_adjacent, tree_sum
@@ -86,9 +86,9 @@ def test_windows_are_the_books(tokens, batch, steps, offset):
     corpus = np.arange(tokens, dtype=np.int32)
     stream = Stream(corpus, StreamConfig(batch_size=batch, num_steps=steps, offset=offset), seed=0)
     windows = list(books_partition(corpus, batch, steps, offset))
-    assert stream.cut(0).num_windows == len(windows)
+    assert stream.partition(0).num_windows == len(windows)
     for index, (xs, ys) in enumerate(windows):
-        parts = [stream.window(0, index, lanes) for lanes in split_evenly(batch, 2)]
+        parts = [stream.read_window(0, index, lanes) for lanes in split_evenly(batch, 2)]
         np.testing.assert_array_equal(np.concatenate([x.numpy() for x, _ in parts], 1).T, xs)
         np.testing.assert_array_equal(np.concatenate([y.numpy() for _, y in parts], 1).T, ys)
 
@@ -104,7 +104,7 @@ def test_random_offsets_are_a_function_of_seed_and_epoch():
 
 def test_a_cut_never_reads_past_the_end():
     for tokens, offset, lanes, steps in itertools.product(range(60), range(4), range(1, 6), range(1, 6)):
-        found = partition(tokens, offset, lanes, steps)
+        found = sequential_partition(tokens, offset, lanes, steps)
         if found.num_windows:
             assert found.offset + lanes * found.lane_length + 1 <= tokens
 

@@ -30,7 +30,7 @@ AUTO_DOWNLOAD_TIMEOUT_S = 5.0  # seconds that `auto` waits for a download before
 
 
 @dataclass(frozen=True)
-class Text:
+class Corpus:
     """Clean text, in the pieces that are tokenized apart (so a word never spans two lines).
 
     ``lines`` holds text, or bytes where tokens are bytes and nothing was cleaned.
@@ -41,22 +41,22 @@ class Text:
     lines: list[str] | list[bytes]
 
     @property
-    def characters(self) -> int:
+    def num_characters(self) -> int:
         """Characters of the text; bytes where it is bytes."""
         return sum(map(len, self.lines))
 
 
-def read_corpus(corpus_config: CorpusConfig, kind: str) -> Text:
+def read_corpus(corpus_config: CorpusConfig, kind: str) -> Corpus:
     """The text that a configuration names, cleaned; ``kind`` is the vocabulary's."""
     source, data = _fetch(corpus_config.source)
     cleaning = corpus_config.cleaning
     if cleaning == "auto":
         cleaning = "d2l" if source in ("time-machine", "embedded") else "none"
     if kind == "byte" and cleaning == "none":
-        text = Text(source, cleaning, [data])
+        text = Corpus(source, cleaning, [data])
     else:
-        text = Text(source, cleaning, clean_text(_decoded(data, source), cleaning))
-    if not text.characters:
+        text = Corpus(source, cleaning, clean_text(_decoded(data, source), cleaning))
+    if not text.num_characters:
         raise UserError(f"corpus.source = {source}: holds no text{_after_cleaning(data, cleaning)}")
     return text
 

@@ -47,7 +47,7 @@ class Partition:
     num_windows: int
 
 
-def partition(tokens: int, offset: int, lanes: int, num_steps: int) -> Partition:
+def sequential_partition(tokens: int, offset: int, lanes: int, num_steps: int) -> Partition:
     """The book's sequential partition of ``tokens`` tokens, of which the last is only a target."""
     lane_length = max(0, tokens - offset - 1) // lanes
     return Partition(offset, lane_length, lane_length // num_steps)

@@ -9,7 +9,7 @@ from functools import cached_property
 import numpy as np
 
 from job.config.schema import VocabularyConfig
-from job.data.corpus import Text
+from job.data.corpus import Corpus
 from job.errors import UserError
 
 UNKNOWN = "<unk>"
@@ -71,7 +71,7 @@ class Vocabulary:
         return json.dumps({"kind": self.kind, "tokens": self.tokens}, ensure_ascii=True)
 
 
-def build_vocabulary(vocabulary_config: VocabularyConfig, text: Text) -> Vocabulary:
+def build_vocabulary(vocabulary_config: VocabularyConfig, text: Corpus) -> Vocabulary:
     """The book's vocabulary of a text: ``<unk>``, then by falling frequency, ties by first sight."""
     if vocabulary_config.kind == "byte":
         return Vocabulary("byte", ())

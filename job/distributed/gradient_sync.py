@@ -100,7 +100,7 @@ class LossModule(nn.Module):
         if self.share.dropout:
             dropout = Dropout(self.share.dropout, window.dropout_keys_LB)
         with torch.autocast(window.inputs_TB.device.type, autocast, enabled=autocast is not None):
-            nats, state = self.model.nats(window.inputs_TB, window.targets_TB, state, dropout)
+            nats, state = self.model.cross_entropy_sum(window.inputs_TB, window.targets_TB, state, dropout)
         return (nats, self.tally.view(4)), state  # DDP looks for what each parameter leads to
 
     def slopes(self, nats: Tensor, signals: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,8 @@ from job.config.schema import Config, GenerateConfig
 from job.data.corpus import clean_text
 from job.data.vocabulary import Vocabulary
 from job.errors import UserError
-from job.nn.language_model import LanguageModel, State, build_model, load_weights
+from job.inference.load import load_model
+from job.nn.language_model import LanguageModel, State
 from job.training.checkpoint import LoadedCheckpoint
 
 
@@ -69,17 +70,9 @@ def decode_continuation(vocabulary: Vocabulary, prefix: np.ndarray, continued: l
     return vocabulary.decode([*prefix.tolist(), *continued])
 
 
-def generate_sample(loaded: LoadedCheckpoint, config: Config) -> str:
+def generate_text(loaded: LoadedCheckpoint, config: Config) -> str:
     """The prefix and its continuation by a checkpoint's model."""
     prefix = encode_prefix(config.generate.prefix, loaded.config.corpus.cleaning, loaded.vocabulary)
     model = load_model(loaded)
     continued = generate_tokens(model, prefix, config.generate, config.run.seed)
     return decode_continuation(loaded.vocabulary, prefix, continued)
-
-
-def load_model(loaded: LoadedCheckpoint) -> LanguageModel:
-    """A checkpoint's model, on the CPU, in the precision of its weights."""
-    model = build_model(loaded.config.model, len(loaded.vocabulary), loaded.config.run.seed)
-    model = model.to(next(weight.dtype for weight in loaded.weights.values() if weight.is_floating_point()))
-    load_weights(model, loaded.weights, "checkpoint")
-    return model

@@ -15,7 +15,7 @@ from job.config.schema import Config
 from job.config.toml import config_to_toml
 from job.console import Console, format_duration, python_command
 from job.errors import Diverged, RunFailed, UnrecoverableError, UserError
-from job.inference.generate import generate_sample
+from job.inference.generate import generate_text
 from job.run.lease import acquire_lease, wait_until_expired
 from job.run.metrics import plot_perplexity
 from job.run.recorder import RESULT_FILE, Recorder
@@ -98,7 +98,7 @@ def _finish(spec: RunSpec, recorder: Recorder, folder: Folder) -> dict[str, Any]
     assert recorder.finished
     done = recorder.finished
     found, loaded = open_checkpoint((recorder.checkpoints / done.checkpoint).address)
-    text = generate_sample(loaded, spec.config)
+    text = generate_text(loaded, spec.config)
     folder.write("sample.txt", (text + "\n").encode())
     folder.write("perplexity.png", plot_perplexity(recorder.rows(), spec.config.run.name))
     nats = done.progress.last_epoch_nats

@@ -30,7 +30,7 @@ def build_run_spec(config: Config, folder: Folder) -> tuple[RunSpec, np.ndarray]
     vocabulary = build_vocabulary(config.vocabulary, text)
     tokens = vocabulary.encode(text.lines)[: config.corpus.max_tokens or None]
     training, validation = split_validation(tokens, config.corpus.validation_fraction)
-    Stream(training, config.stream, config.run.seed).check(config.train)
+    Stream(training, config.stream, config.run.seed).check_enough_tokens(config.train)
     if config.corpus.validation_fraction and len(validation) <= config.stream.batch_size:
         raise UserError(
             f"corpus.validation_fraction = {config.corpus.validation_fraction} keeps {len(validation)} tokens, "
@@ -40,7 +40,7 @@ def build_run_spec(config: Config, folder: Folder) -> tuple[RunSpec, np.ndarray]
     init = _first_weights(config, vocabulary)
     metadata: dict[str, Any] = {
         "source": text.source,
-        "characters": text.characters,
+        "characters": text.num_characters,
         "tokens": len(tokens),
         "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
     }

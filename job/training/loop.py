@@ -53,7 +53,7 @@ class TrainState:
     @property
     def at_epochs_end(self) -> bool:
         """Whether all windows of the epoch that runs are taken."""
-        return self.progress.window == self.stream.cut(self.progress.epoch).num_windows
+        return self.progress.window == self.stream.partition(self.progress.epoch).num_windows
 
 
 def is_done(progress: Progress, train: TrainConfig) -> bool:
@@ -68,7 +68,7 @@ def train_steps(train_state: TrainState, config: Config, signals: Callable[[], C
     and ``state`` are those after the update. Ends with the epoch's last window.
     """
     progress, stream = train_state.progress, train_state.stream
-    num_windows = stream.cut(progress.epoch).num_windows
+    num_windows = stream.partition(progress.epoch).num_windows
     train_state.model.train()
     while progress.window < num_windows and not is_done(progress, config.train):
         rate = learning_rate_at(config.optimizer, progress.step, train_state.total_steps)
@@ -93,7 +93,7 @@ def train_steps(train_state: TrainState, config: Config, signals: Callable[[], C
 
 def _next_batch(train_state: TrainState, config: Config, signals: ControlFlags) -> Batch:
     progress, lanes = train_state.progress, train_state.share.lanes
-    inputs_TB, targets_TB = train_state.stream.window(progress.epoch, progress.window, lanes)
+    inputs_TB, targets_TB = train_state.stream.read_window(progress.epoch, progress.window, lanes)
     layers = config.model.num_layers if train_state.share.dropout else 0
     dropout_keys_LB = dropout_keys(config.run.seed, progress.step, layers, lanes)
     return Batch(inputs_TB, targets_TB, torch.tensor(signals, dtype=torch.float32), dropout_keys_LB)

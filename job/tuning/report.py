@@ -24,7 +24,7 @@ from job.config.search_space import Range
 from job.config.toml import config_to_toml
 from job.console import Console, python_command
 from job.errors import RunFailed
-from job.inference.generate import generate_sample
+from job.inference.generate import generate_text
 from job.run.metrics import MAX_PLOTTED_PERPLEXITY
 from job.run.run_dir import open_checkpoint, read_existing_run
 from job.tuning.trials import BEST_FILE, Trial, Trials, baseline_params, trial_name
@@ -158,7 +158,7 @@ def write_reports(trials: Trials) -> None:
         run.config, run=replace(run.config.run, name="", storage=trials.base.run.storage), scale=trials.base.scale
     )
     value = f"{metric_name(trials.search.metric)} {trials.best_of(winner):.6g}"
-    trials.folder.write(SAMPLE_FILE, (generate_sample(loaded, options) + "\n").encode())
+    trials.folder.write(SAMPLE_FILE, (generate_text(loaded, options) + "\n").encode())
     trials.folder.write(CURVES_FILE, plot_curves(trials))
     trials.folder.write(SPACE_FILE, plot_score_by_param(trials))
     trials.folder.write(PARQUET_FILE, to_parquet(trials))
