@@ -41,8 +41,8 @@ SPACE = {
 @given(seed=st.integers(0, 2**63), number=st.integers(0, 10**6))
 def test_a_point_is_a_pure_function_that_stays_in_its_space(seed, number):
     space = SearchConfig(space=SPACE).space
-    point = space.point(seed, number)
-    assert point == space.point(seed, number)
+    point = space.sample(seed, number)
+    assert point == space.sample(seed, number)
     assert 0.01 <= point["optimizer.learning_rate"] <= 4
     assert 0 <= point["model.dropout"] <= 0.5
     assert point["model.hidden_size"] in range(8, 33)
@@ -57,22 +57,22 @@ def test_a_point_is_a_pure_function_that_stays_in_its_space(seed, number):
 
 def test_a_field_is_drawn_whatever_else_is_searched():
     alone = SearchConfig(space={"model.dropout": SPACE["model.dropout"]}).space
-    assert alone.point(3, 5)["model.dropout"] == SearchConfig(space=SPACE).space.point(3, 5)["model.dropout"]
+    assert alone.sample(3, 5)["model.dropout"] == SearchConfig(space=SPACE).space.sample(3, 5)["model.dropout"]
 
 
 def test_a_grid_is_gone_through_once():
     wanted = SearchConfig(
         searcher="grid", space={"model.cell": SPACE["model.cell"], "model.num_layers": {"choice": [1, 2]}}
     )
-    points = [tuple(wanted.space.point(0, number).values()) for number in range(wanted.total)]
+    points = [tuple(wanted.space.sample(0, number).values()) for number in range(wanted.num_trials)]
     assert points == [("rnn", 1), ("rnn", 2), ("gru", 1), ("gru", 2), ("lstm", 1), ("lstm", 2)]
 
 
 def test_how_many_trials():
-    assert SearchConfig(space=SPACE).total == 16
-    assert SearchConfig(space=SPACE, trials=40).total == 40
-    assert SearchConfig(space={"model.cell": SPACE["model.cell"]}, trials=40).total == 3
-    assert SearchConfig(space={"model.cell": SPACE["model.cell"]}, trials=2).total == 2
+    assert SearchConfig(space=SPACE).num_trials == 16
+    assert SearchConfig(space=SPACE, trials=40).num_trials == 40
+    assert SearchConfig(space={"model.cell": SPACE["model.cell"]}, trials=40).num_trials == 3
+    assert SearchConfig(space={"model.cell": SPACE["model.cell"]}, trials=2).num_trials == 2
 
 
 def test_toml_reads_back_to_the_same():
@@ -248,7 +248,9 @@ def test_the_order_of_lines_does_not_matter():
     grids = {"model.cell": {"grid": ["rnn", "gru"]}, "model.hidden_size": {"grid": [8, 16]}}
     one, other = SearchConfig(space=grids), SearchConfig(space=dict(reversed(grids.items())))
     assert search_differences(one, other) == []
-    assert [one.space.point(0, number) for number in range(4)] == [other.space.point(0, number) for number in range(4)]
+    assert [one.space.sample(0, number) for number in range(4)] == [
+        other.space.sample(0, number) for number in range(4)
+    ]
 
 
 def test_how_trials_ended_is_kept_also_of_those_not_asked_for(tmp_path):

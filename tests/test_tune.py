@@ -209,7 +209,7 @@ def test_a_trial_that_diverges_is_marked_and_the_others_go_on(prose, tmp_path, o
 
 def test_an_exploited_trial_goes_on_with_the_winners_weights_and_state(prose, tmp_path, on_cluster, monkeypatch):
     """Bit for bit: where exploring changes nothing, the loser's way is the winner's from there on."""
-    monkeypatch.setattr(SearchSpace, "explore", lambda self, point, rng: point)
+    monkeypatch.setattr(SearchSpace, "perturb", lambda self, point, rng: point)
     space = '"optimizer.learning_rate" = { grid = [1.0, 0.001] }'
     words = small(prose, tmp_path, "pbt", space, "--search.scheduler", "pbt", "--train.epochs", 5)
     words += ["--model.cell", "lstm", "--optimizer.name", "adamw", "--model.dropout", 0.2, "--train.log_every", 1]

@@ -136,7 +136,7 @@ class OptunaSearcher(_NotPickled, Searcher):
             suggester.replay(trial.number, trial.point)
             if trial.is_over:
                 suggester.tell(trial.number, _told(trials, trial, trial.state))
-        new = [number for number in range(trials.search.total) if number not in trials.found]
+        new = [number for number in range(trials.search.num_trials) if number not in trials.found]
         self.left = [trial.number for trial in before if not trial.is_over] + new
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
@@ -194,7 +194,7 @@ def build_scheduler(trials: Trials, stop: StopOnRequest) -> TrialScheduler:
 
 
 def _perturbed(trial: dict[str, Any], space: SearchSpace, rng: random.Random) -> dict[str, Any]:
-    return {**trial, "point": space.explore(trial["point"], rng)}
+    return {**trial, "point": space.perturb(trial["point"], rng)}
 
 
 def _replay(scheduler: TrialScheduler, trial: Trial) -> None:

@@ -214,5 +214,5 @@ def _search(trials: Trials, place: TrialResources, lease: Lease, stop_request: S
     if experiment.error:
         raise RunFailed(f"Ray Tune ended: {one_line(experiment.error)}; the same command goes on")
     if stop.search and not stop_request.status:
-        waits = trials.search.total - sum(trial.state in TERMINAL_STATES for trial in trials)
+        waits = trials.search.num_trials - sum(trial.state in TERMINAL_STATES for trial in trials)
         console.line(f"time is up with {waits} trials left; the same command goes on")

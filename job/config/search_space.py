@@ -37,22 +37,22 @@ class Range:
         """The values that are checked for all."""
         return (self.low, self.high)
 
-    def draw(self, rng: random.Random) -> Any:
-        """A value, to four digits, that a person can read and type."""
+    def sample(self, rng: random.Random) -> Any:
+        """A random value, rounded to four digits so that a person can read and type it."""
         if self.kind == "randint":
             return rng.randint(int(self.low), int(self.high))
         if self.kind == "loguniform":
             return self._held(math.exp(rng.uniform(math.log(self.low), math.log(self.high))))
         return self._held(rng.uniform(self.low, self.high))
 
-    def holds(self, value: Any) -> bool:
+    def contains(self, value: Any) -> bool:
         """Whether a value is one of them."""
         return isinstance(value, int | float) and self.low <= value <= self.high
 
-    def explore(self, value: Any, rng: random.Random) -> Any:
+    def perturb(self, value: Any, rng: random.Random) -> Any:
         """A value near another."""
         return (
-            self.draw(rng)
+            self.sample(rng)
             if rng.random() < _RESAMPLE_PROBABILITY
             else self._held(value * rng.choice(_PERTURBATION_FACTORS))
         )
@@ -72,15 +72,15 @@ class Choice:
     kind: str  # choice, grid
     endpoints: tuple[Any, ...]
 
-    def draw(self, rng: random.Random) -> Any:
+    def sample(self, rng: random.Random) -> Any:
         """One of the values."""
         return rng.choice(self.endpoints)
 
-    def holds(self, value: Any) -> bool:
+    def contains(self, value: Any) -> bool:
         """Whether a value is one of them."""
         return value in self.endpoints
 
-    def explore(self, value: Any, rng: random.Random) -> Any:
+    def perturb(self, value: Any, rng: random.Random) -> Any:
         """The one before or after another."""
         place = self.endpoints.index(value) + rng.choice((-1, 1))
         return self.endpoints[min(max(place, 0), len(self.endpoints) - 1)]
@@ -148,12 +148,12 @@ class SearchSpace:
         return cls({_searchable(n): _domain(value, f'search.space "{n}"') for n, value in sorted(fields_of.items())})
 
     @property
-    def grid(self) -> int:
+    def grid_size(self) -> int:
         """How many combinations the lists have that are gone through."""
         return math.prod(len(domain.endpoints) for domain in self.domains.values() if domain.kind == "grid")
 
     @property
-    def draws(self) -> bool:
+    def is_sampled(self) -> bool:
         """Whether any field is drawn."""
         return any(domain.kind != "grid" for domain in self.domains.values())
 
@@ -162,24 +162,24 @@ class SearchSpace:
         """Each field's ends, or each of its choices, by itself."""
         return [{name: value} for name, domain in self.domains.items() for value in domain.endpoints]
 
-    def point(self, seed: int, number: int) -> Params:
-        """The point of a trial, a pure function of the seed and its number."""
-        point, turn = Params(), number
+    def sample(self, seed: int, number: int) -> Params:
+        """The parameters of a trial, a pure function of the seed and its number."""
+        params, quotient = Params(), number
         for name, domain in reversed(self.domains.items()):
-            if domain.kind == "grid":  # as a counter's wheels: the last list turns fastest
-                turn, place = divmod(turn, len(domain.endpoints))
-                point[name] = domain.endpoints[place]
+            if domain.kind == "grid":  # mixed-radix digits of the number: the last grid changes fastest
+                quotient, index = divmod(quotient, len(domain.endpoints))
+                params[name] = domain.endpoints[index]
             else:
-                point[name] = domain.draw(random.Random(f"{seed} {number} {name}"))
-        return {name: point[name] for name in self.domains}
+                params[name] = domain.sample(random.Random(f"{seed} {number} {name}"))
+        return {name: params[name] for name in self.domains}
 
-    def holds(self, point: Params) -> bool:
-        """Whether a point is one that might be drawn."""
-        return all(domain.kind != "grid" and domain.holds(point[name]) for name, domain in self.domains.items())
+    def contains(self, params: Params) -> bool:
+        """Whether these parameters could be sampled; False if the space has a grid."""
+        return all(domain.kind != "grid" and domain.contains(params[name]) for name, domain in self.domains.items())
 
-    def explore(self, point: Params, rng: random.Random) -> Params:
-        """A point near another."""
-        return {name: domain.explore(point[name], rng) for name, domain in self.domains.items()}
+    def perturb(self, params: Params, rng: random.Random) -> Params:
+        """Parameters near others, as population-based training explores."""
+        return {name: domain.perturb(params[name], rng) for name, domain in self.domains.items()}
 
 
 def _flat(written: Mapping[str, Any]) -> dict[str, Any]:
@@ -232,12 +232,12 @@ class SearchConfig(Section):
             _check_population(self)
 
     @property
-    def total(self) -> int:
+    def num_trials(self) -> int:
         """How many trials there are."""
-        grid = self.space.grid
-        if self.space.draws:
-            return self.trials or max(DEFAULT_NUM_TRIALS, grid)
-        return min(self.trials or grid, grid)
+        grid_size = self.space.grid_size
+        if self.space.is_sampled:
+            return self.trials or max(DEFAULT_NUM_TRIALS, grid_size)
+        return min(self.trials or grid_size, grid_size)
 
 
 SEARCH_FIELDS = [f"search.{option.name}" for option in fields(SearchConfig) if option.name != "space"]

@@ -38,7 +38,7 @@ SAMPLE_FILE, CURVES_FILE, SPACE_FILE, PARQUET_FILE = "sample.txt", "curves.png",
 def banner(trials: Trials, room: int) -> str:
     """What begins."""
     search, count = trials.search, num_pending(trials)
-    of = f"{count} of {search.total}" if count < search.total else f"{count}"
+    of = f"{count} of {search.num_trials}" if count < search.num_trials else f"{count}"
     stops = {"none": "", "asha": ", the hopeless stopped early", "pbt": ", winners replace losers"}[search.scheduler]
     fields = ", ".join(f"{name} = {domain}" for name, domain in search.space.domains.items())
     return f"search {trials.base.run.name}: {of} trials, {room} at once{stops}; {fields}"
@@ -46,7 +46,7 @@ def banner(trials: Trials, room: int) -> str:
 
 def num_pending(trials: Trials) -> int:
     """Trials that are not over."""
-    return trials.search.total - sum(trial.is_over for trial in trials)
+    return trials.search.num_trials - sum(trial.is_over for trial in trials)
 
 
 def metric_name(metric: str) -> str:
@@ -106,7 +106,8 @@ def show_progress(trials: Trials, console: Console) -> None:
     winner = trials.winner
     running = sum(trial.state == "running" for trial in trials)
     best = f"; best {trials.best_of(winner):.4g} with {format_params(winner)}" if winner else ""
-    text = f"{trials.search.total - num_pending(trials)} of {trials.search.total} trials over, {running} running{best}"
+    total = trials.search.num_trials
+    text = f"{total - num_pending(trials)} of {total} trials over, {running} running{best}"
     if console.moving:
         console.block([*format_table(trials), text])
     else:

@@ -77,14 +77,14 @@ def config_value(config: Config, name: str) -> Any:
 def baseline_params(base: Config, search: SearchConfig) -> Params | None:
     """The configuration's own point, where it lies in a space that is drawn from: it is tried first."""
     own = {name: config_value(base, name) for name in search.space.domains}
-    return own if search.space.holds(own) else None
+    return own if search.space.contains(own) else None
 
 
 def trial_params(base: Config, search: SearchConfig, number: int) -> Params | None:
     """The point of a trial; None where a model chooses it when it is time."""
     if number == 0 and (own := baseline_params(base, search)):
         return own
-    return None if search.searcher == "optuna" else search.space.point(base.run.seed, number)
+    return None if search.searcher == "optuna" else search.space.sample(base.run.seed, number)
 
 
 def trial_config(base: Config, folder: Folder, number: int, point: Params) -> Config:
@@ -146,7 +146,7 @@ def check_search(base: Config, search: SearchConfig, folder: Folder) -> Config:
     if not any(name.startswith(("corpus.", "vocabulary.")) for name in search.space.domains):
         check_same_text(folder / TRIALS_DIR / trial_name(0) / "checkpoints", spec.corpus)
     endpoints = search.space.endpoints
-    trials = [trial_params(base, search, number) for number in range(search.total)]
+    trials = [trial_params(base, search, number) for number in range(search.num_trials)]
     for point in [*endpoints, *(point for point in trials if point)]:
         try:
             options = with_params(base, point)
@@ -175,7 +175,7 @@ def _check_metric(config: Config, search: SearchConfig) -> None:
 def is_trial_finished(folder: Folder, config: Config, search: SearchConfig) -> bool:
     """Whether an earlier start has done all that is asked for, and written down what came of it."""
     trials = Trials(folder, config, search)
-    return folder.has(BEST_FILE) and len(list(trials)) == search.total and all(trial.is_over for trial in trials)
+    return folder.has(BEST_FILE) and len(list(trials)) == search.num_trials and all(trial.is_over for trial in trials)
 
 
 # --- what is known -----------------------------------------------------------------------------
@@ -189,7 +189,7 @@ class Trials:
         self.lock = threading.Lock()  # Ray Tune tells in a thread of its own
         self.found: dict[int, Trial] = {}
         self.marks = self._marks()
-        for number in range(search.total):
+        for number in range(search.num_trials):
             trial = self._read(number, self.marks.get(trial_name(number), {}))
             if trial:
                 self.found[number] = trial
