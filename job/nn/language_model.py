@@ -130,7 +130,7 @@ class LanguageModel(nn.Module):
         hidden_TBH, state = self._hidden(tokens_TB, state, dropout)
         return self.linear(hidden_TBH), state
 
-    def nats(
+    def cross_entropy_sum(
         self, tokens_TB: Tensor, targets_TB: Tensor, state: State, dropout: Dropout | None = None
     ) -> tuple[Tensor, State]:
         """The cross-entropy of the targets, summed, and the state after the last step."""
