@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import job.cluster
 from job import __main__ as command_line
 
 # Ray's processes need a token, and a machine on which Ray has never run has no ~/.ray/auth_token.
@@ -173,8 +174,6 @@ def cluster():
     """
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     from ray.cluster_utils import Cluster
-
-    import job.cluster  # noqa: F401  sets what Ray reads when it is imported
 
     node = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "include_dashboard": False})
     yield node.address

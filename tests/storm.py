@@ -26,7 +26,7 @@ import uuid
 from collections.abc import Sequence
 from pathlib import Path
 
-from ray.cluster_utils import Cluster
+import job.cluster  # noqa: F401  sets what Ray reads when it is imported
 
 ROOT = Path(__file__).parent.parent
 BLOWS = ("kill worker", "kill node", "kill driver", "node leaves", "node joins", "stop worker")
@@ -60,6 +60,8 @@ class Storm:
             "include_dashboard": False,
             "_system_config": {**noticed, "health_check_failure_threshold": 3},
         }
+        from ray.cluster_utils import Cluster
+
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
         self.nodes = [self.cluster.add_node(num_cpus=1) for _ in range(nodes)]
         self.driver: subprocess.Popen[str] | None = None
