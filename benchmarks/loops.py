@@ -10,7 +10,7 @@ from benchmarks import plain
 from job.config.schema import Config, ModelConfig, StreamConfig, TrainConfig
 from job.data.lanes import lane_groups_of_worker
 from job.data.stream import Stream
-from job.distributed.context import precision_of
+from job.distributed.context import resolve_precision
 from job.distributed.gradient_sync import AllReduceGradients, ControlFlags, DeterministicGradients, LaneAssignment
 from job.distributed.shared_memory import create_group
 from job.nn.language_model import build_model
@@ -62,7 +62,7 @@ def learner_of(
 ) -> TrainState:
     """A worker of ``workers``, which hold as many lanes each, before its first step."""
     place = torch.device(device)
-    chosen = precision_of(precision, place)
+    chosen = resolve_precision(precision, place)
     net = build_model(config.model, tokens, 0).to(place, chosen.weights)
     updates = build_optimizer(config.optimizer, net)
     near = create_group(60) if workers > 1 else None

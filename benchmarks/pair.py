@@ -17,16 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from benchmarks import measure
+from benchmarks import loops, measure
 from benchmarks.loops import Shapes, our_steps
 from benchmarks.speed import SIZES
-from job.distributed import shared_memory
 from job.distributed.context import raise_malloc_thresholds
 
 
 def both(rank: int, port: int, rounds: int, gloo: bool, reproducible: bool) -> None:
     if gloo:
-        mock.patch.object(shared_memory, "meet", lambda patience: None).start()
+        mock.patch.object(loops, "create_group", lambda timeout_s: None).start()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
     raise_malloc_thresholds()

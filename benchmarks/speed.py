@@ -19,7 +19,8 @@ from benchmarks import measure
 from benchmarks.loops import Shapes, our_steps, plain_steps
 from benchmarks.peak import Limits, limits
 from job.distributed.context import raise_malloc_thresholds
-from job.kernels import ops
+from job.kernels.ops import supports_dtype
+from job.nn import language_model, loss, rnn
 from job.nn.language_model import RecurrentLayers
 
 SIZES = {"seed's": (32, 40, 256, 28), "larger": (64, 64, 512, 256)}
@@ -30,7 +31,10 @@ def without_kernel(name: str) -> contextlib.AbstractContextManager[object]:
     """No compiled kernel, where the way's name says so."""
     if "no compiler" not in name:
         return contextlib.nullcontext()
-    return mock.patch.object(ops, "works_in", lambda dtype: False)
+    patches = contextlib.ExitStack()
+    for module in (language_model, loss, rnn):
+        patches.enter_context(mock.patch.object(module, "supports_dtype", lambda dtype: False))
+    return patches
 
 
 def milliseconds(run: Callable[[], object], times: int) -> float:
@@ -54,7 +58,7 @@ def recurrences(shapes: Shapes, dtype: torch.dtype) -> Iterator[object]:
 
 def row(shapes: Shapes, rounds: int, found_limits: Limits) -> None:
     """One cell at one size, all ways."""
-    low = torch.bfloat16 if ops.supports_dtype(torch.bfloat16) else torch.float32
+    low = torch.bfloat16 if supports_dtype(torch.bfloat16) else torch.float32
     runs = {"plain": plain_steps(shapes)} | {name: our_steps(shapes, way) for name, way in WAYS.items()}
     runs |= {"auto: recurrence": recurrences(shapes, low), "fp32: recurrence": recurrences(shapes, torch.float32)}
     times = max(3, round(2e10 / shapes.operations))  # so many that a turn's first, cold one weighs little

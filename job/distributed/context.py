@@ -33,7 +33,7 @@ class Precision:
     autocast: torch.dtype | None
 
 
-def precision_of(name: str, device: torch.device) -> Precision:
+def resolve_precision(name: str, device: torch.device) -> Precision:
     """The precision of that name; ``auto`` is bf16 where the hardware multiplies it, else fp32."""
     if name == "auto":
         name = "bf16" if _has_fast_bf16(device) else "fp32"

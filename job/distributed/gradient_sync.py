@@ -202,7 +202,7 @@ class DeterministicGradients:
         rows = torch.stack([value for _, value in nodes] + [torch.zeros_like(like)] * (most - len(nodes)))
         gathered = [torch.empty_like(rows) for _ in self.nodes_of_workers]
         if self.share.near:
-            self.share.near.gather(rows, gathered)
+            self.share.near.all_gather(rows, gathered)
         else:
             dist.all_gather(gathered, rows)
         pairs = zip(self.nodes_of_workers, gathered, strict=True)

@@ -28,20 +28,20 @@ class _GroupStruct(ctypes.Structure):
         ("memory", ctypes.c_void_p),
         ("rank", ctypes.c_long),
         ("workers", ctypes.c_long),
-        ("room", ctypes.c_long),
-        ("patience", ctypes.c_double),
-        ("turn", ctypes.c_uint64),
-        ("missing", ctypes.c_long),
+        ("slot_bytes", ctypes.c_long),
+        ("timeout_s", ctypes.c_double),
+        ("sequence", ctypes.c_uint64),
+        ("stalled_rank", ctypes.c_long),
     )
 
 
 class SharedMemoryGroup:
     """All workers of a run, where they share a machine's memory."""
 
-    def __init__(self, memory: mmap.mmap, rank: int, workers: int, patience: float) -> None:
+    def __init__(self, memory: mmap.mmap, rank: int, workers: int, timeout_s: float) -> None:
         self.memory = memory  # kept as long as its address is used
         address = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-        self.group = _GroupStruct(address, rank, workers, SLOT_BYTES, patience)
+        self.group = _GroupStruct(address, rank, workers, SLOT_BYTES, timeout_s)
 
     def all_reduce_(self, numbers: Tensor) -> None:
         """Makes float32 or float64 numbers the sums of all workers' numbers: all call it, with as many each.
@@ -52,7 +52,7 @@ class SharedMemoryGroup:
         width, count = ctypes.c_long(numbers.element_size()), ctypes.c_long(numbers.numel())
         self._call("add_up", width, count, ctypes.c_void_p(numbers.data_ptr()))
 
-    def gather(self, numbers: Tensor, places: list[Tensor]) -> None:
+    def all_gather(self, numbers: Tensor, places: list[Tensor]) -> None:
         """Gives each place one worker's numbers, in the order of their ranks; else as ``add_up``, of any type."""
         assert len(places) == self.group.workers
         assert all(some.is_contiguous() and some.nbytes == numbers.nbytes for some in (numbers, *places))
@@ -61,10 +61,10 @@ class SharedMemoryGroup:
 
     def _call(self, function: str, *arguments: Any) -> None:
         if getattr(load_library(), function)(ctypes.byref(self.group), *arguments):
-            raise RuntimeError(f"worker {self.group.missing} was silent for {self.group.patience:g} seconds")
+            raise RuntimeError(f"worker {self.group.stalled_rank} was silent for {self.group.timeout_s:g} seconds")
 
 
-def create_group(patience: float) -> SharedMemoryGroup | None:
+def create_group(timeout_s: float) -> SharedMemoryGroup | None:
     """The workers of the default group, all of which call it; None where they do not all share a memory.
 
     The memory has no name in any folder, and goes with the last worker.
@@ -77,7 +77,7 @@ def create_group(patience: float) -> SharedMemoryGroup | None:
         memory = _attach(*invitation[0], size) if invitation[0] else None
         agreed = torch.tensor(memory is not None and load_library() is not None, dtype=torch.int32)
         dist.all_reduce(agreed, dist.ReduceOp.MIN)
-    return SharedMemoryGroup(memory, rank, workers, patience) if memory and agreed else None
+    return SharedMemoryGroup(memory, rank, workers, timeout_s) if memory and agreed else None
 
 
 def _create(size: int, stack: contextlib.ExitStack) -> tuple[int, int, bytes] | None:

@@ -117,7 +117,7 @@ def _is_bf16(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16
 
 
-def combined_biases(cell: str, bias_ih_G: Tensor, bias_hh_G: Tensor) -> tuple[Tensor, Tensor | None]:
+def combine_biases(cell: str, bias_ih_G: Tensor, bias_hh_G: Tensor) -> tuple[Tensor, Tensor | None]:
     """What is added to the gates, and the part of a GRU's that its reset gate scales."""
     if cell != "GRU":
         return bias_ih_G + bias_hh_G, None
@@ -150,7 +150,7 @@ class _Recurrence(torch.autograd.Function):
         bias_hh_G: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         (steps, lanes), (width, units) = inputs.shape[:2], weight_GH.shape
-        bias_G, bias_H = combined_biases(cell, bias_ih_G, bias_hh_G)
+        bias_G, bias_H = combine_biases(cell, bias_ih_G, bias_hh_G)
         tokens_TB = None if inputs.is_floating_point() else inputs
         if tokens_TB is None:
             inputs = inputs.to(dtype).contiguous()
@@ -249,7 +249,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         return None, dhidden, dweight, dbias, None
 
 
-def recurrence(
+def fused_rnn(
     cell: str,
     dtype: torch.dtype,
     inputs: Tensor,
@@ -260,7 +260,7 @@ def recurrence(
     """Hidden states (T, B, H) of ``dtype`` and, but for a tanh cell, the last carry (B, H) in float32.
 
     The carry is an LSTM's cell or a GRU's hidden state. Inputs, state and weights are as
-    ``recurrence.layer`` has them, the weights in float32.
+    ``rnn.rnn_layer`` has them, the weights in float32.
     """
     keep, c0 = torch.is_grad_enabled(), state[1] if cell == "LSTM" else None
     return _Recurrence.apply(cell, dtype, keep, inputs.contiguous(), embedding_VE, state[0], c0, *weights)
@@ -293,7 +293,7 @@ def generate_greedy(
     alive: list[Tensor | None] = []  # what the storeys point to
     storeys = (_DecoderLayer * len(layers))()
     for number, (storey, (weight_GE, weight_GH, *pair)) in enumerate(zip(storeys, layers, strict=True)):
-        bias_G, bias_H = combined_biases(cell, *pair)
+        bias_G, bias_H = combine_biases(cell, *pair)
         inputs = torch.empty(lanes, len(bias_G)) if number else _token_projection(weight_GE, embedding_VE, bias_G)
         hidden, carry = (torch.stack([part[number]] * 2).contiguous() for part in (state[0], state[-1]))
         storey.recurrence = _Window(

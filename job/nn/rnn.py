@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from job.kernels.ops import VECTOR_WIDTH, combined_biases, recurrence, supports_dtype
+from job.kernels.ops import VECTOR_WIDTH, combine_biases, fused_rnn, supports_dtype
 from job.nn.rnn_fallback import gru_layer, tanh_layer
 
 NUM_GATES = {"RNN_TANH": 1, "GRU": 3, "LSTM": 4}
@@ -47,7 +47,7 @@ def _rnn_layer_kernel(
     if inputs.is_floating_point() and inputs.shape[2] % VECTOR_WIDTH:
         filling = (0, -inputs.shape[2] % VECTOR_WIDTH)
         inputs, weights = F.pad(inputs, filling), [F.pad(weights[0], filling), *weights[1:]]
-    hidden, carry = recurrence(cell, dtype, inputs, embedding_VE, state, weights)
+    hidden, carry = fused_rnn(cell, dtype, inputs, embedding_VE, state, weights)
     last = hidden[-1] if carry is None or cell == "LSTM" else carry
     after: State = (last, carry) if carry is not None and cell == "LSTM" else (last,)
     if missing:
@@ -59,7 +59,7 @@ def _rnn_layer_fallback(
     cell: str, dtype: torch.dtype, inputs: Tensor, embedding_VE: Tensor | None, state: State, weights: list[Tensor]
 ) -> tuple[Tensor, State]:
     weight_ih, weight_hh, bias_ih, bias_hh = weights
-    bias_G, bias_new_H = combined_biases(cell, bias_ih, bias_hh)
+    bias_G, bias_new_H = combine_biases(cell, bias_ih, bias_hh)
     if inputs.is_floating_point():
         gates_TBG = F.linear(inputs, weight_ih, bias_G).to(dtype)
     else:

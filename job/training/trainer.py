@@ -15,7 +15,7 @@ import torch.distributed as dist
 from job.config.schema import BUILTIN_CELLS, Config
 from job.data.lanes import lane_groups_of_worker
 from job.data.stream import Stream, split_validation
-from job.distributed.context import World, device_name, precision_of, raise_malloc_thresholds
+from job.distributed.context import World, device_name, raise_malloc_thresholds, resolve_precision
 from job.distributed.gradient_sync import AllReduceGradients, ControlFlags, DeterministicGradients, LaneAssignment
 from job.distributed.shared_memory import create_group
 from job.distributed.tree_reduce import tree_sum
@@ -81,7 +81,7 @@ def build_train_state(
     loaded = load_checkpoint(found) if found else None
     if loaded:  # a run keeps its precision wherever it goes on
         precision_name = loaded.metadata["precision"]
-    precision = precision_of(precision_name, device)
+    precision = resolve_precision(precision_name, device)
     model = build_model(options.model, len(spec.vocabulary), options.run.seed).to(device, precision.weights)
     if loaded:
         load_weights(model, loaded.weights, str(spec.checkpoints))
@@ -140,7 +140,9 @@ class _Worker:
             found, skipped_checkpoints = find_latest_valid(folder)
             if not found:
                 raise_if_all_corrupt(folder, skipped_checkpoints)
-            chosen = [(found, skipped_checkpoints, precision_of(self.options.train.precision, self.world.device).name)]
+            chosen = [
+                (found, skipped_checkpoints, resolve_precision(self.options.train.precision, self.world.device).name)
+            ]
         if self.world.size > 1:  # of many parts in a slow store it takes longer than any step may
             retry = dist.new_group(backend="gloo", timeout=timedelta(seconds=CHECKPOINT_SCAN_TIMEOUT_S))
             dist.broadcast_object_list(chosen, group=retry)

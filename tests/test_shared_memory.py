@@ -21,9 +21,9 @@ from job.nn.language_model import build_model
 pytestmark = pytest.mark.skipif(load_library() is None, reason=f"no kernel: {unavailable_reason()}")
 
 
-def group(workers, patience=30.0):
+def group(workers, timeout_s=30.0):
     memory = mmap.mmap(-1, CACHE_LINE + workers * CACHE_LINE + (workers + 1) * SLOT_BYTES)
-    return [SharedMemoryGroup(memory, rank, workers, patience) for rank in range(workers)]
+    return [SharedMemoryGroup(memory, rank, workers, timeout_s) for rank in range(workers)]
 
 
 def at_once(calls):
@@ -52,7 +52,7 @@ def test_all_get_the_numbers_of_all(workers):
     for count in (1, 1000, 2 * SLOT_BYTES + 5):
         given = [torch.randint(0, 100, (count,), dtype=torch.uint8) for _ in members]
         found = [[torch.zeros_like(numbers) for numbers in given] for _ in members]
-        at_once([lambda m=m, x=x, to=to: m.gather(x, to) for m, x, to in zip(members, given, found, strict=True)])
+        at_once([lambda m=m, x=x, to=to: m.all_gather(x, to) for m, x, to in zip(members, given, found, strict=True)])
         assert all(torch.equal(torch.stack(places), torch.stack(given)) for places in found)
 
 
@@ -63,7 +63,7 @@ def test_many_turns_in_a_row():
         places = [torch.zeros(50) for _ in members]
         for turn in range(turns):
             numbers = torch.full((50,), float(turn + member.group.rank))
-            member.gather(numbers, places)
+            member.all_gather(numbers, places)
             member.all_reduce_(numbers)
             good = torch.equal(torch.stack(places)[:, 7], turn + torch.arange(3.0))
             if not good or not torch.equal(numbers, torch.full((50,), 3.0 * turn + 3)):
@@ -76,12 +76,12 @@ def test_many_turns_in_a_row():
 
 @pytest.mark.parametrize("is_sum", [True, False])
 def test_who_does_not_come_is_named(is_sum):
-    first, second = group(3, patience=0.2)[:2]
+    first, second = group(3, timeout_s=0.2)[:2]
     found = []
 
     def work(member):
         with pytest.raises(RuntimeError, match=r"worker 2 was silent for 0\.2 seconds"):
-            member.all_reduce_(torch.ones(3)) if is_sum else member.gather(torch.ones(3), list(torch.ones(3, 3)))
+            member.all_reduce_(torch.ones(3)) if is_sum else member.all_gather(torch.ones(3), list(torch.ones(3, 3)))
         found.append(member)
 
     at_once([lambda: work(first), lambda: work(second)])
