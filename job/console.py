@@ -1,4 +1,4 @@
-"""What a person sees of a run: one line that moves on a terminal, plain lines elsewhere."""
+"""What the terminal shows of a run: a line redrawn in place on a TTY, plain lines elsewhere."""
 
 import contextlib
 import os
@@ -8,59 +8,64 @@ import time
 from pathlib import Path
 from typing import TextIO
 
-PLAIN_INTERVAL_S = 10.0  # seconds between two plain lines of progress
+PLAIN_INTERVAL_S = 10.0  # seconds between two lines of progress if the stream is no terminal
 
 
 class Console:
-    """Writes to a stream that may go away at any time without harm to the run."""
+    """Writes to a stream; a stream that is closed during a run does not disturb it."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stdout
-        self.moving = self.stream.isatty() and os.environ.get("TERM") != "dumb"
-        self.shown_at = 0.0
-        self.drawn = 0  # lines that will move
+        self.is_tty = self.stream.isatty() and os.environ.get("TERM") != "dumb"
+        self.last_plain_at = 0.0
+        self.num_drawn = 0  # lines that the next write replaces
 
-    def line(self, text: str = "") -> None:
-        """A line that stays."""
-        self._write(f"{self._erased()}{text}\n")
-        self.drawn = 0
+    def print(self, text: str = "") -> None:
+        """Prints a line that stays."""
+        self._write(f"{self._clear_sequence()}{text}\n")
+        self.num_drawn = 0
 
     def progress(self, text: str, *, milestone: bool = False) -> None:
-        """The line that moves; without a terminal a plain one now and then."""
-        if self.moving:
-            self.block([text])
-        elif time.monotonic() - self.shown_at >= PLAIN_INTERVAL_S or (milestone and not self.shown_at):
-            self.shown_at = time.monotonic()
-            self.line(text)
+        """Shows progress: redrawn in place on a terminal, elsewhere a line every ``PLAIN_INTERVAL_S``.
 
-    def block(self, lines: list[str]) -> None:
-        """Several lines that move, on a terminal; where it is too low, the first of them and the last."""
+        Args:
+            text: one line
+            milestone: print it also if no line has been printed yet
+        """
+        if self.is_tty:
+            self.redraw([text])
+        elif time.monotonic() - self.last_plain_at >= PLAIN_INTERVAL_S or (milestone and not self.last_plain_at):
+            self.last_plain_at = time.monotonic()
+            self.print(text)
+
+    def redraw(self, lines: list[str]) -> None:
+        """Replaces the lines that were drawn last. Omits lines before the last one if the terminal is too low."""
         width, height = shutil.get_terminal_size()
         if len(lines) >= height:
             lines = [*lines[: height - 2], lines[-1]]
-        shown = "\n".join(text[: width - 1] for text in lines)
-        self._write(f"{self._erased()}{shown}")
-        self.drawn = len(lines)
+        text = "\n".join(line[: width - 1] for line in lines)
+        self._write(f"{self._clear_sequence()}{text}")
+        self.num_drawn = len(lines)
 
-    def _erased(self) -> str:
-        """Takes back what was drawn to move."""
-        up = f"\x1b[{self.drawn - 1}A" if self.drawn > 1 else ""
-        return f"\r{up}\x1b[J" if self.drawn else ""
+    def _clear_sequence(self) -> str:
+        """Returns the escape sequence that erases the drawn lines."""
+        up = f"\x1b[{self.num_drawn - 1}A" if self.num_drawn > 1 else ""
+        return f"\r{up}\x1b[J" if self.num_drawn else ""
 
     def warn(self, text: str) -> None:
-        """A warning, on a line of its own."""
-        self.line(f"warning: {text}")
+        """Prints a warning on a line of its own."""
+        self.print(f"warning: {text}")
 
     def _write(self, text: str) -> None:
         try:
             self.stream.write(text)
             self.stream.flush()
-        except (OSError, ValueError):  # the terminal went away; the run goes on
-            self.moving = False
+        except (OSError, ValueError):  # the terminal is gone; the run continues
+            self.is_tty = False
 
 
 def format_duration(seconds: float) -> str:
-    """Seconds as a person reads them: 42 s, 3:05, 1:02:03."""
+    """Formats seconds: ``42 s``, ``3:05``, ``1:02:03``."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -70,7 +75,7 @@ def format_duration(seconds: float) -> str:
 
 
 def python_command() -> str:
-    """This Python, as one would type it here."""
+    """Returns the command that starts this Python, relative to the working directory if it is below it."""
     with contextlib.suppress(ValueError, OSError):
         return str(Path(sys.executable).relative_to(Path.cwd()))
     return "python"

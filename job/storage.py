@@ -1,4 +1,4 @@
-"""Folders on a local disk or on any of pyarrow's file systems, with atomic writes."""
+"""Folders on a local disk or on any file system that pyarrow supports: atomic writes, retries."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,207 +22,227 @@ from job.errors import UserError
 
 
 def is_uri(source: str) -> bool:
-    """Whether the text names a file system of its own (``s3://…``) and not a local path."""
+    """Returns whether the text is a URI (``s3://bucket/runs``) and not a local path."""
     return "://" in source
 
 
 def expand_env(source: str) -> str:
-    """The text with ``~`` and ``$NAME`` filled in; UserError where no such name is set.
+    """Expands ``~`` and ``$NAME``, so that a cluster can set where runs are stored: ``run.storage = $RUNS``.
 
-    A cluster says in its environment where its runs lie: ``run.storage = $RUNS``.
+    Raises:
+        UserError: if a variable is not set
     """
-    missing = [name for name in re.findall(r"\$\{?(\w+)", source) if name not in os.environ]
-    if missing:
-        raise UserError(f"{source}: {missing[0]} is not set in the environment; set it, or write the place itself")
+    for name in re.findall(r"\$\{?(\w+)", source):
+        if name not in os.environ:
+            raise UserError(f"{source}: the environment variable {name} is not set", "set it, or write the path itself")
     return os.path.expanduser(os.path.expandvars(source))
 
 
-RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)  # seconds between tries where a store falters
-# What no further try mends, in the words of pyarrow's errors.
+RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+# Errors that a retry cannot fix, by their names in pyarrow's messages.
 PERMANENT_ERRORS = re.compile("ACCESS_DENIED|NO_SUCH|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|SIGNATURE_DOES_NOT_MATCH")
 
 
 class TooLarge(OSError):
-    """A file is larger than it may be."""
+    """A file is larger than the limit of a read."""
 
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder by its address; it exists once something is written into it.
+    """A folder on a local disk or an object store. It is created by the first write into it.
 
-    A file that is written is there whole or not at all: on a local disk by renaming, elsewhere
-    because object stores show an object only when it is complete. Errors are OSError. One that is
-    ``patient`` tries for a minute or two where a store falters, as they do under load.
+    A written file is complete or absent: local files are renamed into place, and object stores
+    show an object only once it is complete. Methods raise OSError if the storage fails.
+
+    Args:
+        address: an absolute local path, or a URI
+        retry: retry failed requests to an object store for one to two minutes
+        location: the file system and the path in it; opened from the address if None
     """
 
     address: str
     retry: bool = False
+    location: tuple[fs.FileSystem, str] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
-    def at(cls, address: str) -> "Folder":
-        """A folder from what a user wrote; a local path is made absolute."""
-        address = expand_env(address)
-        if not is_uri(address):
-            return cls(str(Path(address).absolute()))
-        folder = cls(address.rstrip("/"))
-        folder._place  # noqa: B018  an address that nobody understands is refused here
-        return folder
+    def resolve(cls, source: str) -> "Folder":
+        """Returns the folder that a user's path or URI names; a relative path becomes absolute.
+
+        Raises:
+            UserError: if a variable in it is not set, or the URI cannot be opened
+        """
+        source = expand_env(source)
+        if not is_uri(source):
+            return cls(str(Path(source).absolute()))
+        address = source.rstrip("/")
+        return cls(address, location=_open_location(address))
 
     @cached_property
-    def _place(self) -> tuple[fs.FileSystem, str]:
-        if not is_uri(self.address):
-            return fs.LocalFileSystem(), self.address
-        try:
-            return fs.FileSystem.from_uri(self.address)
-        except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, ValueError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{self.address}: not an address pyarrow understands: {reason}") from None
-        except OSError as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"{self.address}: cannot be reached: {reason}; see region, credentials and network"
-            ) from None
+    def _location(self) -> tuple[fs.FileSystem, str]:
+        return self.location or _open_location(self.address)
 
     @property
     def name(self) -> str:
-        """The last part of the address."""
+        """The last component of the path."""
         return self.address.partition("?")[0].rpartition("/")[2]
 
     @property
     def parent(self) -> "Folder":
-        """The folder that this one lies in."""
+        """The folder that contains this one."""
         base, mark, query = self.address.partition("?")
         return Folder(f"{base.rpartition('/')[0]}{mark}{query}", self.retry)
 
     @property
-    def local(self) -> Path | None:
-        """The folder's path where it lies on a local (or mounted) disk."""
-        system, path = self._place
-        return Path(path) if isinstance(system, fs.LocalFileSystem) else None
+    def local_path(self) -> Path | None:
+        """The path on a local (or mounted) disk, None for an object store."""
+        file_system, path = self._location
+        return Path(path) if isinstance(file_system, fs.LocalFileSystem) else None
 
     def __truediv__(self, name: str) -> "Folder":
         base, mark, query = self.address.partition("?")
-        inner = Folder(f"{base}/{name}{mark}{query}", self.retry)
-        if is_uri(self.address):  # by the connection that there is
-            system, path = self._place
-            inner.__dict__["_place"] = (system, f"{path}/{name}")
-        return inner
+        file_system, path = self._location  # shared: a new connection costs requests
+        return replace(self, address=f"{base}/{name}{mark}{query}", location=(file_system, f"{path}/{name}"))
 
     def __str__(self) -> str:
-        """As a person would write it: a local path relative to where one stands, if below it."""
-        path = self.local
+        """For messages: a local path relative to the working directory if below it, a URI without its query."""
+        path = self.local_path
         if path is None:
             return self.address.partition("?")[0]
-        with contextlib.suppress(ValueError, OSError):  # where one stands may be gone
+        with contextlib.suppress(ValueError, OSError):  # the working directory may have been deleted
             return str(path.relative_to(Path.cwd()))
         return str(path)
 
     @property
     def shell_quoted(self) -> str:
-        """As one would type it: an address whole, and safe from the shell."""
-        return shlex.quote(str(self) if self.local else self.address)
+        """The path or the whole URI as a shell argument."""
+        return shlex.quote(str(self) if self.local_path else self.address)
 
-    def read(self, name: str, limit: int | None = None) -> bytes:
-        """A file's bytes; OSError where it is missing, or larger than ``limit`` bytes."""
-        return self._tried(lambda: self._read(name, limit))
+    def read(self, name: str, max_bytes: int | None = None) -> bytes:
+        """Returns a file's bytes.
 
-    def _read(self, name: str, limit: int | None) -> bytes:
-        system, path = self._place
-        size = system.get_file_info(f"{path}/{name}").size
+        Raises:
+            FileNotFoundError: if there is no such file
+            TooLarge: if it has more than ``max_bytes``
+            OSError: if the storage fails
+        """
+        return self._with_retries(lambda: self._read(name, max_bytes))
+
+    def _read(self, name: str, max_bytes: int | None) -> bytes:
+        file_system, path = self._location
+        size = file_system.get_file_info(f"{path}/{name}").size
         if size is None:
             raise FileNotFoundError(f"{self / name}: no such file")
-        if limit is not None and size > limit:
-            raise TooLarge(f"{self / name}: {size} bytes, more than the {limit} expected")
-        with system.open_input_stream(f"{path}/{name}") as stream:
+        if max_bytes is not None and size > max_bytes:
+            raise TooLarge(f"{self / name}: {size} bytes, more than the {max_bytes} expected")
+        with file_system.open_input_stream(f"{path}/{name}") as stream:
             return stream.read()
 
     def write(self, name: str, data: bytes) -> None:
-        """Writes a file, whole or not at all, and has it on the disk before it returns."""
-        if self.local is not None:
-            _write_local(self.local, name, data)
-            return
-        self._tried(lambda: self._write(name, data))
+        """Writes a file atomically and durably: it is on the disk when this returns."""
+        if self.local_path is not None:
+            _write_local(self.local_path, name, data)
+        else:
+            self._with_retries(lambda: self._write(name, data))
 
     def _write(self, name: str, data: bytes) -> None:
-        system, path = self._place
-        with system.open_output_stream(f"{path}/{name}") as stream:
+        file_system, path = self._location
+        with file_system.open_output_stream(f"{path}/{name}") as stream:
             stream.write(data)
 
     def names(self) -> list[str]:
-        """What lies directly in the folder, sorted; nothing where it does not exist."""
-        system, path = self._place
-        found = self._tried(lambda: system.get_file_info(fs.FileSelector(path, allow_not_found=True)))
-        return sorted(info.base_name for info in found)
+        """Returns the names of the files and folders in it, sorted; empty if it does not exist."""
+        file_system, path = self._location
+        selector = fs.FileSelector(path, allow_not_found=True)
+        return sorted(info.base_name for info in self._with_retries(lambda: file_system.get_file_info(selector)))
 
     def has(self, name: str) -> bool:
-        """Whether there is a file or folder of that name."""
-        return self._kind(name) != fs.FileType.NotFound
+        """Returns whether it contains a file or folder of that name."""
+        return self._file_type(name) != fs.FileType.NotFound
 
-    def _kind(self, name: str) -> fs.FileType:
-        system, path = self._place
-        return self._tried(lambda: system.get_file_info(f"{path}/{name}").type)
+    def _file_type(self, name: str) -> fs.FileType:
+        file_system, path = self._location
+        return self._with_retries(lambda: file_system.get_file_info(f"{path}/{name}").type)
 
     def remove(self, name: str) -> None:
-        """Removes a file or a folder with all it holds; nothing where there is none."""
-        if self.local is not None:
-            target = self.local / name
+        """Removes a file, or a folder with its contents; does nothing if there is none."""
+        if self.local_path is not None:
+            target = self.local_path / name
             if target.is_dir() and not target.is_symlink():
                 return shutil.rmtree(target, ignore_errors=True)
             return target.unlink(missing_ok=True)
-        system, path = self._place
-        delete = {fs.FileType.Directory: system.delete_dir, fs.FileType.File: system.delete_file}.get(self._kind(name))
-        if delete:
-            self._tried(lambda: delete(f"{path}/{name}"))
+        file_system, path = self._location
+        deletes = {fs.FileType.Directory: file_system.delete_dir, fs.FileType.File: file_system.delete_file}
+        if delete := deletes.get(self._file_type(name)):
+            self._with_retries(lambda: delete(f"{path}/{name}"))
 
     def upload(self, source: Path) -> None:
-        """Copies a local folder's files into this one; those elsewhere are left alone."""
-        system, path = self._place
-        here = fs.LocalFileSystem()
-        self._tried(lambda: fs.copy_files(str(source), path, source_filesystem=here, destination_filesystem=system))
+        """Copies a local folder's files into this one; other files here stay."""
+        file_system, path = self._location
+        local = fs.LocalFileSystem()
+        self._with_retries(
+            lambda: fs.copy_files(str(source), path, source_filesystem=local, destination_filesystem=file_system)
+        )
 
-    def _tried(self, action: Callable[[], Any]) -> Any:
-        """What an action gives; a store's passing trouble is waited out."""
-        for pause in RETRY_DELAYS_S if self.retry and self.local is None else ():
+    def _with_retries(self, request: Callable[[], Any]) -> Any:
+        """Returns the result of a request; repeats it after errors that may pass, if ``retry`` is set."""
+        for delay in RETRY_DELAYS_S if self.retry and self.local_path is None else ():
             try:
-                return action()
+                return request()
             except (FileNotFoundError, PermissionError, TooLarge):
                 raise
             except OSError as error:
                 if PERMANENT_ERRORS.search(str(error)):
                     raise
-            time.sleep(pause * random.uniform(0.5, 1.5))  # workers shall not come back all at once
-        return action()
+            time.sleep(delay * random.uniform(0.5, 1.5))  # jitter, so that workers do not retry in step
+        return request()
 
     def check_writable(self) -> None:
-        """UserError where nothing can be written here; leaves nothing behind."""
+        """Raises UserError if nothing can be written here; leaves no file behind."""
         with self.probe_file():
             pass
 
     @contextlib.contextmanager
     def probe_file(self) -> Iterator[str]:
-        """A file that lies here meanwhile, by its name; UserError where nothing can be written."""
-        marker = f".writable-{uuid.uuid4().hex[:8]}"
+        """Yields the name of an empty file that exists here inside the ``with`` block.
+
+        Raises:
+            UserError: if it cannot be written
+        """
+        name = f".writable-{uuid.uuid4().hex[:8]}"
         try:
-            missing = self._missing_parents()
-            self.write(marker, b"")
+            missing = self._missing_folders()
+            self.write(name, b"")
         except OSError as error:
             reason = error.strerror or str(error).splitlines()[0]
             raise UserError(
-                f"run.storage = {self}: cannot be written to: {reason}; choose another, or grant it"
+                f"run.storage = {self}: cannot be written to: {reason}", "choose another folder or grant write access"
             ) from None
         try:
-            yield marker
+            yield name
         finally:
-            with contextlib.suppress(OSError):  # another run may have begun to use the folders
-                self.remove(marker)
+            with contextlib.suppress(OSError):  # another run may be using the folders by now
+                self.remove(name)
                 for folder in missing:
                     folder.rmdir()
 
-    def _missing_parents(self) -> list[Path]:
-        """Folders that a write here would make, the deepest first."""
-        if self.local is None:
+    def _missing_folders(self) -> list[Path]:
+        """Returns the local folders that a write here would create, the deepest first."""
+        if self.local_path is None:
             return []
-        return [folder for folder in (self.local, *self.local.parents) if not folder.exists()]
+        return [folder for folder in (self.local_path, *self.local_path.parents) if not folder.exists()]
+
+
+def _open_location(address: str) -> tuple[fs.FileSystem, str]:
+    if not is_uri(address):
+        return fs.LocalFileSystem(), address
+    try:
+        return fs.FileSystem.from_uri(address)
+    except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{address}: not a URI that pyarrow supports: {reason}") from None
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{address}: cannot be reached: {reason}", "check region, credentials and network") from None
 
 
 def _write_local(folder: Path, name: str, data: bytes) -> None:
@@ -237,13 +257,13 @@ def _write_local(folder: Path, name: str, data: bytes) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    _sync(folder)
+    _fsync_folder(folder)
 
 
-def _sync(folder: Path) -> None:
-    """Has the folder's own entries, and so a rename in it, on the disk."""
-    handle = os.open(folder, os.O_RDONLY)
+def _fsync_folder(folder: Path) -> None:
+    """Makes a rename in the folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     finally:
-        os.close(handle)
+        os.close(descriptor)

@@ -57,7 +57,7 @@ def refuse(tmp_path, *words):
         (["--run.storage", "s3://no-such-bucket-of-lanes/x?endpoint_override=127.0.0.1%3A1"], ["cannot be"]),
         (["--model.init", "no.safetensors"], ["model.init = no.safetensors: cannot be read"]),
         (["--run.resume", "must"], ["there is no run"]),
-        (["--run.storage", "gopher://x/y"], ["not an address pyarrow understands"]),
+        (["--run.storage", "gopher://x/y"], ["not a URI that pyarrow supports"]),
         (["--scale.accelerator", "gpu"], ["GPU"]),
         (["--scale.accelerator", "gpu", "--scale.workers", 2], ["GPU"]),
         (["--model.hidden_size", "1" + "0" * 30], ["model: does not fit"]),

@@ -237,8 +237,8 @@ def test_a_table_that_moves_is_taken_back():
 
     terminal = Terminal()
     console = Console(terminal)
-    console.block(["a", "b", "c"])
-    console.line("stays")
+    console.redraw(["a", "b", "c"])
+    console.print("stays")
     assert terminal.text == "a\nb\nc\r\x1b[2A\x1b[Jstays\n"
     assert metric_name("validation_perplexity") == "validation perplexity"
 

@@ -219,7 +219,7 @@ def test_a_run_on_an_object_store_is_the_same_run(bucket, prose, tmp_path):
     ended = job(*flags(prose, bucket("runs"), *more))
     assert ended.status == 0, ended.err
     assert "goes on from step 33" in ended.out
-    folder = Folder.at(bucket("runs")) / "run"
+    folder = Folder.resolve(bucket("runs")) / "run"
     found, expected = read_result(folder), result(tmp_path / "run")
     assert found["weights_sha256"] == expected["weights_sha256"]
     losses = [json.loads(line) for line in folder.read("metrics.jsonl").splitlines()]
@@ -302,8 +302,7 @@ def test_a_store_that_falters_is_waited_for(monkeypatch):
     busy = "When getting information: AWS Error SLOW_DOWN during HeadObject operation"
     cases = [(True, [busy] * 2, ""), (True, [busy] * 3, "SLOW_DOWN"), (False, [busy], "SLOW_DOWN")]
     for retry, errors, told in [*cases, (True, ["AWS Error ACCESS_DENIED"], "ACCESS_DENIED")]:
-        folder = Folder("s3://bucket/runs", retry)
-        folder.__dict__["_place"] = (Faltering(*errors), "bucket/runs")
+        folder = Folder("s3://bucket/runs", retry, (Faltering(*errors), "bucket/runs"))
         if told:
             with pytest.raises(OSError, match=told):
                 (folder / "run").has("manifest.json")

@@ -51,17 +51,17 @@ def run_doctor(config: Config, console: Console) -> int:
     """Prints a row for each thing as it is looked at; 1 where one failed."""
     failed = 0
     for row in _rows(config):
-        console.line(f"{'FAIL' if row.remedy else 'ok':<6}{row.subject:<20}{row.found}")
+        console.print(f"{'FAIL' if row.remedy else 'ok':<6}{row.subject:<20}{row.found}")
         if row.remedy:
             failed += 1
-            console.line(f"{'':<26}→ {row.remedy}")
-    console.line()
-    console.line("nothing stands in the way" if not failed else f"{failed} to mend before a run")
+            console.print(f"{'':<26}→ {row.remedy}")
+    console.print()
+    console.print("nothing stands in the way" if not failed else f"{failed} to mend before a run")
     return int(failed > 0)
 
 
 def _rows(config: Config) -> Iterator[CheckResult]:
-    folder = Folder.at(config.run.storage)
+    folder = Folder.resolve(config.run.storage)
     yield _versions(folder)
     spec: list[RunSpec] = []
     yield _run_check("text", lambda: _text(config, folder, spec))
@@ -101,9 +101,9 @@ def _disk_space(config: Config, folder: Folder, spec: RunSpec) -> CheckResult:
     copies = 3 if config.optimizer.name == "adamw" else 1
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     need = weights * copies * (config.train.keep_checkpoints + 2)
-    if folder.local is None:
+    if folder.local_path is None:
         return CheckResult("storage", f"{folder} can be written to; a run's checkpoints need {_bytes(need)}")
-    standing = next(place for place in (folder.local, *folder.local.parents) if place.exists())
+    standing = next(place for place in (folder.local_path, *folder.local_path.parents) if place.exists())
     free = shutil.disk_usage(standing).free
     found = f"{folder} can be written to; {_bytes(free)} free, a run's checkpoints need {_bytes(need)}"
     return CheckResult("storage", found, "" if free > need else "make room, or choose another run.storage")
@@ -132,7 +132,7 @@ def _working_directory(folder: Path) -> CheckResult:
 def _own_rows(config: Config) -> Iterator[CheckResult]:
     gpus = torch.cuda.device_count()
     yield CheckResult("cluster", f"one of this job's own: {available_cpus()} cores, {gpus} GPUs")
-    if config.scale.max_workers or config.scale.gpu_wish:
+    if config.scale.max_workers or config.scale.gpu_requirement:
         yield _run_check("workers", lambda: _on_this_machine(config, gpus))
     if gpus:
         yield _gpu_row([NodeReport("this machine", {}, probe_local(ProbeRequest(".", "", (), gpus=True)))])

@@ -48,7 +48,7 @@ def launch_on_ray(config: Config, console: Console) -> Iterator[RunWorkers]:
     fits: list[threading.Thread] = []
     try:
         if placement.notice:
-            console.line(placement.notice)
+            console.print(placement.notice)
         if ray_address():
             check_nodes(placement, config.run.storage, config.model.cell)
         with _launch(config, placement, fits) as follow:

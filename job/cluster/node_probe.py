@@ -121,8 +121,8 @@ def _storage(storage: str, marker: str) -> dict[str, Any]:
         if found["seen"]:
             folder.write(f"{marker}-{socket.gethostname()}", b"")
             folder.remove(f"{marker}-{socket.gethostname()}")
-        if folder.local is not None and folder.local.exists():
-            found["free"] = shutil.disk_usage(folder.local).free
+        if folder.local_path is not None and folder.local_path.exists():
+            found["free"] = shutil.disk_usage(folder.local_path).free
     except OSError as error:
         found["writable"] = str(error).splitlines()[0]
     return found
@@ -186,7 +186,7 @@ def find_problem(node: NodeReport, mine: dict[str, Any], question: ProbeRequest)
 
 def check_nodes(placement: Placement, storage: str, *cells: str) -> None:
     """UserError where a node on which a worker may run could not do its work."""
-    folder = Folder.at(storage)
+    folder = Folder.resolve(storage)
     with folder.probe_file() as marker:
         question = ProbeRequest(folder.address, marker, cells)
         mine = probe_local(question)

@@ -62,9 +62,9 @@ class Placement:
 def local_placement(scale: ScaleConfig, cores: int, gpus: int) -> Placement:
     """A placement on a cluster of one's own; UserError where it has not the GPUs."""
     workers = scale.max_workers
-    if scale.gpu_wish and gpus < scale.min_workers:
+    if scale.gpu_requirement and gpus < scale.min_workers:
         raise UserError(
-            f"{scale.gpu_wish}: this machine has {gpus} GPUs for {scale.min_workers} workers; "
+            f"{scale.gpu_requirement}: this machine has {gpus} GPUs for {scale.min_workers} workers; "
             "lower scale.workers, or leave it out"
         )
     use_gpu = scale.accelerator != "cpu" and gpus > 0
@@ -87,7 +87,7 @@ def cluster_placement(scale: ScaleConfig, nodes: list[Resources], growth: list[N
     placement = Placement(
         scale.min_workers,
         scale.max_workers,
-        bool(scale.gpu_wish) or (scale.accelerator == "auto" and gpus >= scale.min_workers),
+        bool(scale.gpu_requirement) or (scale.accelerator == "auto" and gpus >= scale.min_workers),
         scale.cpus_per_worker or 1,
         scale.placement.upper(),
         scale.accelerator_type,

@@ -80,7 +80,7 @@ class TrialCallback(_NotPickled, tune.Callback):
     def tell(self, console: Console) -> None:
         """A line for each trial that has ended."""
         while not self.ended.empty():
-            console.line(format_trial(self.trials, self.ended.get()))
+            console.print(format_trial(self.trials, self.ended.get()))
 
 
 def _last_line(file: str | None) -> str:

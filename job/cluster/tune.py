@@ -124,7 +124,7 @@ def _cluster(base: Config, search: SearchConfig, console: Console) -> Iterator[t
     placement, room = connect_for_trials(scale if scale.max_workers else replace(scale, workers=1), search.concurrent)
     try:
         if placement.notice:
-            console.line(placement.notice)
+            console.print(placement.notice)
         if not scale.max_workers:
             _check_nodes(placement, base, search)
             yield replace(base, scale=scale), TrialResources(placement.resources, room, placement)
@@ -153,10 +153,10 @@ def run_search(config: Config, search: SearchConfig, stem: str, console: Console
     """Searches as configured, or goes on with what is there; gives the exit status."""
     folder, config = resolve_search(config, search, stem)
     if is_trial_finished(folder, config, search):
-        console.line(f"{folder} is finished; to search longer, raise search.trials")
+        console.print(f"{folder} is finished; to search longer, raise search.trials")
         print_results(Trials(folder, config, search), console)
         return 0
-    wait_until_expired(folder, console.line)
+    wait_until_expired(folder, console.print)
     stop_request = StopRequest()
     with stop_request.heard():
         base = check_search(config, search, folder)
@@ -174,7 +174,7 @@ def run_search(config: Config, search: SearchConfig, stem: str, console: Console
                 if num_pending(trials):
                     _search(trials, place, lease, stop_request, console)
                 if stop_request.status:
-                    console.line(f"stopped; the same command goes on with {folder}")
+                    console.print(f"stopped; the same command goes on with {folder}")
                     return stop_request.status
                 lease.check()
                 trials = Trials(folder, base, search)  # as it stands on the disk
@@ -187,7 +187,7 @@ def run_search(config: Config, search: SearchConfig, stem: str, console: Console
 
 def _search(trials: Trials, place: TrialResources, lease: Lease, stop_request: StopRequest, console: Console) -> None:
     """Has Ray Tune run what is left to do, and shows it, until all is done, time is up or a stop is wanted."""
-    console.line(banner(trials, place.room))
+    console.print(banner(trials, place.room))
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what matters comes through the ear
     ear = TrialCallback(trials)
     stop = StopOnRequest(ear)
@@ -215,4 +215,4 @@ def _search(trials: Trials, place: TrialResources, lease: Lease, stop_request: S
         raise RunFailed(f"Ray Tune ended: {one_line(experiment.error)}; the same command goes on")
     if stop.search and not stop_request.status:
         waits = trials.search.num_trials - sum(trial.state in TERMINAL_STATES for trial in trials)
-        console.line(f"time is up with {waits} trials left; the same command goes on")
+        console.print(f"time is up with {waits} trials left; the same command goes on")

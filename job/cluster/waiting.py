@@ -76,7 +76,7 @@ class WaitingNotice:
         wanted = self.placement.min_workers
         lacking = wanted - min(wanted, self.placement.room(free_resources()))
         more = "" if scalable_node_types() == [] else "; the cluster's autoscaler is asked for more"
-        self.console.line(
+        self.console.print(
             f"waiting for {lacking or wanted} of {wanted} workers: {self.placement.each}, and "
             f"{'that is not free' if lacking else 'Ray has not placed them yet'}{more}"
         )

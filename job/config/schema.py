@@ -271,7 +271,7 @@ class ScaleConfig(Section):
         return int(str(self.workers).split("-")[-1])
 
     @property
-    def gpu_wish(self) -> str:
+    def gpu_requirement(self) -> str:
         """The option that insists on GPUs, as a person writes it; empty where none does."""
         if self.accelerator_type:
             return f"scale.accelerator_type = {self.accelerator_type}"

@@ -120,7 +120,7 @@ def _made(values: ConfigValues, where: str) -> None:
 def _read_text(path: str) -> str:
     try:
         if is_uri(path):  # such as a search's best.toml on an object store
-            file = Folder.at(path)
+            file = Folder.resolve(path)
             return file.parent.read(file.name).decode()
         return Path(path).read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -145,7 +145,7 @@ def _read_address(address: str) -> bytes:
     path, mark, query = address.partition("?")
     folder, _, name = path.rpartition("/")
     try:
-        return Folder.at(folder + mark + query).read(name)
+        return Folder.resolve(folder + mark + query).read(name)
     except (OSError, pyarrow.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"corpus.source = {address}: cannot be read: {reason}") from None

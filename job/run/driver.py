@@ -39,10 +39,10 @@ def run_training(config: Config, stem: str, console: Console, launch: Launcher) 
     if previous and previous.is_finished(config):
         assert previous.result
         bound = "train.epochs" if previous.result["epochs"] >= config.train.epochs else "train.max_steps"
-        console.line(f"{folder} is finished; to train longer, raise {bound}")
+        console.print(f"{folder} is finished; to train longer, raise {bound}")
         _print_result(previous.result, folder, console)
         return 0
-    wait_until_expired(folder, console.line)
+    wait_until_expired(folder, console.print)
     stop_request = StopRequest()
     with stop_request.heard():
         spec, tokens = build_run_spec(config, folder)
@@ -52,7 +52,7 @@ def run_training(config: Config, stem: str, console: Console, launch: Launcher) 
             return stop_request.status
         folder = replace(folder, retry=True)
         spec = replace(spec, checkpoints=folder / spec.checkpoints.name)
-        console.line(_run_banner(spec, config.corpus.source))
+        console.print(_run_banner(spec, config.corpus.source))
         # Heard anew within: Ray, once it is connected, has handlers of its own.
         with launch(spec.config, console) as follow, stop_request.heard():
             return _run(follow, spec, tokens, folder, stop_request, console)
@@ -73,13 +73,13 @@ def _run(
         if not recorder.finished:
             raise RunFailed("the workers ended without a word")
         if recorder.finished.stopped:
-            console.line(f"stopped at step {recorder.finished.progress.step:,}; {_describe_last_checkpoint(folder)}")
+            console.print(f"stopped at step {recorder.finished.progress.step:,}; {_describe_last_checkpoint(folder)}")
             return stop_request.status
         lease.check()
         _print_result(_finish(spec, recorder, folder), folder, console)
         return 0
     except KeyboardInterrupt:
-        console.line(f"stopped; {_describe_last_checkpoint(folder)}")
+        console.print(f"stopped; {_describe_last_checkpoint(folder)}")
         return stop_request.status
     except RunFailed as error:
         raise type(error)(
@@ -157,18 +157,18 @@ def _describe_last_checkpoint(folder: Folder, closely: bool = False) -> str:
 
 def _print_result(result: dict[str, Any], folder: Folder, console: Console) -> None:
     workers = f"{result['workers']} worker{'s' * (result['workers'] != 1)}"
-    console.line(
+    console.print(
         f"perplexity {result['perplexity']:.4g} after {result['epochs']} epochs, {result['steps']:,} steps, "
         f"{format_duration(result['seconds'])} on {workers}"
     )
     if "validation_perplexity" in result:
-        console.line(
+        console.print(
             f"validation {result['validation_perplexity']:.4g}, at best {result['best_validation_perplexity']:.4g} "
             f"in {folder / result['best_checkpoint']}"
         )
-    console.line()
-    console.line(f"    {result['generated']}")
-    console.line()
+    console.print()
+    console.print(f"    {result['generated']}")
+    console.print()
     for name, file in (("curve", "perplexity.png"), ("metrics", "metrics.jsonl"), ("checkpoint", result["checkpoint"])):
-        console.line(f"{name:<11}{folder / file}")
-    console.line(f"{'continue':<11}{python_command()} -m job generate {folder.shell_quoted} --generate.prefix '…'")
+        console.print(f"{name:<11}{folder / file}")
+    console.print(f"{'continue':<11}{python_command()} -m job generate {folder.shell_quoted} --generate.prefix '…'")

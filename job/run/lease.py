@@ -118,11 +118,11 @@ def acquire_lease(folder: Folder) -> Lease:
 @contextlib.contextmanager
 def _flock(folder: Folder) -> Iterator[None]:
     """Keeps drivers on one disk from taking a run at the same moment."""
-    if folder.local is None:
+    if folder.local_path is None:
         yield
         return
-    folder.local.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder.local, os.O_RDONLY)
+    folder.local_path.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder.local_path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(handle, fcntl.LOCK_EX)

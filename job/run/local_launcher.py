@@ -25,8 +25,8 @@ from job.training.trainer import train
 def launch_local(config: Config, _: Console) -> Iterator[RunWorkers]:
     """A launcher for ``scale.workers = 0``."""
     has_gpu = torch.cuda.is_available()
-    if config.scale.gpu_wish and not has_gpu:
-        raise UserError(f"{config.scale.gpu_wish}: this machine has no GPU that torch can use; leave it out")
+    if config.scale.gpu_requirement and not has_gpu:
+        raise UserError(f"{config.scale.gpu_requirement}: this machine has no GPU that torch can use; leave it out")
     device = torch.device("cuda" if has_gpu and config.scale.accelerator != "cpu" else "cpu")
     world = World(0, 1, device, config.scale.cpus_per_worker or available_cpus(), uuid.uuid4().hex[:8])
 

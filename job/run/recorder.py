@@ -55,7 +55,7 @@ class Recorder:
     def __init__(self, folder: Folder, config: Config, lease: Lease, console: Console) -> None:
         self.folder, self.options, self.lease, self.console = folder, config, lease, console
         self.checkpoints = folder / "checkpoints"
-        self.place = folder.local or Path(tempfile.mkdtemp(prefix="lanes-"))
+        self.place = folder.local_path or Path(tempfile.mkdtemp(prefix="lanes-"))
         self.attempts = [""]
         self.started: Started | None = None
         self.finished: Finished | None = None
@@ -70,7 +70,7 @@ class Recorder:
         self.early: list[PartWritten] = []  # of a group whose first worker has not been heard yet
         self.board: TensorBoardWriter | None = None
         self.watch: EventSink = lambda _: None  # told of each event, once it has been taken in
-        if folder.local is None and folder.has(METRICS_FILE):
+        if folder.local_path is None and folder.has(METRICS_FILE):
             (self.place / METRICS_FILE).write_bytes(folder.read(METRICS_FILE))
 
     @property
@@ -154,7 +154,7 @@ class Recorder:
         rows = self._cut_metrics(event.step)
         if self.board:
             self.board.close()
-        if self.folder.local is None:  # the new file has another name
+        if self.folder.local_path is None:  # the new file has another name
             self.folder.remove("tensorboard")
         self.board = TensorBoardWriter(self.place / "tensorboard", rows)
         for problem in event.skipped_checkpoints:
@@ -179,15 +179,15 @@ class Recorder:
     def _say_start(self, event: Started) -> None:
         options, workers = self.options, f"{event.workers} worker{'s' * (event.workers != 1)}"
         if self.starts > 1:
-            return self.console.line(f"goes on from step {event.step:,} on {workers}")
+            return self.console.print(f"goes on from step {event.step:,} on {workers}")
         layers = f"{options.model.num_layers} × " if options.model.num_layers > 1 else ""
-        self.console.line(
+        self.console.print(
             f"{options.model.cell} {layers}{options.model.hidden_size}, {event.weights:,} weights; "
             f"{options.stream.batch_size} lanes × {options.stream.num_steps} steps; "
             f"{workers} on {event.device}, {event.precision}"
         )
         if event.step:
-            self.console.line(f"goes on from step {event.step:,} of {event.total_steps:,}")
+            self.console.print(f"goes on from step {event.step:,} of {event.total_steps:,}")
 
     def _cut_metrics(self, step: int) -> list[dict[str, Any]]:
         """Leaves the rows up to a step, and gives them."""
@@ -252,7 +252,7 @@ class Recorder:
         if path.exists():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        if self.folder.local is None:
+        if self.folder.local_path is None:
             self.folder.upload(self.place)
 
     def rows(self) -> list[dict[str, Any]]:
@@ -265,5 +265,5 @@ class Recorder:
         if self.board:
             with contextlib.suppress(OSError):
                 self.board.close()
-        if self.folder.local is None:
+        if self.folder.local_path is None:
             shutil.rmtree(self.place, ignore_errors=True)

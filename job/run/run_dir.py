@@ -53,7 +53,7 @@ def resolve_run(config: Config, stem: str) -> tuple[Folder, Config, ExistingRun 
     name is taken by another configuration, or ``run.resume`` does not allow what is found.
     """
     check_storage_outlives_job(config.run.storage)
-    storage = Folder.at(config.run.storage)
+    storage = Folder.resolve(config.run.storage)
     name = config.run.name or _default_name(storage, config, stem)
     config = replace(config, run=replace(config.run, name=name))
     folder = storage / name
@@ -162,7 +162,7 @@ def check_same_text(checkpoints: Folder, corpus: dict[str, Any]) -> None:
 
 def open_checkpoint(address: str) -> tuple[Checkpoint, LoadedCheckpoint]:
     """The checkpoint in a folder, or the last sound one of the run in it; UserError where there is none."""
-    folder = Folder.at(address)
+    folder = Folder.resolve(address)
     try:
         if folder.has(MANIFEST):
             found: Checkpoint | None = read_manifest(folder.parent, folder.name)

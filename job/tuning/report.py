@@ -108,8 +108,8 @@ def show_progress(trials: Trials, console: Console) -> None:
     best = f"; best {trials.best_of(winner):.4g} with {format_params(winner)}" if winner else ""
     total = trials.search.num_trials
     text = f"{total - num_pending(trials)} of {total} trials over, {running} running{best}"
-    if console.moving:
-        console.block([*format_table(trials), text])
+    if console.is_tty:
+        console.redraw([*format_table(trials), text])
     else:
         console.progress(text)
 
@@ -119,21 +119,21 @@ def print_results(trials: Trials, console: Console) -> None:
     winner, folder = trials.winner, trials.folder
     assert winner
     for row in format_table(trials):
-        console.line(row)
-    console.line()
+        console.print(row)
+    console.print()
     best = f"{metric_name(trials.search.metric)} {trials.best_of(winner):.4g}"
-    console.line(f"best is trial {winner.number}: {best} with {format_params(winner)}")
+    console.print(f"best is trial {winner.number}: {best} with {format_params(winner)}")
     if (own := baseline_trial(trials)) and own is not winner and (value := trials.best_of(own)) is not None:
-        console.line(f"the configuration's own, trial {own.number}: {value:.4g} with {format_params(own)}")
-    console.line()
-    console.line(f"    {folder.read(SAMPLE_FILE).decode().rstrip()}")
-    console.line()
+        console.print(f"the configuration's own, trial {own.number}: {value:.4g} with {format_params(own)}")
+    console.print()
+    console.print(f"    {folder.read(SAMPLE_FILE).decode().rstrip()}")
+    console.print()
     found = trials.checkpoint_of(winner)
     assert found
     files = (("best", BEST_FILE), ("curves", CURVES_FILE), ("space", SPACE_FILE), ("results", PARQUET_FILE))
     for name, place in [*((name, folder / file) for name, file in files), ("checkpoint", found.folder / found.name)]:
-        console.line(f"{name:<11}{place}")
-    console.line(f"{'train':<11}{python_command()} -m job train {(folder / BEST_FILE).shell_quoted}")
+        console.print(f"{name:<11}{place}")
+    console.print(f"{'train':<11}{python_command()} -m job train {(folder / BEST_FILE).shell_quoted}")
 
 
 def baseline_trial(trials: Trials) -> Trial | None:

@@ -109,7 +109,7 @@ def resolve_search(config: Config, search: SearchConfig, stem: str) -> tuple[Fol
     """
     check_storage_outlives_job(config.run.storage)
     name = config.run.name or slugify(stem)
-    folder = Folder.at(config.run.storage) / name
+    folder = Folder.resolve(config.run.storage) / name
     config = replace(config, run=replace(config.run, name=name))
     try:
         text = folder.read(SEARCH_FILE, _MAX_FILE_BYTES).decode()
