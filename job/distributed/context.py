@@ -1,4 +1,4 @@
-"""A worker's place among all, and what its hardware is good at."""
+"""A worker's rank, device and precision, and the resources of its machine."""
 
 import contextlib
 import ctypes
@@ -10,23 +10,26 @@ from pathlib import Path
 
 import torch
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # mallopt(3)
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @dataclass(frozen=True)
 class World:
-    """Read from the environment in one place (the worker, or the driver for a run without a cluster)."""
+    """One worker's place in its worker group.
+
+    Made in one place: by the training worker on a cluster, by the driver for a run without one.
+    """
 
     rank: int
-    size: int
+    size: int  # number of workers
     device: torch.device
-    threads: int
-    attempt: str  # names this group of workers; new at each start
+    threads: int  # for operations on the CPU
+    attempt: str  # identifies the worker group; new at each start
 
 
 @dataclass(frozen=True)
 class Precision:
-    """The weights' type, and that of products where it is another."""
+    """The dtype of the weights, and that of matrix products if it differs (else None)."""
 
     name: str
     weights: torch.dtype
@@ -34,7 +37,7 @@ class Precision:
 
 
 def resolve_precision(name: str, device: torch.device) -> Precision:
-    """The precision of that name; ``auto`` is bf16 where the hardware multiplies it, else fp32."""
+    """Returns the precision ``fp32``, ``fp64``, ``bf16`` or ``auto``: bf16 if the hardware multiplies it, else fp32."""
     if name == "auto":
         name = "bf16" if _has_fast_bf16(device) else "fp32"
     autocast = torch.bfloat16 if name == "bf16" else None
@@ -44,39 +47,39 @@ def resolve_precision(name: str, device: torch.device) -> Precision:
 def _has_fast_bf16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    found = torch.cpu.get_capabilities()
-    return bool(found.get("avx512_bf16") or found.get("amx_bf16"))
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
 
 
 def device_name(device: torch.device) -> str:
-    """The device as a person calls it."""
+    """Returns the name of the GPU model or the CPU architecture, for messages."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu ({platform.machine()})"
 
 
 def raise_malloc_thresholds() -> None:
-    """Has the C library keep freed memory for the next step.
+    """Makes glibc keep freed memory for the next step; does nothing with another C library.
 
-    A worker trains in a thread, and glibc hands a thread's freed memory back to the system at every
-    step: some 200 page faults, 6 % of the seed's step. Elsewhere than on glibc nothing happens.
+    Training runs in a thread, and glibc returns a thread's freed memory to the system at every step:
+    some 200 page faults, 6 % of a step of the default configuration.
     """
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
-        libc.mallopt(_TRIM_THRESHOLD, 1 << 30)
-        libc.mallopt(_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
+        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
 
 
 def available_cpus() -> int:
-    """Processor cores that this process may use, by its affinity and by its container's quota."""
-    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(found, _cgroup_cpu_limit(Path("/sys/fs/cgroup"))))
+    """Returns the number of CPU cores that this process may use, by its affinity and its container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(cores, _cgroup_cpu_limit(Path("/sys/fs/cgroup"))))
 
 
-def _cgroup_cpu_limit(group: Path) -> int:
-    """Cores' worth of time that a control group grants, rounded up; many where it sets no bound."""
-    with contextlib.suppress(OSError, ValueError):  # version 2; "max" is no number
-        granted, period = (group / "cpu.max").read_text().split()
-        return -(-int(granted) // int(period))
-    with contextlib.suppress(OSError, ValueError):
-        granted, period = ((group / "cpu" / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-        return -(-int(granted) // int(period)) if int(granted) > 0 else sys.maxsize
+def _cgroup_cpu_limit(cgroup: Path) -> int:
+    """Returns a control group's CPU quota in cores, rounded up; ``sys.maxsize`` if there is none."""
+    with contextlib.suppress(OSError, ValueError):  # cgroup v2; "max" is not a number
+        quota, period = map(int, (cgroup / "cpu.max").read_text().split())
+        return -(-quota // period)
+    with contextlib.suppress(OSError, ValueError):  # cgroup v1
+        quota, period = (int((cgroup / "cpu" / f"cpu.cfs_{name}_us").read_text()) for name in ("quota", "period"))
+        return -(-quota // period) if quota > 0 else sys.maxsize
     return sys.maxsize

@@ -165,7 +165,7 @@ class DeterministicGradients:
 
     def __call__(self, window: Batch, state: State) -> tuple[Tensor, State]:
         """As ``Summed``."""
-        nodes: list[PartialSum] = []
+        nodes: list[PartialSum[Tensor]] = []
         states = []
         for number, group in enumerate(self.share.groups, self.first):
             place = group.start - self.share.lanes.start, len(group)
@@ -194,7 +194,7 @@ class DeterministicGradients:
             flat.append(flat[0].new_tensor([slope is not None for slope in found]))
         return torch.cat(flat), detach_state(state)
 
-    def _of_all_workers(self, nodes: list[PartialSum]) -> list[PartialSum]:
+    def _of_all_workers(self, nodes: list[PartialSum[Tensor]]) -> list[PartialSum[Tensor]]:
         """The nodes of all workers, in the order of their groups."""
         if self.share.workers == 1:
             return nodes

@@ -1,50 +1,61 @@
-"""Sums over the lane groups in one order, whoever holds which groups.
+"""Sums over lane groups in one fixed order, independent of which worker holds which groups.
 
-Floating-point addition is not associative. Groups are added as a binary tree over their numbers (EasyScale,
-SC'23): a node of it is the sum of a range of groups that begins at a multiple of a power of two and is so
-long, or goes to the last group. Who holds all groups of a node can add it by itself.
+Floating-point addition is not associative. The lane groups are therefore always added along the same binary
+tree over their numbers (EasyScale, SC'23). A node of the tree is the sum of a range of groups that starts at
+a multiple of a power of two and has that length, or ends at the last group. A worker that holds all groups
+of a node can compute the node by itself.
 """
 
 from collections.abc import Sequence
-
-import torch
-from torch import Tensor
-
-PartialSum = tuple[range, Tensor]
+from typing import Any, Protocol, TypeVar
 
 
-def reduce_adjacent(nodes: Sequence[PartialSum], groups: int) -> list[PartialSum]:
-    """Nodes, in the groups' order, added as far as neighbours are at hand: to one where they cover all groups."""
-    found, size = list(nodes), 1
-    while size < groups:
-        below, found = found, []
-        for right, value in below:
-            if found and _have_common_parent(found[-1][0], right, size, groups):
-                left, other = found[-1]
-                found[-1] = range(left.start, right.stop), other + value
+class _Addable(Protocol):
+    def __add__(self, other: Any, /) -> Any: ...
+
+
+Value = TypeVar("Value", bound=_Addable)
+PartialSum = tuple[range, Value]  # the groups that a sum covers, and the sum
+
+
+def reduce_adjacent(partial_sums: Sequence[PartialSum[Value]], num_groups: int) -> list[PartialSum[Value]]:
+    """Merges adjacent partial sums as far as the tree allows.
+
+    Args:
+        partial_sums: nodes of the tree, in the order of their groups
+        num_groups: number of lane groups in the whole tree
+
+    Returns:
+        The merged nodes in the same order: a single one if the inputs cover all groups.
+    """
+    merged, size = list(partial_sums), 1
+    while size < num_groups:
+        nodes, merged = merged, []
+        for span, value in nodes:
+            if merged and _have_common_parent(merged[-1][0], span, size, num_groups):
+                left_span, left_value = merged[-1]
+                merged[-1] = range(left_span.start, span.stop), left_value + value
             else:
-                found.append((right, value))
+                merged.append((span, value))
         size *= 2
-    return found
+    return merged
 
 
-def owned_subtrees(held: range, groups: int) -> list[range]:
-    """The nodes as far as who holds those groups can add them.
+def owned_subtrees(groups: range, num_groups: int) -> list[range]:
+    """Returns the largest subtrees that a worker can sum by itself, given the groups that it holds.
 
-    >>> nodes_of(range(1, 5), 5)
+    >>> owned_subtrees(range(1, 5), 5)
     [range(1, 2), range(2, 4), range(4, 5)]
     """
-    nothing = torch.zeros(())
-    return [node for node, _ in reduce_adjacent([(range(i, i + 1), nothing) for i in held], groups)]
-
-
-def _have_common_parent(left: range, right: range, size: int, groups: int) -> bool:
-    """Whether both are nodes of that size with one above them; the last node may be shorter."""
-    follow = left.stop == right.start and left.start % (2 * size) == 0
-    return follow and len(left) == size and right.stop == min(right.start + size, groups)
+    return [span for span, _ in reduce_adjacent([(range(i, i + 1), 0) for i in groups], num_groups)]
 
 
 def tree_sum(values: Sequence[float]) -> float:
-    """The sum of the groups' numbers."""
-    leaves = [(range(i, i + 1), torch.tensor(value, dtype=torch.float64)) for i, value in enumerate(values)]
-    return float(reduce_adjacent(leaves, len(leaves))[0][1])
+    """Returns the sum of one number per lane group, in the order of the tree."""
+    return reduce_adjacent([(range(i, i + 1), value) for i, value in enumerate(values)], len(values))[0][1]
+
+
+def _have_common_parent(left: range, right: range, size: int, num_groups: int) -> bool:
+    """Whether two nodes of that size are the children of one node; only the last node may be shorter."""
+    adjacent = left.stop == right.start and left.start % (2 * size) == 0
+    return adjacent and len(left) == size and right.stop == min(right.start + size, num_groups)
