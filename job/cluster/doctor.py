@@ -86,10 +86,10 @@ def _versions(folder: Folder) -> CheckResult:
 
 
 def _text(config: Config, folder: Folder, spec: list[RunSpec]) -> CheckResult:
-    spec.append(build_run_spec(config, folder)[0])
-    metadata = spec[0].corpus
+    spec.append(build_run_spec(config, folder))
+    metadata = spec[0].dataset.metadata
     return CheckResult(
-        "text", f"{metadata['source']}: {metadata['tokens']:,} tokens of {len(spec[0].vocabulary):,} kinds"
+        "text", f"{metadata['source']}: {metadata['tokens']:,} tokens of {len(spec[0].dataset.vocabulary):,} kinds"
     )
 
 
@@ -97,7 +97,7 @@ def _disk_space(config: Config, folder: Folder, spec: RunSpec) -> CheckResult:
     """Whether the checkpoints that are kept at one time find room."""
     with folder.probe_file():
         pass
-    model = build_model(config.model, len(spec.vocabulary), config.run.seed)
+    model = build_model(config.model, len(spec.dataset.vocabulary), config.run.seed)
     copies = 3 if config.optimizer.name == "adamw" else 1
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     need = weights * copies * (config.train.keep_checkpoints + 2)

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
-import numpy as np
 import ray
 import ray.util
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
@@ -72,8 +71,8 @@ def _launch(config: Config, placement: Placement, fits: list[threading.Thread]) 
     """The launcher once a cluster is joined; ``fits`` gets the thread that is in Ray Train's hands."""
     _set_ray_timeouts(config)
 
-    def follow(spec: RunSpec, tokens: np.ndarray, recorder: Recorder, stop_request: StopRequest) -> None:
-        following = _RayRun(spec, tokens, placement, recorder, stop_request)
+    def follow(spec: RunSpec, recorder: Recorder, stop_request: StopRequest) -> None:
+        following = _RayRun(spec, placement, recorder, stop_request)
         fits.append(following.thread)
         following.to_the_end()
 
@@ -127,22 +126,19 @@ class _Trainer(TorchTrainer):
 class _RayRun:
     """One run of Ray Train, whose events the driver's main thread takes as they come."""
 
-    def __init__(
-        self, spec: RunSpec, tokens: np.ndarray, placement: Placement, recorder: Recorder, stop_request: StopRequest
-    ) -> None:
+    def __init__(self, spec: RunSpec, placement: Placement, recorder: Recorder, stop_request: StopRequest) -> None:
         self.spec, self.placement, self.recorder, self.stop_request = spec, placement, recorder, stop_request
         self.event_channel = create_event_channel()
-        self.trainer = self._trainer(ray.put(tokens))
+        self.trainer = self._trainer()
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._fit, daemon=True)
 
-    def _trainer(self, tokens: Any) -> TorchTrainer:
+    def _trainer(self) -> TorchTrainer:
         options, placement = self.spec.config, self.placement
         elastic = placement.min_workers < placement.max_workers
         workers: Any = (placement.min_workers, placement.max_workers) if elastic else placement.max_workers
         task = {
-            "plan": self.spec,
-            "tokens": tokens,
+            "spec": ray.put(self.spec),
             "mailbox": self.event_channel,
             "threads": placement.cpus_per_worker,
         }

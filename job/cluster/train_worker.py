@@ -7,7 +7,6 @@ import uuid
 from collections import deque
 from typing import Any
 
-import numpy as np
 import ray
 import ray.train
 import ray.train.torch
@@ -66,8 +65,7 @@ class _RayDriverLink:
 def train_worker(task: dict[str, Any]) -> None:
     """One worker of the group: finds its place, takes its lanes, and trains.
 
-    ``task`` holds ``plan``, ``tokens`` (a reference into the object store), ``mailbox`` and
-    ``threads``.
+    ``task`` holds ``spec`` (a reference into the object store), ``mailbox`` and ``threads``.
     """
     if ray.get(task["mailbox"].is_over.remote()):
         return
@@ -78,9 +76,8 @@ def train_worker(task: dict[str, Any]) -> None:
     try:
         attempt = _broadcast_attempt(size)
         world = World(rank, size, ray.train.torch.get_device(), task["threads"], attempt)
-        spec: RunSpec = task["plan"]
-        tokens: np.ndarray = ray.get(task["tokens"])
-        train(spec, tokens, world, link)
+        spec: RunSpec = ray.get(task["spec"])
+        train(spec, world, link)
     except Exception as error:
         link.post(Crashed(attempt, f"worker {rank} of {size} ended: {one_line(error)}"))
         raise

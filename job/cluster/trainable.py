@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from signal import SIGTERM
 from typing import Any
 
-import numpy as np
 import ray
 from ray import tune
 
@@ -195,12 +194,12 @@ class TrialRunner:
         def watched(config: Config, console: Console) -> Iterator[RunWorkers]:
             with launch(config, console) as follow:
 
-                def followed(spec: RunSpec, tokens: np.ndarray, recorder: Recorder, stop_request: StopRequest) -> None:
+                def followed(spec: RunSpec, recorder: Recorder, stop_request: StopRequest) -> None:
                     self.recorder, self.stop_request = recorder, stop_request
                     recorder.watch = self._watch
                     if self.stop_wanted:
                         self.request_stop()
-                    follow(spec, tokens, recorder, stop_request)
+                    follow(spec, recorder, stop_request)
 
                 yield followed
 

@@ -80,9 +80,3 @@ class Stream:
                     f"need {needed:,} tokens at offset {offset}, and the corpus has {len(self.tokens):,}: "
                     "lower them or give more text"
                 )
-
-
-def split_validation(tokens: np.ndarray, validation_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens to train on, and the text's last part, kept to validate."""
-    kept = len(tokens) - round(len(tokens) * validation_fraction)
-    return tokens[:kept], tokens[kept:]

@@ -9,8 +9,6 @@ from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
 from job.config.schema import Config
 from job.config.toml import config_to_toml
 from job.console import Console, format_duration, python_command
@@ -27,8 +25,8 @@ from job.training.checkpoint import find_latest_valid, list_checkpoints, weights
 from job.training.progress import perplexity
 from job.training.run_spec import RunSpec
 
-# Workers take the plan and the tokens; the recorder gets their events until the run is over.
-RunWorkers = Callable[[RunSpec, np.ndarray, Recorder, StopRequest], None]
+# Workers take the spec; the recorder gets their events until the run is over.
+RunWorkers = Callable[[RunSpec, Recorder, StopRequest], None]
 # Makes sure, before anything is written, that the workers have a place.
 Launcher = Callable[[Config, Console], AbstractContextManager[RunWorkers]]
 
@@ -45,8 +43,8 @@ def run_training(config: Config, stem: str, console: Console, launch: Launcher) 
     wait_until_expired(folder, console.print)
     stop_request = StopRequest()
     with stop_request.heard():
-        spec, tokens = build_run_spec(config, folder)
-        check_same_text(spec.checkpoints, spec.corpus)
+        spec = build_run_spec(config, folder)
+        check_same_text(spec.checkpoints, spec.dataset.metadata)
         folder.check_writable()
         if stop_request.status:
             return stop_request.status
@@ -55,19 +53,17 @@ def run_training(config: Config, stem: str, console: Console, launch: Launcher) 
         console.print(_run_banner(spec, config.corpus.source))
         # Heard anew within: Ray, once it is connected, has handlers of its own.
         with launch(spec.config, console) as follow, stop_request.heard():
-            return _run(follow, spec, tokens, folder, stop_request, console)
+            return _run(follow, spec, folder, stop_request, console)
 
 
-def _run(
-    follow: RunWorkers, spec: RunSpec, tokens: np.ndarray, folder: Folder, stop_request: StopRequest, console: Console
-) -> int:
+def _run(follow: RunWorkers, spec: RunSpec, folder: Folder, stop_request: StopRequest, console: Console) -> int:
     lease = acquire_lease(folder)
     recorder = None
     try:
         check_config_unchanged(folder, spec.config)  # between the look at it and the lease
         folder.write(CONFIG_FILE, config_to_toml(spec.config).encode())
         recorder = Recorder(folder, spec.config, lease, console)
-        follow(spec, tokens, recorder, stop_request)
+        follow(spec, recorder, stop_request)
         if recorder.failed:
             raise (Diverged if recorder.diverged else UnrecoverableError)(recorder.failed)
         if not recorder.finished:
@@ -118,21 +114,21 @@ def _finish(spec: RunSpec, recorder: Recorder, folder: Folder) -> dict[str, Any]
         "checkpoint": f"checkpoints/{found.name}",
         "weights_sha256": weights_sha256(loaded.weights),
         "generated": text,
-        "corpus": spec.corpus,
+        "corpus": spec.dataset.metadata,
     }
     folder.write(RESULT_FILE, json.dumps(result, indent=1, ensure_ascii=False).encode())
     return result
 
 
 def _run_banner(spec: RunSpec, asked: str) -> str:
-    metadata, options = spec.corpus, spec.config
+    metadata, options = spec.dataset.metadata, spec.config
     source = metadata["source"]
     if source == "embedded" and asked == "auto":
         source = "the text embedded in Python (The Time Machine is neither cached nor to be had within seconds)"
     unit = "bytes" if options.vocabulary.kind == "byte" else "characters"
     return (
         f"run {options.run.name}: {source}, {metadata['characters']:,} {unit}, "
-        f"{metadata['tokens']:,} tokens of {len(spec.vocabulary):,} kinds"
+        f"{metadata['tokens']:,} tokens of {len(spec.dataset.vocabulary):,} kinds"
     )
 
 

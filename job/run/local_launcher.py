@@ -5,7 +5,6 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 
 from job.config.schema import Config
@@ -30,9 +29,9 @@ def launch_local(config: Config, _: Console) -> Iterator[RunWorkers]:
     device = torch.device("cuda" if has_gpu and config.scale.accelerator != "cpu" else "cpu")
     world = World(0, 1, device, config.scale.cpus_per_worker or available_cpus(), uuid.uuid4().hex[:8])
 
-    def follow(spec: RunSpec, tokens: np.ndarray, recorder: Recorder, stop_request: StopRequest) -> None:
+    def follow(spec: RunSpec, recorder: Recorder, stop_request: StopRequest) -> None:
         try:
-            train(spec, tokens, world, _Link(recorder, stop_request))
+            train(spec, world, _Link(recorder, stop_request))
         except RunFailed:
             raise
         except Exception as error:

@@ -24,7 +24,7 @@ class CheckpointWriter:
 
     def __init__(self, spec: RunSpec, world: World, post: EventSink, precision: str) -> None:
         self.spec, self.world, self.post = spec, world, post
-        self.metadata = {"precision": precision, "corpus": spec.corpus}
+        self.metadata = {"precision": precision, "corpus": spec.dataset.metadata}
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future[None] | None = None
         self.last = -1  # the step of the last save
@@ -46,7 +46,7 @@ class CheckpointWriter:
             if self.world.rank == 0:
                 on_cpu = {name: weight.cpu() for name, weight in weights.items()}
                 files |= serialize_model(
-                    self.spec.config, self.spec.vocabulary, on_cpu, moments, progress, self.metadata
+                    self.spec.config, self.spec.dataset.vocabulary, on_cpu, moments, progress, self.metadata
                 )
             name = checkpoint_name(progress.step, self.world.attempt)
             receipt = write_part(

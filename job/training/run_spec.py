@@ -1,19 +1,17 @@
 """What all workers of a run share."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from job.config.schema import Config
-from job.data.vocabulary import Vocabulary
+from job.data.dataset import Dataset
 from job.storage import Folder
 
 
 @dataclass(frozen=True)
 class RunSpec:
-    """What all workers of a run share."""
+    """Everything that defines a run, complete and checked: each worker gets the same one."""
 
     config: Config
-    vocabulary: Vocabulary
+    dataset: Dataset
     checkpoints: Folder
-    corpus: dict[str, Any]  # what a checkpoint records of the text
     init: bytes | None  # a safetensors file with the first weights

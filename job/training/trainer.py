@@ -8,13 +8,12 @@ import time
 from datetime import timedelta
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
 from job.config.schema import BUILTIN_CELLS, Config
 from job.data.lanes import lane_groups_of_worker
-from job.data.stream import Stream, split_validation
+from job.data.stream import Stream
 from job.distributed.context import World, device_name, raise_malloc_thresholds, resolve_precision
 from job.distributed.gradient_sync import AllReduceGradients, ControlFlags, DeterministicGradients, LaneAssignment
 from job.distributed.shared_memory import create_group
@@ -60,13 +59,10 @@ class DriverLink(Protocol):
         """Whether a node is about to be taken away; all workers ask at the same step."""
 
 
-def train(spec: RunSpec, tokens: np.ndarray, world: World, link: DriverLink) -> None:
-    """Trains this worker's lanes to the end, to a stop, or to a failure, and tells which.
-
-    ``tokens`` are those of the whole text.
-    """
+def train(spec: RunSpec, world: World, link: DriverLink) -> None:
+    """Trains this worker's lanes to the end, to a stop, or to a failure, and tells which."""
     try:
-        _Worker(spec, tokens, world, link).run()
+        _Worker(spec, world, link).run()
     except (RunFailed, UserError, CorruptCheckpoint) as error:
         link.post(Failed(world.attempt, str(error), isinstance(error, Diverged)))
     except OSError as error:
@@ -82,7 +78,7 @@ def build_train_state(
     if loaded:  # a run keeps its precision wherever it goes on
         precision_name = loaded.metadata["precision"]
     precision = resolve_precision(precision_name, device)
-    model = build_model(options.model, len(spec.vocabulary), options.run.seed).to(device, precision.weights)
+    model = build_model(options.model, len(spec.dataset.vocabulary), options.run.seed).to(device, precision.weights)
     if loaded:
         load_weights(model, loaded.weights, str(spec.checkpoints))
     elif spec.init:
@@ -115,13 +111,13 @@ def _lane_assignment(config: Config, stream: Stream, world: World, autocast: tor
 class _Worker:
     """The run as one worker sees it: the epochs, and what is reported and saved on the way."""
 
-    def __init__(self, spec: RunSpec, tokens: np.ndarray, world: World, link: DriverLink) -> None:
+    def __init__(self, spec: RunSpec, world: World, link: DriverLink) -> None:
         self.options, self.world, self.link = spec.config, world, link
         raise_malloc_thresholds()
         torch.set_num_threads(1 if self.options.train.reproducible else world.threads)
         torch.use_deterministic_algorithms(self.options.train.reproducible)
-        training, self.validation = split_validation(tokens, self.options.corpus.validation_fraction)
-        stream = Stream(training, self.options.stream, self.options.run.seed)
+        self.validation = spec.dataset.validation_tokens
+        stream = Stream(spec.dataset.train_tokens, self.options.stream, self.options.run.seed)
         found, self.skipped_checkpoints, precision = self._agreed(spec.checkpoints)
         self.train_state, self.precision = build_train_state(spec, stream, world, found, precision)
         self.writer = CheckpointWriter(spec, world, link.post, self.precision)

@@ -141,10 +141,10 @@ def check_search(base: Config, search: SearchConfig, folder: Folder) -> Config:
         raise UserError('nothing to search: write [search.space] with lines such as "optimizer.learning_rate" = …')
     if "corpus.validation_fraction" not in search.space.domains:
         _check_metric(base, search)
-    spec, _ = build_run_spec(base, folder)
+    spec = build_run_spec(base, folder)
     base = spec.config
     if not any(name.startswith(("corpus.", "vocabulary.")) for name in search.space.domains):
-        check_same_text(folder / TRIALS_DIR / trial_name(0) / "checkpoints", spec.corpus)
+        check_same_text(folder / TRIALS_DIR / trial_name(0) / "checkpoints", spec.dataset.metadata)
     endpoints = search.space.endpoints
     trials = [trial_params(base, search, number) for number in range(search.num_trials)]
     for point in [*endpoints, *(point for point in trials if point)]:

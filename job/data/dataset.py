@@ -1,0 +1,38 @@
+"""The tokens of a run: prepared once by the driver, read by every worker."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from job.config.schema import CorpusConfig, VocabularyConfig
+from job.data.corpus import Corpus
+from job.data.vocabulary import Vocabulary, build_vocabulary
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A corpus as token ids, split into a training and a validation part.
+
+    Both parts are views of one array, each a contiguous run of the corpus.
+    """
+
+    train_tokens: np.ndarray  # (N,)
+    validation_tokens: np.ndarray  # (M,), the end of the corpus; empty without validation
+    vocabulary: Vocabulary
+    metadata: dict[str, Any]  # recorded in each checkpoint: source, characters, tokens, sha256 of all tokens
+
+
+def build_dataset(corpus: Corpus, corpus_config: CorpusConfig, vocabulary_config: VocabularyConfig) -> Dataset:
+    """Builds the vocabulary from the corpus, encodes the corpus, and splits off the validation part."""
+    vocabulary = build_vocabulary(vocabulary_config, corpus)
+    tokens = vocabulary.encode(corpus.lines)[: corpus_config.max_tokens or None]
+    num_train = len(tokens) - round(len(tokens) * corpus_config.validation_fraction)
+    metadata = {
+        "source": corpus.source,
+        "characters": corpus.num_characters,
+        "tokens": len(tokens),
+        "sha256": hashlib.sha256(tokens.tobytes()).hexdigest(),
+    }
+    return Dataset(tokens[:num_train], tokens[num_train:], vocabulary, metadata)
