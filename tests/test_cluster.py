@@ -126,7 +126,7 @@ def test_the_autoscaler_brings_what_a_run_asks_for(growing, prose, tmp_path, mon
     monkeypatch.setattr("job.cluster.waiting.REPEAT_NOTICE_S", 1)
     ended = job(*small(prose, tmp_path, "run", "--scale.workers", 2))
     assert ended.status == 0, ended.err
-    assert re.search(r"waiting for 1 of 2 workers: 1 CPU each, .*autoscaler is asked for more", ended.out)
+    assert re.search(r"waiting for 1 of 2 workers \(1 CPU each\): .*autoscaler has been asked for more", ended.out)
     assert {row["workers"] for row in rows(tmp_path / "run", "epoch")} == {2}
     until(lambda: growing.raylets() == 1, 120, "the node that was brought stays")
 
@@ -137,7 +137,7 @@ def test_the_doctor_looks_at_a_cluster(growing, prose, tmp_path, monkeypatch):
     words += ["--generate.prefix", "the"]
     well = job(*words, "--scale.workers", 3)
     assert well.status == 0, well.out
-    assert "an autoscaler brings more" in well.out
+    assert "an autoscaler adds more" in well.out
     assert "3 of 1 CPU each can be placed once the autoscaler has brought nodes" in well.out
     assert not (tmp_path / "runs").exists()
     ill = job(*words, "--scale.workers", 9, "--stream.num_steps", 10**6)
@@ -171,7 +171,7 @@ def head():
 @pytest.mark.parametrize(
     ("address", "part"),
     [
-        ("127.0.0.1:1", "nothing answers there: Connection refused"),
+        ("127.0.0.1:1", "cannot connect: Connection refused"),
         ("127.0.0.1", "must be HOST:PORT"),
         ("ray://127.0.0.1:10001", "use ray job submit"),
     ],
@@ -194,7 +194,7 @@ def refused(head: Nodes, prose: Path, tmp_path: Path, *words: object, **env: str
 
 
 def test_a_refused_token_is_told(head, prose, tmp_path):
-    assert "is its token in RAY_AUTH_TOKEN" in refused(head, prose, tmp_path, RAY_AUTH_TOKEN="b" * 40)
+    assert "its token in RAY_AUTH_TOKEN" in refused(head, prose, tmp_path, RAY_AUTH_TOKEN="b" * 40)
 
 
 def test_a_cell_that_only_the_driver_has_is_told(head, prose, tmp_path):

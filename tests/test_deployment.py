@@ -17,7 +17,8 @@ import pytest
 import yaml
 from conftest import ROOT, job
 
-from job.cluster.autoscaler import _limits
+from job.cluster.autoscaler import parse_cluster_config
+from job.cluster.resources import UNKNOWN_AUTOSCALER
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RAY = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
@@ -99,7 +100,7 @@ def test_ray_accepts_the_cluster_files():
 def test_machines_of_ones_own_that_are_still_to_come_are_waited_for():
     """Of the head's kind and brought one by one; the autoscaler's own file has no word of how many."""
 
-    assert _limits(prepared(read("clusters/local.yaml"))) is None
+    assert parse_cluster_config(prepared(read("clusters/local.yaml"))) == UNKNOWN_AUTOSCALER
 
 
 @pytest.mark.parametrize("name", CLUSTERS)

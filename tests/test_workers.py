@@ -12,9 +12,8 @@ import storm
 from conftest import job, result, rows, start_job
 from test_reference import assert_reproduces
 
-from job.cluster.resources import cluster_placement
-from job.cluster.scaling_policy import FreeResourceScalingPolicy
-from job.cluster.torch_backend import GlooInterfaceTorchConfig
+from job.cluster.ray_extensions import FreeResourceScalingPolicy, GlooInterfaceTorchConfig
+from job.cluster.resources import NO_AUTOSCALER, cluster_placement
 from job.config.schema import ScaleConfig
 from job.kernels.build import load_library
 
@@ -103,13 +102,13 @@ def test_a_node_that_others_fill_does_not_end_a_group(monkeypatch):
     scale = ScaleConfig(workers="1-3")
     policy = FreeResourceScalingPolicy(
         ScalingConfig(num_workers=(1, 3), resources_per_worker=one, elastic_resize_monitor_interval_s=0),
-        cluster_placement(scale, [one] * 3, []),
+        cluster_placement(scale, [one] * 3, NO_AUTOSCALER),
     )
     monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda: None)
     monkeypatch.setattr(policy, "_get_reserved_resources", lambda: {"a": one, "b": one, "c": one})
 
     def decided(free, running=0):
-        monkeypatch.setattr("job.cluster.scaling_policy.free_resources", lambda: free)
+        monkeypatch.setattr("job.cluster.ray_extensions.free_resources", lambda: free)
         if running:
             state = SimpleNamespace(num_workers=running, start_time=-1e9)
             return getattr(policy.make_decision_for_running_worker_group(state, None), "num_workers", None)

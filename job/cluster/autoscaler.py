@@ -1,67 +1,75 @@
-"""What a cluster's autoscaler may bring, which Ray itself does not tell."""
+"""The limits of a cluster's autoscaler, which Ray has no API for."""
 
 import contextlib
 import importlib
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
 import ray
-from ray.autoscaler.v2.utils import is_autoscaler_v2
-from ray.experimental.internal_kv import _internal_kv_get
 
-from job.cluster.resources import NodeType
+from job.cluster.ray_extensions import (
+    AUTOSCALER_CLUSTER_FLAG,
+    AUTOSCALER_CONFIG_FLAG,
+    AUTOSCALER_SCRIPT,
+    HEAD_NODE_RESOURCE,
+    is_autoscaled,
+)
+from job.cluster.resources import NO_AUTOSCALER, UNKNOWN_AUTOSCALER, Autoscaler, NodeType
 
+# A function of this module runs on the head node, which may not have this package.
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-STATUS_TIMEOUT_S = 30.0  # seconds for the head to answer
-_REPORT = "__autoscaling_status"  # where Ray's autoscaler keeps its report
-_FLAG = "--autoscaling-config="
+QUERY_TIMEOUT_S = 30.0
 
 
-def scalable_node_types() -> list[NodeType] | None:
-    """Nothing where there is no autoscaler, None where there is one whose limits cannot be known.
+def query_autoscaler() -> Autoscaler:
+    """Determines how many nodes of which types this cluster's autoscaler may add.
 
-    What it has brought already is counted too: its report of that lags, and too much is awaited, with
-    a message, where too little would be refused.
+    Nodes that it has already added count again: Ray's report of them lags. So capacity may be overestimated,
+    in which case a run waits with a notice; underestimated capacity would refuse it.
     """
-    kinds: dict[str, str] = {}
-    with contextlib.suppress(ValueError, LookupError, TypeError):
-        kinds = json.loads(_internal_kv_get(_REPORT) or "{}")["autoscaler_report"]["node_type_mapping"]
-    # Without an autoscaler Ray takes each node for a type of its own, named after it.
-    if kinds and all(kind == f"node_{node}" for node, kind in kinds.items()):
-        return []
-    on_head = ray.remote(num_cpus=0, resources={"node:__internal_head__": 0.001}, max_retries=0)(_configuration)
+    if is_autoscaled() is False:
+        return NO_AUTOSCALER
+    on_head = ray.remote(num_cpus=0, resources={HEAD_NODE_RESOURCE: 0.001}, max_retries=0)(_read_cluster_config)
     try:
-        found = ray.get(on_head.remote(ray.get_runtime_context().gcs_address), timeout=STATUS_TIMEOUT_S)
-        if found is None:
-            return None if kinds or is_autoscaler_v2() else []
-        return _limits(found)
+        cluster_config = ray.get(on_head.remote(ray.get_runtime_context().gcs_address), timeout=QUERY_TIMEOUT_S)
+        if cluster_config is None:
+            return UNKNOWN_AUTOSCALER if is_autoscaled() else NO_AUTOSCALER
+        return parse_cluster_config(cluster_config)
     except (ray.exceptions.RayError, LookupError, TypeError, ValueError):
-        return None
+        return UNKNOWN_AUTOSCALER
 
 
-def _configuration(gcs_address: str) -> dict[str, Any] | None:
-    """Runs on the head: what its autoscaler was started with, if anything; None where it runs elsewhere."""
+def _read_cluster_config(gcs_address: str) -> dict[str, Any] | None:
+    """The configuration of the autoscaler that runs on this node, the head. None if it runs elsewhere."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
-            vocabulary = path.read_bytes().decode(errors="replace").split("\0")
-            is_autoscaler = any(word.endswith("monitor.py") and "autoscaler" in word for word in vocabulary)
-            if is_autoscaler and f"--gcs-address={gcs_address}" in vocabulary:  # other clusters may have a head here
-                files = [word.removeprefix(_FLAG) for word in vocabulary if word.startswith(_FLAG)]
+            arguments = path.read_bytes().decode(errors="replace").split("\0")
+            is_autoscaler = any(word.endswith(AUTOSCALER_SCRIPT) and "autoscaler" in word for word in arguments)
+            # The heads of other clusters may run on the same machine.
+            if is_autoscaler and AUTOSCALER_CLUSTER_FLAG + gcs_address in arguments:
+                flag = AUTOSCALER_CONFIG_FLAG
+                files = [word.removeprefix(flag) for word in arguments if word.startswith(flag)]
                 return dict(importlib.import_module("yaml").safe_load(Path(files[0]).read_text())) if files else {}
     return None
 
 
-def _limits(configuration: dict[str, Any]) -> list[NodeType] | None:
-    if not configuration:
-        return []
-    if configuration["provider"]["type"] == "local":  # its machines are all of the head's kind, and still to come
-        return None
-    most = int(configuration["max_workers"])
-    kinds = configuration["available_node_types"]
-    brought = [kind for name, kind in kinds.items() if name != configuration["head_node_type"]]
-    if not all(kind["resources"] for kind in brought):
-        return None
-    return [NodeType(kind["resources"], min(most, kind.get("max_workers", most))) for kind in brought]
+def parse_cluster_config(cluster_config: dict[str, Any]) -> Autoscaler:
+    """The limits that a cluster configuration, as for ``ray up``, sets. An empty one has no autoscaler.
+
+    They are unknown for a list of existing machines (provider ``local``), and if a node type has no resources.
+    """
+    if not cluster_config:
+        return NO_AUTOSCALER
+    max_workers = int(cluster_config["max_workers"])
+    node_types = cluster_config["available_node_types"]
+    workers = [node_type for name, node_type in node_types.items() if name != cluster_config["head_node_type"]]
+    if cluster_config["provider"]["type"] == "local" or not all(node_type["resources"] for node_type in workers):
+        return UNKNOWN_AUTOSCALER
+    return Autoscaler(
+        tuple(
+            NodeType(node_type["resources"], min(max_workers, node_type.get("max_workers", max_workers)))
+            for node_type in workers
+        )
+    )

@@ -1,7 +1,6 @@
-"""Which Ray cluster, what it can hold, and Ray's own talk kept away."""
+"""Joins a Ray cluster or starts one, and determines how many workers it can hold."""
 
 import contextlib
-import math
 import os
 import socket
 import sys
@@ -12,156 +11,147 @@ import ray
 import torch
 
 from job.cluster import NODE_ENV_DEFAULTS
-from job.cluster.autoscaler import scalable_node_types
-from job.cluster.resources import NodeType, Placement, Resources, cluster_placement, local_placement
+from job.cluster.autoscaler import query_autoscaler
+from job.cluster.resources import Autoscaler, Placement, Resources, cluster_placement, local_placement
 from job.config.schema import ScaleConfig
 from job.distributed.context import available_cpus
 from job.errors import UserError
 
-TCP_TIMEOUT_S, INIT_TIMEOUT_S = 10.0, 60.0  # seconds that a cluster may take to answer, and to be joined
+TCP_TIMEOUT_S, INIT_TIMEOUT_S = 10.0, 60.0
 
 
 def ray_address() -> str:
-    """The cluster that is asked for; empty for one of this job's own."""
-    wanted = os.environ.get("RAY_ADDRESS", "")
-    return "" if wanted == "local" else wanted
+    """The cluster's address from the environment. Empty to start a cluster on this machine."""
+    address = os.environ.get("RAY_ADDRESS", "")
+    return "" if address == "local" else address
 
 
 def connect(scale: ScaleConfig) -> Placement:
-    """Connects to a cluster (``RAY_ADDRESS`` where it is set, else one of its own on this machine).
+    """Connects to the cluster at ``RAY_ADDRESS``, or starts one on this machine.
 
-    Gives the workers' place on it; UserError where it can never hold them.
+    Returns the workers' placement. Raises UserError if the cluster can never hold them.
     """
     if ray_address():
-        return _joined(scale)[0]
-    found = local_placement(scale, available_cpus(), torch.cuda.device_count())
-    _start(max(available_cpus(), found.max_workers * found.cpus_per_worker))
-    return found
+        return _join_and_place(scale)[0]
+    placement = local_placement(scale, available_cpus(), torch.cuda.device_count())
+    _start_cluster(max(available_cpus(), placement.max_workers * placement.cpus_per_worker))
+    return placement
 
 
-def connect_for_trials(scale: ScaleConfig, runs: int) -> tuple[Placement, int]:
-    """Connects as ``connect`` does; the place of one run, and how many of so many have room at once.
+def connect_for_trials(scale: ScaleConfig, concurrent: int) -> tuple[Placement, int]:
+    """Connects like ``connect``, for several runs at the same time.
 
-    0 asks for as many as there is room for, also on nodes that an autoscaler may bring.
+    Args:
+        scale: the workers of one run
+        concurrent: the largest number of runs at the same time; 0: as many as the cluster can hold,
+            including nodes that an autoscaler is known to be able to add
+
+    Returns:
+        the placement of one run, and the number of runs at the same time
     """
     if ray_address():
-        found, growth = _joined(scale)
-        # Where an autoscaler's limits are not known, it can be asked for what the user asks for.
-        all_workers = (
-            math.inf
-            if growth is None and runs
-            else found.room(living_nodes()) + found.autoscaled_capacity(growth or [])
-        )
-        return found, int(max(1, min(all_workers // found.max_workers, runs or math.inf)))
+        placement, autoscaler = _join_and_place(scale)
+        if concurrent and not autoscaler.limits_known:
+            return placement, concurrent
+        capacity = placement.capacity(living_nodes()) + placement.autoscaled_capacity(autoscaler)
+        num_runs = max(1, capacity // placement.max_workers)
+        return placement, min(num_runs, concurrent or num_runs)
     gpus = torch.cuda.device_count()
-    found = local_placement(scale, available_cpus(), gpus)
-    each = found.max_workers * found.cpus_per_worker
-    room = runs or max(1, available_cpus() // each)
-    if found.use_gpu:
-        room = min(room, gpus // found.max_workers)
-    _start(each * room)
-    return found, room
+    placement = local_placement(scale, available_cpus(), gpus)
+    cpus_per_run = placement.max_workers * placement.cpus_per_worker
+    num_runs = concurrent or max(1, available_cpus() // cpus_per_run)
+    if placement.use_gpu:
+        num_runs = min(num_runs, gpus // placement.max_workers)
+    _start_cluster(cpus_per_run * num_runs)
+    return placement, num_runs
 
 
-def _joined(scale: ScaleConfig) -> tuple[Placement, list[NodeType] | None]:
-    """The workers' place on the cluster that is asked for, and what its autoscaler may bring."""
+def _join_and_place(scale: ScaleConfig) -> tuple[Placement, Autoscaler]:
     join_cluster(ray_address())
     try:
-        growth = scalable_node_types()
-        return cluster_placement(scale, living_nodes(), growth), growth
+        autoscaler = query_autoscaler()
+        return cluster_placement(scale, living_nodes(), autoscaler), autoscaler
     except UserError:
         ray.shutdown()
         raise
 
 
-def _start(slots: int) -> None:
-    ray.init(
-        address="local",
-        num_cpus=slots,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level="error",
-        _node_ip_address="127.0.0.1",
-    )
+def _start_cluster(num_cpus: int) -> None:
+    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="error")
 
 
-def join_cluster(where: str) -> None:
-    """Connects to the cluster at an address; UserError where that cannot be."""
-    if where != "auto":
-        _check_that_something_listens(where)
+def join_cluster(address: str) -> None:
+    """Connects to the cluster at an address. Raises UserError if that fails."""
+    if address != "auto":
+        _check_port(address)
     with _suppress_stderr():
-        error = _run_with_timeout(INIT_TIMEOUT_S, lambda: _init(where))
+        error = _run_with_timeout(INIT_TIMEOUT_S, lambda: _init(address))
     if error is not None:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"RAY_ADDRESS = {where}: {_explain(reason)}")
+        problem, remedy = _explain(" ".join(str(error).split()) or type(error).__name__)
+        raise UserError(f"RAY_ADDRESS = {address}: {problem}", remedy)
 
 
-def _check_that_something_listens(where: str) -> None:
-    """Ray itself would try for a quarter of an hour."""
-    host, colon, port = where.rpartition(":")
-    if "://" in where or not (host and colon and port.isdigit()):
+def _check_port(address: str) -> None:
+    """Raises UserError if nothing listens at the address. Ray itself would retry for 15 minutes."""
+    host, colon, port = address.rpartition(":")
+    if "://" in address or not (host and colon and port.isdigit()):
         raise UserError(
-            f"RAY_ADDRESS = {where}: must be HOST:PORT of the cluster's head (6379 is usual), auto, or local; "
-            "from elsewhere use ray job submit"
+            f"RAY_ADDRESS = {address}: must be HOST:PORT of the cluster's head (6379 is usual), auto, or local",
+            "from another network use ray job submit",
         )
     try:
         socket.create_connection((host, int(port)), TCP_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"RAY_ADDRESS = {where}: nothing answers there: {reason}; is the cluster up?") from None
+        raise UserError(f"RAY_ADDRESS = {address}: cannot connect: {reason}", "check that the cluster is up") from None
 
 
-def _init(where: str) -> None:
-    ray.init(address=where, log_to_driver=False, logging_level="error", runtime_env={"env_vars": NODE_ENV_DEFAULTS})
+def _init(address: str) -> None:
+    ray.init(address=address, log_to_driver=False, logging_level="error", runtime_env={"env_vars": NODE_ENV_DEFAULTS})
 
 
-def _run_with_timeout(seconds: float, action: Callable[[], None]) -> Exception | None:
-    """What an action raised, or a TimeoutError where it takes longer; it is not waited for then."""
-    found: list[Exception] = []
+def _run_with_timeout(timeout_s: float, action: Callable[[], None]) -> Exception | None:
+    """Runs an action in a thread. Returns what it raised, or a TimeoutError; its thread may then still run."""
+    errors: list[Exception] = []
 
     def run() -> None:
         try:
             action()
         except Exception as error:
-            found.append(error)
+            errors.append(error)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(seconds)
+    thread.join(timeout_s)
     if thread.is_alive():
-        return TimeoutError(f"no answer within {seconds:.0f} s")
-    return found[0] if found else None
+        return TimeoutError(f"no answer within {timeout_s:.0f} s")
+    return errors[0] if errors else None
 
 
-def _explain(reason: str) -> str:
-    """What Ray says, with what helps."""
+def _explain(reason: str) -> tuple[str, str]:
+    """The problem and its remedy. Ray raises the same classes for all problems, so only the message differs."""
     if "version mismatch" in reason.lower():
-        return f"{reason}; use the versions that the cluster has"
-    if "failed to connect" in reason.lower():  # all that Ray says of a wrong token
-        return f"{reason}; is Ray's head there, and is its token in RAY_AUTH_TOKEN or ~/.ray/auth_token?"
-    return f"no cluster can be joined there: {reason}"
+        return reason, "use the versions that the cluster has"
+    if "failed to connect" in reason.lower():  # also the only message for a wrong token
+        return reason, "check that Ray's head is there and its token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
+    return f"cannot join a cluster: {reason}", ""
 
 
 @contextlib.contextmanager
 def _suppress_stderr() -> Iterator[None]:
-    """Ray's core writes to the file itself, not through Python."""
+    """Also for Ray's core, which writes to the file descriptor without Python."""
     sys.stderr.flush()
-    kept = os.dup(2)
-    nowhere = os.open(os.devnull, os.O_WRONLY)
+    saved = os.dup(2)
+    devnull = os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, 2)
+        os.dup2(devnull, 2)
         yield
     finally:
-        os.dup2(kept, 2)
-        os.close(nowhere)
-        os.close(kept)
+        os.dup2(saved, 2)
+        os.close(devnull)
+        os.close(saved)
 
 
 def living_nodes() -> list[Resources]:
-    """What each living node has."""
+    """The resources of each node that is alive, free or not."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
-
-
-def free_resources() -> list[Resources]:
-    """What is free on each living node."""
-    return list(ray._private.state.available_resources_per_node().values())

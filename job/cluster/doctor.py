@@ -1,6 +1,5 @@
 """What would go wrong with a run, found out before it: a table with a remedy for each failed row."""
 
-import logging
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -10,10 +9,9 @@ from pathlib import Path
 
 import ray
 import torch
-from ray._private.runtime_env.packaging import GCS_STORAGE_MAX_SIZE, _dir_travel
 
-from job.cluster.autoscaler import scalable_node_types
-from job.cluster.connection import free_resources, join_cluster, living_nodes, ray_address
+from job.cluster.autoscaler import query_autoscaler
+from job.cluster.connection import join_cluster, living_nodes, ray_address
 from job.cluster.node_probe import (
     VERSIONS,
     NodeReport,
@@ -24,6 +22,7 @@ from job.cluster.node_probe import (
     storage_problem,
     version_problem,
 )
+from job.cluster.ray_extensions import free_resources
 from job.cluster.resources import Placement, cluster_placement, local_placement
 from job.config.schema import Config
 from job.console import Console
@@ -34,7 +33,6 @@ from job.run.setup import build_run_spec
 from job.storage import Folder
 from job.training.run_spec import RunSpec
 
-SMALL = 256 << 20  # bytes of a working directory that Ray warns of
 IN_USE = 0.1  # share of a GPU's memory that others may use
 
 
@@ -67,7 +65,6 @@ def _rows(config: Config) -> Iterator[CheckResult]:
     yield _run_check("text", lambda: _text(config, folder, spec))
     if spec:
         yield _run_check("storage", lambda: _disk_space(config, folder, spec[0]))
-    yield _working_directory(Path.cwd())
     yield from _cluster_rows(config, folder) if ray_address() else _own_rows(config)
 
 
@@ -109,23 +106,6 @@ def _disk_space(config: Config, folder: Folder, spec: RunSpec) -> CheckResult:
     return CheckResult("storage", found, "" if free > need else "make room, or choose another run.storage")
 
 
-def _working_directory(folder: Path) -> CheckResult:
-    """What ``ray job submit --working-dir .`` would send."""
-    sizes: list[int] = []
-
-    def weigh(path: Path) -> None:
-        if path.is_file():
-            sizes.append(path.stat().st_size)
-
-    _dir_travel(folder, [], weigh, include_gitignore=True, logger=logging.getLogger(__name__))
-    found = f"{_bytes(sum(sizes))} in {len(sizes):,} files would go with ray job submit --working-dir ."
-    if sum(sizes) > GCS_STORAGE_MAX_SIZE:
-        return CheckResult(
-            "working directory", found, f"Ray takes {_bytes(GCS_STORAGE_MAX_SIZE)}: name the rest in .rayignore"
-        )
-    return CheckResult("working directory", found + ("; name what is not needed in .rayignore" * (sum(sizes) > SMALL)))
-
-
 # --- this machine alone ---
 
 
@@ -141,7 +121,9 @@ def _own_rows(config: Config) -> Iterator[CheckResult]:
 def _on_this_machine(config: Config, gpus: int) -> CheckResult:
     scale = config.scale if config.scale.max_workers else replace(config.scale, workers=1)  # this process is one
     found = local_placement(scale, available_cpus(), gpus)
-    return CheckResult("workers", f"{found.max_workers} of {found.each}{f'; {found.notice}' if found.notice else ''}")
+    return CheckResult(
+        "workers", f"{found.max_workers} of {found.describe()}{f'; {found.notice}' if found.notice else ''}"
+    )
 
 
 # --- a cluster ---
@@ -191,7 +173,7 @@ def _check_auth_token() -> CheckResult:
 
 def _join() -> CheckResult:
     join_cluster(ray_address())
-    grows = "no autoscaler" if scalable_node_types() == [] else "an autoscaler brings more"
+    grows = "an autoscaler adds more" if query_autoscaler().can_add_nodes else "no autoscaler"
     return CheckResult("cluster", f"{ray_address()}: {len(living_nodes())} nodes, {grows}")
 
 
@@ -239,15 +221,15 @@ def _gpu_row(nodes: list[NodeReport]) -> CheckResult:
 
 
 def _on_cluster(config: Config) -> CheckResult:
-    wanted: Placement = cluster_placement(config.scale, living_nodes(), scalable_node_types())
+    wanted: Placement = cluster_placement(config.scale, living_nodes(), query_autoscaler())
     need = wanted.min_workers
-    if wanted.room(free_resources()) >= need:
+    if wanted.capacity(free_resources()) >= need:
         when = "can be placed now"
-    elif wanted.room(living_nodes()) >= need:
+    elif wanted.capacity(living_nodes()) >= need:
         when = "can be placed once others have ended"
     else:
         when = "can be placed once the autoscaler has brought nodes"
-    return CheckResult("workers", f"{config.scale.workers} of {wanted.each} {when}")
+    return CheckResult("workers", f"{config.scale.workers} of {wanted.describe()} {when}")
 
 
 def _bytes(count: float) -> str:

@@ -11,18 +11,20 @@ from typing import Any
 import ray
 import ray.util
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
-from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from job.cluster.connection import connect, living_nodes, ray_address
 from job.cluster.event_channel import EventChannel, dumps, loads
 from job.cluster.node_probe import check_nodes
-from job.cluster.resources import Placement, cluster_placement
-from job.cluster.scaling_policy import FreeResourceScalingPolicy
-from job.cluster.torch_backend import GlooInterfaceTorchConfig
+from job.cluster.ray_extensions import (
+    ElasticTorchTrainer,
+    GlooInterfaceTorchConfig,
+    WorkerGroupFailureCallback,
+    cancel_autoscaler_request,
+)
+from job.cluster.resources import UNKNOWN_AUTOSCALER, Placement, cluster_placement
 from job.cluster.train_worker import train_worker
-from job.cluster.waiting import WaitingNotice, WorkerGroupFailureCallback
+from job.cluster.waiting import WaitingNotice
 from job.config.schema import Config
 from job.console import Console
 from job.distributed.gradient_sync import ControlFlags
@@ -37,7 +39,9 @@ from job.training.run_spec import RunSpec
 POLL_INTERVAL_S = 1.0  # seconds that a signal, or the end of Ray Train, may go unnoticed
 SHUTDOWN_TIMEOUT_S = 10.0  # seconds for Ray to end in
 RAY_FOLDER = "ray"  # Ray Train's own records; a run's truth is in its checkpoints
-AUTOSCALER_REQUESTER = "requester"  # the file in it with the name under which workers are asked for
+AUTOSCALER_REQUESTER = (
+    "requester"  # the file in it with Ray's identifier of the run, which names its autoscaler request
+)
 
 
 @contextmanager
@@ -62,7 +66,7 @@ def launch_on_ray(config: Config, console: Console) -> Iterator[RunWorkers]:
 @contextmanager
 def launch_within_trial(config: Config, console: Console) -> Iterator[RunWorkers]:
     """A launcher for a process of the cluster itself, as a search's trial is; its workers' place was found before."""
-    with _launch(config, cluster_placement(config.scale, living_nodes(), None), []) as follow:
+    with _launch(config, cluster_placement(config.scale, living_nodes(), UNKNOWN_AUTOSCALER), []) as follow:
         yield follow
 
 
@@ -104,25 +108,6 @@ def create_event_channel() -> Any:
     return EventChannel.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
 
-class _Trainer(TorchTrainer):
-    """Ray's trainer with our word on how many workers there may be.
-
-    And without an actor for Ray Data at each start of workers: a second or two on a small machine.
-    """
-
-    placement: Placement
-
-    def _initialize_and_run_controller(self, **options: Any) -> Any:
-        if self.scaling_config.elasticity_enabled:
-            options["scaling_policy"] = FreeResourceScalingPolicy(self.scaling_config, self.placement)
-        return super()._initialize_and_run_controller(**options)
-
-    def _create_default_callbacks(self) -> list[Any]:
-        return [
-            callback for callback in super()._create_default_callbacks() if not isinstance(callback, DatasetsCallback)
-        ]
-
-
 class _RayRun:
     """One run of Ray Train, whose events the driver's main thread takes as they come."""
 
@@ -133,7 +118,7 @@ class _RayRun:
         self.error: BaseException | None = None
         self.thread = threading.Thread(target=self._fit, daemon=True)
 
-    def _trainer(self) -> TorchTrainer:
+    def _trainer(self) -> ElasticTorchTrainer:
         options, placement = self.spec.config, self.placement
         elastic = placement.min_workers < placement.max_workers
         workers: Any = (placement.min_workers, placement.max_workers) if elastic else placement.max_workers
@@ -142,7 +127,7 @@ class _RayRun:
             "mailbox": self.event_channel,
             "threads": placement.cpus_per_worker,
         }
-        trainer = _Trainer(
+        return ElasticTorchTrainer(
             train_worker,
             train_loop_config=task,
             torch_config=GlooInterfaceTorchConfig(timeout_s=math.ceil(options.scale.hang_timeout)),
@@ -161,9 +146,8 @@ class _RayRun:
                 logging_config=LoggingConfig(log_level="ERROR"),
                 callbacks=[WorkerGroupFailureCallback(self.event_channel)],
             ),
+            placement=placement,
         )
-        trainer.placement = placement
-        return trainer
 
     def _fit(self) -> None:
         try:
@@ -175,7 +159,7 @@ class _RayRun:
         """Takes events until the run is over; RunFailed where Ray ends it before."""
         _cancel_request_of_dead_driver(self.recorder.folder / RAY_FOLDER)
         self.recorder.folder.remove(RAY_FOLDER)
-        (self.recorder.folder / RAY_FOLDER).write(AUTOSCALER_REQUESTER, self.trainer.train_run_context.run_id.encode())
+        (self.recorder.folder / RAY_FOLDER).write(AUTOSCALER_REQUESTER, self.trainer.run_id.encode())
         self.thread.start()
         try:
             self._take_events()
@@ -206,22 +190,16 @@ class _RayRun:
                 asked = True
             if not self.thread.is_alive() and not events and not self.recorder.over:
                 raise RunFailed(f"Ray Train ended: {_first_line(self.error)}")
-            waiting.look(standing=self.recorder.standing)
+            waiting.poll(has_workers=self.recorder.standing)
         if self.recorder.failed:  # parts that were written before may still be on their way
             for event in self._collected():
                 self.recorder.handle(event)
 
 
 def _cancel_request_of_dead_driver(folder: Folder) -> None:
-    """Takes back what a dead driver asked of the cluster for its elastic workers.
-
-    Ray would hold the dead run's resources for it for three minutes.
-    """
-    coordinator = "AutoscalingCoordinator"  # Ray's own actor, by the name that Ray gives it
-    with contextlib.suppress(OSError, ValueError, ray.exceptions.RayError):
-        requester = folder.read(AUTOSCALER_REQUESTER, 100).decode()
-        actor = ray.get_actor(coordinator, namespace=coordinator)
-        ray.get(actor.cancel_request.remote(f"train-{requester}"), timeout=SHUTDOWN_TIMEOUT_S)
+    """Withdraws the autoscaler request of an earlier driver of this run that died."""
+    with contextlib.suppress(OSError, ValueError):
+        cancel_autoscaler_request(folder.read(AUTOSCALER_REQUESTER, 100).decode())
 
 
 def _first_line(error: BaseException | None) -> str:

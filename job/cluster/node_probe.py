@@ -11,6 +11,7 @@ import platform
 import re
 import shutil
 import socket
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from job.storage import Folder
 
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
 
-PROBE_TIMEOUT_S = 60.0  # seconds in which a node must answer
+PROBE_TIMEOUT_S, GPU_QUERY_TIMEOUT_S = 60.0, 20.0
 VERSIONS = ("torch", "ray", "pyarrow")
 INSTALL = "install it there, use an image that has it, or ray job submit --working-dir"
 
@@ -129,20 +130,19 @@ def _storage(storage: str, marker: str) -> dict[str, Any]:
 
 
 def _gpus() -> dict[str, Any]:
-    """What the driver says of the GPUs here: its version; name, and bytes free and in all, of each."""
-    nvml = importlib.import_module("ray._private.thirdparty.pynvml")
+    """The name, free bytes and total bytes of each GPU of this node, and the versions of its driver and of NCCL."""
+    query = "--query-gpu=driver_version,name,memory.free,memory.total"
     try:
-        nvml.nvmlInit()
-        handles = [nvml.nvmlDeviceGetHandleByIndex(index) for index in range(nvml.nvmlDeviceGetCount())]
-        memory = [nvml.nvmlDeviceGetMemoryInfo(handle) for handle in handles]
-        names = [nvml.nvmlDeviceGetName(handle) for handle in handles]
-        driver = nvml.nvmlSystemGetDriverVersion()
-    except nvml.NVMLError:
+        command = [shutil.which("nvidia-smi") or "", query, "--format=csv,noheader,nounits"]
+        run = subprocess.run(command, capture_output=True, text=True, timeout=GPU_QUERY_TIMEOUT_S, check=True)  # noqa: S603
+    except (OSError, subprocess.SubprocessError):
         return {"gpus": [], "driver": "", "nccl": ""}
+    rows = [line.split(", ") for line in run.stdout.splitlines()]
+    # A partitioned GPU shows no memory.
+    gpus = [(name, *(int(mib) << 20 if mib.isdigit() else 0 for mib in memory)) for _, name, *memory in rows]
     with_cuda = importlib.import_module("torch").version.cuda
     nccl = ".".join(map(str, importlib.import_module("torch.cuda.nccl").version())) if with_cuda else ""
-    gpus = [(str(name), use.free, use.total) for name, use in zip(names, memory, strict=True)]
-    return {"gpus": gpus, "driver": str(driver), "nccl": nccl}
+    return {"gpus": gpus, "driver": rows[0][0] if rows else "", "nccl": nccl}
 
 
 Problem = tuple[str, str] | None  # what is wrong, and the remedy
@@ -191,6 +191,6 @@ def check_nodes(placement: Placement, storage: str, *cells: str) -> None:
         question = ProbeRequest(folder.address, marker, cells)
         mine = probe_local(question)
         for node in probe_nodes(question):
-            problem = placement.room([node.resources]) and find_problem(node, mine, question)
+            problem = placement.capacity([node.resources]) and find_problem(node, mine, question)
             if problem:
                 raise UserError(f"{problem[0]}: {problem[1]}")

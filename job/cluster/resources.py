@@ -1,6 +1,6 @@
-"""How many workers, each with what: on this machine, or on the nodes of a cluster.
+"""The number of workers and their resources, on this machine or on the nodes of a cluster.
 
-Knows resources as numbers, and no Ray.
+Resources are plain numbers here; this module does not import Ray.
 """
 
 import math
@@ -15,15 +15,43 @@ Resources = dict[str, float]
 
 @dataclass(frozen=True)
 class NodeType:
-    """A kind of nodes that a cluster's autoscaler may bring."""
+    """A type of node that an autoscaler may add, at most ``max_count`` times."""
 
     resources: Resources
-    most: int
+    max_count: int
+
+
+@dataclass(frozen=True)
+class Autoscaler:
+    """What a cluster's autoscaler may add.
+
+    Args:
+        node_types: the types of nodes that it may add; empty without an autoscaler
+        limits_known: False if there is an autoscaler whose node types cannot be determined
+    """
+
+    node_types: tuple[NodeType, ...] = ()
+    limits_known: bool = True
+
+    @property
+    def can_add_nodes(self) -> bool:
+        """Whether there is an autoscaler that adds nodes."""
+        return bool(self.node_types) or not self.limits_known
+
+
+NO_AUTOSCALER = Autoscaler()
+UNKNOWN_AUTOSCALER = Autoscaler(limits_known=False)
 
 
 @dataclass(frozen=True)
 class Placement:
-    """How a run's workers lie on the cluster."""
+    """The workers of a run and the resources of each.
+
+    Args:
+        min_workers, max_workers: the same unless the run is elastic
+        strategy: how Ray spreads the workers over nodes
+        notice: what the user should know about a difference from the configuration
+    """
 
     min_workers: int
     max_workers: int
@@ -35,55 +63,53 @@ class Placement:
 
     @property
     def resources(self) -> Resources:
-        """What Ray sets aside for one worker; Ray's own name for a kind of accelerator is a resource too."""
-        need: Resources = {"CPU": self.cpus_per_worker}
+        """The resources that Ray reserves for one worker."""
+        resources: Resources = {"CPU": self.cpus_per_worker}
         if self.use_gpu:
-            need["GPU"] = 1
+            resources["GPU"] = 1
         if self.accelerator_type:
-            need[f"accelerator_type:{self.accelerator_type}"] = 0.001
-        return need
+            resources[f"accelerator_type:{self.accelerator_type}"] = 0.001  # Ray marks such nodes by a resource
+        return resources
 
-    @property
-    def each(self) -> str:
-        """What one worker needs, as a person says it."""
+    def describe(self) -> str:
+        """The resources of one worker, for messages."""
         cpus = f"{self.cpus_per_worker} CPU{'s' * (self.cpus_per_worker > 1)}"
         gpu = f" and a GPU{f' ({self.accelerator_type})' if self.accelerator_type else ''}" if self.use_gpu else ""
         return f"{cpus}{gpu} each"
 
-    def room(self, nodes: Iterable[Resources]) -> int:
-        """Workers that fit on nodes with so much to give."""
-        return sum(math.floor(min(node.get(kind, 0) / need for kind, need in self.resources.items())) for node in nodes)
+    def capacity(self, nodes: Iterable[Resources]) -> int:
+        """The number of workers that fit on nodes with these resources."""
+        return sum(math.floor(min(node.get(name, 0) / need for name, need in self.resources.items())) for node in nodes)
 
-    def autoscaled_capacity(self, growth: Iterable[NodeType]) -> int:
-        """Workers that fit on what an autoscaler may bring."""
-        return sum(self.room([kind.resources]) * kind.most for kind in growth)
+    def autoscaled_capacity(self, autoscaler: Autoscaler) -> int:
+        """The number of workers that fit on the nodes that an autoscaler is known to be able to add."""
+        return sum(self.capacity([node_type.resources]) * node_type.max_count for node_type in autoscaler.node_types)
 
 
 def local_placement(scale: ScaleConfig, cores: int, gpus: int) -> Placement:
-    """A placement on a cluster of one's own; UserError where it has not the GPUs."""
+    """Places workers on this machine. Raises UserError if it has too few GPUs for the configuration."""
     workers = scale.max_workers
     if scale.gpu_requirement and gpus < scale.min_workers:
         raise UserError(
-            f"{scale.gpu_requirement}: this machine has {gpus} GPUs for {scale.min_workers} workers; "
-            "lower scale.workers, or leave it out"
+            f"{scale.gpu_requirement}: this machine has {gpus} GPUs for {scale.min_workers} workers",
+            "lower scale.workers, or remove this setting",
         )
     use_gpu = scale.accelerator != "cpu" and gpus > 0
     notice = ""
-    if use_gpu and gpus < workers:  # the same run on any number of workers, so on so many too
-        notice = f"{gpus} GPU{'s' * (gpus > 1)} here: {gpus} in the place of {workers} workers"
+    if use_gpu and gpus < workers:  # the number of workers does not change the result
+        notice = f"this machine has {gpus} GPU{'s' * (gpus > 1)}: using {gpus} instead of {workers} workers"
         workers = gpus
     cpus = scale.cpus_per_worker or max(1, cores // max(1, workers))
     return Placement(min(scale.min_workers, workers), workers, use_gpu, cpus, scale.placement.upper(), notice=notice)
 
 
-def cluster_placement(scale: ScaleConfig, nodes: list[Resources], growth: list[NodeType] | None) -> Placement:
-    """A placement on the nodes of a cluster, and on those that its autoscaler may bring.
+def cluster_placement(scale: ScaleConfig, nodes: list[Resources], autoscaler: Autoscaler) -> Placement:
+    """Places workers on a cluster's nodes and on those that its autoscaler may add.
 
-    ``growth`` is empty without an autoscaler, and None where one's limits are not known. UserError
-    where the cluster can never hold the workers.
+    Raises UserError if the cluster can never hold the workers.
     """
-    brought = growth or []
-    gpus = sum(node.get("GPU", 0) for node in nodes) + sum(kind.resources.get("GPU", 0) * kind.most for kind in brought)
+    gpus = sum(node.get("GPU", 0) for node in nodes)
+    gpus += sum(node_type.resources.get("GPU", 0) * node_type.max_count for node_type in autoscaler.node_types)
     placement = Placement(
         scale.min_workers,
         scale.max_workers,
@@ -92,10 +118,11 @@ def cluster_placement(scale: ScaleConfig, nodes: list[Resources], growth: list[N
         scale.placement.upper(),
         scale.accelerator_type,
     )
-    room = placement.room(nodes) + placement.autoscaled_capacity(brought)
-    if growth is not None and room < scale.min_workers:
+    capacity = placement.capacity(nodes) + placement.autoscaled_capacity(autoscaler)
+    if autoscaler.limits_known and capacity < scale.min_workers:
         raise UserError(
-            f"scale.workers = {scale.workers}: this cluster can never place more than {room} workers of "
-            f"{placement.each}; lower scale.workers or scale.cpus_per_worker, or add nodes"
+            f"scale.workers = {scale.workers}: this cluster can never place more than {capacity} workers of "
+            f"{placement.describe()}",
+            "lower scale.workers or scale.cpus_per_worker, or add nodes",
         )
     return placement

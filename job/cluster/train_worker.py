@@ -85,7 +85,7 @@ def train_worker(task: dict[str, Any]) -> None:
         link.flush()
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What went wrong, without the places in torch's source that its messages begin with."""
     first = str(error).partition("\n")[0]
     said = re.sub(r"\[\S+/\S+:\d+\] ", "", first.rpartition("RuntimeError: ")[2])

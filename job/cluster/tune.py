@@ -22,6 +22,7 @@ from job.cluster.connection import connect_for_trials, ray_address
 from job.cluster.event_channel import dumps
 from job.cluster.launcher import create_event_channel
 from job.cluster.node_probe import check_nodes
+from job.cluster.ray_extensions import HEAD_NODE_RESOURCE
 from job.cluster.resources import Placement
 from job.cluster.schedulers import OptunaSearcher, StopOnRequest, TrialCallback, build_scheduler
 from job.cluster.train_worker import one_line
@@ -137,7 +138,7 @@ def _cluster(base: Config, search: SearchConfig, console: Console) -> Iterator[t
         # never more trials begin than have room for all their workers.
         _check_nodes(placement, base, search)
         share = math.floor(0.9 / room * 1e4) / 1e4
-        yield replace(base, scale=scale), TrialResources({"node:__internal_head__": share}, room, placement)
+        yield replace(base, scale=scale), TrialResources({HEAD_NODE_RESOURCE: share}, room, placement)
     finally:
         ray.shutdown()
 
@@ -208,7 +209,7 @@ def _search(trials: Trials, place: TrialResources, lease: Lease, stop_request: S
             lease.check_if_stale()
             ear.tell(console)
             show_progress(trials, console)
-            waiting.look(standing=time.monotonic() - ear.heard < 2 * STATUS_INTERVAL_S)
+            waiting.poll(has_workers=time.monotonic() - ear.heard < 2 * STATUS_INTERVAL_S)
         ear.tell(console)
     trials.folder.remove(RAY_FOLDER)
     if experiment.error:

@@ -1,0 +1,258 @@
+"""All uses of Ray's private API: subclasses, internal functions and internal names.
+
+Each one states what Ray does, why that is not enough, and its source below
+https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/. The upper bound on ray in pyproject.toml
+exists because of this file; tests/test_ray_extensions.py checks every name and signature.
+"""
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import socket
+import struct
+from typing import Any
+
+import ray.util
+from ray._common.constants import HEAD_NODE_RESOURCE_NAME
+from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+from ray._private.state import available_resources_per_node
+from ray.autoscaler._private.util import format_readonly_node_type
+from ray.autoscaler.v2.utils import is_autoscaler_v2
+from ray.experimental.internal_kv import _internal_kv_get
+from ray.train import ControllerError, ScalingConfig, WorkerGroupError
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
+from ray.train.v2._internal.exceptions import (
+    WorkerGroupStartupFailedError,
+    WorkerGroupStartupTimeoutError,
+    WorkerHealthCheckFailedError,
+)
+from ray.train.v2._internal.execution.callback import ControllerCallback
+from ray.train.v2._internal.execution.controller.state import ReschedulingState, ResizingState, RestartingState
+from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, ResizeDecision, ScalingDecision
+from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
+    TrainAutoscalingCoordinatorClient,
+)
+
+from job.cluster.event_channel import dumps
+from job.cluster.resources import Placement, Resources
+from job.cluster.train_worker import one_line
+from job.training.events import WorkerGroupEnded
+
+HEAD_NODE_RESOURCE = HEAD_NODE_RESOURCE_NAME  # tasks that need some of it run on the head node
+# The command line of the process in which the autoscaler runs: _private/services.py, start_monitor.
+AUTOSCALER_SCRIPT = "monitor.py"
+AUTOSCALER_CLUSTER_FLAG, AUTOSCALER_CONFIG_FLAG = "--gcs-address=", "--autoscaling-config="
+_SIOCGIFADDR = 0x8915  # netdevice(7), Linux
+
+
+# --- Ray Train: the trainer ---
+
+
+class ElasticTorchTrainer(TorchTrainer):
+    """Ray's trainer with ``FreeResourceScalingPolicy`` and without the actor for Ray Data.
+
+    Ray chooses both itself and has no argument for them. The actor starts with each worker group, even
+    without datasets, and takes one to two seconds on a small machine.
+
+    Source: train/v2/api/data_parallel_trainer.py, train/v2/_internal/callbacks/datasets.py and
+    https://github.com/ray-project/ray/pull/63309
+    """
+
+    def __init__(self, *args: Any, placement: Placement, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.placement = placement
+
+    @property
+    def run_id(self) -> str:
+        """Ray's identifier of this run, for ``cancel_autoscaler_request``."""
+        return str(self.train_run_context.run_id)
+
+    def _initialize_and_run_controller(self, **kwargs: Any) -> Any:
+        if self.scaling_config.elasticity_enabled:
+            kwargs["scaling_policy"] = FreeResourceScalingPolicy(self.scaling_config, self.placement)
+        return super()._initialize_and_run_controller(**kwargs)
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks = super()._create_default_callbacks()
+        return [callback for callback in callbacks if not isinstance(callback, DatasetsCallback)]
+
+
+class FreeResourceScalingPolicy(ElasticScalingPolicy):
+    """Ray's elastic policy, limited to resources that are free.
+
+    Ray counts what the nodes have, whether or not other jobs use it. It would stop a healthy worker group
+    to grow onto a node that other jobs occupy, and the larger group could never start.
+
+    Source: train/v2/_internal/execution/scaling_policy/elastic.py
+    """
+
+    def __init__(self, scaling_config: ScalingConfig, placement: Placement) -> None:
+        super().__init__(scaling_config)
+        self.placement = placement
+        self.start_pending = False  # a group was requested and has not run since
+        self.current_workers: int | None = None  # workers whose resources this run holds; None: no limit
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        """Called by Ray before a group starts. Not limited the first time: an old group may still hold resources."""
+        self.current_workers = 0 if self.start_pending else None
+        decision = super().make_decision_for_non_running_worker_group()
+        self.start_pending = self.start_pending or isinstance(decision, ResizeDecision)
+        return decision
+
+    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
+        """Called by Ray while a group trains."""
+        self.start_pending, self.current_workers = False, worker_group_state.num_workers
+        return super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
+
+    def _count_possible_workers(self, reserved_resources: Any) -> int:
+        count = super()._count_possible_workers(reserved_resources)
+        if self.current_workers is None:
+            return count
+        return min(count, self.current_workers + self.placement.capacity(free_resources()))
+
+
+class WorkerGroupFailureCallback(ControllerCallback):
+    """Reports each end of a worker group to the driver, from Ray's controller.
+
+    Ray's public UserCallback is called when workers fail, but not when they cannot be started.
+
+    Source: train/v2/_internal/execution/callback.py, train/v2/_internal/execution/controller/state.py
+    """
+
+    def __init__(self, event_channel: Any) -> None:
+        self.event_channel = event_channel
+        self.sequence = itertools.count()
+
+    def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
+        """Called by Ray at each change of the controller's state."""
+        if isinstance(current_state, RestartingState | ReschedulingState | ResizingState):
+            error = getattr(current_state, "training_failed_error", None)  # a resize has none
+            event = WorkerGroupEnded("", _describe_failure(error))
+            self.event_channel.post.remote("controller", next(self.sequence), dumps(event))
+
+
+def _describe_failure(error: Exception | None) -> str:
+    """What failed. Empty after a resize, and if resources for the workers were not free in time."""
+    if isinstance(error, WorkerGroupError) and error.worker_failures:
+        rank, failure = min(error.worker_failures.items())
+        if isinstance(failure, WorkerHealthCheckFailedError):  # wraps the error of a worker that was killed
+            failure = failure.health_check_failure
+        return f"worker {rank}: {one_line(failure)}"
+    failure = error.controller_failure if isinstance(error, ControllerError) else error
+    if failure is None or isinstance(failure, WorkerGroupStartupTimeoutError):
+        return ""
+    return one_line(failure.__cause__ or failure)
+
+
+# --- Ray Train: torch.distributed ---
+
+
+class _GlooInterfaceBackend(_TorchBackend):
+    """Ray's set-up of torch.distributed, on the right network interface and with a retry.
+
+    A worker may die during rendezvous. Ray retries only on WorkerGroupStartupFailedError, and does not tear
+    down the failed group, so its resources would block the next one.
+
+    Source: train/torch/config.py; for the shutdown Ray has fixed the same in
+    https://github.com/ray-project/ray/pull/63143
+    """
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        try:
+            worker_group.execute(_set_gloo_interface)
+            super().on_start(worker_group, backend_config)
+        except ray.exceptions.RayTaskError as error:
+            worker_group.abort()
+            raise WorkerGroupStartupFailedError("the workers could not connect to each other") from (
+                error.cause or error
+            )
+
+
+class GlooInterfaceTorchConfig(TorchConfig):
+    """Has gloo use the network interface by which each node joined the cluster.
+
+    By default gloo uses the address that the host's own name resolves to. On many machines that is
+    loopback, which workers on other hosts cannot reach. https://github.com/ray-project/ray/issues/37461
+    """
+
+    @property
+    def backend_cls(self) -> type[_GlooInterfaceBackend]:
+        """The class that Ray calls when a worker group starts."""
+        return _GlooInterfaceBackend
+
+
+def _set_gloo_interface() -> None:
+    """Runs on each worker before torch.distributed starts."""
+    name = _interface_of(ray.util.get_node_ip_address())
+    if name:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
+def _interface_of(address: str) -> str | None:
+    """The network interface with an IPv4 address. None if there is none, or this is not Linux."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query:
+        for _, name in socket.if_nameindex():
+            try:
+                reply = fcntl.ioctl(query, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            except OSError:  # no address, or not Linux
+                continue
+            if socket.inet_ntoa(reply[20:24]) == address:
+                return name
+    return None
+
+
+# --- the cluster's resources ---
+
+
+def free_resources() -> list[Resources]:
+    """The free resources of each node that is alive.
+
+    Ray's public ``available_resources`` has only their sum over all nodes. Source: _private/state.py
+    """
+    return list(available_resources_per_node().values())
+
+
+def workers_are_placed() -> bool:
+    """Whether Ray has reserved resources for workers of this job, which are then starting.
+
+    Placement groups have no owner in Ray's public API; the end of an identifier is the job's.
+    The group of a trial's driver has no CPUs.
+
+    Source: util/placement_group.py, includes/unique_ids.pxi
+    """
+    job_id = ray.get_runtime_context().get_job_id()
+    return any(
+        group["state"] == "CREATED" and "CPU" in next(iter(group["bundles"].values()))
+        for group_id, group in ray.util.placement_group_table().items()
+        if group_id.endswith(job_id)
+    )
+
+
+def is_autoscaled() -> bool | None:
+    """Whether an autoscaler adds nodes to this cluster. None if nothing has been reported.
+
+    Ray has no public API for it. Without an autoscaler, Ray reports each node as a node type of its own.
+
+    Source: autoscaler/_private/monitor.py, autoscaler/_private/readonly/node_provider.py
+    """
+    if is_autoscaler_v2():
+        return True
+    with contextlib.suppress(ValueError, LookupError, TypeError):
+        node_types = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS))["autoscaler_report"]["node_type_mapping"]
+        if node_types:
+            return any(node_type != format_readonly_node_type(node) for node, node_type in node_types.items())
+    return None
+
+
+def cancel_autoscaler_request(run_id: str) -> None:
+    """Withdraws the request for resources of a run whose driver died.
+
+    Ray lets it expire after three minutes. Until then the autoscaler holds the resources for the dead run.
+
+    Source: train/v2/_internal/execution/scaling_policy/autoscaling_coordinator_client.py
+    """
+    TrainAutoscalingCoordinatorClient(f"train-{run_id}").cancel_resource_request()
