@@ -43,7 +43,7 @@ bench: setup  ## the seed's loop, ours, and the job on one and two workers, side
 bench-speed: setup  ## a step against the plain one and the machine's limits; threads, two workers, generation
 	$(RUN) -m benchmarks.speed
 	$(RUN) -m benchmarks.threads
-	$(RUN) -m benchmarks.pair
+	$(RUN) -m benchmarks.two_workers
 	$(RUN) -m benchmarks.generation
 
 bench-survival: setup  ## what checkpoints, reproducibility and the death of a worker cost

@@ -1,4 +1,4 @@
-"""Characters a second of greedy generation: the seed's way, one module call a character, and ours.
+"""Characters per second of greedy generation: the d2l book's loop with one module call per character, and ours.
 
 make bench-speed        (or: python -m benchmarks.generation [--rounds N])
 """
@@ -21,25 +21,25 @@ LENGTH, LANES, TOKENS, UNITS = 500, 32, 28, 256
 
 
 @torch.no_grad()
-def seeds(net: plain.PlainModel) -> list[int]:
-    """The d2l book's ``predict_ch8``."""
+def predict_ch8(model: plain.PlainModel) -> list[int]:
+    """Greedy generation as in the d2l book, section 9.5."""
     outputs, state = [0], None
     for _ in range(LENGTH):
-        one_hot = F.one_hot(torch.tensor([[outputs[-1]]]), net.vocabulary_size).float()
-        hidden, state = net.rnn(one_hot, state)
-        outputs.append(int(net.linear(hidden.reshape(-1, hidden.shape[-1])).argmax(dim=1)))
+        one_hot = F.one_hot(torch.tensor([[outputs[-1]]]), model.vocabulary_size).float()
+        hidden, state = model.rnn(one_hot, state)
+        outputs.append(int(model.linear(hidden.reshape(-1, hidden.shape[-1])).argmax(dim=1)))
     return outputs
 
 
-def ways(cell: str, generate_config: GenerateConfig) -> dict[str, Callable[[], object]]:
-    net = build_model(ModelConfig(cell=cell, hidden_size=UNITS), TOKENS, 0)
-    theirs = plain.PlainModel(cell, TOKENS, UNITS)
-    theirs.load_state_dict(net.state_dict())
+def variants(cell: str, generate_config: GenerateConfig) -> dict[str, Callable[[], object]]:
+    model = build_model(ModelConfig(cell=cell, hidden_size=UNITS), TOKENS, 0)
+    book_model = plain.PlainModel(cell, TOKENS, UNITS)
+    book_model.load_state_dict(model.state_dict())
     prefixes_NB = torch.randint(0, TOKENS, (8, LANES))
     return {
-        "the seed's": lambda: seeds(theirs),
-        "one prefix": lambda: generate_tokens(net, np.zeros(1, np.int64), generate_config, 0),
-        f"{LANES} prefixes": lambda: generate_batch(net, prefixes_NB, generate_config, 0),
+        "the book's": lambda: predict_ch8(book_model),
+        "one prefix": lambda: generate_tokens(model, np.zeros(1, np.int64), generate_config, 0),
+        f"{LANES} prefixes": lambda: generate_batch(model, prefixes_NB, generate_config, 0),
     }
 
 
@@ -48,17 +48,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
-    print(f"{measure.machine()}\nthousand characters a second, medians; over the seed's: median (range)")
-    options = GenerateConfig(length=LENGTH)
+    print(f"{measure.machine()}\nthousand characters per second, medians; ratio to the book's: median (range)")
+    config = GenerateConfig(length=LENGTH)
     for cell in ("rnn", "gru", "lstm"):
-        runs = ways(cell, options)
-        found: dict[str, list[float]] = {name: [] for name in runs}
+        runs = variants(cell, config)
+        results: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(rounds):
             for name, run in runs.items():
                 characters = LENGTH * (LANES if "prefixes" in name else 1)
-                found[name].append(characters / milliseconds(run, 1))
-        for name, values in found.items():
-            ratio = measure.ratios(values, found["the seed's"])
+                results[name].append(characters / milliseconds(run, 1))
+        for name, values in results.items():
+            ratio = measure.ratios(values, results["the book's"])
             print(f"  {cell:<6}{name:<14}{statistics.median(values):9.1f}   {ratio}", flush=True)
 
 

@@ -1,9 +1,9 @@
-"""A GPU: a step of ours, with and without its CUDA graph, against plain ``nn`` modules under autocast.
+"""A training step on a GPU, with and without a CUDA graph, against plain ``nn`` modules under autocast.
 
     python -m benchmarks.gpu [--rounds N] [--device cpu]
 
-The plain step has one-hot input and bf16 autocast, and as ours reads its loss at each step. The peak is
-that of a large bf16 product. On ``cpu`` there is no graph: that shows that the program runs.
+The plain step has one-hot input and bf16 autocast and, like ours, reads its loss at each step. The peak is
+measured with a large bf16 matrix product. With ``--device cpu`` there is no graph; use it to check the program.
 """
 
 import argparse
@@ -30,9 +30,9 @@ SIZES = {
 
 
 def plain_steps(shapes: Shapes, device: torch.device) -> Iterator[object]:
-    """The seed's loop with what torch offers a GPU: cuDNN under autocast, a fused optimizer."""
-    net, stream = PlainModel(shapes.cell, shapes.tokens, shapes.units).to(device), shapes.stream()
-    updates = torch.optim.SGD(net.parameters(), 0.1, fused=True)
+    """The d2l book's loop with cuDNN under autocast and a fused optimizer."""
+    model, stream = PlainModel(shapes.cell, shapes.tokens, shapes.units).to(device), shapes.stream()
+    updates = torch.optim.SGD(model.parameters(), 0.1, fused=True)
     state, windows = None, stream.partition(0).num_windows
     while True:
         for index in range(windows):
@@ -40,7 +40,7 @@ def plain_steps(shapes: Shapes, device: torch.device) -> Iterator[object]:
             if state is not None:
                 state = state.detach() if isinstance(state, torch.Tensor) else tuple(part.detach() for part in state)
             with torch.autocast(device.type, torch.bfloat16):
-                logits, state = net(inputs, state)
+                logits, state = model(inputs, state)
             loss = F.cross_entropy(logits.float(), targets.reshape(-1))
             updates.zero_grad()
             loss.backward()
@@ -48,17 +48,17 @@ def plain_steps(shapes: Shapes, device: torch.device) -> Iterator[object]:
             yield loss.item()
 
 
-def our_steps(shapes: Shapes, device: torch.device, is_graphed: bool) -> Iterator[object]:
-    options = Config(model=ModelConfig(cell=shapes.cell, hidden_size=shapes.units))
-    train_state = learner_of(options, shapes.stream(), shapes.tokens, "bf16", device=str(device))
-    if is_graphed and supports_cuda_graph(train_state.model, train_state.share):
+def our_steps(shapes: Shapes, device: torch.device, use_graph: bool) -> Iterator[object]:
+    config = Config(model=ModelConfig(cell=shapes.cell, hidden_size=shapes.units))
+    train_state = learner_of(config, shapes.stream(), shapes.tokens, "bf16", device=str(device))
+    if use_graph and supports_cuda_graph(train_state.model, train_state.share):
         assert isinstance(train_state.update, EagerTrainStep)
         train_state.update = CudaGraphTrainStep(train_state.update)
-    return endless(train_state, options)
+    return endless(train_state, config)
 
 
 def seconds(run: Callable[[], object], times: int, device: torch.device) -> float:
-    """Of one of ``times`` runs, begun and ended with nothing left to do."""
+    """Mean seconds of a run, with the device idle before and after."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     wait()
     start = time.perf_counter()
@@ -69,31 +69,31 @@ def seconds(run: Callable[[], object], times: int, device: torch.device) -> floa
 
 
 def peak(device: torch.device) -> float:
-    """Operations a second of a large bf16 product: the best of some tries."""
+    """FLOP/s of a large bf16 matrix product: the best of five tries."""
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
     return max(2 * side**3 / seconds(lambda: a @ b, 10, device) for _ in range(5))
 
 
 def row(shapes: Shapes, rounds: int, device: torch.device, limit: float) -> None:
-    """One cell at one size, all ways in turns."""
+    """Measures one cell at one size: all variants take turns."""
     runs = {
         "plain, autocast": plain_steps(shapes, device),
-        "ours, launched": our_steps(shapes, device, False),
+        "ours, eager": our_steps(shapes, device, False),
         "ours, CUDA graph": our_steps(shapes, device, True),
     }
     times = 50 if device.type == "cuda" else 2
-    found: dict[str, list[float]] = {name: [] for name in runs}
+    results: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name, run in runs.items():
-            taken = seconds(lambda run=run: next(run), times, device)  # type: ignore[misc]
-            if number:  # the first round warms up, and captures
-                found[name].append(taken)
-    for name, values in found.items():
-        taken = statistics.median(values)
-        speed, share = shapes.lanes * shapes.steps / taken, shapes.operations / taken / limit
-        ratio = measure.ratios(found["plain, autocast"], values)
-        print(f"  {name:<18}{taken * 1e3:9.3f} ms {speed:12,.0f} tokens/s {share:7.1%}   {ratio}", flush=True)
+            elapsed = seconds(lambda run=run: next(run), times, device)  # type: ignore[misc]
+            if number:  # the first round warms up and captures the graph
+                results[name].append(elapsed)
+    for name, values in results.items():
+        elapsed = statistics.median(values)
+        speed, share = shapes.lanes * shapes.steps / elapsed, shapes.operations / elapsed / limit
+        ratio = measure.ratios(results["plain, autocast"], values)
+        print(f"  {name:<18}{elapsed * 1e3:9.3f} ms {speed:12,.0f} tokens/s {share:7.1%}   {ratio}", flush=True)
 
 
 def main() -> None:
@@ -102,18 +102,18 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
     parser.add_argument("--cells", nargs="+", default=["rnn", "gru", "lstm"])
-    given = parser.parse_args()
-    device = torch.device(given.device)
+    args = parser.parse_args()
+    device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("this machine has no GPU that torch can use; --device cpu shows that the program runs")
+        parser.error("torch finds no GPU on this machine; use --device cpu to check the program")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else measure.machine()
     limit = peak(device)
     print(f"{name}, torch {torch.__version__}; {limit / 1e12:.1f} TFLOP/s in a large bf16 product")
-    print("a step: ms, tokens a second, share of the peak, plain / this: median (range)")
-    for size in given.sizes:
-        for cell in given.cells:
+    print("per step: ms, tokens per second, share of the peak, speed-up over plain: median (range)")
+    for size in args.sizes:
+        for cell in args.cells:
             print(f"{size} {cell}", flush=True)
-            row(Shapes(cell, *SIZES[size]), given.rounds, device, limit)
+            row(Shapes(cell, *SIZES[size]), args.rounds, device, limit)
 
 
 if __name__ == "__main__":

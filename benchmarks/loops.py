@@ -1,4 +1,4 @@
-"""Endless iterators of steps, ours and the plain one, over the same random text."""
+"""Endless iterators of training steps, ours and the plain loop's, over the same random text."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from job.training.train_step import EagerTrainStep
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a step's cost depends on."""
+    """The sizes that determine the cost of a step."""
 
     cell: str
     lanes: int
@@ -32,17 +32,17 @@ class Shapes:
 
     @property
     def recurrent_operations(self) -> int:
-        """Forward, and backward to states and weights: a product of the same size each."""
+        """FLOPs of the recurrence: forward, and backward to states and to weights, are products of the same size."""
         gates = {"rnn": 1, "gru": 3, "lstm": 4}[self.cell]
         return 3 * 2 * self.lanes * self.steps * gates * self.units**2
 
     @property
     def operations(self) -> int:
-        """With the output layer's three products; the input is a look-up."""
+        """FLOPs including the output layer's three products; the input is a table look-up."""
         return self.recurrent_operations + 3 * 2 * self.lanes * self.steps * self.units * self.tokens
 
     def bytes(self, width: int) -> int:
-        """What is written once and read once at the least: hidden states, kept gates, their gradients."""
+        """Bytes that must be written once and read once: hidden states, saved gates, their gradients."""
         kept = {"rnn": 0, "gru": 4, "lstm": 4}[self.cell]
         rows = self.lanes * self.steps
         return 2 * rows * width * (self.units * (3 + 2 * kept) + self.tokens)
@@ -63,19 +63,19 @@ def learner_of(
     """A worker of ``workers``, which hold as many lanes each, before its first step."""
     place = torch.device(device)
     chosen = resolve_precision(precision, place)
-    net = build_model(config.model, tokens, 0).to(place, chosen.weights)
-    updates = build_optimizer(config.optimizer, net)
+    model = build_model(config.model, tokens, 0).to(place, chosen.weights)
+    optimizer = build_optimizer(config.optimizer, model)
     near = create_group(60) if workers > 1 else None
     reproducible = config.train.reproducible
     groups = lane_groups_of_worker(stream.config.batch_size, config.train.lane_groups if reproducible else 0, 0, 1)
     share = LaneAssignment(groups, workers, stream.tokens_per_step, chosen.autocast, config.model.dropout, near)
-    gradients = (DeterministicGradients if reproducible else AllReduceGradients)(net, share)
-    update = EagerTrainStep(gradients, updates, config.optimizer.grad_clip_norm, place)
-    return TrainState(net, updates, update, stream, 0, share, Progress())
+    gradients = (DeterministicGradients if reproducible else AllReduceGradients)(model, share)
+    update = EagerTrainStep(gradients, optimizer, config.optimizer.grad_clip_norm, place)
+    return TrainState(model, optimizer, update, stream, 0, share, Progress())
 
 
 def endless(train_state: TrainState, config: Config) -> Iterator[object]:
-    """Its steps, epoch after epoch."""
+    """The training steps of epoch after epoch."""
     while True:
         yield from train_steps(train_state, config, ControlFlags)
         end_epoch(train_state)
@@ -84,6 +84,6 @@ def endless(train_state: TrainState, config: Config) -> Iterator[object]:
 
 def our_steps(shapes: Shapes, precision: str, workers: int = 1, reproducible: bool = False) -> Iterator[object]:
     """As a worker of ``workers`` takes them, which hold as many lanes each."""
-    given = ModelConfig(cell=shapes.cell, hidden_size=shapes.units)
-    options = Config(model=given, train=TrainConfig(reproducible=reproducible))
-    return endless(learner_of(options, shapes.stream(), shapes.tokens, precision, workers), options)
+    args = ModelConfig(cell=shapes.cell, hidden_size=shapes.units)
+    config = Config(model=args, train=TrainConfig(reproducible=reproducible))
+    return endless(learner_of(config, shapes.stream(), shapes.tokens, precision, workers), config)

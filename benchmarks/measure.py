@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine they ran on, and medians of interleaved runs."""
+"""Shared by the benchmarks: a description of the machine, and medians of interleaved runs."""
 
 import platform
 import statistics
@@ -12,23 +12,23 @@ from job.distributed.context import available_cpus
 
 
 def interleaved(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
-    """Each run's figure in every round; a round runs all, one after the other, so drift meets all alike."""
-    found: dict[str, list[float]] = {name: [] for name in runs}
+    """Runs every benchmark once per round, so that a drift of the machine affects all of them alike."""
+    results: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds):
         for name, run in runs.items():
-            found[name].append(run())
-            print(f"  round {number + 1}/{rounds}  {name:<34}{found[name][-1]:10.3f}", flush=True)
-    return found
+            results[name].append(run())
+            print(f"  round {number + 1}/{rounds}  {name:<34}{results[name][-1]:10.3f}", flush=True)
+    return results
 
 
 def ratios(a: list[float], b: list[float]) -> str:
-    """a / b, pair by pair: the median and the range."""
+    """Median and range of ``a / b``, pair by pair."""
     pairs = [x / y for x, y in zip(a, b, strict=True)]
     return f"{statistics.median(pairs):.3f} ({min(pairs):.3f} to {max(pairs):.3f})"
 
 
 def machine() -> str:
-    """Processor, cores and versions, for the head of a table."""
+    """Processor, cores and versions, printed above each table."""
     metadata = _processor()
     name = "{model name} (family {cpu family})".format(**metadata) if "cpu family" in metadata else platform.processor()
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "ray"))
@@ -37,7 +37,7 @@ def machine() -> str:
 
 
 def _processor() -> dict[str, str]:
-    """What Linux says of the first processor."""
+    """The first processor in ``/proc/cpuinfo``."""
     path = Path("/proc/cpuinfo")
     block = path.read_text().split("\n\n")[0] if path.exists() else ""
     return {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in block.splitlines())}

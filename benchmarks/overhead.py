@@ -1,10 +1,10 @@
-"""What Ray costs: the plain loop, ours, and the job on one and two workers, in one run.
+"""Overhead of Ray: the plain loop, our loop, and the job on one and two workers, interleaved.
 
     make bench        (or: python -m benchmarks.overhead [--rounds N])
 
-The loops run in this process on as many threads as a worker of the job has (one). The job's
-figure is that of its own rows of metrics, one row each hundred steps. The first thousand steps
-are left out of all: so long Ray is still starting what watches over the workers.
+The loops run in this process on one thread, like a worker of the job. The job's speed is read from its
+metrics, one row per hundred steps. The first thousand steps are left out everywhere, because Ray is still
+starting processes during that time.
 """
 
 import argparse
@@ -28,20 +28,20 @@ from job.data.stream import Stream
 from job.data.vocabulary import build_vocabulary
 from job.distributed.context import raise_malloc_thresholds
 
-STEPS, EVERY, WARM = 4000, 100, 1000
-PLAIN_STEPS, PLAIN_WARM = 800, 100  # the plain loop takes its time
+STEPS, LOG_EVERY, WARMUP_STEPS = 4000, 100, 1000
+PLAIN_STEPS, PLAIN_WARMUP_STEPS = 800, 100  # the plain loop is slower
 SEED = str(Path(__file__).parent.parent / "configs" / "seed.toml")
 
 
-def stream_of() -> tuple[Stream, int]:
-    options = load_config(SEED, {})
-    text = read_corpus(options.corpus, "char")
-    words = build_vocabulary(options.vocabulary, text)
-    return Stream(words.encode(text.lines), options.stream, 0), len(words)
+def seed_stream() -> tuple[Stream, int]:
+    config = load_config(SEED, {})
+    text = read_corpus(config.corpus, "char")
+    arguments = build_vocabulary(config.vocabulary, text)
+    return Stream(arguments.encode(text.lines), config.stream, 0), len(arguments)
 
 
 def timed(each_step: Iterator[object], steps: int, warm: int) -> float:
-    """Thousand tokens per second of an endless iterator of steps, its first ones left out."""
+    """Thousand tokens per second of an endless iterator of steps, without the warm-up."""
     for _ in range(warm):
         next(each_step)
     start = time.perf_counter()
@@ -51,50 +51,57 @@ def timed(each_step: Iterator[object], steps: int, warm: int) -> float:
 
 
 def plain_loop() -> float:
-    stream, size = stream_of()
+    stream, size = seed_stream()
     torch.manual_seed(0)
-    return timed(plain.steps(plain.PlainModel("rnn", size, 256), stream, 0.1), PLAIN_STEPS, PLAIN_WARM)
+    return timed(plain.steps(plain.PlainModel("rnn", size, 256), stream, 0.1), PLAIN_STEPS, PLAIN_WARMUP_STEPS)
 
 
 def our_loop(precision: str) -> float:
-    stream, size = stream_of()
-    options = load_config(SEED, {})
-    return timed(endless(learner_of(options, stream, size, precision), options), STEPS, WARM)
+    stream, size = seed_stream()
+    config = load_config(SEED, {})
+    return timed(endless(learner_of(config, stream, size, precision), config), STEPS, WARMUP_STEPS)
 
 
 def job(workers: int, precision: str, starts: list[dict[str, float]]) -> float:
-    """Thousand tokens per second of the job; ``starts`` takes the parts of its start in seconds."""
+    """Thousand tokens per second of the job; appends the seconds of each start-up phase to ``starts``."""
     with tempfile.TemporaryDirectory() as storage:
-        words = ["train", SEED, "--run.storage", storage, "--run.name", "run", "--scale.workers", str(workers)]
-        words += ["--train.max_steps", str(STEPS), "--train.log_every", str(EVERY), "--train.precision", precision]
-        words += ["--scale.cpus_per_worker", "1"]
-        begun = time.time()
+        arguments = ["train", SEED, "--run.storage", storage, "--run.name", "run", "--scale.workers", str(workers)]
+        arguments += [
+            "--train.max_steps",
+            str(STEPS),
+            "--train.log_every",
+            str(LOG_EVERY),
+            "--train.precision",
+            precision,
+        ]
+        arguments += ["--scale.cpus_per_worker", "1"]
+        start = time.time()
         process = subprocess.Popen(
-            [sys.executable, "-m", "job", *words], env={**os.environ, "RAY_ADDRESS": ""}, stdout=subprocess.PIPE
+            [sys.executable, "-m", "job", *arguments], env={**os.environ, "RAY_ADDRESS": ""}, stdout=subprocess.PIPE
         )
         assert process.stdout
-        said = [time.time() for line in process.stdout if line.startswith((b"run ", b"rnn "))]
+        printed_at = [time.time() for line in process.stdout if line.startswith((b"run ", b"rnn "))]
         assert process.wait() == 0
         run = Path(storage) / "run"
-        connected = (run / "config.toml").stat().st_mtime  # written when the cluster stands
-        parts = [begun, said[0], connected, said[1]]
-        names = ["imports and text", "Ray starts", "workers start, to the first step"]
+        connected = (run / "config.toml").stat().st_mtime  # written once the cluster is connected
+        parts = [start, printed_at[0], connected, printed_at[1]]
+        names = ["imports and corpus", "Ray start-up", "worker start-up, to the first step"]
         lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
         starts.append({name: after - before for name, before, after in zip(names, parts, parts[1:], strict=False)})
         trained = json.loads((run / "result.json").read_text())["seconds"]
-        starts[-1]["after the last step"] = time.time() - said[1] - trained
+        starts[-1]["after the last step"] = time.time() - printed_at[1] - trained
     speeds = [row["tokens_per_second"] for row in lines if row["split"] == "train"]
-    return statistics.harmonic_mean(speeds[WARM // EVERY :]) / 1000
+    return statistics.harmonic_mean(speeds[WARMUP_STEPS // LOG_EVERY :]) / 1000
 
 
 def main() -> None:
-    raise_malloc_thresholds()  # as every worker does
+    raise_malloc_thresholds()  # as in every worker
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     starts: dict[int, list[dict[str, float]]] = {1: [], 2: []}
-    found = measure.interleaved(
+    results = measure.interleaved(
         {
             "plain loop, fp32": plain_loop,
             "our loop, fp32": lambda: our_loop("fp32"),
@@ -105,7 +112,7 @@ def main() -> None:
         rounds,
     )
     print(f"\n{measure.machine()}\nthousand tokens per second, medians of {rounds} interleaved rounds:")
-    for name, values in found.items():
+    for name, values in results.items():
         print(f"  {name:<34}{statistics.median(values):8.1f}")
     print("ratios, pair by pair: median (range)")
     for a, b in (
@@ -114,7 +121,7 @@ def main() -> None:
         ("job, 1 worker, auto", "our loop, auto"),
         ("job, 2 workers, auto", "job, 1 worker, auto"),
     ):
-        print(f"  {a:<22} / {b:<22}{measure.ratios(found[a], found[b])}")
+        print(f"  {a:<22} / {b:<22}{measure.ratios(results[a], results[b])}")
     for workers, found_parts in starts.items():
         print(f"seconds of the command outside its loop, {workers} worker(s), medians:")
         for part in found_parts[0]:

@@ -1,4 +1,4 @@
-"""The machine's measured limits, for one core."""
+"""Measured limits of one core."""
 
 import ctypes
 import subprocess
@@ -12,7 +12,7 @@ import torch
 
 @dataclass(frozen=True)
 class Limits:
-    """Operations and bytes a second."""
+    """FLOP/s and bytes per second."""
 
     float32: float
     bfloat16: float
@@ -23,26 +23,30 @@ class Limits:
 
 
 def limits() -> Limits:
-    """The best of some short tries, in seconds of the processor that this process had."""
+    """The best of twenty short tries, by the CPU time of this process."""
     with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / "peak.so"
+        library_file = Path(folder) / "peak.so"
         source = Path(__file__).parent / "peak.c"
-        subprocess.run(["cc", "-O3", "-march=native", "-fPIC", "-shared", str(source), "-o", str(made)], check=True)
-        library = ctypes.CDLL(str(made))
-        turns = ctypes.c_long(200_000)
+        subprocess.run(
+            ["cc", "-O3", "-march=native", "-fPIC", "-shared", str(source), "-o", str(library_file)], check=True
+        )
+        library = ctypes.CDLL(str(library_file))
+        iterations = ctypes.c_long(200_000)
         size = 64 << 20
         to, source_bytes = torch.zeros(size, dtype=torch.uint8), torch.zeros(size, dtype=torch.uint8)
         copied = ctypes.c_void_p(to.data_ptr()), ctypes.c_void_p(source_bytes.data_ptr()), ctypes.c_long(size)
         return Limits(
-            _best(library.multiply_floats, turns), _best(library.multiply_bf16, turns), _best(library.copy, *copied)
+            _best(library.multiply_floats, iterations),
+            _best(library.multiply_bf16, iterations),
+            _best(library.copy, *copied),
         )
 
 
 def _best(function, *arguments) -> float:  # type: ignore[no-untyped-def]
     function.restype = ctypes.c_double
-    found = 0.0
+    results = 0.0
     for _ in range(20):
         start = time.process_time()
         done = function(*arguments)
-        found = max(found, done / (time.process_time() - start))
-    return found
+        results = max(results, done / (time.process_time() - start))
+    return results

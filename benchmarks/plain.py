@@ -1,4 +1,4 @@
-"""The seed's loop, written plainly: one-hot input, torch's own modules, one step after the other."""
+"""The d2l book's training loop, written plainly: one-hot input and torch's own modules."""
 
 from collections.abc import Iterator
 
@@ -10,12 +10,12 @@ from job.data.stream import Stream
 
 
 class PlainModel(nn.Module):
-    """As the d2l book has it: one-hot vectors into a recurrent module, then an output layer."""
+    """One-hot vectors, a recurrent module and an output layer, as in the d2l book, section 9.6."""
 
     def __init__(self, cell: str, vocabulary_size: int, hidden_size: int) -> None:
         super().__init__()
-        kind = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}[cell]
-        self.rnn = kind(vocabulary_size, hidden_size)
+        rnn_class = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}[cell]
+        self.rnn = rnn_class(vocabulary_size, hidden_size)
         self.linear = nn.Linear(hidden_size, vocabulary_size)
         self.vocabulary_size = vocabulary_size
 
@@ -26,8 +26,8 @@ class PlainModel(nn.Module):
 
 
 def steps(model: PlainModel, stream: Stream, learning_rate: float) -> Iterator[float]:
-    """Trains epoch after epoch; yields each step's loss, as a number, as the book sums it up."""
-    updates = torch.optim.SGD(model.parameters(), learning_rate)
+    """Trains epoch after epoch and yields the loss of each step as a float."""
+    optimizer = torch.optim.SGD(model.parameters(), learning_rate)
     epoch = 0
     while True:
         state = None
@@ -37,8 +37,8 @@ def steps(model: PlainModel, stream: Stream, learning_rate: float) -> Iterator[f
                 state = state.detach() if isinstance(state, torch.Tensor) else tuple(part.detach() for part in state)
             logits, state = model(inputs, state)
             loss = F.cross_entropy(logits, targets.reshape(-1))
-            updates.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            updates.step()
+            optimizer.step()
             yield loss.item()
         epoch += 1

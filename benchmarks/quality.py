@@ -1,11 +1,11 @@
-"""Time to quality on one core: tiny Shakespeare against nanoGPT's recipe for a processor, 1.88 nats.
+"""Time to quality on one core: tiny Shakespeare against nanoGPT's recipe for CPUs, 1.88 nats.
 
     git clone https://github.com/karpathy/nanoGPT
     python -m benchmarks.quality nanoGPT [--corpus TEXT]
 
-Both train on the first nine tenths and are judged on the last. Seconds are those of the loops, on one
-thread: nanoGPT's without its evaluations, ours (benchmarks/shakespeare.toml) with them. Ours runs
-before and after. nanoGPT's loss is its own estimate, ours counts each target once.
+Both train on the first nine tenths and are evaluated on the last. Seconds are those of the training loops on
+one thread: nanoGPT's without its evaluations, ours (benchmarks/shakespeare.toml) with them. Ours runs before
+and after nanoGPT. nanoGPT's loss is its own estimate, ours counts each target once.
 """
 
 import argparse
@@ -28,48 +28,55 @@ CONFIG = str(Path(__file__).parent / "shakespeare.toml")
 RECIPE = (
     "--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_size=64 --batch_size=12 --n_layer=4 "
     "--n_head=4 --n_embd=128 --max_iters=2000 --lr_decay_iters=2000 --dropout=0.0"
-)  # as its README gives it
+)  # from its README
 
 
 def ours(flags: list[str]) -> tuple[float, float]:
-    """Nats of the validation text, and seconds."""
+    """Trains ours; returns nats per validation token, and seconds."""
     with tempfile.TemporaryDirectory() as storage:
-        words = ["train", CONFIG, *flags, "--run.storage", storage, "--run.name", "run"]
-        subprocess.run([sys.executable, "-m", "job", *words], check=True, stdout=subprocess.DEVNULL)
+        arguments = ["train", CONFIG, *flags, "--run.storage", storage, "--run.name", "run"]
+        subprocess.run([sys.executable, "-m", "job", *arguments], check=True, stdout=subprocess.DEVNULL)
         result = json.loads((Path(storage) / "run" / "result.json").read_text())
     return math.log(result["validation_perplexity"]), result["seconds"]
 
 
 def nano_gpt(checkout: str, text: str) -> tuple[float, float]:
-    """As ``ours``, in a copy of the checkout: it writes beside itself."""
+    """Trains nanoGPT in a copy of its checkout, because it writes there; returns the same as ``ours``."""
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder) / "nanoGPT"
-        shutil.copytree(checkout, place)
-        (place / "data" / "shakespeare_char" / "input.txt").write_text(text)
-        (place / "out").mkdir()
+        folder_of_copy = Path(folder) / "nanoGPT"
+        shutil.copytree(checkout, folder_of_copy)
+        (folder_of_copy / "data" / "shakespeare_char" / "input.txt").write_text(text)
+        (folder_of_copy / "out").mkdir()
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run(
-            [sys.executable, "data/shakespeare_char/prepare.py"], cwd=place, check=True, stdout=subprocess.DEVNULL
+            [sys.executable, "data/shakespeare_char/prepare.py"],
+            cwd=folder_of_copy,
+            check=True,
+            stdout=subprocess.DEVNULL,
         )
         command = [sys.executable, "train.py", "config/train_shakespeare_char.py", *RECIPE.split()]
-        said = subprocess.run(command, cwd=place, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-    nats = [float(found) for found in re.findall(r"val loss ([\d.]+)", said)]
-    times = [float(found) / 1000 for found in re.findall(r"time ([\d.]+)ms", said)]
-    usual = statistics.median(times)
-    return nats[-1], sum(time if time < 3 * usual else usual for time in times)  # far longer where it evaluates
+        output = subprocess.run(
+            command, cwd=folder_of_copy, env=environment, check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
+    nats = [float(results) for results in re.findall(r"val loss ([\d.]+)", output)]
+    times = [float(results) / 1000 for results in re.findall(r"time ([\d.]+)ms", output)]
+    typical = statistics.median(times)
+    return nats[-1], sum(
+        time if time < 3 * typical else typical for time in times
+    )  # an iteration that evaluates takes far longer
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("nanogpt", help="folder of a checkout of karpathy/nanoGPT")
-    parser.add_argument("--corpus", help="tiny Shakespeare, a file or an address")
-    given = parser.parse_args()
-    flags = ["--corpus.source", given.corpus] if given.corpus else []
-    options = load_config(CONFIG, {"corpus.source": given.corpus} if given.corpus else {})
-    (text,) = read_corpus(options.corpus, options.vocabulary.kind).lines
+    parser.add_argument("--corpus", help="tiny Shakespeare, a file or a URI")
+    args = parser.parse_args()
+    flags = ["--corpus.source", args.corpus] if args.corpus else []
+    config = load_config(CONFIG, {"corpus.source": args.corpus} if args.corpus else {})
+    (text,) = read_corpus(config.corpus, config.vocabulary.kind).lines
     assert isinstance(text, str)
     print(measure.machine())
-    runs = {"ours": ours(flags), "nanoGPT": nano_gpt(given.nanogpt, text), "ours again": ours(flags)}
+    runs = {"ours": ours(flags), "nanoGPT": nano_gpt(args.nanogpt, text), "ours again": ours(flags)}
     for name, (nats, seconds) in runs.items():
         print(f"  {name:<12}{nats:7.4f} nats {seconds:8.1f} s, {runs['nanoGPT'][1] / seconds:6.1f} times as fast")
 

@@ -2,8 +2,8 @@
 
     make bench-speed        (or: python -m benchmarks.speed [--rounds N])
 
-All ways take turns in this process on one thread. A time is the processor's that this process had,
-which neighbours on a shared machine lengthen less than the wall's; ratios are of neighbouring turns.
+All variants take turns in this process on one thread. Times are CPU times of this process, which other
+processes on a shared machine affect less than wall-clock times; ratios are of neighbouring turns.
 """
 
 import argparse
@@ -20,21 +20,19 @@ from benchmarks.loops import Shapes, our_steps, plain_steps
 from benchmarks.peak import Limits, limits
 from job.distributed.context import raise_malloc_thresholds
 from job.kernels.ops import supports_dtype
-from job.nn import language_model, loss, rnn
 from job.nn.language_model import RecurrentLayers
 
 SIZES = {"seed's": (32, 40, 256, 28), "larger": (64, 64, 512, 256)}
-WAYS = {"auto": "auto", "auto, no compiler": "auto", "fp32": "fp32", "fp32, no compiler": "fp32"}
+VARIANTS = {"auto": "auto", "auto, no compiler": "auto", "fp32": "fp32", "fp32, no compiler": "fp32"}
 
 
-def without_kernel(name: str) -> contextlib.AbstractContextManager[object]:
-    """No compiled kernel, where the way's name says so."""
-    if "no compiler" not in name:
-        return contextlib.nullcontext()
-    patches = contextlib.ExitStack()
-    for module in (language_model, loss, rnn):
-        patches.enter_context(mock.patch.object(module, "supports_dtype", lambda dtype: False))
-    return patches
+@contextlib.contextmanager
+def without_kernel(name: str) -> Iterator[None]:
+    """Disables the compiled kernel for variants whose name says so."""
+    with contextlib.ExitStack() as stack:
+        for module in ("language_model", "loss", "rnn") if "no compiler" in name else ():
+            stack.enter_context(mock.patch(f"job.nn.{module}.supports_dtype", lambda dtype: False))
+        yield
 
 
 def milliseconds(run: Callable[[], object], times: int) -> float:
@@ -48,52 +46,56 @@ def recurrences(shapes: Shapes, dtype: torch.dtype) -> Iterator[object]:
     """Forward and backward of the recurrent layer alone."""
     layer = RecurrentLayers(shapes.cell, shapes.tokens, shapes.units, 1)
     tokens_TB = torch.randint(0, shapes.tokens, (shapes.steps, shapes.lanes))
-    slopes_TBH = torch.randn(shapes.steps, shapes.lanes, shapes.units).to(dtype)
+    grad_outputs_TBH = torch.randn(shapes.steps, shapes.lanes, shapes.units).to(dtype)
     while True:
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
             hidden_TBH, _ = layer(tokens_TB)
-        torch.autograd.backward(hidden_TBH, slopes_TBH)
+        torch.autograd.backward(hidden_TBH, grad_outputs_TBH)
         yield None
 
 
-def row(shapes: Shapes, rounds: int, found_limits: Limits) -> None:
-    """One cell at one size, all ways."""
-    low = torch.bfloat16 if supports_dtype(torch.bfloat16) else torch.float32
-    runs = {"plain": plain_steps(shapes)} | {name: our_steps(shapes, way) for name, way in WAYS.items()}
-    runs |= {"auto: recurrence": recurrences(shapes, low), "fp32: recurrence": recurrences(shapes, torch.float32)}
-    times = max(3, round(2e10 / shapes.operations))  # so many that a turn's first, cold one weighs little
-    found: dict[str, list[float]] = {name: [] for name in runs}
+def row(shapes: Shapes, rounds: int, peak: Limits) -> None:
+    """Measures one cell at one size: all variants take turns."""
+    fast_dtype = torch.bfloat16 if supports_dtype(torch.bfloat16) else torch.float32
+    runs = {"plain": plain_steps(shapes)} | {name: our_steps(shapes, way) for name, way in VARIANTS.items()}
+    runs |= {
+        "auto: recurrence": recurrences(shapes, fast_dtype),
+        "fp32: recurrence": recurrences(shapes, torch.float32),
+    }
+    times = max(3, round(2e10 / shapes.operations))  # enough that the first, cold step of a turn has little weight
+    results: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name, run in runs.items():
             with without_kernel(name):
-                taken = milliseconds(lambda run=run: next(run), times)  # type: ignore[misc]
+                elapsed = milliseconds(lambda run=run: next(run), times)  # type: ignore[misc]
             if number:  # the first round warms up
-                found[name].append(taken)
-    for name, values in found.items():
-        dtype = low if name.startswith("auto") else torch.float32
+                results[name].append(elapsed)
+    for name, values in results.items():
+        dtype = fast_dtype if name.startswith("auto") else torch.float32
         operations = shapes.recurrent_operations if "recurrence" in name else shapes.operations
-        floor = 1e3 * operations / found_limits.of(dtype)
-        moving = 1e3 * shapes.bytes(dtype.itemsize) / found_limits.memory
+        floor = 1e3 * operations / peak.of(dtype)
+        memory_floor = 1e3 * shapes.bytes(dtype.itemsize) / peak.memory
         ms = statistics.median(values)
-        ratio = "" if "recurrence" in name else measure.ratios(found["plain"], values)
-        print(f"  {name:<20}{ms:9.2f}{floor:8.2f}{moving:8.2f}{floor / ms:8.0%}   {ratio}", flush=True)
+        ratio = "" if "recurrence" in name else measure.ratios(results["plain"], values)
+        print(f"  {name:<20}{ms:9.2f}{floor:8.2f}{memory_floor:8.2f}{floor / ms:8.0%}   {ratio}", flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
     rounds = parser.parse_args().rounds
-    raise_malloc_thresholds()  # as every worker does
+    raise_malloc_thresholds()  # as in every worker
     torch.set_num_threads(1)
     peak = limits()
     gflops, bf16, memory = (limit / 1e9 for limit in (peak.float32, peak.bfloat16, peak.memory))
     print(
         f"{measure.machine()}\none core: {gflops:.0f} GFLOP/s in float32, {bf16:.0f} in bf16, {memory:.0f} GB/s copied."
     )
-    print(f"Medians of {rounds} rounds; floors from operations and from bytes.")
+    print(f"Medians of {rounds} rounds; lower bounds from FLOPs and from bytes.")
     for size, numbers in SIZES.items():
         for cell in ("rnn", "gru", "lstm"):
-            print(f"{size} {cell}: ms, floors in ms, share of the peak, plain / this: median (range)")
+            print(f"{size} {cell}: ms, lower bounds in ms by FLOPs and by bytes, share of the peak,")
+            print("  speed-up over plain: median (range)")
             row(Shapes(cell, *numbers), rounds, peak)
 
 

@@ -1,4 +1,4 @@
-"""What survival costs: checkpoints, reproducibility, and a worker's death.
+"""Cost of fault tolerance: checkpoints, reproducible runs, and the time to recover from a worker's death.
 
 make bench-survival        (or: python -m benchmarks.survival [--rounds N])
 """
@@ -29,64 +29,64 @@ from job.training.loop import TrainState
 
 SEED = str(Path(__file__).parent.parent / "configs" / "seed.toml")
 STEPS = 1200  # of each run that is compared
-EPOCHS, WARM = 120, 6  # of the run that is compared with itself
+EPOCHS, WARM = 120, 6  # of the run whose epochs are compared
 
 
 def speed(**flags: str) -> float:
-    """Thousand tokens per second of a run in this process, all it does between its steps included."""
+    """Thousand tokens per second of a run in this process, including everything between its steps."""
     with tempfile.TemporaryDirectory() as storage:
-        given = {"run.storage": storage, "run.name": "run", "scale.workers": "0", "scale.cpus_per_worker": "1"}
-        options = load_config(SEED, {**given, "train.max_steps": str(STEPS), **flags})
-        run_training(options, "seed", Console(io.StringIO()), launch_local)
+        args = {"run.storage": storage, "run.name": "run", "scale.workers": "0", "scale.cpus_per_worker": "1"}
+        config = load_config(SEED, {**args, "train.max_steps": str(STEPS), **flags})
+        run_training(config, "seed", Console(io.StringIO()), launch_local)
         result = json.loads((Path(storage) / "run" / "result.json").read_text())
     return float(result["tokens"] / result["seconds"] / 1000)
 
 
 def epochs_after_a_checkpoint(count: int) -> tuple[list[float], list[float]]:
-    """Seconds of epochs that begin with a checkpoint, as all do by default, and of those between without one.
+    """Seconds of epochs that begin with a checkpoint, as all do by default, and of those without one.
 
-    They take turns in one run, since two runs on a shared machine differ by more than a checkpoint costs.
+    They alternate in one run, because two runs on a shared machine differ by more than the cost of a checkpoint.
     """
-    begun: list[float] = []
+    start: list[float] = []
     save = CheckpointWriter.save
 
-    def every_other(writer: CheckpointWriter, train_state: TrainState) -> None:
-        begun.append(time.perf_counter())
-        if len(begun) % 2 or train_state.progress.epoch == count:  # the result needs the last
+    def save_every_other(writer: CheckpointWriter, train_state: TrainState) -> None:
+        start.append(time.perf_counter())
+        if len(start) % 2 or train_state.progress.epoch == count:  # the result needs the last checkpoint
             save(writer, train_state)
 
-    with mock.patch.object(CheckpointWriter, "save", every_other):
+    with mock.patch.object(CheckpointWriter, "save", save_every_other):
         speed(**{"train.max_steps": "0", "train.epochs": str(count)})
-    taken = [after - before for before, after in itertools.pairwise(begun)][WARM:]
-    return taken[0::2], taken[1::2]
+    elapsed = [after - before for before, after in itertools.pairwise(start)][WARM:]
+    return elapsed[0::2], elapsed[1::2]
 
 
-def death() -> dict[str, float]:
-    """Seconds from a worker's death to what follows it, on a cluster of the job's own with two workers."""
+def recovery_times() -> dict[str, float]:
+    """Seconds from the death of one of two workers to the phases of recovery, on a local cluster."""
     with tempfile.TemporaryDirectory() as storage:
-        words = ["train", SEED, "--run.storage", storage, "--run.name", "run", "--train.log_every", "1"]
-        command = [sys.executable, "-m", "job", *words, "--train.checkpoint_every", "2s", "--train.epochs", "500"]
+        arguments = ["train", SEED, "--run.storage", storage, "--run.name", "run", "--train.log_every", "1"]
+        command = [sys.executable, "-m", "job", *arguments, "--train.checkpoint_every", "2s", "--train.epochs", "500"]
         process = subprocess.Popen(
             command, env={**os.environ, "RAY_ADDRESS": ""}, stdout=subprocess.PIPE, text=True, start_new_session=True
         )
         metrics = Path(storage) / "run" / "metrics.jsonl"
         _wait(lambda: _step(metrics) > 300)
-        victim = _workers(process.pid)[-1]
+        killed_pid = _workers(process.pid)[-1]
         died, before = time.monotonic(), _step(metrics)
-        os.kill(victim, signal.SIGKILL)
-        found: dict[str, float] = {}
+        os.kill(killed_pid, signal.SIGKILL)
+        results: dict[str, float] = {}
         assert process.stdout
         for line in process.stdout:
-            if line.startswith("warning: worker") and "noticed" not in found:
-                found["noticed"] = time.monotonic() - died
+            if line.startswith("warning: worker") and "noticed" not in results:
+                results["noticed"] = time.monotonic() - died
             if line.startswith("goes on from"):
-                found["new workers stand"] = time.monotonic() - died
+                results["new workers running"] = time.monotonic() - died
                 break
         _wait(lambda: _step(metrics) > before)
-        found["past the step of the death"] = time.monotonic() - died
+        results["past the step of the death"] = time.monotonic() - died
         process.send_signal(signal.SIGINT)
         process.communicate(timeout=60)
-    return found
+    return results
 
 
 def _step(metrics: Path) -> int:
@@ -96,21 +96,21 @@ def _step(metrics: Path) -> int:
 
 
 def _wait(until: Callable[[], bool]) -> None:
-    begun = time.monotonic()
+    start = time.monotonic()
     while not until():
-        assert time.monotonic() - begun < 120
+        assert time.monotonic() - start < 120
         time.sleep(0.02)
 
 
 def _workers(driver_pid: int) -> list[int]:
-    """The Ray Train workers on this machine, of which this must be the only run."""
-    found = []
+    """Process ids of the Ray Train workers on this machine, on which no other run may be active."""
+    results = []
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         with contextlib.suppress(OSError):
             if path.read_text().startswith("ray::RayTrainWorker"):
-                found.append(int(path.parent.name))
-    assert found, f"driver {driver_pid} has no workers"
-    return sorted(found)
+                results.append(int(path.parent.name))
+    assert results, f"driver {driver_pid} has no workers"
+    return sorted(results)
 
 
 def main() -> None:
@@ -119,21 +119,21 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     print(measure.machine())
     with_one, without = epochs_after_a_checkpoint(EPOCHS)
-    print(f"seconds of an epoch, medians of {len(without)}: with a checkpoint, without one, and the ratio's quartiles")
+    print(f"seconds per epoch, medians of {len(without)}: with a checkpoint, without one, and quartiles of the ratio")
     ratios = [a / b for a, b in zip(with_one, without, strict=False)]
     quartiles = ", ".join(f"{ratio:.3f}" for ratio in statistics.quantiles(ratios))
     print(f"  {statistics.median(with_one):.4f}  {statistics.median(without):.4f}  {quartiles}", flush=True)
-    found = measure.interleaved(
+    results = measure.interleaved(
         {
             "fp32": lambda: speed(**{"train.precision": "fp32"}),
             "fp32, reproducible": lambda: speed(**{"train.precision": "fp32", "train.reproducible": "true"}),
         },
         rounds,
     )
-    print("reproducible / not, tokens a second, pair by pair: median (range)")
-    print(f"  {measure.ratios(found['fp32, reproducible'], found['fp32'])}")
-    deaths = [death() for _ in range(3)]
-    print("seconds from a worker's death, medians of 3:")
+    print("tokens per second, reproducible / not: median (range)")
+    print(f"  {measure.ratios(results['fp32, reproducible'], results['fp32'])}")
+    deaths = [recovery_times() for _ in range(3)]
+    print("seconds after a worker's death, medians of 3:")
     for part in deaths[0]:
         print(f"  {part:<34}{statistics.median(each[part] for each in deaths):8.1f}")
 

@@ -1,4 +1,4 @@
-"""What a second thread brings a step, where threads that wait sleep (as in a run) and where they spin.
+"""Speed-up of a step by a second thread, with waiting threads that sleep (as in a run) and that spin.
 
 python -m benchmarks.threads [--rounds N]
 """
@@ -19,10 +19,10 @@ from job.distributed.context import raise_malloc_thresholds
 
 
 def compare(name: str, shapes: Shapes, precision: str, rounds: int) -> None:
-    """One and two threads in turns."""
+    """Measures one and two threads in turns."""
     runs = {threads: our_steps(shapes, precision) for threads in (1, 2)}
     times = max(3, round(1e10 / shapes.operations))
-    found: dict[int, list[float]] = {threads: [] for threads in runs}
+    results: dict[int, list[float]] = {threads: [] for threads in runs}
     for number in range(rounds + 1):
         for threads, steps in runs.items():
             torch.set_num_threads(threads)
@@ -30,8 +30,10 @@ def compare(name: str, shapes: Shapes, precision: str, rounds: int) -> None:
             for _ in range(times):
                 next(steps)
             if number:
-                found[threads].append((time.perf_counter() - start) / times * 1e3)
-    print(f"  {name:<14}{precision:<6}{statistics.median(found[1]):8.2f} ms   {measure.ratios(found[1], found[2])}")
+                results[threads].append((time.perf_counter() - start) / times * 1e3)
+    print(
+        f"  {name:<14}{precision:<6}{statistics.median(results[1]):8.2f} ms   {measure.ratios(results[1], results[2])}"
+    )
 
 
 def main() -> None:
@@ -40,14 +42,14 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     policy = os.environ["OMP_WAIT_POLICY"]
     if policy == "PASSIVE":
-        print(f"{measure.machine()}\na step on one thread, and how many times as fast it is on two: median (range)")
+        print(f"{measure.machine()}\nms per step on one thread, and speed-up on two: median (range)")
     print(f"OMP_WAIT_POLICY = {policy}", flush=True)
     raise_malloc_thresholds()
     for size, numbers in SIZES.items():
         for cell in ("rnn", "gru", "lstm"):
             for precision in ("fp32", "auto"):
                 compare(f"{size} {cell}", Shapes(cell, *numbers), precision, rounds)
-    if policy == "PASSIVE":  # the policy is read once a process
+    if policy == "PASSIVE":  # the policy is read once per process
         line = [sys.executable, "-m", "benchmarks.threads", "--rounds", str(rounds)]
         subprocess.run(line, env={**os.environ, "OMP_WAIT_POLICY": "ACTIVE"}, check=True)
 

@@ -1,9 +1,9 @@
-"""Two workers on two cores against one, each with the same number of lanes; the loop alone, without Ray.
+"""Weak scaling: two workers on two cores against one, with the same number of lanes each; without Ray.
 
-    make bench-speed        (or: python -m benchmarks.pair [--rounds N] [--gloo] [--reproducible])
+    make bench-speed        (or: python -m benchmarks.two_workers [--rounds N] [--gloo] [--reproducible])
 
-Beside the wall's time stands the processor's of the first worker: what the exchange itself costs,
-without the wait for a neighbour whom a busy machine holds up.
+The CPU time of the first worker is shown next to the wall-clock time: it excludes waiting for the other
+worker, which other processes on a busy machine may delay.
 """
 
 import argparse
@@ -17,15 +17,15 @@ import torch
 import torch.distributed as dist
 from torch import multiprocessing
 
-from benchmarks import loops, measure
+from benchmarks import measure
 from benchmarks.loops import Shapes, our_steps
 from benchmarks.speed import SIZES
 from job.distributed.context import raise_malloc_thresholds
 
 
-def both(rank: int, port: int, rounds: int, gloo: bool, reproducible: bool) -> None:
+def run_worker(rank: int, port: int, rounds: int, gloo: bool, reproducible: bool) -> None:
     if gloo:
-        mock.patch.object(loops, "create_group", lambda timeout_s: None).start()
+        mock.patch("benchmarks.loops.create_group", lambda timeout_s: None).start()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
     raise_malloc_thresholds()
@@ -37,10 +37,10 @@ def both(rank: int, port: int, rounds: int, gloo: bool, reproducible: bool) -> N
 
 
 def compare(rank: int, name: str, shapes: Shapes, rounds: int, reproducible: bool) -> None:
-    """One worker alone while the other sleeps, then both, in turns."""
+    """Measures one worker while the other sleeps, then both, in turns."""
     alone, together = (our_steps(shapes, "auto", workers, reproducible) for workers in (1, 2))
     times = max(3, round(2e10 / shapes.operations))
-    found: dict[str, list[tuple[float, float]]] = {"one": [], "two": []}
+    results: dict[str, list[tuple[float, float]]] = {"one": [], "two": []}
     for number in range(rounds + 1):
         for way, steps in (("one", alone), ("two", together)):
             dist.barrier()
@@ -49,12 +49,14 @@ def compare(rank: int, name: str, shapes: Shapes, rounds: int, reproducible: boo
                 for _ in range(times):
                     next(steps)
             dist.barrier()
-            taken = time.perf_counter() - start[0], time.process_time() - start[1]
+            elapsed = time.perf_counter() - start[0], time.process_time() - start[1]
             if number:
-                found[way].append(taken)
+                results[way].append(elapsed)
     if rank == 0:
         for clock in (0, 1):
-            one, two = ([2 * times[clock] if way == "one" else times[clock] for times in found[way]] for way in found)
+            one, two = (
+                [2 * times[clock] if way == "one" else times[clock] for times in results[way]] for way in results
+            )
             ms = statistics.median(two) / times * 1e3
             print(
                 f"  {name:<14}{('wall', 'processor')[clock]:<10}{ms:8.2f} ms   {measure.ratios(one, two)}", flush=True
@@ -64,15 +66,17 @@ def compare(rank: int, name: str, shapes: Shapes, rounds: int, reproducible: boo
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--gloo", action="store_true", help="as on two machines")
-    parser.add_argument("--reproducible", action="store_true", help="with eight lane groups a worker")
-    given = parser.parse_args()
-    with socket.socket() as some:
-        some.bind(("127.0.0.1", 0))
-        port = some.getsockname()[1]
-    print(f"{measure.machine()}\na step of two workers, and their tokens a second over one's: median (range)")
-    options = (port, given.rounds, given.gloo, given.reproducible)
-    multiprocessing.spawn(both, options, nprocs=2)  # type: ignore[attr-defined,no-untyped-call]
+    parser.add_argument("--gloo", action="store_true", help="exchange gradients through gloo, as between two machines")
+    parser.add_argument("--reproducible", action="store_true", help="with eight lane groups per worker")
+    args = parser.parse_args()
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    print(
+        f"{measure.machine()}\nms per step of two workers, and their tokens per second relative to one: median (range)"
+    )
+    config = (port, args.rounds, args.gloo, args.reproducible)
+    multiprocessing.spawn(run_worker, config, nprocs=2)  # type: ignore[attr-defined,no-untyped-call]
 
 
 if __name__ == "__main__":
