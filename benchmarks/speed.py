@@ -20,19 +20,17 @@ from benchmarks.loops import Shapes, our_steps, plain_steps
 from benchmarks.peak import Limits, limits
 from job.distributed.context import raise_malloc_thresholds
 from job.kernels.ops import supports_dtype
-from job.nn.language_model import RecurrentLayers
+from job.nn.rnn import RecurrentLayers
 
 SIZES = {"seed's": (32, 40, 256, 28), "larger": (64, 64, 512, 256)}
 VARIANTS = {"auto": "auto", "auto, no compiler": "auto", "fp32": "fp32", "fp32, no compiler": "fp32"}
 
 
-@contextlib.contextmanager
-def without_kernel(name: str) -> Iterator[None]:
+def without_kernel(name: str) -> contextlib.AbstractContextManager[object]:
     """Disables the compiled kernel for variants whose name says so."""
-    with contextlib.ExitStack() as stack:
-        for module in ("language_model", "loss", "rnn") if "no compiler" in name else ():
-            stack.enter_context(mock.patch(f"job.nn.{module}.supports_dtype", lambda dtype: False))
-        yield
+    if "no compiler" not in name:
+        return contextlib.nullcontext()
+    return mock.patch("job.nn.dispatch.supports_dtype", lambda dtype: False)
 
 
 def milliseconds(run: Callable[[], object], times: int) -> float:

@@ -110,7 +110,7 @@ def test_storage_that_cannot_be_written_is_told(prose, tmp_path):
 def test_weights_of_another_model_are_told(prose, tmp_path):
     save_file({"linear.weight": torch.zeros(3, 3)}, str(tmp_path / "w.safetensors"))
     words = ["--corpus.source", prose, "--model.init", tmp_path / "w.safetensors"]
-    told(refuse(tmp_path, *words), "weights of another model: lacks linear.bias")
+    told(refuse(tmp_path, *words), "weights do not match the model: missing linear.bias")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_leaves
 from job.config.schema import BUILTIN_CELLS, Config, ModelConfig, OptimizerConfig, StreamConfig, TrainConfig
 from job.data.stream import Stream
 from job.distributed.gradient_sync import AllReduceGradients, ControlFlags, DeterministicGradients, LaneAssignment
-from job.nn.language_model import build_model, map_state
+from job.nn.language_model import build_model
+from job.nn.state import map_state
 from job.training.cuda_graph import GRAPH_ENV_VAR, WARMUP_STEPS, CudaGraphTrainStep, capture_graph, supports_cuda_graph
 from job.training.loop import TrainState, end_epoch, train_steps
 from job.training.optimizer import build_optimizer

@@ -8,7 +8,8 @@ from job.config.schema import ModelConfig
 from job.distributed.gradient_sync import AllReduceGradients, Batch, LaneAssignment
 from job.errors import UserError
 from job.nn.dropout import Dropout, dropout_keys
-from job.nn.language_model import RecurrentLayers, build_model
+from job.nn.language_model import build_model
+from job.nn.rnn import RecurrentLayers
 from job.nn.rnn_fallback import tanh_layer
 
 KINDS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
@@ -130,7 +131,7 @@ def test_a_users_cell_is_checked():
         "test_model:LeakyCell": "axis 1",
         "test_model:Missing": "cannot be imported",
         "test_model:KINDS": "not a torch.nn.Module",
-        "torch.nn:Linear": "must give outputs and state",
+        "torch.nn:Linear": "must return outputs and state",
     }.items():
         with pytest.raises(UserError, match=why):
             build_model(ModelConfig(cell=cell), 9, 0)

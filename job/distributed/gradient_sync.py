@@ -20,7 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from job.distributed.shared_memory import SharedMemoryGroup
 from job.distributed.tree_reduce import PartialSum, owned_subtrees, reduce_adjacent
 from job.nn.dropout import Dropout
-from job.nn.language_model import LanguageModel, State, cat_states, detach_state, slice_state
+from job.nn.language_model import LanguageModel
+from job.nn.state import State, cat_states, detach_state, slice_state
 
 
 class ControlFlags(NamedTuple):

@@ -9,7 +9,8 @@ from job.data.corpus import clean_text
 from job.data.vocabulary import Vocabulary
 from job.errors import UserError
 from job.inference.load import load_model
-from job.nn.language_model import LanguageModel, State
+from job.nn.language_model import LanguageModel
+from job.nn.state import State
 from job.training.checkpoint import LoadedCheckpoint
 
 

@@ -1,4 +1,7 @@
-"""Imports a user's cell and checks that it follows the state protocol."""
+"""Imports a user's cell and checks that it implements the state protocol.
+
+Axes: T steps, B lanes, E input features, H hidden units.
+"""
 
 import importlib
 import inspect
@@ -9,48 +12,65 @@ from torch import Tensor, nn
 from job.config.schema import ModelConfig
 from job.errors import UserError
 
+REMEDY = "see 'Custom cells' in the README"
 
-def build_custom_cell(model_config: ModelConfig, features: int) -> nn.Module:
-    """A recurrent module of the user's own: ``Class(input_size, hidden_size, num_layers)``."""
+
+def build_custom_cell(model_config: ModelConfig, input_size: int) -> nn.Module:
+    """Imports the class that ``model.cell = module:Class`` names and instantiates it.
+
+    Args:
+        model_config: the class is called with ``input_size`` and the config's hidden_size and num_layers
+        input_size: number of input features E
+
+    Raises:
+        UserError: the class cannot be imported or instantiated, or is no ``torch.nn.Module``
+    """
     module_name, _, class_name = model_config.cell.partition(":")
     try:
-        kind = getattr(importlib.import_module(module_name), class_name)
-    except Exception as error:  # whatever the user's code does
-        raise UserError(f"model.cell = {model_config.cell}: cannot be imported: {_in_short(error)}") from None
-    if not (inspect.isclass(kind) and issubclass(kind, nn.Module)):
-        raise UserError(f"model.cell = {model_config.cell}: not a torch.nn.Module")
+        cell_class = getattr(importlib.import_module(module_name), class_name)  # the name is known only at run time
+    except Exception as error:  # the user's module may raise anything
+        raise UserError(f"model.cell = {model_config.cell}: cannot be imported: {_summarize(error)}", REMEDY) from None
+    if not (inspect.isclass(cell_class) and issubclass(cell_class, nn.Module)):
+        raise UserError(f"model.cell = {model_config.cell}: not a torch.nn.Module", REMEDY)
+    arguments = (input_size, model_config.hidden_size, model_config.num_layers)
     try:
-        return kind(features, model_config.hidden_size, model_config.num_layers)
+        return cell_class(*arguments)
     except Exception as error:
-        raise UserError(
-            f"model.cell = {model_config.cell}: is made as Class(input_size, hidden_size, num_layers), with "
-            f"{features}, {model_config.hidden_size}, {model_config.num_layers}: {_in_short(error)}"
-        ) from None
+        problem = f"{class_name}(input_size, hidden_size, num_layers) failed with {arguments}: {_summarize(error)}"
+        raise UserError(f"model.cell = {model_config.cell}: {problem}", REMEDY) from None
 
 
-def _in_short(error: Exception) -> str:
+def _summarize(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
-def check_state_protocol(cell: nn.Module, model_config: ModelConfig, features: int) -> None:
-    """UserError unless the cell takes and gives state as the loop needs it, tried on two lanes."""
+def check_state_protocol(cell: nn.Module, model_config: ModelConfig, input_size: int) -> None:
+    """Calls the cell twice, on two lanes of zeros, and checks its outputs and state.
 
-    def refuse(what: str) -> UserError:
-        return UserError(f"model.cell = {model_config.cell}: {what} (see README, A cell of your own)")
+    Args:
+        cell: called as ``outputs_TBH, state = cell(inputs_TBE, state)``, first with state None
+        model_config: gives H and the name for messages
+        input_size: number of input features E
 
-    inputs_TBE = torch.zeros(3, 2, features)
+    Raises:
+        UserError: a call fails, the outputs have the wrong shape, or the lane is not on axis 1 of the state
+    """
+    problem = ""
+    inputs_TBE = torch.zeros(3, 2, input_size)
     was_training = cell.training
     cell.eval()
     try:
         with torch.no_grad():
-            first = cell(inputs_TBE, None)
-            hidden, state = first
+            outputs, state = cell(inputs_TBE, None)
             cell(inputs_TBE, state)
     except Exception as error:
-        raise refuse(f"cell(inputs, state) must give outputs and state: {error}") from None
+        problem = f"cell(inputs, state) must return outputs and state: {_summarize(error)}"
+    else:
+        tensors = state if isinstance(state, tuple) else (state,)
+        if not isinstance(outputs, Tensor) or outputs.shape != (3, 2, model_config.hidden_size):
+            problem = f"outputs must be a tensor (steps, lanes, {model_config.hidden_size})"
+        elif not all(isinstance(tensor, Tensor) and tensor.dim() >= 2 and tensor.shape[1] == 2 for tensor in tensors):
+            problem = "the state must be a tensor or a tuple of tensors with the lane on axis 1"
     cell.train(was_training)
-    if not isinstance(hidden, Tensor) or hidden.shape != (3, 2, model_config.hidden_size):
-        raise refuse(f"outputs must be a tensor (steps, lanes, {model_config.hidden_size})")
-    parts = state if isinstance(state, tuple) else (state,)
-    if not all(isinstance(part, Tensor) and part.dim() >= 2 and part.shape[1] == 2 for part in parts):
-        raise refuse("the state must be a tensor or a tuple of tensors with the lane on axis 1")
+    if problem:
+        raise UserError(f"model.cell = {model_config.cell}: {problem}", REMEDY)

@@ -1,10 +1,10 @@
-"""Dropout whose masks belong to lanes: a function of seed, step, layer and global lane alone.
+"""Dropout whose masks are a function of the seed, step, layer and global lane number only.
 
-A library's generator hands out numbers in the order in which they are asked for, so its masks
-depend on which lanes share a worker. Here each number is a hash of its own address (a
-counter-based generator, Salmon et al. 2011), the same on every device and worker.
+Masks from a library's generator depend on the order of the draws, and so on which lanes share a worker. Here each
+random number is a hash of its own coordinates (a counter-based generator; Salmon et al., "Parallel random numbers:
+as easy as 1, 2, 3", 2011), so it is the same on every device and worker.
 
-Axes: T steps of a window, B lanes, H hidden units, L layers.
+Axes: T steps of a window, B lanes, H hidden units, P pairs of hidden units, L layers.
 """
 
 import hashlib
@@ -16,32 +16,46 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Dropout:
-    """The masks of one step for the lanes at hand, from the ``keys`` of their layers: (L, B)."""
+    """Dropout in one step, for the lanes of ``keys_LB``.
+
+    Args:
+        probability: the probability that an element is zeroed, rounded to a multiple of 2^-16
+        keys_LB: the hash keys of each layer and lane, from ``dropout_keys``
+    """
 
     probability: float
-    dropout_keys_LB: Tensor
+    keys_LB: Tensor
 
     def __call__(self, x_TBH: Tensor, layer: int) -> Tensor:
-        """``x`` with elements zeroed and the rest scaled to keep the mean; (T, B, H) as ``x``."""
+        """Returns ``x`` with elements zeroed at random and the others scaled by ``1 / (1 - probability)``."""
         if not self.probability:
             return x_TBH
-        return (x_TBH / (1 - self.probability)).masked_fill(self.mask(x_TBH, layer), 0)
+        return (x_TBH / (1 - self.probability)).masked_fill(self._mask(x_TBH, layer), 0)
 
-    def mask(self, like_TBH: Tensor, layer: int) -> Tensor:
-        """True where an element is dropped: (T, B, H) bool. The odds are exact to 2^-16."""
-        steps, _, units = like_TBH.shape
+    def _mask(self, x_TBH: Tensor, layer: int) -> Tensor:
+        """True for elements to zero: (T, B, H) bool."""
+        steps, _, units = x_TBH.shape
         pairs = (units + 1) // 2
-        counters_T1P = torch.arange(steps * pairs, dtype=torch.int32, device=like_TBH.device).view(steps, 1, pairs)
-        # Two 16-bit draws from each 32-bit hash.
-        bits = _mixed(counters_T1P * _signed(0x9E3779B9) ^ self.dropout_keys_LB[layer, :, None]).view(torch.int16)
-        threshold = round(self.probability * 65536) - 32768
-        return bits[..., :units] < threshold
+        counters_T1P = torch.arange(steps * pairs, dtype=torch.int32, device=x_TBH.device).view(steps, 1, pairs)
+        hashes_TBP = _mix(counters_T1P * _as_int32(0x9E3779B9) ^ self.keys_LB[layer, :, None])
+        uniform_TBH = hashes_TBP.view(torch.int16)[..., :units]  # two 16-bit draws from each 32-bit hash
+        return uniform_TBH < round(self.probability * 65536) - 32768
 
 
-def dropout_keys(seed: int, step: int, layers: int, lanes: range) -> Tensor:
-    """What tells a step's masks apart: (L, B) int32."""
-    found = [[_key(seed, step, layer, lane) for lane in lanes] for layer in range(layers)]
-    return torch.tensor(found, dtype=torch.int32).view(layers, len(lanes))
+def dropout_keys(seed: int, step: int, num_layers: int, lanes: range) -> Tensor:
+    """Returns the hash keys of one step's dropout masks.
+
+    Args:
+        seed: ``run.seed``
+        step: number of the step
+        num_layers: number of layers with dropout
+        lanes: global lane numbers
+
+    Returns:
+        Keys (L, B), int32.
+    """
+    keys = [[_key(seed, step, layer, lane) for lane in lanes] for layer in range(num_layers)]
+    return torch.tensor(keys, dtype=torch.int32).view(num_layers, len(lanes))
 
 
 def _key(seed: int, step: int, layer: int, lane: int) -> int:
@@ -49,17 +63,18 @@ def _key(seed: int, step: int, layer: int, lane: int) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def _mixed(x: Tensor) -> Tensor:
-    """The 32-bit finalizer "lowbias32" (C. Wellons, 2018), on wrapping int32."""
-    x = (x ^ _shifted(x, 16)).mul_(_signed(0x7FEB352D))
-    x = x.bitwise_xor_(_shifted(x, 15)).mul_(_signed(0x846CA68B))
-    return x.bitwise_xor_(_shifted(x, 16))
+def _mix(x: Tensor) -> Tensor:
+    """The 32-bit hash function "lowbias32" (Chris Wellons, 2018), in wrapping int32 arithmetic."""
+    x = (x ^ _shift_right(x, 16)).mul_(_as_int32(0x7FEB352D))
+    x = x.bitwise_xor_(_shift_right(x, 15)).mul_(_as_int32(0x846CA68B))
+    return x.bitwise_xor_(_shift_right(x, 16))
 
 
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    """A logical shift to the right, which int32 lacks."""
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical right shift; int32's own shift is arithmetic."""
     return (x >> bits).bitwise_and_((1 << (32 - bits)) - 1)
 
 
-def _signed(value: int) -> int:
+def _as_int32(value: int) -> int:
+    """Reinterprets an unsigned 32-bit integer as signed."""
     return value - (1 << 32) if value >= 1 << 31 else value

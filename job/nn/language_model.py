@@ -1,13 +1,7 @@
 """The recurrent language model: tokens and state in, logits and state out.
 
-The state is data that the caller owns. It is None (all zero), a tensor, or a tuple of tensors,
-each with the lane on axis 1, as torch's own cells have it; nothing recurrent hides in a module.
-
 Axes: T steps, B lanes, E input features, H hidden units, V tokens of the vocabulary, L layers.
 """
-
-from collections.abc import Callable
-from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -15,166 +9,128 @@ from torch.nn import functional as F
 
 from job.config.schema import BUILTIN_CELLS, ModelConfig
 from job.errors import UserError
-from job.kernels.ops import VECTOR_WIDTH, generate_greedy, supports_dtype
+from job.kernels.ops import VECTOR_WIDTH, generate_greedy
 from job.nn.custom_cell import build_custom_cell, check_state_protocol
+from job.nn.dispatch import can_use_kernel
 from job.nn.dropout import Dropout
 from job.nn.loss import linear_cross_entropy
-from job.nn.rnn import rnn_layer
-
-State = Tensor | tuple[Tensor, ...] | None
-
-
-def map_state(change: Callable[[Tensor], Tensor], state: State) -> State:
-    """The state with each of its tensors changed."""
-    if state is None:
-        return None
-    if isinstance(state, Tensor):
-        return change(state)
-    return tuple(change(part) for part in state)
-
-
-def detach_state(state: State) -> State:
-    """The state without the history that gradients would flow through."""
-    return map_state(Tensor.detach, state)
-
-
-def slice_state(state: State, first: int, count: int) -> State:
-    """The state of some lanes, by their place in this state; in one piece, as cuDNN wants it."""
-    return map_state(lambda part: part.narrow(1, first, count).contiguous(), state)
-
-
-def cat_states(states: list[State]) -> State:
-    """States of successive lanes as one."""
-    if states[0] is None or len(states) == 1:
-        return states[0]
-    if isinstance(states[0], Tensor):
-        return torch.cat(cast(list[Tensor], states), 1)
-    parts = zip(*cast(list[tuple[Tensor, ...]], states), strict=True)
-    return tuple(torch.cat(part, 1) for part in parts)
-
-
-class RecurrentLayers(nn.RNNBase):
-    """Layers of torch's own cells, under torch's own names, with dropout that belongs to lanes."""
-
-    MODES: ClassVar = {"rnn": "RNN_TANH", "gru": "GRU", "lstm": "LSTM"}
-    WEIGHTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-
-    def __init__(self, cell: str, input_size: int, hidden_size: int, num_layers: int) -> None:
-        super().__init__(self.MODES[cell], input_size, hidden_size, num_layers)
-
-    def forward(  # type: ignore[override]
-        self, inputs: Tensor, state: State = None, dropout: Dropout | None = None, embedding_VE: Tensor | None = None
-    ) -> tuple[Tensor, State]:
-        """Hidden states (T, B, H) and the last state, tensors (L, B, H).
-
-        ``inputs`` are features (T, B, E), or tokens (T, B) whose features ``vectors_VE`` has; they are
-        one-hot where it is None.
-        """
-        parts, outputs, lasts = self._parts(state, inputs.shape[1]), inputs, []
-        for number in range(self.num_layers):
-            if number and dropout is not None:
-                outputs = dropout(outputs, number)
-            weights = self._weights(number)
-            before = tuple(part[number] for part in parts)
-            outputs, last = rnn_layer(self.mode, outputs, None if number else embedding_VE, before, weights)
-            lasts.append(last)
-        after = tuple(torch.stack(part) for part in zip(*lasts, strict=True))
-        return outputs, after if self.mode == "LSTM" else after[0]
-
-    def generate_greedy(
-        self, first_B: Tensor, state: State, embedding_VE: Tensor | None, head: nn.Linear, length: int
-    ) -> Tensor | None:
-        """As ``LanguageModel.speech``."""
-        own, units = head.weight.dtype, self.hidden_size
-        if head.weight.device.type != "cpu" or own != torch.float32 or units % VECTOR_WIDTH or not supports_dtype(own):
-            return None
-        layers = [self._weights(number) for number in range(self.num_layers)]
-        parts = self._parts(state, len(first_B))
-        return generate_greedy(self.mode, layers, embedding_VE, head.weight, head.bias, parts, first_B, length)
-
-    def _weights(self, layer: int) -> list[Tensor]:
-        return [getattr(self, f"{name}_l{layer}") for name in self.WEIGHTS]
-
-    def _parts(self, state: State, lanes: int) -> tuple[Tensor, ...]:
-        """The state's tensors, of zeros where there is none yet."""
-        if state is None:
-            zeros = cast(Tensor, self.weight_hh_l0).new_zeros(self.num_layers, lanes, self.hidden_size)
-            return (zeros, zeros) if self.mode == "LSTM" else (zeros,)
-        return (state,) if isinstance(state, Tensor) else state
+from job.nn.rnn import RecurrentLayers
+from job.nn.state import State
 
 
 class LanguageModel(nn.Module):
-    """Input, recurrent layers ``rnn``, and the output layer ``linear``."""
+    """An embedding (or one-hot inputs), recurrent layers ``rnn``, and an output layer ``linear``."""
 
     def __init__(self, model_config: ModelConfig, vocabulary_size: int) -> None:
         super().__init__()
-        self.vocabulary_size = vocabulary_size
-        self.embedding = (
-            nn.Embedding(vocabulary_size, model_config.embedding_size) if model_config.embedding_size else None
-        )
-        features = model_config.embedding_size or vocabulary_size
+        embedding_size, hidden_size = model_config.embedding_size, model_config.hidden_size
+        self.embedding = nn.Embedding(vocabulary_size, embedding_size) if embedding_size else None
+        input_size = embedding_size or vocabulary_size
         self.rnn: nn.Module
         if model_config.cell in BUILTIN_CELLS:
-            self.rnn = RecurrentLayers(model_config.cell, features, model_config.hidden_size, model_config.num_layers)
+            self.rnn = RecurrentLayers(model_config.cell, input_size, hidden_size, model_config.num_layers)
         else:
-            self.rnn = build_custom_cell(model_config, features)
-        self.linear = nn.Linear(model_config.hidden_size, vocabulary_size)
+            self.rnn = build_custom_cell(model_config, input_size)
+        self.linear = nn.Linear(hidden_size, vocabulary_size)
 
     @property
     def has_custom_cell(self) -> bool:
-        """Whether the cell is the user's own, which may leave weights unused and take any way through its code."""
+        """Whether the cell is the user's, which may leave parameters unused and branch on its inputs."""
         return not isinstance(self.rnn, RecurrentLayers)
 
+    @property
+    def _embedding_weight(self) -> Tensor | None:
+        return None if self.embedding is None else self.embedding.weight
+
     def forward(self, tokens_TB: Tensor, state: State, dropout: Dropout | None = None) -> tuple[Tensor, State]:
-        """Logits (T, B, V) and the state after the last step; no dropout where it is None."""
-        hidden_TBH, state = self._hidden(tokens_TB, state, dropout)
+        """Runs the model over a window.
+
+        Args:
+            tokens_TB: token ids, int64
+            state: the lanes' state before the window
+            dropout: this step's dropout; None disables it
+
+        Returns:
+            Logits (T, B, V) and the state after the window.
+        """
+        hidden_TBH, state = self._hidden_states(tokens_TB, state, dropout)
         return self.linear(hidden_TBH), state
 
     def cross_entropy_sum(
         self, tokens_TB: Tensor, targets_TB: Tensor, state: State, dropout: Dropout | None = None
     ) -> tuple[Tensor, State]:
-        """The cross-entropy of the targets, summed, and the state after the last step."""
-        hidden_TBH, state = self._hidden(tokens_TB, state, dropout)
+        """Returns the summed cross-entropy of ``targets_TB`` in nats, a scalar, and the state after the window.
+
+        The other arguments are those of ``forward``.
+        """
+        hidden_TBH, state = self._hidden_states(tokens_TB, state, dropout)
         return linear_cross_entropy(hidden_TBH, self.linear.weight, self.linear.bias, targets_TB), state
 
     def generate_greedy(self, first_B: Tensor, state: State, length: int) -> Tensor | None:
-        """The most likely tokens, each the next one's input: (length, B), in one call; None where there is no such."""
-        if not isinstance(self.rnn, RecurrentLayers):
-            return None
-        embedding_VE = None if self.embedding is None else self.embedding.weight
-        return self.rnn.generate_greedy(first_B, state, embedding_VE, self.linear, length)
+        """Decodes greedily in a single kernel call.
 
-    def _hidden(self, tokens_TB: Tensor, state: State, dropout: Dropout | None) -> tuple[Tensor, State]:
+        Args:
+            first_B: each lane's first input token
+            state: the lanes' state before that token
+            length: number of tokens to generate
+
+        Returns:
+            Tokens (length, B), or None if the kernel does not support this model or device.
+        """
+        rnn, weight_VH = self.rnn, self.linear.weight
+        if not isinstance(rnn, RecurrentLayers) or rnn.hidden_size % VECTOR_WIDTH:
+            return None
+        if not can_use_kernel(weight_VH, weight_VH.dtype):
+            return None
+        layers: list[list[Tensor]] = [[*weights] for weights in rnn.all_weights]
+        state_LBH = rnn.state_tensors(state, len(first_B))
+        bias_V, embedding_VE = self.linear.bias, self._embedding_weight
+        return generate_greedy(rnn.mode, layers, embedding_VE, weight_VH, bias_V, state_LBH, first_B, length)
+
+    def _hidden_states(self, tokens_TB: Tensor, state: State, dropout: Dropout | None) -> tuple[Tensor, State]:
         if isinstance(self.rnn, RecurrentLayers):
-            embedding_VE = None if self.embedding is None else self.embedding.weight
-            hidden_TBH, state = self.rnn(tokens_TB, state, dropout, embedding_VE)
+            hidden_TBH, state = self.rnn(tokens_TB, state, dropout, self._embedding_weight)
         elif self.embedding is not None:
             hidden_TBH, state = self.rnn(self.embedding(tokens_TB), state)
         else:
-            inputs = F.one_hot(tokens_TB, self.vocabulary_size).to(self.linear.weight.dtype)
-            hidden_TBH, state = self.rnn(inputs, state)
+            one_hot_TBV = F.one_hot(tokens_TB, self.linear.out_features).to(self.linear.weight.dtype)
+            hidden_TBH, state = self.rnn(one_hot_TBV, state)
         return (hidden_TBH if dropout is None else dropout(hidden_TBH, 0)), state
 
 
 def build_model(model_config: ModelConfig, vocabulary_size: int, seed: int) -> LanguageModel:
-    """A model with torch's initial weights, a function of the seed alone."""
+    """Builds a float32 model on the CPU with torch's default initialization, a function of ``seed`` only.
+
+    Raises:
+        UserError: a custom cell cannot be built or does not implement the state protocol
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = LanguageModel(model_config, vocabulary_size)
-    if not isinstance(model.rnn, RecurrentLayers):
+    if model.has_custom_cell:
         check_state_protocol(model.rnn, model_config, model_config.embedding_size or vocabulary_size)
     return model
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], where: str) -> None:
-    """Puts weights into the model in its own precision; UserError unless names and shapes agree."""
-    own = model.state_dict()
-    missing, foreign = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
-    if missing or foreign:
-        found = f"lacks {missing[0]}" if missing else f"holds {foreign[0]}, which the model has not"
-        raise UserError(f"{where}: weights of another model: {found}")
-    for name, tensor in own.items():
-        if tensor.shape != weights[name].shape:
-            shapes = f"{tuple(weights[name].shape)} and should be {tuple(tensor.shape)}"
-            raise UserError(f"{where}: weights of another model: {name} is {shapes}")
-    model.load_state_dict({name: weights[name].to(own[name].dtype) for name in own})
+def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """Copies weights into the model, converted to the model's dtypes.
+
+    Args:
+        model: the model to change
+        weights: all tensors of the model's ``state_dict``, by name
+        source: where the weights are from, for the message
+
+    Raises:
+        UserError: names or shapes differ
+    """
+    state_dict = model.state_dict()
+    mismatches = [f"missing {name}" for name in sorted(state_dict.keys() - weights.keys())]
+    mismatches += [f"unexpected {name}" for name in sorted(weights.keys() - state_dict.keys())]
+    mismatches += [
+        f"{name} has shape {tuple(weights[name].shape)}, expected {tuple(tensor.shape)}"
+        for name, tensor in state_dict.items()
+        if name in weights and tensor.shape != weights[name].shape
+    ]
+    if mismatches:
+        raise UserError(f"{source}: weights do not match the model: {mismatches[0]}")
+    model.load_state_dict({name: weights[name].to(tensor.dtype) for name, tensor in state_dict.items()})

@@ -1,21 +1,32 @@
-"""The output layer's cross-entropy, by the fastest way at hand.
+"""The output layer and its cross-entropy, by the fastest implementation available.
 
-Axes: T steps, B lanes, H hidden units, V tokens.
+Axes: T steps, B lanes, H hidden units, V tokens of the vocabulary.
 """
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from job.kernels.ops import VECTOR_WIDTH, fused_linear_cross_entropy, supports_dtype
+from job.kernels.ops import VECTOR_WIDTH, fused_linear_cross_entropy
+from job.nn.dispatch import can_use_kernel, compute_dtype
 
 
 def linear_cross_entropy(hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_TB: Tensor) -> Tensor:
-    """The cross-entropy of all targets, summed, in the weight's type; autocast rules the product alone."""
-    kind, own = hidden_TBH.device.type, weight_VH.dtype
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else own
-    whole = hidden_TBH.shape[2] % VECTOR_WIDTH == 0
-    if kind == "cpu" and whole and own == torch.float32 and supports_dtype(dtype):
+    """Returns the summed cross-entropy, in nats, of targets under a linear output layer.
+
+    Args:
+        hidden_TBH: hidden states
+        weight_VH: weight of the output layer
+        bias_V: bias of the output layer
+        targets_TB: token ids, int64
+
+    Returns:
+        A scalar of the weight's dtype. Autocast affects only the matrix product.
+
+    Raises:
+        IndexError: a target is not in the vocabulary (compiled kernel only)
+    """
+    dtype = compute_dtype(weight_VH)
+    if hidden_TBH.shape[2] % VECTOR_WIDTH == 0 and can_use_kernel(weight_VH, dtype):
         return fused_linear_cross_entropy(hidden_TBH.to(dtype), weight_VH, bias_V, targets_TB)
-    logits_TBV = F.linear(hidden_TBH, weight_VH, bias_V).to(own)
+    logits_TBV = F.linear(hidden_TBH, weight_VH, bias_V).to(weight_VH.dtype)
     return F.cross_entropy(logits_TBV.flatten(0, 1), targets_TB.flatten(), reduction="sum")

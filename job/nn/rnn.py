@@ -1,114 +1,184 @@
-"""A recurrent layer, by the fastest way at hand: always the same function of torch's own weights.
+"""Recurrent layers, by the fastest implementation available; each computes the same function of torch's weights.
 
-On a processor that is the compiled kernel, else torch's operators; on a GPU it is cuDNN, through torch.
+On the CPU that is the compiled kernel, or torch operators without it. On a GPU it is cuDNN, through torch.
 
-Axes: T steps, B lanes, E input features, H hidden units, G gates times hidden units, V tokens.
+Axes: T steps, B lanes, E input features, H hidden units, G gates times hidden units, V tokens of the vocabulary,
+L layers.
 """
 
+from typing import Any, ClassVar, cast
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from job.kernels.ops import VECTOR_WIDTH, combine_biases, fused_rnn, supports_dtype
+from job.kernels.ops import VECTOR_WIDTH, combine_biases, fused_rnn
+from job.nn.dispatch import can_use_kernel, compute_dtype
+from job.nn.dropout import Dropout
 from job.nn.rnn_fallback import gru_layer, tanh_layer
+from job.nn.state import State
 
 NUM_GATES = {"RNN_TANH": 1, "GRU": 3, "LSTM": 4}
-State = tuple[Tensor, ...]
+LayerState = tuple[Tensor, ...]  # one layer's: h (B, H), and an LSTM's c (B, H)
+
+
+class RecurrentLayers(nn.RNNBase):
+    """A stack of recurrent layers with the parameters of ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM``, and dropout by lane."""
+
+    MODES: ClassVar = {"rnn": "RNN_TANH", "gru": "GRU", "lstm": "LSTM"}
+
+    def __init__(self, cell: str, input_size: int, hidden_size: int, num_layers: int) -> None:
+        super().__init__(self.MODES[cell], input_size, hidden_size, num_layers)
+
+    def forward(  # type: ignore[override]
+        self, inputs: Tensor, state: State = None, dropout: Dropout | None = None, embedding_VE: Tensor | None = None
+    ) -> tuple[Tensor, State]:
+        """Runs all layers over a window.
+
+        Args:
+            inputs: features (T, B, E), or token ids (T, B)
+            state: tensors (L, B, H)
+            dropout: this step's dropout, applied between layers
+            embedding_VE: the features of each token; None: one-hot. Unused if ``inputs`` are features.
+
+        Returns:
+            The last layer's hidden states (T, B, H) and the state after the window.
+        """
+        state_tensors, outputs, last_states = self.state_tensors(state, inputs.shape[1]), inputs, []
+        for layer, weights in enumerate(self.all_weights):
+            if layer and dropout is not None:
+                outputs = dropout(outputs, layer)
+            layer_state = tuple(tensor[layer] for tensor in state_tensors)
+            outputs, last_state = rnn_layer(
+                self.mode, outputs, None if layer else embedding_VE, layer_state, list(weights)
+            )
+            last_states.append(last_state)
+        stacked = tuple(torch.stack(tensors) for tensors in zip(*last_states, strict=True))
+        return outputs, stacked if self.mode == "LSTM" else stacked[0]
+
+    def state_tensors(self, state: State, num_lanes: int) -> tuple[Tensor, ...]:
+        """Returns the state as a tuple of tensors (L, B, H): h, and an LSTM's c; zeros if it is None."""
+        if state is None:
+            zeros_LBH = cast(Tensor, self.weight_hh_l0).new_zeros(self.num_layers, num_lanes, self.hidden_size)
+            return (zeros_LBH, zeros_LBH) if self.mode == "LSTM" else (zeros_LBH,)
+        return (state,) if isinstance(state, Tensor) else state
 
 
 def rnn_layer(
-    cell: str, inputs: Tensor, embedding_VE: Tensor | None, state: State, weights: list[Tensor]
-) -> tuple[Tensor, State]:
-    """Hidden states (T, B, H), and the last state: tensors (B, H) as ``state``, which is h and an LSTM's c.
+    cell: str, inputs: Tensor, embedding_VE: Tensor | None, state: LayerState, weights: list[Tensor]
+) -> tuple[Tensor, LayerState]:
+    """Runs one layer over a window.
 
-    ``inputs`` are features (T, B, E), or tokens (T, B) whose features ``vectors_VE`` has; they are one-hot
-    where it is None. ``weights`` are torch's: (G, E) of the input, (G, H) of the hidden state, two biases (G).
+    Args:
+        cell: RNN_TANH, GRU or LSTM
+        inputs: features (T, B, E), or token ids (T, B)
+        embedding_VE: the features of each token; None: one-hot. Unused if ``inputs`` are features.
+        state: the layer's state before the window
+        weights: as torch orders them: input weight (G, E), hidden weight (G, H), two biases (G)
+
+    Returns:
+        Hidden states (T, B, H) in the compute dtype and the layer's state after the window.
+
+    Raises:
+        IndexError: a token is not in the vocabulary
     """
-    kind, own = inputs.device.type, weights[0].dtype
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else own
-    if embedding_VE is not None and len(embedding_VE) > inputs.numel():  # a table of all tokens would be the larger
+    dtype, on_cpu = compute_dtype(weights[0]), inputs.device.type == "cpu"
+    # Projecting the embeddings of all tokens pays only if there are fewer of them than inputs.
+    if embedding_VE is not None and len(embedding_VE) > inputs.numel():
         inputs, embedding_VE = F.embedding(inputs, embedding_VE), None
-    if kind == "cpu" and own == torch.float32 and supports_dtype(dtype):
+    if can_use_kernel(weights[0], dtype):
         return _rnn_layer_kernel(cell, dtype, inputs, embedding_VE, state, weights)
-    if kind == "cpu" and (cell == "RNN_TANH" or (cell == "GRU" and dtype != torch.float64)):
+    if on_cpu and (cell == "RNN_TANH" or (cell == "GRU" and dtype != torch.float64)):
         return _rnn_layer_fallback(cell, dtype, inputs, embedding_VE, state, weights)
-    return _rnn_layer_torch(cell, inputs, embedding_VE, state, weights)
-
-
-def _rnn_layer_kernel(
-    cell: str, dtype: torch.dtype, inputs: Tensor, embedding_VE: Tensor | None, state: State, weights: list[Tensor]
-) -> tuple[Tensor, State]:
-    units = weights[1].shape[1]
-    missing = -units % VECTOR_WIDTH
-    if missing:  # the kernel works on whole vectors: beside them stand units that stay zero
-        weights = [_pad_gates(weight, NUM_GATES[cell], missing) for weight in weights]
-        weights[1] = F.pad(weights[1], (0, missing))
-        state = tuple(F.pad(part, (0, missing)) for part in state)
-    if inputs.is_floating_point() and inputs.shape[2] % VECTOR_WIDTH:
-        filling = (0, -inputs.shape[2] % VECTOR_WIDTH)
-        inputs, weights = F.pad(inputs, filling), [F.pad(weights[0], filling), *weights[1:]]
-    hidden, carry = fused_rnn(cell, dtype, inputs, embedding_VE, state, weights)
-    last = hidden[-1] if carry is None or cell == "LSTM" else carry
-    after: State = (last, carry) if carry is not None and cell == "LSTM" else (last,)
-    if missing:
-        hidden, after = hidden[..., :units], tuple(part[:, :units] for part in after)
-    return hidden, after
-
-
-def _rnn_layer_fallback(
-    cell: str, dtype: torch.dtype, inputs: Tensor, embedding_VE: Tensor | None, state: State, weights: list[Tensor]
-) -> tuple[Tensor, State]:
-    weight_ih, weight_hh, bias_ih, bias_hh = weights
-    bias_G, bias_new_H = combine_biases(cell, bias_ih, bias_hh)
-    if inputs.is_floating_point():
-        gates_TBG = F.linear(inputs, weight_ih, bias_G).to(dtype)
-    else:
-        table_VG = weight_ih.t() + bias_G if embedding_VE is None else F.linear(embedding_VE, weight_ih, bias_G)
-        gates_TBG = F.embedding(inputs, table_VG.to(dtype).contiguous())  # which a sum with a transposed one is not
-    h0, weight = state[0].to(dtype), weight_hh.to(dtype)
-    if bias_new_H is None:
-        hidden = tanh_layer(gates_TBG, h0, weight)
-    else:
-        hidden = gru_layer(gates_TBG, h0, weight, bias_new_H.to(dtype))
-    return hidden, (hidden[-1],)
-
-
-def _rnn_layer_torch(
-    cell: str, inputs: Tensor, embedding_VE: Tensor | None, state: State, weights: list[Tensor]
-) -> tuple[Tensor, State]:
     if embedding_VE is not None:
         inputs = F.embedding(inputs, embedding_VE)
     elif not inputs.is_floating_point():
         inputs = F.one_hot(inputs, weights[0].shape[1]).to(weights[0].dtype)
-    if torch.is_autocast_enabled("cuda") and inputs.is_cuda:
-        return _rnn_layer_cudnn_autocast(torch.get_autocast_dtype("cuda"), cell, inputs, state, weights)
-    options = (True, 1, 0.0, torch.is_grad_enabled(), False, False)
-    if cell == "LSTM":
-        hidden, *after = torch.lstm(inputs, [part[None] for part in state], weights, *options)
+    if inputs.is_cuda and torch.is_autocast_enabled("cuda"):
+        return _rnn_layer_cudnn_autocast(cell, dtype, inputs, state, weights)
+    return _rnn_layer_torch(cell, inputs, state, weights)
+
+
+def _rnn_layer_kernel(
+    cell: str, dtype: torch.dtype, inputs: Tensor, embedding_VE: Tensor | None, state: LayerState, weights: list[Tensor]
+) -> tuple[Tensor, LayerState]:
+    hidden_size = weights[1].shape[1]
+    padding = -hidden_size % VECTOR_WIDTH
+    if padding:  # the kernel works on whole vectors; the padded units stay zero
+        weights = [_pad_gates(weight, NUM_GATES[cell], padding) for weight in weights]
+        weights[1] = F.pad(weights[1], (0, padding))
+        state = tuple(F.pad(tensor, (0, padding)) for tensor in state)
+    if inputs.is_floating_point() and inputs.shape[2] % VECTOR_WIDTH:
+        input_padding = (0, -inputs.shape[2] % VECTOR_WIDTH)
+        inputs, weights = F.pad(inputs, input_padding), [F.pad(weights[0], input_padding), *weights[1:]]
+    hidden_TBH, carry_BH = fused_rnn(cell, dtype, inputs, embedding_VE, state, weights)
+    if carry_BH is None:
+        last_state: LayerState = (hidden_TBH[-1],)
     else:
-        run = torch.gru if cell == "GRU" else torch.rnn_tanh
-        hidden, *after = run(inputs, state[0][None], weights, *options)
-    return hidden, tuple(part[0] for part in after)
+        last_state = (hidden_TBH[-1], carry_BH) if cell == "LSTM" else (carry_BH,)
+    if padding:
+        hidden_TBH, last_state = hidden_TBH[..., :hidden_size], tuple(tensor[:, :hidden_size] for tensor in last_state)
+    return hidden_TBH, last_state
+
+
+def _pad_gates(weight: Tensor, num_gates: int, padding: int) -> Tensor:
+    """Pads each gate of a weight or bias (G, …) with zeros for additional units."""
+    widths = (0, 0) * (weight.dim() - 1) + (0, padding)
+    return F.pad(weight.unflatten(0, (num_gates, -1)), widths).flatten(0, 1)
+
+
+def _rnn_layer_fallback(
+    cell: str, dtype: torch.dtype, inputs: Tensor, embedding_VE: Tensor | None, state: LayerState, weights: list[Tensor]
+) -> tuple[Tensor, LayerState]:
+    weight_GE, weight_GH, bias_ih_G, bias_hh_G = weights
+    bias_G, bias_new_H = combine_biases(cell, bias_ih_G, bias_hh_G)
+    if inputs.is_floating_point():
+        preacts_TBG = F.linear(inputs, weight_GE, bias_G).to(dtype)
+    else:
+        table_VG = weight_GE.t() + bias_G if embedding_VE is None else F.linear(embedding_VE, weight_GE, bias_G)
+        # The sum with a transposed weight is not contiguous, and a lookup in it would be slow.
+        preacts_TBG = F.embedding(inputs, table_VG.to(dtype).contiguous())
+    h0_BH, weight_GH = state[0].to(dtype), weight_GH.to(dtype)
+    if bias_new_H is None:
+        hidden_TBH = tanh_layer(preacts_TBG, h0_BH, weight_GH)
+    else:
+        hidden_TBH = gru_layer(preacts_TBG, h0_BH, weight_GH, bias_new_H.to(dtype))
+    return hidden_TBH, (hidden_TBH[-1],)
+
+
+def _rnn_layer_torch(
+    cell: str, inputs_TBE: Tensor, state: LayerState, weights: list[Tensor]
+) -> tuple[Tensor, LayerState]:
+    flags: dict[str, Any] = {
+        "has_biases": True,
+        "num_layers": 1,
+        "dropout": 0.0,
+        "train": torch.is_grad_enabled(),
+        "bidirectional": False,
+        "batch_first": False,
+    }
+    if cell == "LSTM":
+        hidden_TBH, *last_state = torch.lstm(inputs_TBE, [tensor[None] for tensor in state], weights, **flags)
+    else:
+        layer = torch.gru if cell == "GRU" else torch.rnn_tanh
+        hidden_TBH, *last_state = layer(inputs_TBE, state[0][None], weights, **flags)
+    return hidden_TBH, tuple(tensor[0] for tensor in last_state)
 
 
 def _rnn_layer_cudnn_autocast(
-    dtype: torch.dtype, cell: str, inputs: Tensor, state: State, weights: list[Tensor]
-) -> tuple[Tensor, State]:
-    """In the type that is wanted: autocast itself gives cuDNN's recurrences float16, whatever it was told."""
-    low = tuple(part.to(dtype) for part in state)
+    cell: str, dtype: torch.dtype, inputs_TBE: Tensor, state: LayerState, weights: list[Tensor]
+) -> tuple[Tensor, LayerState]:
+    """Runs cuDNN in the autocast dtype; torch's own autocast would run it in float16 whatever dtype is set."""
+    low_state = tuple(tensor.to(dtype) for tensor in state)
     with torch.autocast("cuda", enabled=False):
-        hidden, after = _rnn_layer_torch(cell, inputs.to(dtype), None, low, _flatten_weights(weights, dtype))
-    return hidden, tuple(part.to(before.dtype) for part, before in zip(after, state, strict=True))
+        hidden_TBH, last_state = _rnn_layer_torch(
+            cell, inputs_TBE.to(dtype), low_state, _flatten_weights(weights, dtype)
+        )
+    return hidden_TBH, tuple(last.to(first.dtype) for last, first in zip(last_state, state, strict=True))
 
 
 def _flatten_weights(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """The weights of another type, side by side as cuDNN has them, which else copies them at each call."""
+    """Converts weights into views of one contiguous tensor; cuDNN would otherwise copy them at each call."""
     flat = torch.cat([weight.flatten() for weight in weights]).to(dtype)
-    parts = flat.split([weight.numel() for weight in weights])
-    return [part.view_as(weight) for part, weight in zip(parts, weights, strict=True)]
-
-
-def _pad_gates(weight: Tensor, gates: int, missing: int) -> Tensor:
-    """A weight or bias (G, …) with zeros for more units in each gate."""
-    widening = (0, 0) * (weight.dim() - 1) + (0, missing)
-    return F.pad(weight.unflatten(0, (gates, -1)), widening).flatten(0, 1)
+    chunks = flat.split([weight.numel() for weight in weights])
+    return [chunk.view_as(weight) for chunk, weight in zip(chunks, weights, strict=True)]

@@ -27,7 +27,7 @@ from job.config.schema import Config
 from job.config.toml import config_from_toml, config_to_toml
 from job.data.vocabulary import Vocabulary, vocabulary_from_json
 from job.errors import UserError
-from job.nn.language_model import State
+from job.nn.state import State
 from job.storage import Folder, TooLarge
 from job.training.progress import LossSum, Progress
 

@@ -6,7 +6,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 
 from job.distributed.context import World
-from job.nn.language_model import map_state
+from job.nn.state import map_state
 from job.training.checkpoint import (
     checkpoint_name,
     serialize_lane_state,

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from job.distributed.gradient_sync import Batch, LaneAssignment
-from job.nn.language_model import LanguageModel, State, map_state
+from job.nn.language_model import LanguageModel
+from job.nn.state import State, map_state
 from job.training.train_step import EagerTrainStep
 
 GRAPH_ENV_VAR = "LANES_GRAPH"  # set to "off", nothing is captured

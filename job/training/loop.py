@@ -21,7 +21,8 @@ from job.data.stream import Stream
 from job.distributed.gradient_sync import Batch, ControlFlags, LaneAssignment, StepStats
 from job.errors import Diverged
 from job.nn.dropout import dropout_keys
-from job.nn.language_model import LanguageModel, State
+from job.nn.language_model import LanguageModel
+from job.nn.state import State
 from job.training.optimizer import learning_rate_at
 from job.training.progress import LossSum, Progress
 from job.training.train_step import TrainStep

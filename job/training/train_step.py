@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from job.distributed.gradient_sync import AllReduceGradients, Batch, DeterministicGradients
-from job.nn.language_model import State
+from job.nn.state import State
 from job.training.optimizer import clip_gradient
 
 # Takes a window, the state before it and the learning rate; gives what ``Tally.of`` reads, and the state after.

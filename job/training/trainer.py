@@ -20,7 +20,8 @@ from job.distributed.shared_memory import create_group
 from job.distributed.tree_reduce import tree_sum
 from job.errors import Diverged, RunFailed, UserError
 from job.kernels.ops import kernel_unavailable_reason
-from job.nn.language_model import build_model, load_weights, map_state
+from job.nn.language_model import build_model, load_weights
+from job.nn.state import map_state
 from job.storage import Folder
 from job.training.checkpoint import (
     Checkpoint,
