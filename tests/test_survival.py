@@ -409,9 +409,9 @@ def test_events_of_one_worker_are_taken_in_order():
     import asyncio
 
     async def swapped():
-        box = EventChannel.__ray_metadata__.modified_class()
+        channel = EventChannel.__ray_metadata__.modified_class()
         for number in (1, 0, 0, 3, 1, 2):  # and send one again whose receipt was lost
-            await box.post("worker", number, bytes([number]))
-        return await box.collect(1.0)
+            await channel.post("worker", number, bytes([number]))
+        return await channel.poll_events(1.0)
 
     assert asyncio.run(swapped()) == [b"\0", b"\1", b"\2", b"\3"]

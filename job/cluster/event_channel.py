@@ -1,6 +1,7 @@
-"""The mailbox between a run's workers and its driver: an actor that carries sealed letters.
+"""The actor through which a run's workers send events to its driver, and the driver sends commands to rank 0.
 
-It need not open them, and so starts without torch: seconds earlier, and in a quarter of the memory.
+It carries pickled payloads without unpickling them. So its process does not import torch, starts seconds
+earlier and takes a quarter of the memory.
 """
 
 import asyncio
@@ -8,71 +9,70 @@ from typing import Any
 
 import ray
 
-BATCH_DELAY_S = 0.1  # seconds
+BATCH_DELAY_S = 0.1
 
 
-def dumps(letter: Any) -> bytes:
-    """An event or an order, for the mailbox."""
-    return bytes(ray.cloudpickle.dumps(letter))
+def dumps(value: Any) -> bytes:
+    """Pickles an event or a command."""
+    return bytes(ray.cloudpickle.dumps(value))
 
 
-def loads(letter: bytes) -> Any:
-    """What was sealed, by the same run."""
-    return ray.cloudpickle.loads(letter)
+def loads(payload: bytes) -> Any:
+    """Unpickles an event or a command of the same run."""
+    return ray.cloudpickle.loads(payload)
 
 
-@ray.remote(num_cpus=0, max_restarts=0, max_task_retries=-1)  # a network that falters loses no letter
+@ray.remote(num_cpus=0, max_restarts=0, max_task_retries=-1)  # calls are retried if the network fails
 class EventChannel:
-    """Carries events to the driver, in order, and its orders to rank 0."""
+    """Delivers each sender's events to the driver in order and once, and the driver's commands to workers."""
 
     def __init__(self) -> None:
         self.events: asyncio.Queue[bytes] = asyncio.Queue()
-        self.held: dict[str, dict[int, bytes]] = {}  # Ray may swap the calls of one sender
-        self.taken: dict[str, int] = {}
-        self.orders: list[bytes] = []
-        self.ordered = asyncio.Condition()
-        self.over = False
+        self.out_of_order: dict[str, dict[int, bytes]] = {}  # Ray may reorder the calls of one sender
+        self.next_number: dict[str, int] = {}
+        self.commands: list[bytes] = []
+        self.command_sent = asyncio.Condition()
+        self.closed = False
 
-    async def post(self, sender: str, number: int, event: bytes) -> None:
-        """From a worker: its event of that number, from 0; those before it are waited for."""
-        held = self.held.setdefault(sender, {})
-        if number >= self.taken.get(sender, 0):  # else it comes again: its receipt was lost
-            held[number] = event
-        while (following := self.taken.get(sender, 0)) in held:
-            self.events.put_nowait(held.pop(following))
-            self.taken[sender] = following + 1
+    async def post(self, sender: str, number: int, payload: bytes) -> None:
+        """Queues a sender's event, numbered from 0, once those with lower numbers have arrived."""
+        waiting = self.out_of_order.setdefault(sender, {})
+        if number >= self.next_number.get(sender, 0):  # lower: a retry after the reply was lost
+            waiting[number] = payload
+        while (following := self.next_number.get(sender, 0)) in waiting:
+            self.events.put_nowait(waiting.pop(following))
+            self.next_number[sender] = following + 1
 
-    async def collect(self, timeout: float) -> list[bytes]:
-        """For the driver: what has come; waits so many seconds for the first event.
+    async def poll_events(self, timeout_s: float) -> list[bytes]:
+        """Takes all events, after waiting for the first one. Returns an empty list at the timeout.
 
-        A moment more lets others join it: the driver shares its cores with the workers.
+        Waits a moment for more events to join the first: the driver shares its cores with the workers.
         """
-        found: list[bytes] = []
         try:
-            found.append(await asyncio.wait_for(self.events.get(), timeout))
+            payloads = [await asyncio.wait_for(self.events.get(), timeout_s)]
         except TimeoutError:
-            return found
+            return []
         await asyncio.sleep(BATCH_DELAY_S)
         while not self.events.empty():
-            found.append(self.events.get_nowait())
-        return found
+            payloads.append(self.events.get_nowait())
+        return payloads
 
-    async def end(self) -> None:
-        """From the driver: workers that Ray starts again have nothing left to do."""
-        self.over = True
+    async def close(self) -> None:
+        """Marks the run as finished: workers that Ray restarts have nothing left to do."""
+        self.closed = True
 
-    async def is_over(self) -> bool:
-        """For a worker that starts."""
-        return self.over
+    async def is_closed(self) -> bool:
+        """Whether the run has finished."""
+        return self.closed
 
-    async def order(self, signals: bytes) -> None:
-        """From the driver."""
-        async with self.ordered:
-            self.orders.append(signals)
-            self.ordered.notify_all()
+    async def send_command(self, payload: bytes) -> None:
+        """Appends a command from the driver."""
+        async with self.command_sent:
+            self.commands.append(payload)
+            self.command_sent.notify_all()
 
-    async def orders_after(self, seen: int) -> list[bytes]:
-        """For a worker: the orders after those it has seen; waits for one."""
-        async with self.ordered:
-            await self.ordered.wait_for(lambda: len(self.orders) > seen)
-            return self.orders[seen:]
+    async def commands_after(self, num_received: int) -> list[bytes]:
+        """The commands after the first ones, which a worker has received. Waits for one."""
+        async with self.command_sent:
+            await self.command_sent.wait_for(lambda: len(self.commands) > num_received)
+            return self.commands[num_received:]

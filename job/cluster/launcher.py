@@ -103,7 +103,7 @@ def _saved_within(config: Config) -> float:
 
 
 def create_event_channel() -> Any:
-    """A mailbox that lives and dies with this node, as its driver does."""
+    """Starts the channel on this node, so that it lives as long as its driver."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return EventChannel.options(scheduling_strategy=here).remote()  # type: ignore[attr-defined]
 
@@ -124,7 +124,7 @@ class _RayRun:
         workers: Any = (placement.min_workers, placement.max_workers) if elastic else placement.max_workers
         task = {
             "spec": ray.put(self.spec),
-            "mailbox": self.event_channel,
+            "event_channel": self.event_channel,
             "threads": placement.cpus_per_worker,
         }
         return ElasticTorchTrainer(
@@ -168,31 +168,31 @@ class _RayRun:
         except ray.exceptions.RayError as error:
             raise RunFailed(f"Ray ended: {_first_line(error)}") from None
         finally:
-            self.event_channel.end.remote()
+            self.event_channel.close.remote()
 
-    def _collected(self) -> list[Event]:
-        """What has come; waits a moment for it."""
-        return [loads(letter) for letter in ray.get(self.event_channel.collect.remote(POLL_INTERVAL_S))]
+    def _poll_events(self) -> list[Event]:
+        """Waits for events for at most ``POLL_INTERVAL_S``."""
+        return [loads(payload) for payload in ray.get(self.event_channel.poll_events.remote(POLL_INTERVAL_S))]
 
     def _take_events(self) -> None:
         waiting, asked = WaitingNotice(self.placement, self.recorder.console), False
         while not self.recorder.over:
-            events = self._collected()
+            events = self._poll_events()
             for event in events:
                 self.recorder.handle(event)
             if self.stop_request.save:
                 self.stop_request.save = False
-                ray.get(self.event_channel.order.remote(dumps(ControlFlags(checkpoint=True))))
+                ray.get(self.event_channel.send_command.remote(dumps(ControlFlags(checkpoint=True))))
             if self.stop_request.status and not self.recorder.standing:
                 raise KeyboardInterrupt  # no worker stands that could save anything
             if self.stop_request.status and not asked:
-                ray.get(self.event_channel.order.remote(dumps(ControlFlags(stop=True))))
+                ray.get(self.event_channel.send_command.remote(dumps(ControlFlags(stop=True))))
                 asked = True
             if not self.thread.is_alive() and not events and not self.recorder.over:
                 raise RunFailed(f"Ray Train ended: {_first_line(self.error)}")
             waiting.poll(has_workers=self.recorder.standing)
         if self.recorder.failed:  # parts that were written before may still be on their way
-            for event in self._collected():
+            for event in self._poll_events():
                 self.recorder.handle(event)
 
 

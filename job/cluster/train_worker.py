@@ -1,4 +1,4 @@
-"""The function that Ray Train runs on each worker, and the worker's tie to its driver."""
+"""The function that Ray Train runs on each worker, and the worker's connection to its driver."""
 
 import itertools
 import re
@@ -19,82 +19,89 @@ from job.training.events import Crashed, Event
 from job.training.run_spec import RunSpec
 from job.training.trainer import train
 
+MAX_CALLS_IN_FLIGHT = 100  # calls to the channel that may not have arrived yet
+
 
 class _RayDriverLink:
-    """A worker's tie to its driver through the mailbox."""
+    """A worker's connection to its driver through the event channel."""
 
-    def __init__(self, event_channel: Any, rank: int) -> None:
+    def __init__(self, event_channel: Any) -> None:
         self.event_channel = event_channel
-        self.name = uuid.uuid4().hex
-        self.sent: deque[Any] = deque(maxlen=100)  # calls, of which the last ones may not have arrived
-        self.numbers = itertools.count()
+        self.sender = uuid.uuid4().hex
+        self.calls: deque[Any] = deque(maxlen=MAX_CALLS_IN_FLIGHT)
+        self.sequence = itertools.count()
         self.lock = threading.Lock()
-        self.wanted = ControlFlags()
-        if rank == 0:  # one worker's word is everybody's: signals are added up over all
-            threading.Thread(target=self._listen, daemon=True).start()
+        self.flags = ControlFlags()
 
-    def _listen(self) -> None:
-        seen = 0
+    def receive_commands(self) -> None:
+        """Runs in a thread until the driver, and with it the channel, has ended."""
+        num_received = 0
         while True:
             try:
-                orders = [loads(order) for order in ray.get(self.event_channel.orders_after.remote(seen))]
-            except Exception:  # the driver is gone, and with it soon this process
+                payloads = ray.get(self.event_channel.commands_after.remote(num_received))
+            except Exception:
                 return
-            seen += len(orders)
+            num_received += len(payloads)
             with self.lock:
-                for order in orders:
-                    self.wanted = ControlFlags(*(a or b for a, b in zip(self.wanted, order, strict=True)))
+                for flags in map(loads, payloads):
+                    self.flags = ControlFlags(*(a or b for a, b in zip(self.flags, flags, strict=True)))
 
     def post(self, event: Event) -> None:
-        with self.lock:  # the loop posts, and the thread that writes checkpoints
-            self.sent.append(self.event_channel.post.remote(self.name, next(self.numbers), dumps(event)))
+        with self.lock:  # the training loop posts, and the thread that writes checkpoints
+            call = self.event_channel.post.remote(self.sender, next(self.sequence), dumps(event))
+            self.calls.append(call)
 
     def flush(self) -> None:
         """Waits until all events have arrived."""
-        ray.get([*self.sent])
+        ray.get([*self.calls])
 
     def signals(self) -> ControlFlags:
         with self.lock:
-            asked, self.wanted = self.wanted, self.wanted._replace(checkpoint=False)
-        return asked
+            flags, self.flags = self.flags, self.flags._replace(checkpoint=False)
+        return flags
 
     def preemption_pending(self) -> bool:
         return ray.train.get_preemption_info() is not None
 
 
 def train_worker(task: dict[str, Any]) -> None:
-    """One worker of the group: finds its place, takes its lanes, and trains.
+    """Trains on one worker of the group; Ray Train calls it.
 
-    ``task`` holds ``spec`` (a reference into the object store), ``mailbox`` and ``threads``.
+    Args:
+        task: ``spec`` (a reference to the RunSpec in the object store), ``event_channel`` (the actor) and
+            ``threads`` (per worker)
     """
-    if ray.get(task["mailbox"].is_over.remote()):
+    event_channel = task["event_channel"]
+    if ray.get(event_channel.is_closed.remote()):
         return
     context = ray.train.get_context()
-    rank, size = context.get_world_rank(), context.get_world_size()
-    link = _RayDriverLink(task["mailbox"], rank)
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    link = _RayDriverLink(event_channel)
+    if rank == 0:  # control flags are summed over workers, so one worker is enough
+        threading.Thread(target=link.receive_commands, daemon=True).start()
     attempt = ""
     try:
-        attempt = _broadcast_attempt(size)
-        world = World(rank, size, ray.train.torch.get_device(), task["threads"], attempt)
+        attempt = _broadcast_attempt(world_size)
+        world = World(rank, world_size, ray.train.torch.get_device(), task["threads"], attempt)
         spec: RunSpec = ray.get(task["spec"])
         train(spec, world, link)
     except Exception as error:
-        link.post(Crashed(attempt, f"worker {rank} of {size} ended: {one_line(error)}"))
+        link.post(Crashed(attempt, f"worker {rank} of {world_size} failed: {one_line(error)}"))
         raise
     finally:
         link.flush()
 
 
 def one_line(error: BaseException) -> str:
-    """What went wrong, without the places in torch's source that its messages begin with."""
-    first = str(error).partition("\n")[0]
-    said = re.sub(r"\[\S+/\S+:\d+\] ", "", first.rpartition("RuntimeError: ")[2])
-    return f"{type(error).__name__}: {said.partition('. This is')[0]}"[:200]
+    """The class and the first line of an error, without the source locations that torch puts in front."""
+    first_line = str(error).partition("\n")[0]
+    message = re.sub(r"\[\S+/\S+:\d+\] ", "", first_line.rpartition("RuntimeError: ")[2])
+    return f"{type(error).__name__}: {message.partition('. This is')[0]}"[:200]
 
 
-def _broadcast_attempt(size: int) -> str:
-    """A name for this group of workers that none before it had."""
+def _broadcast_attempt(world_size: int) -> str:
+    """A name for this worker group, different from those of earlier groups."""
     name = [uuid.uuid4().hex[:8]]
-    if size > 1:
+    if world_size > 1:
         dist.broadcast_object_list(name)
     return name[0]

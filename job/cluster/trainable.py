@@ -55,7 +55,7 @@ class TrialTrainable(tune.Trainable):
 
     def _listen(self) -> None:
         with contextlib.suppress(ray.exceptions.RayError):  # the search's driver is gone, and soon this process
-            ray.get(self.task.event_channel.orders_after.remote(0))
+            ray.get(self.task.event_channel.commands_after.remote(0))
             self.told_to_stop = True
             if self.attempt:
                 self.attempt.request_stop()

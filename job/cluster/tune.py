@@ -205,7 +205,7 @@ def _search(trials: Trials, place: TrialResources, lease: Lease, stop_request: S
             experiment.join(STATUS_INTERVAL_S)
             if not stop.search and (stop_request.status or time.monotonic() > until):
                 stop.search = True
-                event_channel.order.remote(dumps(ControlFlags(stop=True)))
+                event_channel.send_command.remote(dumps(ControlFlags(stop=True)))
             lease.check_if_stale()
             ear.tell(console)
             show_progress(trials, console)
