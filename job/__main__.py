@@ -55,7 +55,7 @@ def _generate(line: Line) -> int:
     from job.run.run_dir import open_checkpoint
 
     values = _only(line, "generate", "run.seed")
-    _, loaded = open_checkpoint(_required(line, "a run's folder or a checkpoint's"))
+    loaded = open_checkpoint(_required(line, "a run's folder or a checkpoint's"))
     print(generate_text(loaded, override_config(loaded.config, values)))
     return 0
 
@@ -69,14 +69,14 @@ def _evaluate(line: Line) -> int:
     values = _only(line, "corpus.source", "corpus.cleaning", "corpus.max_tokens")
     if "corpus.source" in line.flags:
         values["corpus"].setdefault("max_tokens", 0)  # all of it, whatever was cut from the text that trained
-    checkpoint, loaded = open_checkpoint(_required(line, "a run's folder or a checkpoint's"))
+    loaded = open_checkpoint(_required(line, "a run's folder or a checkpoint's"))
     corpus_config = override_config(loaded.config, values).corpus
     result = evaluate_text(loaded, corpus_config)
     unit = "byte" if loaded.vocabulary.kind == "byte" else "character"
     print(
         f"perplexity {perplexity(result.loss.nats_per_token):.6g}, {result.bits_per_character:.4f} bits per {unit}, "
         f"{result.loss.nats_per_token:.6f} nats per token over {result.loss.tokens:,} targets "
-        f"(step {checkpoint.step:,}, {corpus_config.source})"
+        f"(step {loaded.checkpoint.step:,}, {corpus_config.source})"
     )
     return 0
 

@@ -2,6 +2,7 @@
 
 import io
 import json
+import pickle
 from dataclasses import asdict
 
 import pytest
@@ -59,7 +60,7 @@ def test_a_run_leaves_what_the_contract_says(run):
     assert {"model.safetensors", "optimizer.safetensors", "progress.json", "vocabulary.json", "config.toml"} < {
         path.name for path in last.iterdir()
     }
-    _, loaded = open_checkpoint(str(run))
+    loaded = open_checkpoint(str(run))
     assert found["weights_sha256"] == weights_sha256(loaded.weights)
     assert found["perplexity"] == rows(run, "epoch")[-1]["perplexity"]
     assert (run / "sample.txt").read_text() == found["generated"] + "\n"
@@ -90,8 +91,8 @@ def stopped_inside(prose, storage):
     job(
         "train", *flags(prose, storage, "--model.cell", "lstm", "--train.max_steps", 30, "--train.checkpoint_every", 10)
     )
-    found, _ = find_latest_valid(Folder(str(storage / "run" / "checkpoints")))
-    return found
+    loaded, _ = find_latest_valid(Folder(str(storage / "run" / "checkpoints")))
+    return loaded.checkpoint
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 7])
@@ -105,7 +106,7 @@ def test_state_follows_its_lane(prose, tmp_path, workers):
     for rank, lanes in enumerate(split_evenly(32, workers)):
         state = tuple(part[:, lanes.start : lanes.stop] for part in whole)
         files = serialize_lane_state(lanes, state)
-        _, loaded = open_checkpoint(str(tmp_path / "run"))
+        loaded = open_checkpoint(str(tmp_path / "run"))
         progress = None if rank else loaded.progress
         receipts.append(write_part(folder, "step-000030-abcdef", files, workers, progress))
     again = commit_checkpoint(folder, "step-000030-abcdef", receipts)
@@ -126,14 +127,16 @@ def test_a_damaged_checkpoint_is_told_and_passed_over(prose, tmp_path):
     weights.write_bytes(data)
     (place / names[1] / "manifest.json").write_bytes(b"{}")
     (place / "step-000040-abcdef").mkdir()  # never committed
-    sound, problems = find_latest_valid(Folder(str(place)))
-    assert sound.step == 10
-    assert "model.safetensors: damaged" in problems[0]
-    assert "manifest is damaged" in problems[1]
+    loaded, skipped = find_latest_valid(Folder(str(place)))
+    assert loaded.checkpoint.step == 10
+    assert [(corrupt.name, corrupt.reason) for corrupt in pickle.loads(pickle.dumps(skipped))] == [
+        (names[2], "model.safetensors is damaged: its checksum differs from the manifest's"),
+        (names[1], "the manifest is damaged"),
+    ]
     assert found.step == 30
     ended = job("train", *flags(prose, tmp_path, "--model.cell", "lstm", "--train.max_steps", 40))
     assert "warning: " in ended.out
-    assert "damaged, its checksum is not the manifest's; the one before it is used" in ended.out
+    assert "damaged: its checksum differs from the manifest's; the one before it is used" in ended.out
     assert "goes on from step 10" in ended.out
     assert ended.status == 0
 
@@ -164,7 +167,7 @@ def test_a_format_of_the_future_is_told(run, tmp_path):
     content = {"format": 99, "step": 1, "validation_nats": None, "files": {}}
     manifest = {"content": content, "sha256": _digest(content)}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    assert "of format 99, and this version reads 1" in job("generate", tmp_path).err
+    assert "has format 99, but this version reads 1" in job("generate", tmp_path).err
 
 
 def test_a_store_that_does_not_answer_costs_no_checkpoint(prose, tmp_path, monkeypatch):
@@ -197,7 +200,7 @@ def test_where_all_is_damaged_nothing_is_begun_over_it(prose, tmp_path):
         weights.write_bytes(b"")
     ended = job("train", *flags(prose, tmp_path, "--model.cell", "lstm", "--train.max_steps", 40))
     assert (ended.status, ended.err.count("\n")) == (1, 1)
-    assert "no checkpoint is sound" in ended.err
+    assert "no valid checkpoint" in ended.err
     assert "goes on" not in ended.err
     assert result(tmp_path / "run") == before
     assert len(list(place.glob("*/manifest.json"))) == 3
@@ -212,7 +215,7 @@ def test_workers_that_see_another_storage_remove_nothing(run):
     before = sorted(run.glob("checkpoints/*/manifest.json"))
     recorder.handle(Started("abcdef", 0, 0, 1, "cpu", "fp32", 1, 100, ()))
     mine.release()
-    assert "do not see step-" in recorder.failed
+    assert "do not see step-" in recorder.failed.problem
     assert sorted(run.glob("checkpoints/*/manifest.json")) == before
 
 
@@ -294,10 +297,8 @@ def test_readers_survive_any_bytes(files, tmp_path, data):
         )
         commit_checkpoint(Folder(str(tmp_path)), place.name, [receipt])
     try:
-        _, loaded = open_checkpoint(str(place))
-        found, _ = open_checkpoint(str(place))
-        load_lane_state(found, range(4))
-
+        loaded = open_checkpoint(str(place))
+        load_lane_state(loaded.checkpoint, range(4))
         load_model(loaded)
     except (UserError, CorruptCheckpoint):
         pass

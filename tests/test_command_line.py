@@ -202,7 +202,7 @@ def test_evaluate_counts_each_target_once(storage, prose, tmp_path):
     (tmp_path / "part.txt").write_text(text)
     said = job("evaluate", storage / "run", "--corpus.source", tmp_path / "part.txt").out
 
-    _, loaded = open_checkpoint(str(storage / "run"))
+    loaded = open_checkpoint(str(storage / "run"))
     net = load_model(loaded)
     ids = torch.tensor(loaded.vocabulary.encode([text])).long()
     state, nats = None, 0.0
@@ -221,7 +221,7 @@ def test_validation_counts_each_target_once(prose, tmp_path):
     words += ["--corpus.validation_fraction", 0.05, "--train.precision", "fp64"]
     assert job("train", *words).status == 0
 
-    _, loaded = open_checkpoint(str(tmp_path / "run"))
+    loaded = open_checkpoint(str(tmp_path / "run"))
     net = load_model(loaded)
     tokens = loaded.vocabulary.encode([prose.read_text()])
     kept = tokens[len(tokens) - round(len(tokens) * 0.05) :]

@@ -211,14 +211,14 @@ def test_what_a_trial_gave_or_took_last_does_not_take_it_back(prose, tmp_path):
     flags += ["--model.hidden_size", 8, "--run.name", "run"]
     assert job("train", *flags, "--train.max_steps", 10).status == 0
     run, between = Folder(str(tmp_path / "run")), Folder(str(tmp_path / "between"))
-    given, _ = find_latest_valid(run / "checkpoints")
-    export_checkpoint(given, run, between)
+    loaded, _ = find_latest_valid(run / "checkpoints")
+    export_checkpoint(loaded.checkpoint, run, between)
     assert job("train", *flags, "--train.max_steps", 20).status == 0
     import_checkpoint(between, run, read_existing_run(run).config)
-    assert find_latest_valid(run / "checkpoints")[0].step == 20
+    assert find_latest_valid(run / "checkpoints")[0].checkpoint.step == 20
     explored = with_params(read_existing_run(run).config, {"optimizer.learning_rate": 0.5})
     import_checkpoint(between, run, explored)
-    assert find_latest_valid(run / "checkpoints")[0].step == 10
+    assert find_latest_valid(run / "checkpoints")[0].checkpoint.step == 10
     assert read_existing_run(run).config == explored
 
 

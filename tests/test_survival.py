@@ -109,7 +109,7 @@ def write_checkpoint(folder: Folder, step: int, attempt: str) -> None:
     files = {path.name: path.read_bytes() for path in GOLDEN.iterdir() if path.name != "manifest.json"}
     receipt = write_part(folder, name, files, 1, Progress(step=step))
     commit_checkpoint(folder, name, [receipt])
-    for old in list_checkpoints(folder)[:-2]:
+    for old in list_checkpoints(folder)[0][:-2]:
         remove_checkpoint(old)
 
 
@@ -138,12 +138,13 @@ def test_a_checkpoint_cut_off_at_any_of_its_writes_harms_none(tmp_path, monkeypa
 
             status = in_a_child(interrupted)
         assert status in (0, 9)
-        sound, problems = find_latest_valid(folder)
-        assert sound.step in (20, 30)
-        assert problems == ()  # what is not whole is not even taken for a checkpoint
-        write_checkpoint(folder, sound.step + 10, "cccccc")
-        names = [entry.name for entry in list_checkpoints(folder)]
-        assert names[-1] == checkpoint_name(sound.step + 10, "cccccc")
+        loaded, skipped = find_latest_valid(folder)
+        step = loaded.checkpoint.step
+        assert step in (20, 30)
+        assert skipped == ()  # what is not whole is not even taken for a checkpoint
+        write_checkpoint(folder, step + 10, "cccccc")
+        names = [checkpoint.name for checkpoint in list_checkpoints(folder)[0]]
+        assert names[-1] == checkpoint_name(step + 10, "cccccc")
         leftovers = {path.name for path in Path(folder.address).iterdir()} - set(names)
         assert not leftovers
         if status == 0:
@@ -166,11 +167,11 @@ def test_a_full_disk_stops_the_run_and_more_room_lets_it_go_on(prose, tmp_path):
         assert "No space left" in ended.err
         assert "is kept" in ended.err
         assert ended.err.count("\n") == 1
-        sound, _ = find_latest_valid(Folder(str(disk / "run" / "checkpoints")))
-        assert sound
+        loaded, _ = find_latest_valid(Folder(str(disk / "run" / "checkpoints")))
+        assert loaded
         subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
         again = job(*flags(prose, disk, *more))
-        assert f"goes on from step {sound.step} of" in again.out
+        assert f"goes on from step {loaded.checkpoint.step} of" in again.out
         assert again.status == 0, again.err
         assert job(*flags(prose, tmp_path / "calm", *more)).status == 0
         assert result(disk / "run")["weights_sha256"] == result(tmp_path / "calm" / "run")["weights_sha256"]
@@ -354,10 +355,10 @@ def test_the_golden_checkpoint_opens():
     said = job("generate", GOLDEN, "--generate.prefix", "the", "--generate.length", 20)
     assert said.status == 0, said.err
     assert said.out == (GOLDEN.parent / "said.txt").read_text()
-    found, loaded = open_checkpoint(str(GOLDEN))
+    loaded = open_checkpoint(str(GOLDEN))
     assert weights_sha256(loaded.weights) == GOLDEN_WEIGHTS
-    assert (found.step, loaded.progress.step, loaded.progress.window) == (30, 30, 30)
-    hidden, memory = load_lane_state(found, range(3, 7))
+    assert (loaded.checkpoint.step, loaded.progress.step, loaded.progress.window) == (30, 30, 30)
+    hidden, memory = load_lane_state(loaded.checkpoint, range(3, 7))
     assert hidden.shape == memory.shape == (1, 4, 8)
 
 

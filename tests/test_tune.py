@@ -298,13 +298,15 @@ def test_before_it_explores_it_holds_the_winners_checkpoint(prose, tmp_path):
     for name, rate in (("winner", 0.01), ("loser", 0.02)):
         more = ["--run.name", name, "--optimizer.learning_rate", rate, "--train.max_steps", 30]
         assert job("train", *flags, *more).status == 0
-    sound, _ = find_latest_valid(Folder(str(tmp_path / "winner" / "checkpoints")))
+    winner, _ = find_latest_valid(Folder(str(tmp_path / "winner" / "checkpoints")))
+    sound = winner.checkpoint
     copy_checkpoint(sound, Folder(str(tmp_path / "between")))
     (tmp_path / "loser" / "result.json").unlink()
     options = config_from_toml((tmp_path / "loser" / "config.toml").read_text(), "loser")
     explored = trials.with_params(options, {"optimizer.learning_rate": 0.005})
     trials.import_checkpoint(Folder(str(tmp_path / "between")), Folder(str(tmp_path / "loser")), explored)
-    taken, _ = find_latest_valid(Folder(str(tmp_path / "loser" / "checkpoints")))
+    loser, _ = find_latest_valid(Folder(str(tmp_path / "loser" / "checkpoints")))
+    taken = loser.checkpoint
     assert taken.name == sound.name
     assert {file: read_checkpoint_file(taken, file) for file in taken.files} == {
         file: read_checkpoint_file(sound, file) for file in sound.files

@@ -12,7 +12,7 @@ from typing import Any
 from job.config.schema import Config
 from job.config.toml import config_to_toml
 from job.console import Console, format_duration, python_command
-from job.errors import Diverged, RunFailed, UnrecoverableError, UserError
+from job.errors import RunFailed, UserError
 from job.inference.generate import generate_text
 from job.run.lease import acquire_lease, wait_until_expired
 from job.run.metrics import plot_perplexity
@@ -65,7 +65,7 @@ def _run(follow: RunWorkers, spec: RunSpec, folder: Folder, stop_request: StopRe
         recorder = Recorder(folder, spec.config, lease, console)
         follow(spec, recorder, stop_request)
         if recorder.failed:
-            raise (Diverged if recorder.diverged else UnrecoverableError)(recorder.failed)
+            raise recorder.failed
         if not recorder.finished:
             raise RunFailed("the workers ended without a word")
         if recorder.finished.stopped:
@@ -78,9 +78,8 @@ def _run(follow: RunWorkers, spec: RunSpec, folder: Folder, stop_request: StopRe
         console.print(f"stopped; {_describe_last_checkpoint(folder)}")
         return stop_request.status
     except RunFailed as error:
-        raise type(error)(
-            "; ".join(filter(None, (str(error), _describe_last_checkpoint(folder, closely=True))))
-        ) from error.__cause__
+        remedies = (error.remedy, _describe_last_checkpoint(folder, closely=True))
+        raise type(error)(error.problem, "; ".join(filter(None, remedies))) from error.__cause__
     except OSError as error:
         raise RunFailed(f"{folder}: cannot be read or written: {error}; {_describe_last_checkpoint(folder)}") from None
     finally:
@@ -93,7 +92,7 @@ def _finish(spec: RunSpec, recorder: Recorder, folder: Folder) -> dict[str, Any]
     """Lets the model speak, draws the curve, and writes the result, which marks the run as finished."""
     assert recorder.finished
     done = recorder.finished
-    found, loaded = open_checkpoint((recorder.checkpoints / done.checkpoint).address)
+    loaded = open_checkpoint((recorder.checkpoints / done.checkpoint).address)
     text = generate_text(loaded, spec.config)
     folder.write("sample.txt", (text + "\n").encode())
     folder.write("perplexity.png", plot_perplexity(recorder.rows(), spec.config.run.name))
@@ -111,7 +110,7 @@ def _finish(spec: RunSpec, recorder: Recorder, folder: Folder) -> dict[str, Any]
         "seconds": round(done.progress.seconds, 3),
         "workers": done.workers,
         "restarts": max(done.progress.restarts, recorder.starts - 1),
-        "checkpoint": f"checkpoints/{found.name}",
+        "checkpoint": f"checkpoints/{loaded.checkpoint.name}",
         "weights_sha256": weights_sha256(loaded.weights),
         "generated": text,
         "corpus": spec.dataset.metadata,
@@ -135,12 +134,13 @@ def _run_banner(spec: RunSpec, asked: str) -> str:
 def _describe_last_checkpoint(folder: Folder, closely: bool = False) -> str:
     """The last checkpoint, by its manifest, or by every byte; empty where all are damaged."""
     place = folder / "checkpoints"
-    damaged: tuple[str, ...] = ()
     try:
-        entries = [entry for entry in list_checkpoints(place) if not isinstance(entry, str)]
-        found = entries[-1] if entries else None
         if closely:
-            found, damaged = find_latest_valid(place)
+            loaded, damaged = find_latest_valid(place)
+            found = loaded.checkpoint if loaded else None
+        else:
+            checkpoints, _ = list_checkpoints(place)
+            found, damaged = (checkpoints[-1] if checkpoints else None), ()
     except (OSError, UserError) as error:
         return f"the checkpoints cannot be read now: {error}"
     if not found:

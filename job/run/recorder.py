@@ -11,7 +11,7 @@ from typing import Any
 
 from job.config.schema import Config
 from job.console import Console, format_duration
-from job.errors import RunFailed
+from job.errors import RunFailed, UnrecoverableError
 from job.run.lease import Lease
 from job.run.metrics import parse_rows
 from job.run.tensorboard import TensorBoardWriter
@@ -59,8 +59,7 @@ class Recorder:
         self.attempts = [""]
         self.started: Started | None = None
         self.finished: Finished | None = None
-        self.failed: str | None = None
-        self.diverged = False
+        self.failed: UnrecoverableError | None = None
         self.committed: list[Checkpoint] = []
         self.committed_at: dict[str, float] = {}  # by time.monotonic
         self.setbacks = 0
@@ -103,7 +102,7 @@ class Recorder:
         if isinstance(event, WorkerGroupEnded):
             return self._ended(event.message)
         if isinstance(event, Failed) and event.attempt not in self.attempts[:-1]:
-            self.failed, self.diverged = event.message, event.diverged  # perhaps before the group stood
+            self.failed = event.error  # perhaps before the group stood
         if isinstance(event, PartWritten) and event.attempt not in self.attempts:
             return self.early.append(event)
         if event.attempt != self.attempt:
@@ -131,8 +130,8 @@ class Recorder:
         self.standing = self.is_told = False
         self.setbacks += bool(why)
         if self.setbacks >= MAX_CONSECUTIVE_FAILURES:
-            self.failed = (
-                f"the workers failed {MAX_CONSECUTIVE_FAILURES} times without getting to a checkpoint; at last: {why}"
+            self.failed = UnrecoverableError(
+                f"the workers failed {MAX_CONSECUTIVE_FAILURES} times without reaching a checkpoint; last: {why}"
             )
 
     def _start(self, event: Started) -> None:
@@ -142,23 +141,22 @@ class Recorder:
         self.started, self.finished, self.standing, self.is_told = event, None, True, False
         self.parts.clear()
         if overlooked := self._overlooked(event):
-            self.failed = (
-                f"{self.checkpoints}: the workers begin at step {event.step:,} and do not see {overlooked}: "
-                "is it the same storage on all nodes?"
+            self.failed = UnrecoverableError(
+                f"{self.checkpoints}: the workers start at step {event.step:,} and do not see {overlooked}",
+                "make sure that all nodes mount the same storage",
             )
             return
         self.folder.remove(RESULT_FILE)  # of a shorter run that goes on
         discard_after(self.checkpoints, event.step, event.attempt)
-        found = list_checkpoints(self.checkpoints)
-        self.committed = [entry for entry in found if isinstance(entry, Checkpoint)]
+        self.committed, _ = list_checkpoints(self.checkpoints)
         rows = self._cut_metrics(event.step)
         if self.board:
             self.board.close()
         if self.folder.local_path is None:  # the new file has another name
             self.folder.remove("tensorboard")
         self.board = TensorBoardWriter(self.place / "tensorboard", rows)
-        for problem in event.skipped_checkpoints:
-            self.console.warn(f"{problem}; the one before it is used")
+        for corrupt in event.skipped_checkpoints:
+            self.console.warn(f"{corrupt}; the one before it is used")
         self._say_start(event)
         early, self.early = self.early, []
         for part in early:
@@ -169,11 +167,12 @@ class Recorder:
 
         They may miss what was committed while they looked.
         """
-        for entry in list_checkpoints(self.checkpoints):
-            if isinstance(entry, Checkpoint) and entry.step > event.step:
-                is_named = any(entry.name in problem for problem in event.skipped_checkpoints)
-                if not is_named and time.monotonic() - self.committed_at.get(entry.name, 0.0) > COMMIT_VISIBILITY_S:
-                    return entry.name
+        skipped = {corrupt.name for corrupt in event.skipped_checkpoints}
+        checkpoints, _ = list_checkpoints(self.checkpoints)
+        for checkpoint in checkpoints:
+            age_s = time.monotonic() - self.committed_at.get(checkpoint.name, 0.0)
+            if checkpoint.step > event.step and checkpoint.name not in skipped and age_s > COMMIT_VISIBILITY_S:
+                return checkpoint.name
         return ""
 
     def _say_start(self, event: Started) -> None:

@@ -14,13 +14,12 @@ from job.run.recorder import RESULT_FILE
 from job.storage import Folder, expand_env, is_uri
 from job.training.checkpoint import (
     MANIFEST,
-    Checkpoint,
     CorruptCheckpoint,
     LoadedCheckpoint,
     find_latest_valid,
     list_checkpoints,
-    load_checkpoint,
     read_manifest,
+    read_progress,
     verify_checkpoint,
 )
 from job.training.loop import is_done
@@ -144,11 +143,11 @@ def with_resolved_corpus(config: Config, earlier: Config) -> Config:
 
 def check_same_text(checkpoints: Folder, corpus: dict[str, Any]) -> None:
     """UserError where the run with these checkpoints began on another text."""
-    for found in reversed(list_checkpoints(checkpoints)):
-        if isinstance(found, str):
-            continue
+    valid, _ = list_checkpoints(checkpoints)
+    for checkpoint in reversed(valid):
         try:
-            before = load_checkpoint(found).metadata["corpus"]
+            _, metadata = read_progress(checkpoint)
+            before = metadata["corpus"]
         except (CorruptCheckpoint, LookupError):
             continue
         if before["sha256"] != corpus["sha256"]:
@@ -160,19 +159,19 @@ def check_same_text(checkpoints: Folder, corpus: dict[str, Any]) -> None:
         return
 
 
-def open_checkpoint(address: str) -> tuple[Checkpoint, LoadedCheckpoint]:
-    """The checkpoint in a folder, or the last sound one of the run in it; UserError where there is none."""
+def open_checkpoint(address: str) -> LoadedCheckpoint:
+    """Loads the checkpoint in a folder, or the last valid one of the run in it; raises UserError if there is none."""
     folder = Folder.resolve(address)
     try:
         if folder.has(MANIFEST):
-            found: Checkpoint | None = read_manifest(folder.parent, folder.name)
-            problems: tuple[str, ...] = ()
-        else:
-            found, problems = find_latest_valid(folder / "checkpoints")
-        if found is None:
-            raise UserError(problems[0] if problems else f"{folder}: neither a run with a checkpoint nor a checkpoint")
-        return found, verify_checkpoint(found)
+            return verify_checkpoint(read_manifest(folder.parent, folder.name))
+        loaded, corrupt = find_latest_valid(folder / "checkpoints")
+        if corrupt and not loaded:
+            raise corrupt[0]
     except CorruptCheckpoint as error:
         raise UserError(str(error)) from None
     except OSError as error:
         raise UserError(f"{folder}: cannot be read: {error}") from None
+    if not loaded:
+        raise UserError(f"{folder}: neither a run with a checkpoint nor a checkpoint")
+    return loaded

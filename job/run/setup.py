@@ -11,7 +11,7 @@ from job.errors import UserError
 from job.inference.generate import encode_prefix
 from job.nn.language_model import build_model, load_weights
 from job.storage import Folder
-from job.training.checkpoint import CorruptCheckpoint, parse_safetensors
+from job.training.checkpoint import parse_safetensors
 from job.training.run_spec import RunSpec
 
 
@@ -53,9 +53,10 @@ def _read_init(config: Config, vocabulary_size: int) -> bytes | None:
         return None
     try:
         data = Path(name).expanduser().read_bytes()
-        load_weights(model, parse_safetensors(data, name), f"model.init = {name}")
-    except CorruptCheckpoint as error:
-        raise UserError(f"model.init = {error}") from None
+        weights = parse_safetensors(data)
+    except ValueError as error:
+        raise UserError(f"model.init = {name}: {error}") from None
     except OSError as error:
         raise UserError(f"model.init = {name}: cannot be read: {error.strerror}") from None
+    load_weights(model, weights, f"model.init = {name}")
     return data

@@ -37,14 +37,32 @@ _MAX_MANIFEST_BYTES = 16 << 20  # bytes; a hundred bytes for each worker's part
 _NAME = re.compile(r"step-(\d{6,})-([0-9a-f]{6,32})")
 _LANES = re.compile(r"lanes-(\d{5,})-(\d{5,})\.safetensors")
 _FILE = re.compile(r"[a-z]+[a-z0-9-]*\.(safetensors|json|toml)")
+_MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
-class CorruptCheckpoint(ValueError):
-    """A checkpoint that is torn, changed or foreign; the text says what is wrong with it.
+class CorruptCheckpoint(Exception):
+    """A checkpoint that is incomplete, damaged or not of this program.
 
-    One that cannot be read just now (a store that does not answer, a right that is missing) is an
-    OSError instead, and one of another format a UserError: nothing is passed over for them.
+    Temporary failures (a storage timeout, missing permissions) raise OSError, and an unknown format version raises
+    UserError. Callers must not skip a checkpoint for either.
+
+    Args:
+        path: the checkpoint's folder
+        reason: what is wrong with it
     """
+
+    def __init__(self, path: Folder, reason: str) -> None:
+        super().__init__(path, reason)
+        self.path = path
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.reason}"
+
+    @property
+    def name(self) -> str:
+        """The checkpoint's name."""
+        return self.path.name
 
 
 @dataclass(frozen=True)
@@ -67,11 +85,17 @@ class Checkpoint:
     files: dict[str, tuple[int, str]]
     validation_nats: float | None
 
+    @property
+    def path(self) -> Folder:
+        """The checkpoint's folder."""
+        return self.folder / self.name
+
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """What a checkpoint holds beside its lanes."""
+    """A checkpoint's content, except for the lanes' state."""
 
+    checkpoint: Checkpoint
     config: Config
     vocabulary: Vocabulary
     weights: dict[str, Tensor]
@@ -148,10 +172,10 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def remove_checkpoint(found: Checkpoint) -> None:
+def remove_checkpoint(checkpoint: Checkpoint) -> None:
     """Removes a checkpoint, its manifest first, so that what is left is never taken for whole."""
-    (found.folder / found.name).remove(MANIFEST)
-    found.folder.remove(found.name)
+    checkpoint.path.remove(MANIFEST)
+    checkpoint.folder.remove(checkpoint.name)
 
 
 def discard_after(folder: Folder, step: int, attempt: str) -> None:
@@ -170,157 +194,168 @@ def discard_after(folder: Folder, step: int, attempt: str) -> None:
 # --- reading ----------------------------------------------------------------------------------
 
 
-def list_checkpoints(folder: Folder) -> list[Checkpoint | str]:
-    """Checkpoints with a sound manifest, the latest last; a text for each unsound one.
+def list_checkpoints(folder: Folder) -> tuple[list[Checkpoint], list[CorruptCheckpoint]]:
+    """Reads the manifests of a run's checkpoints.
 
-    OSError where they cannot be read; UserError for one of another format.
+    Returns:
+        the checkpoints with a valid manifest and those with a corrupt one, each in the order of their steps
+
+    Raises:
+        OSError: a manifest cannot be read now
+        UserError: a checkpoint has another format version
     """
-    found: list[Checkpoint | str] = []
-    for name in sorted(folder.names(), key=_step_of_name):
+    checkpoints, corrupt = [], []
+    for name in sorted(folder.names(), key=_step_and_name):
         if _NAME.fullmatch(name) and (folder / name).has(MANIFEST):
             try:
-                found.append(read_manifest(folder, name))
+                checkpoints.append(read_manifest(folder, name))
             except CorruptCheckpoint as error:
-                found.append(str(error))
-    return found
+                corrupt.append(error)
+    return checkpoints, corrupt
 
 
-def _step_of_name(name: str) -> tuple[int, str]:
+def _step_and_name(name: str) -> tuple[int, str]:
     match = _NAME.fullmatch(name)
     return (int(match[1]) if match else -1, name)
 
 
 def read_manifest(folder: Folder, name: str) -> Checkpoint:
-    """The checkpoint that a manifest describes; Unsound where it is none."""
-    place = folder / name
+    """Reads a checkpoint's manifest; raises as ``list_checkpoints``, and CorruptCheckpoint."""
+    path = folder / name
     try:
-        document = json.loads(place.read(MANIFEST, _MAX_MANIFEST_BYTES))
+        document = json.loads(path.read(MANIFEST, _MAX_MANIFEST_BYTES))
         content = document["content"]
         if document["sha256"] != _digest(content):
-            raise CorruptCheckpoint(f"{place}: the manifest is damaged")
-        if content["format"] != FORMAT:
-            raise UserError(
-                f"{place}: of format {content['format']!r}, and this version reads {FORMAT}; "
-                "use the version that wrote it"
-            )
-        files = {file: (metadata["bytes"], metadata["sha256"]) for file, metadata in content["files"].items()}
-        step, nats = content["step"], content["validation_nats"]
+            raise ValueError("checksum")
+        version = content["format"]
+        if version == FORMAT:
+            return _checkpoint_from_manifest(folder, name, content)
     except FileNotFoundError:
-        raise CorruptCheckpoint(f"{place}: not a checkpoint, it has no {MANIFEST}") from None
-    except (CorruptCheckpoint, UserError):
-        raise
-    except (TooLarge, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise CorruptCheckpoint(f"{place}: the manifest is damaged") from None
-    sound = type(step) is int and (nats is None or type(nats) is float)
+        raise CorruptCheckpoint(path, f"has no {MANIFEST}") from None
+    except (TooLarge, *_MALFORMED):
+        raise CorruptCheckpoint(path, "the manifest is damaged") from None
+    raise UserError(f"{path}: has format {version!r}, but this version reads {FORMAT}", "use the version that wrote it")
+
+
+def _checkpoint_from_manifest(folder: Folder, name: str, content: dict[str, Any]) -> Checkpoint:
+    files = {file: (entry["bytes"], entry["sha256"]) for file, entry in content["files"].items()}
+    step, nats = content["step"], content["validation_nats"]
+    is_valid = type(step) is int and (nats is None or type(nats) is float)
     for file, (size, digest) in files.items():
-        sound = sound and bool(_FILE.fullmatch(file)) and type(size) is int and type(digest) is str
-    if not sound:
-        raise CorruptCheckpoint(f"{place}: the manifest is not one of ours")
+        is_valid = is_valid and bool(_FILE.fullmatch(file)) and type(size) is int and type(digest) is str
+    if not is_valid:
+        raise ValueError("types")
     return Checkpoint(folder, name, step, files, nats)
 
 
 def read_checkpoint_file(checkpoint: Checkpoint, file: str) -> bytes:
-    """A file of the checkpoint, of the size and checksum that the manifest tells; else Unsound."""
-    place = checkpoint.folder / checkpoint.name
+    """Reads a file of a checkpoint; raises CorruptCheckpoint unless size and checksum are those of the manifest."""
+    path = checkpoint.path
     if file not in checkpoint.files:
-        raise CorruptCheckpoint(f"{place}: lacks {file}")
+        raise CorruptCheckpoint(path, f"{file} is missing")
     size, digest = checkpoint.files[file]
     try:
-        data = place.read(file, size)
-    except (FileNotFoundError, TooLarge) as error:
-        raise CorruptCheckpoint(f"{place / file}: cannot be read: {error}") from None
+        data = path.read(file, size)
+    except FileNotFoundError:
+        raise CorruptCheckpoint(path, f"{file} is missing") from None
+    except TooLarge:
+        raise CorruptCheckpoint(path, f"{file} is larger than its {size} bytes in the manifest") from None
     if len(data) != size:
-        raise CorruptCheckpoint(f"{place / file}: truncated, {len(data)} of {size} bytes")
+        raise CorruptCheckpoint(path, f"{file} is truncated: {len(data)} of {size} bytes")
     if hashlib.sha256(data).hexdigest() != digest:
-        raise CorruptCheckpoint(f"{place / file}: damaged, its checksum is not the manifest's")
+        raise CorruptCheckpoint(path, f"{file} is damaged: its checksum differs from the manifest's")
     return data
 
 
+def copy_checkpoint(checkpoint: Checkpoint, folder: Folder) -> Checkpoint:
+    """Copies a checkpoint byte for byte into another folder, the manifest last."""
+    path = folder / checkpoint.name
+    manifest = checkpoint.path.read(MANIFEST, _MAX_MANIFEST_BYTES)
+    for file in checkpoint.files:
+        path.write(file, read_checkpoint_file(checkpoint, file))
+    path.write(MANIFEST, manifest)
+    return read_manifest(folder, checkpoint.name)
+
+
+def parse_safetensors(data: bytes) -> dict[str, Tensor]:
+    """Returns the tensors of a safetensors file by name; raises ValueError if it is not one."""
+    try:
+        return load_safetensors(data)
+    except (SafetensorError, ValueError, KeyError, OverflowError) as error:
+        raise ValueError(f"not a safetensors file: {error}") from None
+
+
+def load_checkpoint(checkpoint: Checkpoint) -> LoadedCheckpoint:
+    """Reads a checkpoint except for the lanes' state; raises CorruptCheckpoint if a file of it is not valid."""
+    try:
+        config_toml = read_checkpoint_file(checkpoint, "config.toml").decode()
+        vocabulary_json = read_checkpoint_file(checkpoint, "vocabulary.json")
+        config = config_from_toml(config_toml, "config.toml")
+        vocabulary = vocabulary_from_json(vocabulary_json, "vocabulary.json")
+    except (UserError, UnicodeDecodeError) as error:
+        raise CorruptCheckpoint(checkpoint.path, str(error)) from None
+    progress, metadata = read_progress(checkpoint)
+    weights, optimizer = (
+        _parse_tensors(checkpoint, file, read_checkpoint_file(checkpoint, file))
+        for file in ("model.safetensors", "optimizer.safetensors")
+    )
+    return LoadedCheckpoint(checkpoint, config, vocabulary, weights, optimizer, progress, metadata)
+
+
 def verify_checkpoint(checkpoint: Checkpoint) -> LoadedCheckpoint:
-    """As ``restore``; Unsound also unless every lane's file is there as the manifest tells."""
+    """Like ``load_checkpoint``, but also verifies the files with the lanes' state."""
     loaded = load_checkpoint(checkpoint)
     for file in filter(_LANES.fullmatch, checkpoint.files):
         read_checkpoint_file(checkpoint, file)
     return loaded
 
 
-def copy_checkpoint(checkpoint: Checkpoint, folder: Folder) -> Checkpoint:
-    """The same checkpoint, byte for byte, in another folder; whole or not there."""
-    place = folder / checkpoint.name
-    manifest = (checkpoint.folder / checkpoint.name).read(MANIFEST, _MAX_MANIFEST_BYTES)
-    for file in checkpoint.files:
-        place.write(file, read_checkpoint_file(checkpoint, file))
-    place.write(MANIFEST, manifest)
-    return read_manifest(folder, checkpoint.name)
-
-
-def parse_safetensors(data: bytes, where: str) -> dict[str, Tensor]:
-    """The tensors in a safetensors file; Unsound where it is none."""
+def _parse_tensors(checkpoint: Checkpoint, file: str, data: bytes) -> dict[str, Tensor]:
     try:
-        return load_safetensors(data)
-    except (SafetensorError, ValueError, KeyError, OverflowError) as error:
-        raise CorruptCheckpoint(f"{where}: not a safetensors file: {error}") from None
+        return parse_safetensors(data)
+    except ValueError as error:
+        raise CorruptCheckpoint(checkpoint.path, f"{file}: {error}") from None
 
 
-def load_checkpoint(checkpoint: Checkpoint) -> LoadedCheckpoint:
-    """What the checkpoint holds, but for the lanes; Unsound where anything is not as it must be."""
-    place = str(checkpoint.folder / checkpoint.name)
+def read_progress(checkpoint: Checkpoint) -> tuple[Progress, dict[str, Any]]:
+    """Reads ``progress.json`` alone: the progress, and the metadata (``precision``, ``corpus``)."""
+    data = read_checkpoint_file(checkpoint, "progress.json")
     try:
-        options = config_from_toml(read_checkpoint_file(checkpoint, "config.toml").decode(), f"{place}/config.toml")
-        vocabulary = vocabulary_from_json(
-            read_checkpoint_file(checkpoint, "vocabulary.json"), f"{place}/vocabulary.json"
-        )
-    except (UserError, UnicodeDecodeError) as error:
-        raise CorruptCheckpoint(str(error)) from None
-    progress, metadata = _progress(read_checkpoint_file(checkpoint, "progress.json"), place)
-    return LoadedCheckpoint(
-        options,
-        vocabulary,
-        parse_safetensors(read_checkpoint_file(checkpoint, "model.safetensors"), f"{place}/model.safetensors"),
-        parse_safetensors(read_checkpoint_file(checkpoint, "optimizer.safetensors"), f"{place}/optimizer.safetensors"),
-        progress,
-        metadata,
-    )
-
-
-def _progress(data: bytes, place: str) -> tuple[Progress, dict[str, Any]]:
-    try:
-        found = json.loads(data)
-        means = {name: LossSum(**found.pop(name)) for name in ("epoch_mean", "report_mean")}
-        own = {name: found.pop(name) for name in asdict(Progress()) if name not in means}
-        own |= means
-        return Progress(**own), found
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
-        raise CorruptCheckpoint(f"{place}/progress.json: not a record of progress") from None
+        metadata = json.loads(data)
+        values = {name: metadata.pop(name) for name in asdict(Progress())}
+        for name in ("epoch_mean", "report_mean"):
+            values[name] = LossSum(**values[name])
+        return Progress(**values), metadata
+    except _MALFORMED:
+        raise CorruptCheckpoint(checkpoint.path, "progress.json is not a record of progress") from None
 
 
 def load_lane_state(checkpoint: Checkpoint, lanes: range) -> State:
-    """The state of some lanes, put together from whichever workers wrote them; on the CPU."""
+    """Returns the state of these lanes on the CPU, assembled from the parts of any number of workers."""
     try:
         return _load_lane_state(checkpoint, lanes)
     except (LookupError, TypeError, RuntimeError) as error:
-        raise CorruptCheckpoint(f"{checkpoint.folder / checkpoint.name}: holds no state of lanes: {error}") from None
+        raise CorruptCheckpoint(checkpoint.path, f"the state of the lanes is not valid: {error}") from None
 
 
 def _load_lane_state(checkpoint: Checkpoint, lanes: range) -> State:
-    place = checkpoint.folder / checkpoint.name
-    held = sorted((int(m[1]), int(m[2]) + 1, m[0]) for m in map(_LANES.fullmatch, checkpoint.files) if m)
-    if not held:
+    stored = sorted((int(m[1]), int(m[2]) + 1, m[0]) for m in map(_LANES.fullmatch, checkpoint.files) if m)
+    if not stored:
         return None
     pieces: list[dict[str, Tensor]] = []
     kind, covered = "tensor", lanes.start
-    for first, stop, file in held:
+    for first, stop, file in stored:
         begin, end = max(first, lanes.start), min(stop, lanes.stop)
         if begin >= end:
             continue
         data = read_checkpoint_file(checkpoint, file)
-        parts = parse_safetensors(data, str(place / file))
-        if begin != covered or any(part.dim() < 2 or part.shape[1] != stop - first for part in parts.values()):
-            raise CorruptCheckpoint(f"{place / file}: does not hold the state of lanes {first} to {stop - 1}")
-        pieces.append({name: part.narrow(1, begin - first, end - begin) for name, part in parts.items()})
+        tensors = _parse_tensors(checkpoint, file, data)
+        if begin != covered or any(part.dim() < 2 or part.shape[1] != stop - first for part in tensors.values()):
+            raise CorruptCheckpoint(checkpoint.path, f"{file} does not hold the state of lanes {first} to {stop - 1}")
+        pieces.append({name: part.narrow(1, begin - first, end - begin) for name, part in tensors.items()})
         kind, covered = _state_kind(data), end
     if covered != lanes.stop or any(piece.keys() != pieces[0].keys() for piece in pieces):
-        raise CorruptCheckpoint(f"{place}: lacks the state of lane {covered}")
+        raise CorruptCheckpoint(checkpoint.path, f"the state of lane {covered} is missing")
     joined = [torch.cat([piece[f"state.{index}"] for piece in pieces], 1) for index in range(len(pieces[0]))]
     return tuple(joined) if kind == "tuple" else joined[0]
 
@@ -341,25 +376,25 @@ def weights_sha256(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def find_latest_valid(folder: Folder) -> tuple[Checkpoint | None, tuple[str, ...]]:
-    """The last checkpoint of which every byte is right, and what is wrong with any after it."""
-    skipped_checkpoints: list[str] = []
-    for found in reversed(list_checkpoints(folder)):
-        if isinstance(found, str):
-            skipped_checkpoints.append(found)
-            continue
+def find_latest_valid(folder: Folder) -> tuple[LoadedCheckpoint | None, tuple[CorruptCheckpoint, ...]]:
+    """Finds the last checkpoint of which every byte is right.
+
+    Returns:
+        its content, or None if there is none; and the corrupt checkpoints after it, the latest first
+    """
+    checkpoints, corrupt = list_checkpoints(folder)
+    loaded = None
+    while checkpoints and not loaded:
         try:
-            verify_checkpoint(found)
+            loaded = verify_checkpoint(checkpoints.pop())
         except CorruptCheckpoint as error:
-            skipped_checkpoints.append(str(error))
-        else:
-            return found, tuple(skipped_checkpoints)
-    return None, tuple(skipped_checkpoints)
+            corrupt.append(error)
+    latest_first = sorted(corrupt, key=lambda error: _step_and_name(error.name), reverse=True)
+    valid_step = loaded.checkpoint.step if loaded else -1
+    return loaded, tuple(error for error in latest_first if _step_and_name(error.name)[0] >= valid_step)
 
 
-def raise_if_all_corrupt(folder: Folder, skipped_checkpoints: tuple[str, ...]) -> None:
-    """Unsound where all that a run has is damaged: to start anew, and over it, is for a person to decide."""
-    if skipped_checkpoints:
-        raise CorruptCheckpoint(
-            f"{folder}: no checkpoint is sound: {skipped_checkpoints[0]}; to start anew remove the folder"
-        )
+def raise_if_all_corrupt(folder: Folder, corrupt: tuple[CorruptCheckpoint, ...]) -> None:
+    """Raises UserError if a run has checkpoints and all are corrupt: only a person may decide to start over."""
+    if corrupt:
+        raise UserError(f"{folder}: no valid checkpoint: {corrupt[0]}", "remove the folder to start over")

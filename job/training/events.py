@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from job.training.checkpoint import PartReceipt
+from job.errors import UnrecoverableError
+from job.training.checkpoint import CorruptCheckpoint, PartReceipt
 from job.training.progress import Progress
 
 
@@ -26,7 +27,7 @@ class Started(Event):
     precision: str
     weights: int
     total_steps: int
-    skipped_checkpoints: tuple[str, ...]  # checkpoints that were unsound, and why
+    skipped_checkpoints: tuple[CorruptCheckpoint, ...]  # later than the one that was loaded
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,9 @@ class Finished(Event):
 
 @dataclass(frozen=True)
 class Failed(Event):
-    """The run cannot go on, and trying again would not help."""
+    """The run cannot continue, and restarting the workers would not help."""
 
-    message: str
-    diverged: bool = False
+    error: UnrecoverableError
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,14 @@ from job.distributed.context import World, device_name, raise_malloc_thresholds,
 from job.distributed.gradient_sync import AllReduceGradients, ControlFlags, DeterministicGradients, LaneAssignment
 from job.distributed.shared_memory import create_group
 from job.distributed.tree_reduce import tree_sum
-from job.errors import Diverged, RunFailed, UserError
+from job.errors import Diverged, UnrecoverableError, UserError
 from job.kernels.ops import kernel_unavailable_reason
 from job.nn.language_model import build_model, load_weights
 from job.nn.state import map_state
 from job.storage import Folder
 from job.training.checkpoint import (
-    Checkpoint,
     CorruptCheckpoint,
+    LoadedCheckpoint,
     checkpoint_name,
     find_latest_valid,
     load_checkpoint,
@@ -64,18 +64,22 @@ def train(spec: RunSpec, world: World, link: DriverLink) -> None:
     """Trains this worker's lanes to the end, to a stop, or to a failure, and tells which."""
     try:
         _Worker(spec, world, link).run()
-    except (RunFailed, UserError, CorruptCheckpoint) as error:
-        link.post(Failed(world.attempt, str(error), isinstance(error, Diverged)))
+    except UnrecoverableError as error:
+        link.post(Failed(world.attempt, error))
+    except UserError as error:
+        link.post(Failed(world.attempt, UnrecoverableError(error.problem, error.remedy)))
+    except CorruptCheckpoint as error:
+        link.post(Failed(world.attempt, UnrecoverableError(str(error))))
     except OSError as error:
-        link.post(Failed(world.attempt, f"{spec.checkpoints}: a checkpoint cannot be written or read: {error}"))
+        problem = f"{spec.checkpoints}: a checkpoint cannot be written or read: {error}"
+        link.post(Failed(world.attempt, UnrecoverableError(problem)))
 
 
 def build_train_state(
-    spec: RunSpec, stream: Stream, world: World, found: Checkpoint | None, precision_name: str
+    spec: RunSpec, stream: Stream, world: World, loaded: LoadedCheckpoint | None, precision_name: str
 ) -> tuple[TrainState, str]:
     """This worker's share of the run as the checkpoint has it, or new; and the precision's name."""
     options, device = spec.config, world.device
-    loaded = load_checkpoint(found) if found else None
     if loaded:  # a run keeps its precision wherever it goes on
         precision_name = loaded.metadata["precision"]
     precision = resolve_precision(precision_name, device)
@@ -83,7 +87,7 @@ def build_train_state(
     if loaded:
         load_weights(model, loaded.weights, str(spec.checkpoints))
     elif spec.init:
-        load_weights(model, parse_safetensors(spec.init, options.model.init), options.model.init)
+        load_weights(model, parse_safetensors(spec.init), options.model.init)
     optimizer = build_optimizer(options.optimizer, model)
     if loaded:
         load_state_tensors(optimizer, model, loaded.optimizer)
@@ -93,9 +97,9 @@ def build_train_state(
     update = CudaGraphTrainStep(direct) if supports_cuda_graph(model, share) else direct
     progress = loaded.progress if loaded else Progress()
     train_state = TrainState(model, optimizer, update, stream, stream.total_steps(options.train), share, progress)
-    if found:
+    if loaded:
         progress.restarts += 1
-        state = load_lane_state(found, share.lanes)
+        state = load_lane_state(loaded.checkpoint, share.lanes)
         train_state.state = map_state(lambda part: part.to(device), state)
     return train_state, precision.name
 
@@ -119,33 +123,34 @@ class _Worker:
         torch.use_deterministic_algorithms(self.options.train.reproducible)
         self.validation = spec.dataset.validation_tokens
         stream = Stream(spec.dataset.train_tokens, self.options.stream, self.options.run.seed)
-        found, self.skipped_checkpoints, precision = self._agreed(spec.checkpoints)
-        self.train_state, self.precision = build_train_state(spec, stream, world, found, precision)
+        loaded, self.skipped_checkpoints, precision = self._agreed(spec.checkpoints)
+        self.train_state, self.precision = build_train_state(spec, stream, world, loaded, precision)
         self.writer = CheckpointWriter(spec, world, link.post, self.precision)
         self.rate = self.options.optimizer.learning_rate
         self.report_lap = self.pulse_lap = _Throughput(self.progress.tokens)
         self.epoch_lap = _Throughput(self.progress.tokens)
         self.clock = self.saved_at = self.looked_at = time.monotonic()
 
-    def _agreed(self, folder: Folder) -> tuple[Checkpoint | None, tuple[str, ...], str]:
+    def _agreed(self, folder: Folder) -> tuple[LoadedCheckpoint | None, tuple[CorruptCheckpoint, ...], str]:
         """The last sound checkpoint, what is wrong with later ones, and the precision for a new run.
 
         One worker looks and chooses, so that all do the same on whatever they run.
         """
-        chosen: list[Any] = [None]
+        loaded, chosen = None, list[Any]([None])
         if self.world.rank == 0:
-            found, skipped_checkpoints = find_latest_valid(folder)
-            if not found:
+            loaded, skipped_checkpoints = find_latest_valid(folder)
+            if not loaded:
                 raise_if_all_corrupt(folder, skipped_checkpoints)
-            chosen = [
-                (found, skipped_checkpoints, resolve_precision(self.options.train.precision, self.world.device).name)
-            ]
+            precision = resolve_precision(self.options.train.precision, self.world.device).name
+            chosen = [(loaded and loaded.checkpoint, skipped_checkpoints, precision)]
         if self.world.size > 1:  # of many parts in a slow store it takes longer than any step may
             retry = dist.new_group(backend="gloo", timeout=timedelta(seconds=CHECKPOINT_SCAN_TIMEOUT_S))
             dist.broadcast_object_list(chosen, group=retry)
             dist.destroy_process_group(retry)
-        agreed: tuple[Checkpoint | None, tuple[str, ...], str] = chosen[0]
-        return agreed
+        checkpoint, skipped_checkpoints, precision = chosen[0]
+        if checkpoint and not loaded:
+            loaded = load_checkpoint(checkpoint)
+        return loaded, skipped_checkpoints, precision
 
     @property
     def progress(self) -> Progress:

@@ -152,7 +152,7 @@ def write_reports(trials: Trials) -> None:
     if winner is None or found is None:
         whys = [f"; trial {trial.number}: {trial.why}" for trial in trials if trial.why]
         raise RunFailed(f"{trials.folder}: no trial came to a result{''.join(whys[:1])}")
-    _, loaded = open_checkpoint((found.folder / found.name).address)
+    loaded = open_checkpoint(found.path.address)
     run = read_existing_run(trials.folder_of(winner))
     assert run
     options = replace(

@@ -292,7 +292,7 @@ class Trials:
     def checkpoint_of(self, trial: Trial) -> Checkpoint | None:
         """The checkpoint that scored best, or the last one."""
         place = self.folder_of(trial) / "checkpoints"
-        kept = [entry for entry in list_checkpoints(place) if not isinstance(entry, str)]
+        kept, _ = list_checkpoints(place)
         scored = [entry for entry in kept if entry.validation_nats is not None]
         if self.keeps_best and scored:
             return min(scored, key=lambda entry: entry.validation_nats or 0.0)
