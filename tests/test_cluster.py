@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT, job, result, rows, start_job
 from nodes import RAY, Nodes, free_port
 from test_workers import small
@@ -138,23 +137,13 @@ def test_the_doctor_looks_at_a_cluster(growing, prose, tmp_path, monkeypatch):
     well = job(*words, "--scale.workers", 3)
     assert well.status == 0, well.out
     assert "an autoscaler adds more" in well.out
-    assert "3 of 1 CPU each can be placed once the autoscaler has brought nodes" in well.out
+    assert "3 of 1 CPU each can be placed once the autoscaler has added nodes" in well.out
     assert not (tmp_path / "runs").exists()
     ill = job(*words, "--scale.workers", 9, "--stream.num_steps", 10**6)
     assert ill.status == 1
     failed = [line.split()[1] for line in ill.out.splitlines() if line.startswith("FAIL")]
     assert failed == ["text", "workers"]
-    assert ill.out.count("→") == 2
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-@pytest.mark.parametrize("workers", [0, 2])
-def test_the_doctor_misses_a_gpu_that_is_asked_for(prose, tmp_path, monkeypatch, workers):
-    monkeypatch.setenv("RAY_ADDRESS", "")
-    words = ["--corpus.source", prose, "--run.storage", tmp_path / "runs", "--generate.prefix", "the"]
-    ended = job("doctor", *words, "--scale.workers", workers, "--scale.accelerator", "gpu")
-    assert ended.status == 1
-    assert "this machine has 0 GPUs" in ended.out
+    assert "→ lower scale.workers" in ill.out
 
 
 # --- what can be wrong with a cluster ---
@@ -243,7 +232,7 @@ def test_storage_that_only_the_head_sees_is_told(prose, tmp_path):
         apart = ("unshare", "--mount", "sh", "-c", f'mount -t tmpfs none {storage} && exec "$@"', "sh")
         nodes.start(f"--address={nodes.address}", "--num-cpus=1", inside=apart)
         err = refused(nodes, prose, tmp_path, "--scale.workers", "2")
-        assert re.search(rf"run.storage = {storage}: node \S+ does not see what this machine writes there", err)
+        assert re.search(rf"run.storage = {storage}: node \S+ does not see files that this machine writes there", err)
         assert list(storage.iterdir()) == []
     finally:
         nodes.close()

@@ -5,7 +5,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import ray
 import torch
@@ -81,12 +81,24 @@ def _start_cluster(num_cpus: int) -> None:
 
 
 def join_cluster(address: str) -> None:
-    """Connects to the cluster at an address. Raises UserError if that fails."""
+    """Connects to the cluster at an address. Raises UserError if that fails or takes too long."""
     if address != "auto":
         _check_port(address)
+    errors: list[Exception] = [TimeoutError(f"no answer within {INIT_TIMEOUT_S:.0f} s")]
+
+    def init() -> None:
+        runtime_env = {"env_vars": NODE_ENV_DEFAULTS}
+        try:
+            ray.init(address=address, log_to_driver=False, logging_level="error", runtime_env=runtime_env)
+            errors.clear()
+        except Exception as error:
+            errors[0] = error
+
     with _suppress_stderr():
-        error = _run_with_timeout(INIT_TIMEOUT_S, lambda: _init(address))
-    if error is not None:
+        thread = threading.Thread(target=init, daemon=True)
+        thread.start()
+        thread.join(INIT_TIMEOUT_S)
+    for error in errors:
         problem, remedy = _explain(" ".join(str(error).split()) or type(error).__name__)
         raise UserError(f"RAY_ADDRESS = {address}: {problem}", remedy)
 
@@ -104,28 +116,6 @@ def _check_port(address: str) -> None:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"RAY_ADDRESS = {address}: cannot connect: {reason}", "check that the cluster is up") from None
-
-
-def _init(address: str) -> None:
-    ray.init(address=address, log_to_driver=False, logging_level="error", runtime_env={"env_vars": NODE_ENV_DEFAULTS})
-
-
-def _run_with_timeout(timeout_s: float, action: Callable[[], None]) -> Exception | None:
-    """Runs an action in a thread. Returns what it raised, or a TimeoutError; its thread may then still run."""
-    errors: list[Exception] = []
-
-    def run() -> None:
-        try:
-            action()
-        except Exception as error:
-            errors.append(error)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    thread.join(timeout_s)
-    if thread.is_alive():
-        return TimeoutError(f"no answer within {timeout_s:.0f} s")
-    return errors[0] if errors else None
 
 
 def _explain(reason: str) -> tuple[str, str]:

@@ -1,9 +1,9 @@
-"""What would go wrong with a run, found out before it: a table with a remedy for each failed row."""
+"""The ``doctor`` verb: checks configuration, storage and cluster before a run, and prints a fix for each problem."""
 
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,15 +16,14 @@ from job.cluster.node_probe import (
     VERSIONS,
     NodeReport,
     ProbeRequest,
-    Problem,
+    check_storage,
+    check_versions,
     probe_local,
     probe_nodes,
-    storage_problem,
-    version_problem,
 )
 from job.cluster.ray_extensions import free_resources
-from job.cluster.resources import Placement, cluster_placement, local_placement
-from job.config.schema import Config
+from job.cluster.resources import cluster_placement, local_placement
+from job.config.schema import Config, ScaleConfig
 from job.console import Console
 from job.distributed.context import available_cpus
 from job.errors import UserError
@@ -33,207 +32,203 @@ from job.run.setup import build_run_spec
 from job.storage import Folder
 from job.training.run_spec import RunSpec
 
-IN_USE = 0.1  # share of a GPU's memory that others may use
+MAX_GPU_USE = 0.1  # share of a GPU's memory that other processes may use
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One thing that was looked at."""
+    """A row of the table: what was checked, what was found, and the fix if that is a problem."""
 
     subject: str
-    found: str
-    remedy: str = ""  # where it failed
+    text: str
+    failed: bool = False
+    remedy: str = ""
 
 
 def run_doctor(config: Config, console: Console) -> int:
-    """Prints a row for each thing as it is looked at; 1 where one failed."""
-    failed = 0
-    for row in _rows(config):
-        console.print(f"{'FAIL' if row.remedy else 'ok':<6}{row.subject:<20}{row.found}")
-        if row.remedy:
-            failed += 1
-            console.print(f"{'':<26}→ {row.remedy}")
+    """Prints a row for each check as it completes. Returns the exit status: 1 if a check failed."""
+    failures = 0
+    for result in _run_checks(config):
+        console.print(f"{'FAIL' if result.failed else 'ok':<6}{result.subject:<20}{result.text}")
+        if result.remedy:
+            console.print(f"{'':<26}→ {result.remedy}")
+        failures += result.failed
     console.print()
-    console.print("nothing stands in the way" if not failed else f"{failed} to mend before a run")
-    return int(failed > 0)
+    console.print(f"{failures} problem{'s' * (failures > 1)} to fix" if failures else "all checks passed")
+    return int(failures > 0)
 
 
-def _rows(config: Config) -> Iterator[CheckResult]:
+def _run_checks(config: Config) -> Iterator[CheckResult]:
     folder = Folder.resolve(config.run.storage)
-    yield _versions(folder)
-    spec: list[RunSpec] = []
-    yield _run_check("text", lambda: _text(config, folder, spec))
-    if spec:
-        yield _run_check("storage", lambda: _disk_space(config, folder, spec[0]))
-    yield from _cluster_rows(config, folder) if ray_address() else _own_rows(config)
-
-
-def _run_check(subject: str, look: Callable[[], CheckResult]) -> CheckResult:
-    """The row, or what the user can mend as a failed one."""
+    yield _run_check("versions", _describe_versions)
     try:
-        return look()
+        spec = build_run_spec(config, folder)
     except UserError as error:
-        found, _, remedy = str(error).partition("; ")
-        return CheckResult(subject, found, remedy or "mend what it names")
+        yield _failure("text", error)
+    else:
+        yield CheckResult("text", _describe_text(spec))
+        yield _run_check("storage", lambda: _check_disk_space(folder, spec))
+    yield from _cluster_checks(config, folder) if ray_address() else _local_checks(config.scale)
 
 
-def _versions(folder: Folder) -> CheckResult:
-    mine = probe_local(ProbeRequest(folder.address, "", ()))
-    return CheckResult("versions", ", ".join(f"{name} {mine[name]}" for name in ("python", *VERSIONS)))
+def _run_check(subject: str, check: Callable[[], str]) -> CheckResult:
+    """Runs a check, which returns what it found or raises UserError."""
+    try:
+        return CheckResult(subject, check())
+    except UserError as error:
+        return _failure(subject, error)
 
 
-def _text(config: Config, folder: Folder, spec: list[RunSpec]) -> CheckResult:
-    spec.append(build_run_spec(config, folder))
-    metadata = spec[0].dataset.metadata
-    return CheckResult(
-        "text", f"{metadata['source']}: {metadata['tokens']:,} tokens of {len(spec[0].dataset.vocabulary):,} kinds"
-    )
+def _failure(subject: str, error: UserError) -> CheckResult:
+    return CheckResult(subject, error.problem, failed=True, remedy=error.remedy)
 
 
-def _disk_space(config: Config, folder: Folder, spec: RunSpec) -> CheckResult:
-    """Whether the checkpoints that are kept at one time find room."""
+def _describe_versions() -> str:
+    local = probe_local(ProbeRequest("."))
+    return ", ".join(f"{name} {local[name]}" for name in ("python", *VERSIONS))
+
+
+def _describe_text(spec: RunSpec) -> str:
+    metadata = spec.dataset.metadata
+    return f"{metadata['source']}: {metadata['tokens']:,} tokens, vocabulary of {len(spec.dataset.vocabulary):,}"
+
+
+def _check_disk_space(folder: Folder, spec: RunSpec) -> str:
+    """Whether the checkpoints that exist at the same time fit."""
     with folder.probe_file():
         pass
+    config = spec.config
     model = build_model(config.model, len(spec.dataset.vocabulary), config.run.seed)
-    copies = 3 if config.optimizer.name == "adamw" else 1
+    copies = 3 if config.optimizer.name == "adamw" else 1  # Adam keeps two moments
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    need = weights * copies * (config.train.keep_checkpoints + 2)
+    needed = weights * copies * (config.train.keep_checkpoints + 2)
     if folder.local_path is None:
-        return CheckResult("storage", f"{folder} can be written to; a run's checkpoints need {_bytes(need)}")
-    standing = next(place for place in (folder.local_path, *folder.local_path.parents) if place.exists())
-    free = shutil.disk_usage(standing).free
-    found = f"{folder} can be written to; {_bytes(free)} free, a run's checkpoints need {_bytes(need)}"
-    return CheckResult("storage", found, "" if free > need else "make room, or choose another run.storage")
+        return f"{folder} is writable; checkpoints need {_format_bytes(needed)}"
+    existing = next(path for path in (folder.local_path, *folder.local_path.parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    text = f"{folder} is writable; {_format_bytes(free)} free, checkpoints need {_format_bytes(needed)}"
+    if free <= needed:
+        raise UserError(text, "free disk space, or choose another run.storage")
+    return text
 
 
-# --- this machine alone ---
+# --- this machine ---
 
 
-def _own_rows(config: Config) -> Iterator[CheckResult]:
+def _local_checks(scale: ScaleConfig) -> Iterator[CheckResult]:
     gpus = torch.cuda.device_count()
-    yield CheckResult("cluster", f"one of this job's own: {available_cpus()} cores, {gpus} GPUs")
-    if config.scale.max_workers or config.scale.gpu_requirement:
-        yield _run_check("workers", lambda: _on_this_machine(config, gpus))
+    yield CheckResult("cluster", f"starts one on this machine: {available_cpus()} cores, {gpus} GPUs")
+    if scale.max_workers or scale.gpu_requirement:
+        yield _run_check("workers", lambda: _check_local_placement(scale, gpus))
     if gpus:
-        yield _gpu_row([NodeReport("this machine", {}, probe_local(ProbeRequest(".", "", (), gpus=True)))])
+        this_machine = NodeReport("this machine", {}, probe_local(ProbeRequest(".", gpus=True)))
+        yield _run_check("GPUs", lambda: _check_gpus([this_machine]))
 
 
-def _on_this_machine(config: Config, gpus: int) -> CheckResult:
-    scale = config.scale if config.scale.max_workers else replace(config.scale, workers=1)  # this process is one
-    found = local_placement(scale, available_cpus(), gpus)
-    return CheckResult(
-        "workers", f"{found.max_workers} of {found.describe()}{f'; {found.notice}' if found.notice else ''}"
-    )
+def _check_local_placement(scale: ScaleConfig, gpus: int) -> str:
+    # Without workers this process trains, like a single worker.
+    placement = local_placement(scale if scale.max_workers else replace(scale, workers=1), available_cpus(), gpus)
+    return f"{placement.max_workers} of {placement.describe()}{'; ' * bool(placement.notice)}{placement.notice}"
 
 
 # --- a cluster ---
 
 
-def _cluster_rows(config: Config, folder: Folder) -> Iterator[CheckResult]:
-    yield _check_auth_token()
+def _cluster_checks(config: Config, folder: Folder) -> Iterator[CheckResult]:
+    yield _run_check("token", _check_auth_token)
     joined = _run_check("cluster", _join)
     yield joined
-    if joined.remedy:
+    if joined.failed:
         return
     try:
-        with _marked(folder) as marker:
-            question = ProbeRequest(folder.address, marker, (config.model.cell,), gpus=True)
-            answers = probe_nodes(question)
-        speaking = [node for node in answers if not node.silent]
-        with_package = [node for node in speaking if node.metadata["package"]]
-        mine = probe_local(question)
-        yield _check_all_nodes("nodes", answers, lambda node: _silence(node) or version_problem(node, mine))
-        yield _check_all_nodes(
-            "storage of nodes", with_package, lambda node: storage_problem(node, str(folder)), _free(with_package)
-        )
-        yield _gpu_row(speaking)
+        with ExitStack() as stack:
+            marker = ""
+            with suppress(UserError):  # the storage check has reported it
+                marker = stack.enter_context(folder.probe_file())
+            request = ProbeRequest(folder.address, marker, (config.model.cell,), gpus=True)
+            nodes = probe_nodes(request)
+        answering = [node for node in nodes if not node.error]
+        with_package = [node for node in answering if node.metadata["package"]]
+        yield _run_check("nodes", lambda: _check_all_versions(nodes, probe_local(request)))
+        yield _run_check("storage of nodes", lambda: _check_all_storage(with_package, folder))
+        yield _run_check("GPUs", lambda: _check_gpus(answering))
         if config.scale.max_workers:
-            yield _run_check("workers", lambda: _on_cluster(config))
+            yield _run_check("workers", lambda: _check_cluster_placement(config.scale))
     finally:
         ray.shutdown()
 
 
-def _check_auth_token() -> CheckResult:
-    """The word without which a cluster lets nobody in."""
+def _check_auth_token() -> str:
+    """Whether this machine has a token for the cluster that other users of the machine cannot read."""
     if os.environ.get("RAY_AUTH_MODE") != "token":
-        return CheckResult(
-            "token",
-            "RAY_AUTH_MODE is not token: anyone who reaches the cluster may use it",
+        raise UserError(
+            "RAY_AUTH_MODE is not token: anyone who can connect to the cluster may use it",
             "export RAY_AUTH_MODE=token",
         )
     if os.environ.get("RAY_AUTH_TOKEN"):
-        return CheckResult("token", "from RAY_AUTH_TOKEN")
+        return "from RAY_AUTH_TOKEN"
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     if not path.exists():
-        return CheckResult("token", f"no {path}", "copy the cluster's there (ray get-auth-token on its head shows it)")
-    if path.stat().st_mode & 0o044 and all(folder.stat().st_mode & 0o011 for folder in path.parents):
-        return CheckResult("token", f"{path} can be read by others", f"chmod 600 {path}")
-    return CheckResult("token", str(path))
+        raise UserError(f"{path} does not exist", "copy the cluster's (ray get-auth-token on its head prints it)")
+    if path.stat().st_mode & 0o044 and all(parent.stat().st_mode & 0o011 for parent in path.parents):
+        raise UserError(f"{path} can be read by other users", f"chmod 600 {path}")
+    return str(path)
 
 
-def _join() -> CheckResult:
+def _join() -> str:
     join_cluster(ray_address())
-    grows = "an autoscaler adds more" if query_autoscaler().can_add_nodes else "no autoscaler"
-    return CheckResult("cluster", f"{ray_address()}: {len(living_nodes())} nodes, {grows}")
+    autoscaler = "an autoscaler adds more" if query_autoscaler().can_add_nodes else "no autoscaler"
+    return f"{ray_address()}: {len(living_nodes())} nodes, {autoscaler}"
 
 
-@contextmanager
-def _marked(folder: Folder) -> Iterator[str]:
-    """A file for the nodes to look for; none where the storage cannot be written, which its own row tells."""
-    try:
-        with folder.probe_file() as marker:
-            yield marker
-    except UserError:
-        yield ""
+def _check_each(nodes: list[NodeReport], check: Callable[[NodeReport], None]) -> None:
+    """Raises the first node's UserError, with the number of other nodes that fail."""
+    errors = []
+    for node in nodes:
+        try:
+            check(node)
+        except UserError as error:
+            errors.append(error)
+    if errors:
+        others = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+        raise UserError(errors[0].problem + others, errors[0].remedy)
 
 
-def _silence(node: NodeReport) -> Problem:
-    return (f"{node.name} {node.silent}", "see ray status, or remove the node") if node.silent else None
+def _check_all_versions(nodes: list[NodeReport], local: dict[str, object]) -> str:
+    _check_each(nodes, lambda node: check_versions(node, local))
+    return f"all {len(nodes)} have the versions of this machine"
 
 
-def _check_all_nodes(
-    subject: str, nodes: list[NodeReport], look: Callable[[NodeReport], Problem], more: str = ""
-) -> CheckResult:
-    troubles = [trouble for trouble in map(look, nodes) if trouble]
-    if troubles:
-        others = f" (and {len(troubles) - 1} more)" if len(troubles) > 1 else ""
-        return CheckResult(subject, troubles[0][0] + others, troubles[0][1])
-    return CheckResult(subject, f"all {len(nodes)} alike{more}")
+def _check_all_storage(nodes: list[NodeReport], folder: Folder) -> str:
+    _check_each(nodes, lambda node: check_storage(node, str(folder)))
+    free = [node.metadata["free"] for node in nodes if node.metadata["free"] is not None]
+    return f"writable on all {len(nodes)}{f', at least {_format_bytes(min(free))} free' if free else ''}"
 
 
-def _free(nodes: list[NodeReport]) -> str:
-    least = min((node.metadata["free"] for node in nodes if node.metadata.get("free") is not None), default=None)
-    return "" if least is None else f", at least {_bytes(least)} free"
-
-
-def _gpu_row(nodes: list[NodeReport]) -> CheckResult:
+def _check_gpus(nodes: list[NodeReport]) -> str:
     gpus = [(node, *gpu) for node in nodes for gpu in node.metadata["gpus"]]
     if not gpus:
-        return CheckResult("GPUs", "none: workers use processors")
+        return "none: workers use CPUs"
     metadata = gpus[0][0].metadata
-    found = f"{len(gpus)} × {gpus[0][1]}, driver {metadata['driver']}, NCCL {metadata['nccl']}"
-    busy = [(node, name) for node, name, free, total in gpus if free < (1 - IN_USE) * total]
-    if busy:
-        return CheckResult(
-            "GPUs", f"{found}; {len(busy)} in use", f"see nvidia-smi on {busy[0][0].name}: another process holds memory"
-        )
-    return CheckResult("GPUs", f"{found}, free")
+    text = f"{len(gpus)} × {gpus[0][1]}, driver {metadata['driver']}, NCCL {metadata['nccl']}"
+    in_use = [node for node, _, free, total in gpus if free < (1 - MAX_GPU_USE) * total]
+    if in_use:
+        raise UserError(f"{text}; {len(in_use)} in use by other processes", f"see nvidia-smi on {in_use[0].name}")
+    return f"{text}, free"
 
 
-def _on_cluster(config: Config) -> CheckResult:
-    wanted: Placement = cluster_placement(config.scale, living_nodes(), query_autoscaler())
-    need = wanted.min_workers
-    if wanted.capacity(free_resources()) >= need:
+def _check_cluster_placement(scale: ScaleConfig) -> str:
+    placement = cluster_placement(scale, living_nodes(), query_autoscaler())
+    if placement.capacity(free_resources()) >= placement.min_workers:
         when = "can be placed now"
-    elif wanted.capacity(living_nodes()) >= need:
-        when = "can be placed once others have ended"
+    elif placement.capacity(living_nodes()) >= placement.min_workers:
+        when = "can be placed once other jobs have ended"
     else:
-        when = "can be placed once the autoscaler has brought nodes"
-    return CheckResult("workers", f"{config.scale.workers} of {wanted.describe()} {when}")
+        when = "can be placed once the autoscaler has added nodes"
+    return f"{scale.workers} of {placement.describe()} {when}"
 
 
-def _bytes(count: float) -> str:
-    """Bytes as a person reads them."""
+def _format_bytes(count: float) -> str:
     for unit in ("bytes", "KiB", "MiB"):
         if count < 1024:
             return f"{count:.0f} {unit}"

@@ -1,6 +1,7 @@
-"""What a cluster's nodes are like, asked on each of them before a run is begun there.
+"""Checks that every node of a cluster can run workers: versions, storage, users' cells and GPUs.
 
-The question travels with its code, so a node without this package can say that it lacks it.
+The functions that run on a node travel with their code, so that a node without this package can report that.
+They import nothing of this package before they have found it.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,107 +34,118 @@ INSTALL = "install it there, use an image that has it, or ray job submit --worki
 
 @dataclass(frozen=True)
 class ProbeRequest:
-    """What is asked: whether a file is seen in the storage, and whether users' cells can be imported."""
+    """What a node should check.
+
+    Args:
+        storage: the address of a folder
+        marker: the name of a file in it that the node must see
+        cells: values of ``model.cell``; those of users must be importable
+        gpus: whether to query GPUs, which takes a second
+    """
 
     storage: str
-    marker: str
-    cells: tuple[str, ...]
-    gpus: bool = False  # slower
+    marker: str = ""
+    cells: tuple[str, ...] = ()
+    gpus: bool = False
 
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What a node answered; ``silent`` where it did not."""
+    """A node's resources and what it reported; ``error`` if it did not report."""
 
     name: str
     resources: dict[str, float]
     metadata: dict[str, Any]
-    silent: str = ""
+    error: str = ""
 
 
-def probe_nodes(question: ProbeRequest) -> list[NodeReport]:
-    """Every living node's answer; of one that dies meanwhile there is none."""
-    calls = {node_id: _asked_of(node_id, question) for node_id in _living()}
+def probe_local(request: ProbeRequest) -> dict[str, Any]:
+    """Checks this machine. Returns the metadata of a ``NodeReport``."""
+    return _probe(*astuple(request))
+
+
+def probe_nodes(request: ProbeRequest) -> list[NodeReport]:
+    """Checks all nodes that are alive, at the same time. Omits nodes that die meanwhile."""
+    calls = {node_id: _start_probe(node_id, request) for node_id in _living_nodes()}
     ray.wait([*calls.values()], num_returns=len(calls), timeout=PROBE_TIMEOUT_S)
-    return [_node(node, calls[node_id]) for node_id, node in _living().items() if node_id in calls]
+    return [_node_report(node, calls[node_id]) for node_id, node in _living_nodes().items() if node_id in calls]
 
 
-def _living() -> dict[str, dict[str, Any]]:
+def _living_nodes() -> dict[str, dict[str, Any]]:
     return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
 
 
-def _asked_of(node_id: str, question: ProbeRequest) -> Any:
-    there = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    words = (question.storage, question.marker, question.cells, question.gpus)
-    return ray.remote(num_cpus=0, max_retries=0)(_facts).options(scheduling_strategy=there).remote(*words)
+def _start_probe(node_id: str, request: ProbeRequest) -> Any:
+    strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
+    # A tuple, since the node may not have the class.
+    return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(_probe).remote(*astuple(request))
 
 
-def _node(node: dict[str, Any], call: Any) -> NodeReport:
-    name = node["NodeManagerAddress"]
+def _node_report(node: dict[str, Any], call: Any) -> NodeReport:
+    name, resources = node["NodeManagerAddress"], node["Resources"]
     try:
-        return NodeReport(name, node["Resources"], ray.get(call, timeout=0))
+        return NodeReport(name, resources, ray.get(call, timeout=0))
     except ray.exceptions.GetTimeoutError:
         ray.cancel(call, force=True)
-        return NodeReport(name, node["Resources"], {}, f"gave no answer within {PROBE_TIMEOUT_S:.0f} s")
+        return NodeReport(name, resources, {}, f"did not answer within {PROBE_TIMEOUT_S:.0f} s")
     except ray.exceptions.RayError as error:
-        return NodeReport(name, node["Resources"], {}, " ".join(str(error).split())[-200:])
+        return NodeReport(name, resources, {}, " ".join(str(error).split())[-200:])
 
 
-def probe_local(question: ProbeRequest) -> dict[str, Any]:
-    """This machine's own answer."""
-    return _facts(question.storage, question.marker, question.cells, question.gpus)
+# --- on the node ---
 
 
-def _facts(storage: str, marker: str, cells: tuple[str, ...], gpus: bool) -> dict[str, Any]:
-    """Runs on the node; nothing of this package is used before it is known to be there."""
+def _probe(storage: str, marker: str, cells: tuple[str, ...], gpus: bool) -> dict[str, Any]:
+    """Runs on the node. The arguments are the fields of ``ProbeRequest``."""
     package = importlib.util.find_spec("job")
-    found: dict[str, Any] = {
-        "host": socket.gethostname(),
+    users_cells = [cell for cell in cells if ":" in cell]
+    metadata = {name: _version(name) for name in VERSIONS} | {
         "python": platform.python_version(),
         "package": _digest(Path(package.origin).parent) if package and package.origin else "",
-        "cells_missing": [
-            cell for cell in cells if ":" in cell and importlib.util.find_spec(re.split(r"[.:]", cell)[0]) is None
-        ],
+        "cells_missing": [cell for cell in users_cells if importlib.util.find_spec(re.split(r"[.:]", cell)[0]) is None],
     }
-    for name in VERSIONS:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            found[name] = ""
-    if found["package"]:
-        found |= _storage(storage, marker)
-    return found | (_gpus() if gpus else {})
+    if metadata["package"]:
+        metadata |= _probe_storage(storage, marker)
+    return metadata | (_probe_gpus() if gpus else {})
+
+
+def _version(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def _digest(folder: Path) -> str:
-    """Of the package's source."""
+    """A hash of the package's sources, C included: they decide the bits of a reproducible run."""
     total = hashlib.sha256()
     for path in sorted(path for pattern in ("*.py", "*.c") for path in folder.rglob(pattern)):
         total.update(f"{path.relative_to(folder)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return total.hexdigest()
 
 
-def _storage(storage: str, marker: str) -> dict[str, Any]:
-    """Whether the storage is the same here as where the marker was written, can be written to, and has room."""
+def _probe_storage(storage: str, marker: str) -> dict[str, Any]:
+    """Whether the node sees the marker and why it cannot write, if so; the free bytes of a local disk."""
     folder = importlib.import_module("job.storage").Folder(storage)
-    found: dict[str, Any] = {"seen": False, "writable": "", "free": None}
+    metadata: dict[str, Any] = {"seen": False, "write_error": "", "free": None}
     try:
-        found["seen"] = bool(folder.has(marker))
-        if found["seen"]:
-            folder.write(f"{marker}-{socket.gethostname()}", b"")
-            folder.remove(f"{marker}-{socket.gethostname()}")
+        metadata["seen"] = bool(marker) and folder.has(marker)
+        if metadata["seen"]:
+            test_file = f"{marker}-{socket.gethostname()}"
+            folder.write(test_file, b"")
+            folder.remove(test_file)
         if folder.local_path is not None and folder.local_path.exists():
-            found["free"] = shutil.disk_usage(folder.local_path).free
+            metadata["free"] = shutil.disk_usage(folder.local_path).free
     except OSError as error:
-        found["writable"] = str(error).splitlines()[0]
-    return found
+        metadata["write_error"] = str(error).splitlines()[0]
+    return metadata
 
 
-def _gpus() -> dict[str, Any]:
-    """The name, free bytes and total bytes of each GPU of this node, and the versions of its driver and of NCCL."""
+def _probe_gpus() -> dict[str, Any]:
+    """The name, free bytes and total bytes of each GPU, and the versions of its driver and of NCCL."""
     query = "--query-gpu=driver_version,name,memory.free,memory.total"
+    command = [shutil.which("nvidia-smi") or "", query, "--format=csv,noheader,nounits"]
     try:
-        command = [shutil.which("nvidia-smi") or "", query, "--format=csv,noheader,nounits"]
         run = subprocess.run(command, capture_output=True, text=True, timeout=GPU_QUERY_TIMEOUT_S, check=True)  # noqa: S603
     except (OSError, subprocess.SubprocessError):
         return {"gpus": [], "driver": "", "nccl": ""}
@@ -145,52 +157,52 @@ def _gpus() -> dict[str, Any]:
     return {"gpus": gpus, "driver": rows[0][0] if rows else "", "nccl": nccl}
 
 
-Problem = tuple[str, str] | None  # what is wrong, and the remedy
+# --- what a report means ---
 
 
-def version_problem(node: NodeReport, mine: dict[str, Any]) -> Problem:
-    """What keeps a node's Python, libraries and this package from being those of this machine."""
+def check_versions(node: NodeReport, local: dict[str, Any]) -> None:
+    """Raises UserError unless a node reported the same Python, libraries and sources of this package as this machine.
+
+    Args:
+        local: what ``probe_local`` returned
+    """
+    if node.error:
+        raise UserError(f"node {node.name}: {node.error}", "see ray status, or remove the node")
     for name in ("python", *VERSIONS):
-        if node.metadata[name] != mine[name]:
-            found = f"{name} {node.metadata[name]}" if node.metadata[name] else f"no {name}"
-            return f"node {node.name} has {found}, and this machine {mine[name]}", "use one image on all nodes"
-    if node.metadata["package"] != mine["package"]:
+        version = node.metadata[name]
+        if version != local[name]:
+            has = f"{name} {version}" if version else f"no {name}"
+            raise UserError(f"node {node.name} has {has}, this machine {local[name]}", "use one image on all nodes")
+    if node.metadata["package"] != local["package"]:
         has = "another version of" if node.metadata["package"] else "not"
-        return f"node {node.name} has {has} this package, job", INSTALL
-    return None
+        raise UserError(f"node {node.name} has {has} this package, job", INSTALL)
 
 
-def storage_problem(node: NodeReport, storage: str) -> Problem:
-    """What keeps a node from using the storage that this machine uses."""
-    if node.metadata["writable"]:
-        return f"run.storage = {storage}: node {node.name} cannot write there: {node.metadata['writable']}", "grant it"
+def check_cells(node: NodeReport) -> None:
+    """Raises UserError if a node cannot import a user's cell."""
+    if missing := node.metadata["cells_missing"]:
+        raise UserError(f"node {node.name} cannot import model.cell = {missing[0]}", INSTALL)
+
+
+def check_storage(node: NodeReport, storage: str) -> None:
+    """Raises UserError if a node does not use the same storage as this machine, or cannot write to it."""
+    if reason := node.metadata["write_error"]:
+        raise UserError(f"run.storage = {storage}: node {node.name} cannot write there: {reason}", "grant access")
     if not node.metadata["seen"]:
-        return (
-            f"run.storage = {storage}: node {node.name} does not see what this machine writes there",
+        raise UserError(
+            f"run.storage = {storage}: node {node.name} does not see files that this machine writes there",
             "give a folder that all nodes share, or an object store",
         )
-    return None
-
-
-def find_problem(node: NodeReport, mine: dict[str, Any], question: ProbeRequest) -> Problem:
-    """What keeps a worker from running on a node; None where nothing does."""
-    if node.silent:
-        return f"node {node.name} {node.silent}", "see ray status, or remove the node"
-    different = version_problem(node, mine)
-    if different:
-        return different
-    if missing := node.metadata["cells_missing"]:
-        return f"node {node.name} cannot import model.cell = {missing[0]}", INSTALL
-    return storage_problem(node, question.storage)
 
 
 def check_nodes(placement: Placement, storage: str, *cells: str) -> None:
-    """UserError where a node on which a worker may run could not do its work."""
+    """Raises UserError if a node that has the resources for a worker could not run it."""
     folder = Folder.resolve(storage)
     with folder.probe_file() as marker:
-        question = ProbeRequest(folder.address, marker, cells)
-        mine = probe_local(question)
-        for node in probe_nodes(question):
-            problem = placement.capacity([node.resources]) and find_problem(node, mine, question)
-            if problem:
-                raise UserError(f"{problem[0]}: {problem[1]}")
+        request = ProbeRequest(folder.address, marker, cells)
+        local = probe_local(request)
+        for node in probe_nodes(request):
+            if placement.capacity([node.resources]):
+                check_versions(node, local)
+                check_cells(node)
+                check_storage(node, folder.address)
