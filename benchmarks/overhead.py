@@ -22,7 +22,7 @@ import torch
 
 from benchmarks import measure, plain
 from benchmarks.loops import endless, learner_of
-from job.config.toml import load_config
+from job.config.config_file import load_config
 from job.data.corpus import read_corpus
 from job.data.stream import Stream
 from job.data.vocabulary import build_vocabulary

@@ -13,8 +13,8 @@ import torch
 from benchmarks import measure, plain
 from benchmarks.loops import learner_of
 from benchmarks.overhead import SEED, seed_stream
+from job.config.config_file import load_config
 from job.config.schema import Config
-from job.config.toml import load_config
 from job.data.stream import Stream
 from job.distributed.context import raise_malloc_thresholds
 from job.distributed.gradient_sync import ControlFlags

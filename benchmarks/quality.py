@@ -21,7 +21,7 @@ import tempfile
 from pathlib import Path
 
 from benchmarks import measure
-from job.config.toml import load_config
+from job.config.config_file import load_config
 from job.data.corpus import read_corpus
 
 CONFIG = str(Path(__file__).parent / "shakespeare.toml")

@@ -20,7 +20,7 @@ from pathlib import Path
 from unittest import mock
 
 from benchmarks import measure
-from job.config.toml import load_config
+from job.config.config_file import load_config
 from job.console import Console
 from job.run.driver import run_training
 from job.run.local_launcher import launch_local

@@ -3,36 +3,42 @@
 import os
 import signal
 import sys
+import textwrap
 import traceback
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from job.config.schema import FIELDS, SECTIONS, format_value
-from job.config.toml import (
-    FILE_SECTIONS,
-    ConfigValues,
-    check_known_flag,
-    closest,
-    load_config,
-    load_search_config,
-    override_config,
-    parse_flags,
-)
+from job.config.schema import SECTIONS, closest, format_value
+from job.config.toml import FILE_FIELDS, FILE_SECTIONS, check_field, override_config, parse_flags
 from job.console import Console
 from job.errors import RunFailed, UserError
 
+NO_BREAK = "\xa0"  # a space at which textwrap does not break a line
+DEBUG_FLAG = {"debug": "show the traceback of an error"}
+
 
 @dataclass(frozen=True)
-class Line:
-    """A command line, taken apart."""
+class CommandLine:
+    """The arguments that follow the verb."""
 
     target: str | None
     flags: dict[str, str]
 
+    def config_name(self, default: str) -> str:
+        """Returns the name of the configuration file without its suffix, ``default`` if there is no file."""
+        return Path(self.target).stem if self.target else default
 
-def _train(line: Line) -> int:
-    """Train a model, or go on with a run: train [CONFIG.toml] [--section.field VALUE …]"""
+    def checkpoint(self) -> str:
+        """Returns the target, for a verb that needs a run or checkpoint."""
+        if self.target is None:
+            raise UserError("the folder of a run or checkpoint is missing", "give one, such as runs/seed-1")
+        return self.target
+
+
+def _train(line: CommandLine) -> int:
+    """Train a model, or resume a run."""
+    from job.config.config_file import load_config
     from job.run.driver import Launcher, run_training
 
     config = load_config(line.target, line.flags)
@@ -45,31 +51,38 @@ def _train(line: Line) -> int:
         from job.run.local_launcher import launch_local
 
         launch = launch_local
-    stem = Path(line.target).stem if line.target else "run"
-    return run_training(config, stem, Console(), launch)
+    return run_training(config, line.config_name("run"), Console(), launch)
 
 
-def _generate(line: Line) -> int:
-    """Continue a prefix: generate RUN|CHECKPOINT [--generate.prefix TEXT …]"""
+def _tune(line: CommandLine) -> int:
+    """Search for the best values of the fields in [search.space]."""
+    from job.cluster.tune import run_search
+    from job.config.config_file import load_search_config
+
+    config, search = load_search_config(line.target, line.flags)
+    return run_search(config, search, line.config_name("search"), Console())
+
+
+def _generate(line: CommandLine) -> int:
+    """Continue a text with a trained model. The configuration of its run overrides the defaults."""
     from job.inference.generate import generate_text
     from job.run.run_dir import open_checkpoint
 
-    values = _only(line, "generate", "run.seed")
-    loaded = open_checkpoint(_required(line, "a run's folder or a checkpoint's"))
-    print(generate_text(loaded, override_config(loaded.config, values)))
+    loaded = open_checkpoint(line.checkpoint())
+    print(generate_text(loaded, override_config(loaded.config, parse_flags(line.flags))))
     return 0
 
 
-def _evaluate(line: Line) -> int:
-    """Perplexity of a text: evaluate RUN|CHECKPOINT [--corpus.source TEXT …]"""
+def _evaluate(line: CommandLine) -> int:
+    """Compute the perplexity of a text under a trained model. The configuration of its run overrides the defaults."""
     from job.inference.evaluate import evaluate_text
     from job.run.run_dir import open_checkpoint
     from job.training.progress import perplexity
 
-    values = _only(line, "corpus.source", "corpus.cleaning", "corpus.max_tokens")
-    if "corpus.source" in line.flags:
-        values["corpus"].setdefault("max_tokens", 0)  # all of it, whatever was cut from the text that trained
-    loaded = open_checkpoint(_required(line, "a run's folder or a checkpoint's"))
+    values = parse_flags(line.flags)
+    if "corpus.source" in line.flags:  # another text is evaluated whole, however the training text was cut
+        values["corpus"].setdefault("max_tokens", 0)
+    loaded = open_checkpoint(line.checkpoint())
     corpus_config = override_config(loaded.config, values).corpus
     result = evaluate_text(loaded, corpus_config)
     unit = "byte" if loaded.vocabulary.kind == "byte" else "character"
@@ -81,9 +94,10 @@ def _evaluate(line: Line) -> int:
     return 0
 
 
-def _doctor(line: Line) -> int:
-    """What would go wrong: doctor [CONFIG.toml] [--address HOST:PORT] [--section.field VALUE …]"""
+def _doctor(line: CommandLine) -> int:
+    """Check the configuration, the storage and the cluster before a run."""
     from job.cluster.doctor import run_doctor
+    from job.config.config_file import load_config
 
     address = line.flags.pop("address", None)
     if address is not None:
@@ -91,127 +105,151 @@ def _doctor(line: Line) -> int:
     return run_doctor(load_config(line.target, line.flags), Console())
 
 
-def _tune(line: Line) -> int:
-    """Search for the best configuration: tune CONFIG.toml with a [search] [--section.field VALUE …]"""
-    from job.cluster.tune import run_search
+@dataclass(frozen=True)
+class Verb:
+    """A verb of the command line.
 
-    config, search = load_search_config(line.target, line.flags)
-    return run_search(config, search, Path(line.target).stem if line.target else "search", Console())
+    Args:
+        run: returns the exit status; its docstring is the verb's help
+        arguments: for the usage line
+        fields: sections and fields of the configuration that flags may set
+        flags: help texts of its other flags
+    """
+
+    run: Callable[[CommandLine], int]
+    arguments: str
+    fields: tuple[str, ...]
+    flags: Mapping[str, str] = field(default_factory=dict)
+
+    def accepts(self, name: str) -> bool:
+        """Returns whether a flag may set the field of this full name."""
+        return name in self.fields or name.partition(".")[0] in self.fields
 
 
-VERBS: dict[str, Callable[[Line], int]] = {
-    "train": _train,
-    "tune": _tune,
-    "generate": _generate,
-    "evaluate": _evaluate,
-    "doctor": _doctor,
+VERBS = {
+    "train": Verb(_train, "[CONFIG.toml]", tuple(SECTIONS)),
+    "tune": Verb(_tune, "CONFIG.toml", tuple(FILE_SECTIONS)),
+    "generate": Verb(_generate, "RUN|CHECKPOINT", ("generate", "run.seed")),
+    "evaluate": Verb(_evaluate, "RUN|CHECKPOINT", ("corpus.source", "corpus.cleaning", "corpus.max_tokens")),
+    "doctor": Verb(_doctor, "[CONFIG.toml]", tuple(SECTIONS), {"address": "a running Ray cluster: HOST:PORT"}),
 }
-# Flags of a verb that are no part of a configuration.
-FLAGS = {"doctor": ("address",)}
 
 
-def _required(line: Line, what: str) -> str:
-    if line.target is None:
-        raise UserError(f"{what} is missing, such as runs/seed-1")
-    return line.target
-
-
-def _only(line: Line, *allowed: str) -> ConfigValues:
-    """The flags' values, where they are among those that the verb takes."""
-    for name in line.flags:
-        if name in FIELDS and name not in allowed and name.split(".")[0] not in allowed:
-            raise UserError(f"--{name}: is of the checkpoint and cannot be changed here; {', '.join(allowed)} can")
-    return parse_flags(line.flags)
-
-
-def _split(verb: str, words: Sequence[str]) -> Line:
-    """``[TARGET] [--name VALUE | --name=VALUE …]``."""
+def _parse_arguments(verb_name: str, arguments: Sequence[str]) -> CommandLine:
+    """Parses ``[TARGET] [--name VALUE | --name=VALUE …]``."""
     target: str | None = None
     flags: dict[str, str] = {}
-    rest = iter(words)
-    for word in rest:
-        if not word.startswith("--"):
-            if target is not None:
-                raise UserError(f"{word}: one configuration or folder is enough, and {target} was given")
-            target = word
-            continue
-        name, has_value, value = word[2:].partition("=")
-        if name not in FLAGS.get(verb, ()):
-            check_known_flag(name, searched=verb == "tune")
-        if not has_value:
-            try:
-                value = next(rest)
-            except StopIteration:
-                raise UserError(f"--{name}: a value is missing") from None
-        flags[name] = value
-    return Line(target, flags)
+    remaining = iter(arguments)
+    for argument in remaining:
+        if argument.startswith("--"):
+            name, *values = argument[2:].split("=", 1)
+            _check_flag(verb_name, name)
+            value = values[0] if values else next(remaining, None)
+            if value is None:
+                raise UserError(f"--{name}: a value is missing")
+            flags[name] = value
+        elif target is not None:
+            raise UserError(f"{argument}: {target} is given already", f"{verb_name} takes one file or folder")
+        else:
+            target = argument
+    return CommandLine(target, flags)
 
 
-def _help(verb: str | None) -> str:
-    verbs = {verb: VERBS[verb]} if verb else VERBS
-    lines = ["python -m job VERB …", ""]
-    lines += [f"  {name:<10}{action.__doc__}" for name, action in verbs.items()]
-    shown = {"generate": ("generate",), "evaluate": ("corpus",), "tune": ("search", *SECTIONS)}
-    for section in shown.get(verb or "", tuple(SECTIONS)):
-        kind = FILE_SECTIONS[section]
-        lines += ["", f"[{section}] {kind.__doc__}"]
-        for option in fields(kind):
-            if option.name == "space":
-                continue
-            default = format_value(option.default)
-            lines.append(f"  --{section}.{option.name:<20} {option.metadata['meaning']} ({default})")
-    lines += ["", "  --debug                        show where an error came from"]
-    return "\n".join(lines)
+def _check_flag(verb_name: str, name: str) -> None:
+    verb = VERBS[verb_name]
+    if name in verb.flags:
+        return
+    check_field(name)
+    if verb.accepts(name):
+        return
+    if name.startswith("search."):
+        raise UserError(f"--{name}: only tune accepts fields of [search]")
+    fields = ", ".join(verb.fields)
+    raise UserError(f"--{name} is fixed by the checkpoint and cannot be changed here", f"{fields} can")
 
 
-def main(words: Sequence[str]) -> int:
-    """Runs a command line; the exit status."""
-    words = [word for word in words if word != "--debug"]
-    if not words or words[0] in ("-h", "--help", "help"):
-        print(_help(None))
-        return 0 if words else 2
-    verb, *rest = words
-    if verb not in VERBS:
-        raise UserError(f"{verb}: unknown verb{closest(verb, list(VERBS))}")
+def _format_help() -> str:
+    verbs = {name: str(verb.run.__doc__) for name, verb in VERBS.items()}
+    return f"""usage: python -m job VERB [CONFIG.toml | RUN] [--section.field VALUE …]
+
+Train recurrent language models on Ray.
+
+{_format_table(verbs, max(map(len, VERBS)))}
+
+Flags override the configuration file, and the file overrides the defaults.
+Show the flags of a verb: python -m job VERB --help"""
+
+
+def _format_verb_help(verb_name: str) -> str:
+    verb = VERBS[verb_name]
+    usage = f"usage: python -m job {verb_name} {verb.arguments} [--section.field VALUE …]"
+    tables: dict[str, dict[str, str]] = {}
+    for name, option in FILE_FIELDS.items():
+        if verb.accepts(name):
+            section = FILE_SECTIONS[name.partition(".")[0]]
+            heading = f"[{section.section_name}] {section.__doc__}"
+            default = format_value(option.default).replace(" ", NO_BREAK)
+            meaning = f"{option.metadata['meaning']} (default:{NO_BREAK}{default})"
+            tables.setdefault(heading, {})[f"--{name}"] = meaning
+    tables["Other flags"] = {f"--{name}": meaning for name, meaning in {**verb.flags, **DEBUG_FLAG}.items()}
+    column = max(len(flag) for table in tables.values() for flag in table)
+    blocks = (f"{heading}\n{_format_table(table, column)}" for heading, table in tables.items())
+    return "\n\n".join([usage, textwrap.fill(str(verb.run.__doc__), 80), *blocks])
+
+
+def _format_table(rows: Mapping[str, str], column: int) -> str:
+    """Returns names of up to ``column`` characters and their meanings, wrapped to 80 columns."""
+    wrapper = textwrap.TextWrapper(80, subsequent_indent=" " * (column + 4), break_on_hyphens=False)
+    lines = [wrapper.fill(f"  {name:<{column}}  {meaning}") for name, meaning in rows.items()]
+    return "\n".join(lines).replace(NO_BREAK, " ")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs a command line, without the name of the program.
+
+    Returns:
+        the exit status
+
+    Raises:
+        UserError, RunFailed: see ``command``
+    """
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_format_help())
+        return 0 if arguments else 2
+    verb_name, *rest = arguments
+    if verb_name not in VERBS:
+        raise UserError(f"{verb_name}: unknown verb", f"did you mean {closest(verb_name, VERBS)}?")
     if "-h" in rest or "--help" in rest:
-        print(_help(verb))
+        print(_format_verb_help(verb_name))
         return 0
-    return VERBS[verb](_split(verb, rest))
+    return VERBS[verb_name].run(_parse_arguments(verb_name, rest))
 
 
 def command() -> int:
-    """The whole command line, with one plain line for any error; the exit status."""
-    debug = "--debug" in sys.argv
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  closed by whoever started it
+    """Runs the command line of this process. Reports an error as one line; returns the exit status."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  None if the process was started without one
     if hasattr(signal, "SIGUSR1"):
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # until there is a run that could save
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it would end the process until a run handles it
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()
-    except UserError as error:
-        status = _told(error, 2, debug)
-    except RunFailed as error:
-        status = _told(error, 1, debug)
-    except KeyboardInterrupt:
-        status = 130
-    except BrokenPipeError:
-        status = 1
-    except Exception as error:
-        status = _told(
-            error if debug else RuntimeError(f"{type(error).__name__}: {error} (--debug shows where)"), 1, debug
-        )
-    return status
-
-
-def _told(error: Exception, status: int, debug: bool) -> int:
-    if debug:
-        traceback.print_exception(error)
         return status
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-    return status
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        return 1
+    except Exception as error:
+        if "--debug" in sys.argv:
+            traceback.print_exception(error)
+        else:
+            expected = isinstance(error, UserError | RunFailed)
+            message = str(error) if expected else f"{type(error).__name__}: {error} (--debug shows where)"
+            print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
 
 
 if __name__ == "__main__":
     STATUS = command()
-    # Threads of Ray may still wait for a cluster that is gone; an orderly end would wait for them.
+    # A normal exit would join Ray's threads, which may be waiting for a cluster that is gone.
     os._exit(STATUS)

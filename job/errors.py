@@ -1,8 +1,11 @@
 """Errors, by who can fix them."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class _Problem(Exception):
-    """A problem and its remedy, as data: nothing parses the message."""
+    """An error whose problem and remedy are separate fields, so that nothing has to parse its message."""
 
     def __init__(self, problem: str, remedy: str = "") -> None:
         super().__init__(problem, remedy)
@@ -17,13 +20,13 @@ class UserError(_Problem, ValueError):
     """Invalid input. The command line prints it as one line and exits with status 2.
 
     Args:
-        problem: the place, the value, and what is wrong with it
+        problem: the field or file, its value, and what is wrong with it
         remedy: what the user can do about it
     """
 
 
 class RunFailed(_Problem, RuntimeError):
-    """A run that ended before its end. The command line exits with status 1."""
+    """A run that stopped early. The command line exits with status 1."""
 
 
 class UnrecoverableError(RunFailed):
@@ -32,3 +35,12 @@ class UnrecoverableError(RunFailed):
 
 class Diverged(UnrecoverableError):
     """The loss is no longer a finite number."""
+
+
+@contextlib.contextmanager
+def error_origin(origin: str) -> Iterator[None]:
+    """Begins the message of a UserError that is raised in the block with where the input came from."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{origin}: {error.problem}", error.remedy) from None

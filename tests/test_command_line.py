@@ -1,4 +1,4 @@
-"""The command line: what it prints, and how it says no."""
+"""The command line: its output, its files, and one line per error."""
 
 import itertools
 import json
@@ -14,6 +14,7 @@ import torch
 from conftest import ROOT, job, result, rows, start_job
 from safetensors.torch import save_file
 
+from job.__main__ import VERBS
 from job.inference.load import load_model
 from job.run.run_dir import open_checkpoint
 from job.training.loop import evaluate_lanes
@@ -21,8 +22,8 @@ from job.training.loop import evaluate_lanes
 SMALL = ["--scale.workers", 0, "--model.hidden_size", 16, "--train.epochs", 2, "--generate.prefix", "the"]
 
 
-def told(ended, *parts):
-    """One plain line on standard error, and status 2."""
+def assert_user_error(ended, *parts):
+    """Checks for exit status 2 and one line on standard error that contains all parts."""
     assert ended.status == 2, (ended.out, ended.err)
     assert ended.err.startswith("error: ")
     assert ended.err.count("\n") == 1
@@ -30,8 +31,8 @@ def told(ended, *parts):
         assert part in ended.err
 
 
-def refuse(tmp_path, *words):
-    """Runs a training that must be refused with nothing left behind."""
+def train_without_trace(tmp_path, *words):
+    """Runs a training that must fail before it creates its storage."""
     storage = tmp_path / "storage"
     ended = job("train", "--run.storage", storage, *SMALL, *words)
     assert not storage.exists()
@@ -50,7 +51,7 @@ def refuse(tmp_path, *words):
         (["--generate.prefix", "012§"], ["generate.prefix", "knows nothing of it"]),
         (["--model.cell", "no_module:Cell"], ["model.cell = no_module:Cell: cannot be imported"]),
         (["--model.cell", ".cells:Mine"], ["model.cell = .cells:Mine: cannot be imported"]),
-        (["--model.cell", "test_model:ScaledCell", "--model.num_layers", 2], ["Class(input_size, hidden_size"]),
+        (["--model.cell", "test_model:ScaledCell", "--model.num_layers", 2], ["ScaledCell(input_size, hidden_size"]),
         (["--model.hidden_size", 10**7], ["does not fit into memory"]),
         (["--optimizer.learning_rate", 10**400], ["must be a finite number"]),
         (["--run.storage", "s3://no-such-bucket-of-lanes/x?endpoint_override=127.0.0.1%3A1"], ["cannot be"]),
@@ -68,13 +69,13 @@ def refuse(tmp_path, *words):
         (["other.toml"], ["other.toml: no such configuration file"]),
     ],
 )
-def test_wrong_input_is_one_line_and_leaves_nothing(prose, tmp_path, words, parts):
+def test_train_invalid_input_is_one_line_and_leaves_no_file(prose, tmp_path, words, parts):
     if torch.cuda.is_available() and "GPU" in parts:
         pytest.skip("this machine has a GPU")
-    told(refuse(tmp_path, "--corpus.source", prose, *words), *parts)
+    assert_user_error(train_without_trace(tmp_path, "--corpus.source", prose, *words), *parts)
 
 
-def test_an_error_in_a_users_cell_says_what_is_kept(prose, tmp_path):
+def test_train_error_in_custom_cell_names_last_checkpoint(prose, tmp_path):
     words = ["--corpus.source", prose, "--run.storage", tmp_path, "--model.cell", "test_cells:Breaks"]
     ended = job("train", *SMALL, *words, "--run.name", "run", "--train.checkpoint_every", 3)
     assert (ended.status, ended.err.count("\n")) == (1, 1)
@@ -82,35 +83,37 @@ def test_an_error_in_a_users_cell_says_what_is_kept(prose, tmp_path):
     assert "step 6 is kept" in ended.err
 
 
-def test_a_finished_model_may_say_nothing(prose, tmp_path):
+def test_train_generate_length_0_writes_the_prefix(prose, tmp_path):
     words = ["--corpus.source", prose, "--run.storage", tmp_path, "--run.name", "run", "--generate.length", 0]
     ended = job("train", *SMALL, *words, "--model.cell", "test_cells:Odd")
     assert ended.status == 0, ended.err
     assert result(tmp_path / "run")["generated"] == "the"
 
 
-def test_no_run_is_put_into_a_search(prose, tmp_path):
+def test_train_into_folder_of_a_search_is_an_error(prose, tmp_path):
     (tmp_path / "storage" / "it").mkdir(parents=True)
     (tmp_path / "storage" / "it" / "search.toml").write_text("")
     words = ["--corpus.source", prose, "--run.storage", tmp_path / "storage", "--run.name", "it"]
-    told(job("train", *SMALL, *words), "is a search and not a run")
+    assert_user_error(job("train", *SMALL, *words), "is a search and not a run")
 
 
-def test_a_missing_corpus_leaves_nothing(tmp_path):
-    told(refuse(tmp_path, "--corpus.source", "no/such.txt"), "corpus.source = no/such.txt: no such file")
+def test_train_missing_corpus_leaves_no_file(tmp_path):
+    assert_user_error(
+        train_without_trace(tmp_path, "--corpus.source", "no/such.txt"), "corpus.source = no/such.txt: no such file"
+    )
 
 
-def test_storage_that_cannot_be_written_is_told(prose, tmp_path):
+def test_train_unwritable_storage_is_an_error(prose, tmp_path):
     (tmp_path / "file").write_text("")
     words = ["--corpus.source", prose, "--run.storage", tmp_path / "file" / "runs"]
-    told(job("train", *SMALL, *words), "run.storage", "cannot be written to")
+    assert_user_error(job("train", *SMALL, *words), "run.storage", "cannot be written to")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_weights_of_another_model_are_told(prose, tmp_path):
+def test_train_init_from_other_model_is_an_error(prose, tmp_path):
     save_file({"linear.weight": torch.zeros(3, 3)}, str(tmp_path / "w.safetensors"))
     words = ["--corpus.source", prose, "--model.init", tmp_path / "w.safetensors"]
-    told(refuse(tmp_path, *words), "weights do not match the model: missing linear.bias")
+    assert_user_error(train_without_trace(tmp_path, *words), "weights do not match the model: missing linear.bias")
 
 
 @pytest.mark.parametrize(
@@ -119,31 +122,52 @@ def test_weights_of_another_model_are_told(prose, tmp_path):
         (["trian"], "unknown verb; did you mean train?"),
         (["generate"], "is missing"),
         (["generate", "no/run"], "neither a run with a checkpoint nor a checkpoint"),
-        (["evaluate", "no/run", "--model.cell", "gru"], "is of the checkpoint"),
-        (["train", "a.toml", "b.toml"], "one configuration or folder is enough"),
+        (["evaluate", "no/run", "--model.cell", "gru"], "--model.cell is fixed by the checkpoint"),
+        (["train", "--search.trials", 3], "--search.trials: only tune accepts"),
+        (["train", "a.toml", "b.toml"], "b.toml: a.toml is given already"),
     ],
 )
-def test_wrong_verbs_are_told(words, part):
-    told(job(*words), part)
+def test_command_invalid_arguments_are_an_error(words, part):
+    assert_user_error(job(*words), part)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["train", "--help"], ["generate", "-h"], ["evaluate", "--help"]])
-def test_help_is_everywhere(words):
-    ended = job(*words)
-    assert ended.status == 0
-    assert "python -m job" in ended.out
+@pytest.mark.parametrize("verb", [None, *VERBS])
+def test_help_fits_80_columns_and_aligns_them(verb):
+    ended = job(*([verb] if verb else []), "--help")
+    assert (ended.status, ended.err) == (0, "")
+    assert ended.out.startswith(f"usage: python -m job {verb or 'VERB'} ")
+    lines = ended.out.splitlines()
+    assert max(map(len, lines)) <= 80
+    columns = {re.match(r"  \S+  +| +", line).end() for line in lines if line.startswith("  ")}
+    assert len(columns) == 1
+
+
+@pytest.mark.parametrize("verb", [None, *VERBS])
+def test_help_imports_no_large_package(verb):
+    code = f"""
+import sys
+for name in ("torch", "numpy", "pyarrow", "ray", "matplotlib"): sys.modules[name] = None
+from job.__main__ import main
+sys.exit(main({[verb, "--help"] if verb else ["--help"]}))
+"""
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_help_for_generate_lists_only_accepted_flags():
+    flags = re.findall(r"(?m)^  --(\S+)", job("generate", "-h").out)
+    assert flags == ["run.seed", "generate.prefix", "generate.length", "generate.temperature", "debug"]
 
 
 @pytest.fixture(scope="module")
 def storage(prose, tmp_path_factory):
-    """A storage with one finished run, ``run``."""
+    """A storage folder with one finished run named ``run``."""
     path = tmp_path_factory.mktemp("storage")
     ended = job("train", "--corpus.source", prose, *SMALL, "--run.storage", path, "--run.name", "run")
     assert ended.status == 0, ended.err
     return path
 
 
-def test_a_finished_run_says_so(storage, prose):
+def test_train_finished_run_prints_result_and_changes_no_file(storage, prose):
     words = ["train", "--corpus.source", prose, *SMALL, "--run.storage", storage, "--run.name", "run"]
     before = (storage / "run" / "metrics.jsonl").read_bytes()
     ended = job(*words)
@@ -151,12 +175,12 @@ def test_a_finished_run_says_so(storage, prose):
     assert "is finished" in ended.out
     assert result(storage / "run")["generated"] in ended.out
     assert (storage / "run" / "metrics.jsonl").read_bytes() == before
-    told(job(*words, "--run.resume", "never"), "exists")
-    told(job(*words, "--model.hidden_size", 17), "model.hidden_size (16 → 17)")
+    assert_user_error(job(*words, "--run.resume", "never"), "exists")
+    assert_user_error(job(*words, "--model.hidden_size", 17), "model.hidden_size (16 → 17)")
     assert (storage / "run" / "metrics.jsonl").read_bytes() == before
 
 
-def test_a_closed_standard_output_does_no_harm(prose, tmp_path):
+def test_train_closed_stdout_still_finishes(prose, tmp_path):
     words = ["train", "--corpus.source", prose, *SMALL, "--run.storage", tmp_path, "--run.name", "run"]
     command = [sys.executable, "-m", "job", *map(str, words)]
     done = subprocess.run(
@@ -167,25 +191,25 @@ def test_a_closed_standard_output_does_no_harm(prose, tmp_path):
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-40, 0.5])
-def test_no_temperature_is_too_low(storage, temperature):
+def test_generate_tiny_temperature_equals_greedy(storage, temperature):
     words = ["generate", storage / "run", "--generate.prefix", "the", "--generate.length", 20]
     ended = job(*words, "--generate.temperature", temperature)
     assert ended.status == 0, ended.err
     assert (ended.out == job(*words).out) == (temperature < 0.1)
 
 
-def test_names_count_up(storage, prose, tmp_path):
+def test_train_default_name_counts_up(storage, prose, tmp_path):
     config = tmp_path / "my run.toml"
     config.write_text("")
     words = ["train", config, "--corpus.source", prose, *SMALL, "--run.storage", tmp_path / "runs"]
     assert "run my-run-1:" in job(*words, "--train.max_steps", 5).out
-    assert "run my-run-1:" in job(*words).out  # it had not finished the epochs that are now asked for
+    assert "run my-run-1:" in job(*words).out  # resumed: it had not finished all epochs
     assert "run my-run-2:" in job(*words).out
     assert "run my-run-3:" in job(*words, "--run.seed", 1).out
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"my-run-1", "my-run-2", "my-run-3"}
 
 
-def test_generate_continues_any_prefix(storage):
+def test_generate_continues_a_prefix(storage):
     run = storage / "run"
     longer = job("generate", run, "--generate.prefix", "a man", "--generate.length", 80).out
     assert longer.startswith("a man")
@@ -193,11 +217,11 @@ def test_generate_continues_any_prefix(storage):
     assert job("generate", run / result(run)["checkpoint"], "--generate.prefix", "a man").out[:40] == longer[:40]
     drawn = ["generate", run, "--generate.temperature", 1.0]
     assert job(*drawn).out == job(*drawn).out != job(*drawn, "--run.seed", 5).out
-    told(job("generate", run, "--generate.prefix", "12"), "knows nothing of it")
+    assert_user_error(job("generate", run, "--generate.prefix", "12"), "knows nothing of it")
 
 
-def test_evaluate_counts_each_target_once(storage, prose, tmp_path):
-    """As a plain loop over the text, one token at a time, finds it."""
+def test_evaluate_equals_loop_over_single_tokens(storage, prose, tmp_path):
+    """The expected loss is that of a loop that feeds one token at a time."""
     text = prose.read_text()[:500]
     (tmp_path / "part.txt").write_text(text)
     said = job("evaluate", storage / "run", "--corpus.source", tmp_path / "part.txt").out
@@ -215,8 +239,8 @@ def test_evaluate_counts_each_target_once(storage, prose, tmp_path):
     assert float(found[1]) == pytest.approx(nats / 499 / math.log(2), abs=1e-4)
 
 
-def test_validation_counts_each_target_once(prose, tmp_path):
-    """Perplexity on the kept text is that of its lanes, each read by itself."""
+def test_train_validation_equals_evaluation_of_its_lanes(prose, tmp_path):
+    """The expected loss is that of each lane evaluated by itself."""
     words = ["--corpus.source", prose, *SMALL, "--run.storage", tmp_path, "--run.name", "run"]
     words += ["--corpus.validation_fraction", 0.05, "--train.precision", "fp64"]
     assert job("train", *words).status == 0
@@ -233,7 +257,7 @@ def test_validation_counts_each_target_once(prose, tmp_path):
     assert (tmp_path / "run" / found["best_checkpoint"] / "manifest.json").exists()
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(prose, tmp_path):
+def test_train_nan_loss_fails_and_keeps_finite_checkpoint(prose, tmp_path):
     words = ["--corpus.source", prose, *SMALL, "--run.storage", tmp_path, "--run.name", "run"]
     ended = job("train", *words, "--model.cell", "test_cells:Bomb", "--train.checkpoint_every", 3)
     assert ended.status == 1
@@ -243,14 +267,14 @@ def test_a_loss_that_is_no_number_stops_the_run_and_keeps_what_was_good(prose, t
     assert job("generate", tmp_path / "run", "--generate.prefix", "the").status == 0
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(prose, tmp_path):
+def test_train_interrupted_saves_and_same_command_resumes(prose, tmp_path):
     words = ["train", "--corpus.source", prose, *SMALL, "--run.storage", tmp_path, "--run.name", "run"]
     process = start_job(*words, "--train.epochs", 2000, "--train.log_every", 1, "--stream.num_steps", 400)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not (metrics.exists() and metrics.stat().st_size):
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGHUP)  # a terminal that goes away does not matter
+    process.send_signal(signal.SIGHUP)  # a closed terminal does not end a run
     process.send_signal(signal.SIGUSR1)
     while not list(tmp_path.glob("run/checkpoints/*/manifest.json")):
         assert process.poll() is None
@@ -268,7 +292,7 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(prose, tmp_path):
     assert result(tmp_path / "run")["steps"] == len(steps) + 3
 
 
-def test_metrics_have_the_rows_of_the_contract(storage):
+def test_metrics_rows_have_documented_fields(storage):
     row = rows(storage / "run", "epoch")[0]
     assert set(row) == {
         "split", "epoch", "step", "tokens", "nats", "perplexity", "learning_rate", "tokens_per_second", "workers"

@@ -8,8 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
 
-from job.config.search_space import SearchConfig, search_differences, search_to_toml
-from job.config.toml import config_to_toml, load_config, load_search_config, override_config, search_config_from_toml
+from job.config.config_file import load_config, load_search_config
+from job.config.search_space import SearchConfig, search_differences
+from job.config.toml import override_config, search_config_from_toml, search_config_to_toml
 from job.console import Console
 from job.errors import UserError
 from job.run.run_dir import SEARCH_FILE, read_existing_run
@@ -78,7 +79,7 @@ def test_how_many_trials():
 def test_toml_reads_back_to_the_same():
     wanted = SearchConfig(trials=7, scheduler="asha", space=SPACE)
     base = load_config(None, {"model.cell": "gru"})
-    text = f"{config_to_toml(base)}\n{search_to_toml(wanted)}"
+    text = search_config_to_toml(base, wanted)
     assert search_config_from_toml(text, "here") == (base, wanted)
     assert search_differences(wanted, SearchConfig(trials=9, scheduler="asha", space=SPACE)) == []
     other = SearchConfig(trials=7, space={**SPACE, "model.dropout": {"uniform": [0, 0.9]}})
@@ -101,25 +102,25 @@ def test_train_takes_the_same_file_and_leaves_the_search_aside(tmp_path):
 @pytest.mark.parametrize(
     ("toml", "told"),
     [
-        ("[search]\ntrails = 3", "unknown option search.trails; did you mean search.trials?"),
+        ("[search]\ntrails = 3", "unknown field search.trails; did you mean search.trials?"),
         ('[search]\nsearcher = "random2"', 'search.searcher = "random2": must be one of random, grid, optuna'),
         ('[search]\nscheduler = "asa"', 'search.scheduler = "asa": must be one of none, asha, pbt'),
         ('[search]\nmetric = "loss"', 'search.metric = "loss": must be one of validation_perplexity, perplexity'),
         ("[search]\ntrials = -1", "search.trials = -1: must be at least 0"),
         ("[search]\nspace = 3", "search.space must be a section"),
         ("[search.space]\n'model.hiden_size' = { choice = [3] }", "model.hiden_size; did you mean model.hidden_size?"),
-        ("[search.space]\n'scale.workers' = { choice = [1, 2] }", "scale.workers does not change what a run computes"),
+        ("[search.space]\n'scale.workers' = { choice = [1, 2] }", "scale.workers does not affect the result of a run"),
         ("[search.space]\n'model.dropout' = 3", "must be one of { uniform = […] }"),
         ("[search.space]\n'model.dropout' = { unifrom = [0, 1] }", "must be one of { uniform = […] }"),
-        ("[search.space]\n'model.dropout' = { uniform = [0.5, 0.1] }", "the range is upside down"),
+        ("[search.space]\n'model.dropout' = { uniform = [0.5, 0.1] }", "the range is empty or not finite"),
         ("[search.space]\n'model.dropout' = { uniform = [0.5] }", "must be two numbers, low and high"),
-        ("[search.space]\n'model.dropout' = { loguniform = [0, 0.5] }", "a logarithm needs a lower end above 0"),
+        ("[search.space]\n'model.dropout' = { loguniform = [0, 0.5] }", "log-uniform range must be greater than 0"),
         ("[search.space]\n'model.hidden_size' = { randint = [1.5, 8] }", "must be two integers"),
-        ("[search.space]\n'model.cell' = { choice = [] }", "a list of values is wanted"),
-        ("[search.space]\n'model.cell' = { choice = ['rnn', 'rnn'] }", "holds a value twice"),
-        ("[search]\nsearcher = 'grid'\n[search.space]\n'model.dropout' = { uniform = [0, 1] }", "has no end of values"),
+        ("[search.space]\n'model.cell' = { choice = [] }", "must contain a list of values"),
+        ("[search.space]\n'model.cell' = { choice = ['rnn', 'rnn'] }", "contains a value twice"),
+        ("[search]\nsearcher = 'grid'\n[search.space]\n'model.dropout' = { uniform = [0, 1] }", "is not a list"),
         ("[search]\nscheduler = 'pbt'\n[search.space]\n'model.init' = { choice = ['rnn'] }", "cannot change"),
-        ("[search]\nscheduler = 'pbt'\nsearcher = 'optuna'", "explores by itself"),
+        ("[search]\nscheduler = 'pbt'\nsearcher = 'optuna'", "not possible with scheduler"),
     ],
 )  # fmt: skip
 def test_wrong_searches_are_told_by_every_verb(tmp_path, toml, told):
@@ -159,7 +160,7 @@ def test_a_name_that_is_taken_is_told(tmp_path):
     wanted = SearchConfig(space={"model.dropout": {"uniform": [0, 0.5]}})
     options = load_config(None, {"run.storage": str(tmp_path), "run.name": "it"})
     folder, placed = resolve_search(options, wanted, "")
-    folder.write(SEARCH_FILE, f"{config_to_toml(placed)}\n{search_to_toml(wanted)}".encode())
+    folder.write(SEARCH_FILE, search_config_to_toml(placed, wanted).encode())
     assert resolve_search(options, wanted, "") == (folder, placed)
     with pytest.raises(UserError, match=r"is another search: optimizer\.name"):
         resolve_search(override_config(options, {"optimizer": {"name": "adamw"}}), wanted, "")

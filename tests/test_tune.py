@@ -15,8 +15,9 @@ from conftest import ROOT, job, result, rows, start_job
 
 from job.cluster.schedulers import StopOnRequest, TrialCallback, build_scheduler
 from job.cluster.trainable import TrialTrainable
+from job.config.config_file import load_config
 from job.config.search_space import SearchConfig, SearchSpace
-from job.config.toml import config_from_toml, load_config
+from job.config.toml import config_from_toml
 from job.run.lease import acquire_lease, raise_if_held
 from job.storage import Folder
 from job.training.checkpoint import copy_checkpoint, find_latest_valid, read_checkpoint_file

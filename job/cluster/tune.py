@@ -29,8 +29,8 @@ from job.cluster.train_worker import one_line
 from job.cluster.trainable import TrialContext, TrialTrainable
 from job.cluster.waiting import WaitingNotice
 from job.config.schema import Config
-from job.config.search_space import SearchConfig, search_to_toml
-from job.config.toml import config_to_toml
+from job.config.search_space import SearchConfig
+from job.config.toml import search_config_to_toml
 from job.console import Console
 from job.distributed.gradient_sync import ControlFlags
 from job.errors import RunFailed
@@ -169,7 +169,7 @@ def run_search(config: Config, search: SearchConfig, stem: str, console: Console
         with _cluster(base, search, console) as (placed, place), stop_request.heard():
             lease = acquire_lease(folder)
             try:
-                folder.write(SEARCH_FILE, f"{config_to_toml(base)}\n{search_to_toml(search)}".encode())
+                folder.write(SEARCH_FILE, search_config_to_toml(base, search).encode())
                 folder.remove(BEST_FILE)
                 trials = Trials(folder, placed, search)
                 if num_pending(trials):

@@ -48,15 +48,15 @@ class OptunaSampler:
     def _distribution(self, domain: Domain) -> Any:
         kinds = self.optuna.distributions
         if not isinstance(domain, Range):
-            return kinds.CategoricalDistribution(range(len(domain.endpoints)))
+            return kinds.CategoricalDistribution(range(len(domain.values)))
         if domain.kind == "randint":
             return kinds.IntDistribution(int(domain.low), int(domain.high))
         return kinds.FloatDistribution(domain.low, domain.high, log=domain.kind == "loguniform")
 
     def _coded(self, name: str, value: Any) -> Any:
         domain = self.space.domains[name]
-        return value if isinstance(domain, Range) else domain.endpoints.index(value)
+        return value if isinstance(domain, Range) else domain.values.index(value)
 
     def _decoded(self, name: str, value: Any) -> Any:
         domain = self.space.domains[name]
-        return value if isinstance(domain, Range) else domain.endpoints[value]
+        return value if isinstance(domain, Range) else domain.values[value]

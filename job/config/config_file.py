@@ -1,0 +1,50 @@
+"""Reading configuration files, from a disk or an object store."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from job.config.schema import Config
+from job.config.search_space import SearchConfig
+from job.config.toml import FILE_SECTIONS, ConfigValues, build_sections, parse_flags, parse_toml
+from job.errors import UserError, error_origin
+from job.storage import Folder, is_uri
+
+
+def load_config(path: str | None, flags: Mapping[str, str]) -> Config:
+    """Returns the configuration of a run: see ``load_search_config``."""
+    return load_search_config(path, flags)[0]
+
+
+def load_search_config(path: str | None, flags: Mapping[str, str]) -> tuple[Config, SearchConfig]:
+    """Returns the configuration and the search of a file, overridden by flags.
+
+    Args:
+        path: a file or a URI; None: the defaults
+        flags: texts by full field name, such as ``model.cell``
+
+    Raises:
+        UserError: if the file cannot be read, or a field or value is invalid
+    """
+    values: ConfigValues = {}
+    if path is not None:
+        text = _read_text(path)
+        with error_origin(path):
+            values = parse_toml(text)
+            build_sections(values)
+    overrides = parse_flags(flags)
+    with error_origin("command line"):
+        sections = build_sections({name: {**values.get(name, {}), **overrides.get(name, {})} for name in FILE_SECTIONS})
+    search = sections.pop("search")
+    return Config(**sections), search
+
+
+def _read_text(path: str) -> str:
+    try:
+        if is_uri(path):  # for example a search's best.toml
+            file = Folder.resolve(path)
+            return file.parent.read(file.name).decode()
+        return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such configuration file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a configuration: {error}") from None

@@ -1,0 +1,138 @@
+"""The configuration: TOML round trips, overrides, and one line per invalid value."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from job.config.config_file import load_config
+from job.config.schema import (
+    Config,
+    GenerateConfig,
+    OptimizerConfig,
+    RunConfig,
+    ScaleConfig,
+    StreamConfig,
+    TrainConfig,
+    config_differences,
+)
+from job.config.toml import FILE_FIELDS, config_from_toml, config_to_toml, parse_flags
+from job.errors import UserError
+
+
+@given(
+    prefix=st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
+    offset=st.one_of(st.just("random"), st.integers(0, 50), st.lists(st.integers(0, 9), min_size=50, max_size=60)),
+    rate=st.floats(1e-30, 1e30),
+    reproducible=st.booleans(),
+)
+def test_config_to_toml_any_values_read_back_equal(prefix, offset, rate, reproducible):
+    config = Config(
+        generate=GenerateConfig(prefix=prefix),
+        stream=StreamConfig(offset=tuple(offset) if isinstance(offset, list) else offset),
+        optimizer=OptimizerConfig(learning_rate=rate),
+        train=TrainConfig(reproducible=reproducible),
+    )
+    assert config_from_toml(config_to_toml(config), "origin") == config
+
+
+def test_load_config_flags_override_file(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text('[model]\ncell = "gru"\nhidden_size = 7\n[stream]\noffset = [1, 2]\n[train]\nepochs = 2')
+    config = load_config(str(path), {"model.cell": "lstm", "train.checkpoint_every": "5s", "run.name": "7"})
+    assert (config.model.cell, config.model.hidden_size, config.run.name) == ("lstm", 7, "7")
+    assert config.stream.offset == (1, 2)
+    assert config.train.checkpoint_seconds == 5
+
+
+@pytest.mark.parametrize(
+    ("toml", "message"),
+    [
+        ("[modell]", "unknown section [modell]; did you mean model?"),
+        ("[model]\nhiden_size = 3", "unknown field model.hiden_size; did you mean model.hidden_size?"),
+        ("[train]\nbatch_size = 3", "unknown field train.batch_size; did you mean stream.batch_size?"),
+        ('[model]\nhidden_size = "3"', 'model.hidden_size = "3": must be an integer'),
+        ("[model]\nhidden_size = true", "model.hidden_size = true: must be an integer"),
+        ("[model]\nhidden_size = { a = 1 }", "model.hidden_size = { a = 1 }: must be an integer"),
+        ("[model]\nhidden_size = 0", "model.hidden_size = 0: must be at least 1"),
+        ("[model]\ndropout = 1", "model.dropout = 1.0: must be at least 0 and less than 1"),
+        ('[model]\ncell = "grub"', 'model.cell = "grub": must be one of rnn, gru, lstm, or package.module:Class'),
+        ("[optimizer]\nlearning_rate = nan", "learning_rate = nan: must be a finite number"),
+        ("[optimizer]\nlearning_rate = -1", "learning_rate = -1.0: must be greater than 0"),
+        ("[stream]\nbatch_size = -4", "stream.batch_size = -4: must be at least 1"),
+        ('[stream]\noffset = "rnd"', 'stream.offset = "rnd": must be "random"'),
+        ("[stream]\noffset = [1, -2]", "stream.offset = [1, -2]: must not be negative"),
+        ("[stream]\noffset = [1, 2]", "stream.offset has 2 entries for train.epochs = 50; give one for each epoch"),
+        ("[scale]\nworkers = 40", "scale.workers = 40: each worker needs a lane, and stream.batch_size = 32"),
+        ('[scale]\nworkers = "8-2"', 'scale.workers = "8-2": must be an integer, or a range'),
+        ("[scale]\nworkers = 9\n[train]\nreproducible = true", "needs a lane group, and there are 8; lower it or"),
+        ('[train]\ncheckpoint_every = "0s"', 'must be steps (200) or seconds ("30s")'),
+        ("[run]\nname = '../x'", "run.name"),
+        ("model = 3", "model must be a section"),
+        ("[model", "not TOML"),
+    ],
+)
+def test_load_config_invalid_file_raises_one_line(tmp_path, toml, message):
+    path = tmp_path / "a.toml"
+    path.write_text(toml)
+    with pytest.raises(UserError) as error:
+        load_config(str(path), {})
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("model.hiden", "3", "unknown field model.hiden; did you mean model.hidden_size?"),
+        ("hidden_size", "3", "unknown field hidden_size; did you mean model.hidden_size?"),
+        ("model.hidden_size", "many", 'command line: model.hidden_size = "many": must be an integer'),
+        ("train.reproducible", "yes", "must be true or false"),
+        ("generate.prefix", "\udcff", "contains bytes that are not UTF-8"),
+    ],
+)
+def test_load_config_invalid_flag_raises_one_line(name, text, message):
+    with pytest.raises(UserError) as error:
+        load_config(None, {name: text})
+    assert message in str(error.value)
+
+
+def test_load_config_invalid_value_names_its_origin(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text("[model]\nhidden_size = 0")
+    with pytest.raises(UserError, match=r"a\.toml: model\.hidden_size = 0: must be at least 1"):
+        load_config(str(path), {"model.hidden_size": "3"})
+    path.write_text("[model]\nhidden_size = 3")
+    with pytest.raises(UserError, match=r"^command line: model\.hidden_size = 0: must be at least 1"):
+        load_config(str(path), {"model.hidden_size": "0"})
+
+
+def test_parse_flags_unquoted_text_is_a_string():
+    flags = {"run.name": "7", "model.hidden_size": "7", "stream.offset": "random", "train.checkpoint_every": "30s"}
+    assert parse_flags(flags) == {
+        "run": {"name": "7"},
+        "model": {"hidden_size": 7},
+        "stream": {"offset": "random"},
+        "train": {"checkpoint_every": "30s"},
+    }
+
+
+def test_config_field_always_has_a_meaning():
+    assert all(option.metadata["meaning"] for option in FILE_FIELDS.values())
+
+
+def test_config_differences_lists_what_prevents_a_resume():
+    old = Config()
+    compatible = Config(
+        scale=ScaleConfig(workers=7), train=TrainConfig(epochs=60, log_every=5), generate=GenerateConfig(length=3)
+    )
+    assert config_differences(old, compatible) == []
+    different = Config(run=RunConfig(seed=4), train=TrainConfig(epochs=40))
+    assert config_differences(old, different) == ["run.seed (0 → 4)", "train.epochs (50 → 40)"]
+
+
+def test_config_differences_longer_offset_list_is_compatible():
+    old = Config(stream=StreamConfig(offset=(1, 2)), train=TrainConfig(epochs=2))
+    longer = Config(stream=StreamConfig(offset=(1, 2, 3)), train=TrainConfig(epochs=3))
+    other = Config(stream=StreamConfig(offset=(1, 3)), train=TrainConfig(epochs=2))
+    assert config_differences(old, longer) == []
+    assert config_differences(old, other) == ["stream.offset ([1, 2] → [1, 3])"]
