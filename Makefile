@@ -29,8 +29,8 @@ test: setup  ## all tests (under 15 minutes on two cores)
 test-quick: setup  ## the tests that need no Ray (under a minute)
 	$(RUN) -m pytest -m "not cluster and not slow" --numprocesses 2
 
-storm: setup  ## one run, twelve blows, no trace of them (about ten minutes; STORM="--mode fp64" and so on)
-	$(RUN) -m tests.storm $(STORM)
+storm: setup  ## the chaos test: one run, twelve faults, the same result (ten minutes; STORM="--mode fp64" and so on)
+	$(RUN) -m tests.chaos $(STORM)
 
 lint: setup  ## formatter, linter and type checker, as CI runs them
 	$(RUN) -m ruff format --check job tests benchmarks
