@@ -23,13 +23,18 @@ from job import __main__ as command_line
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 ROOT = Path(__file__).parent.parent
-SHARED = ROOT.parent / "shared"
+REFERENCE = Path(__file__).parent / "reference"
+SHARED = ROOT.parent / "shared"  # reference traces and corpora that are not in the repository
 BOOK = SHARED / "corpora" / "timemachine.txt"
 
 
-def pytest_collection_modifyitems(items):
-    """Cluster tests last, so that the quick ones speak first."""
+def pytest_collection_modifyitems(config, items):
+    """Runs cluster tests last and deselects tests marked ``shared`` if ``../shared`` is absent."""
     items.sort(key=lambda item: item.get_closest_marker("cluster") is not None)
+    if not SHARED.is_dir():
+        missing = [item for item in items if item.get_closest_marker("shared")]
+        config.hook.pytest_deselected(items=missing)
+        items[:] = [item for item in items if item not in missing]
 
 
 @pytest.fixture(autouse=True)
@@ -115,42 +120,45 @@ def prose(tmp_path_factory) -> Path:
 
 @dataclass
 class Trace:
-    """A recorded run of the d2l book's own code."""
+    """A recorded run of the d2l book's own code, and the arguments of ``train`` that repeat it."""
 
     meta: dict[str, Any]
     arrays: dict[str, np.ndarray]
-    flags: list[str]
+    arguments: list[str]
 
 
-def _flags(trace_meta: dict[str, Any], offsets: np.ndarray, init: Path) -> list[str]:
+def _trace_arguments(meta: dict[str, Any], offsets: np.ndarray, corpus: Path, init: Path) -> list[str]:
     return [
-        "--corpus.source", str(BOOK), "--corpus.cleaning", "d2l",
-        "--corpus.max_tokens", str(max(0, trace_meta["max_tokens"])),
-        "--stream.batch_size", str(trace_meta["batch_size"]), "--stream.num_steps", str(trace_meta["num_steps"]),
+        "--corpus.source", str(corpus), "--corpus.cleaning", "d2l" if corpus == BOOK else "none",
+        "--corpus.max_tokens", str(max(0, meta["max_tokens"])),
+        "--stream.batch_size", str(meta["batch_size"]), "--stream.num_steps", str(meta["num_steps"]),
         "--stream.offset", str(offsets.tolist()),
-        "--model.cell", trace_meta["cell"].lower(), "--model.hidden_size", str(trace_meta["num_hiddens"]),
-        "--model.num_layers", str(trace_meta["num_layers"]), "--model.init", str(init),
-        "--optimizer.learning_rate", str(trace_meta["lr"]),
-        "--optimizer.grad_clip_norm", str(trace_meta["grad_clip_norm"] or 0),
-        "--train.epochs", str(trace_meta["num_epochs"]),
+        "--model.cell", meta["cell"].lower(), "--model.hidden_size", str(meta["num_hiddens"]),
+        "--model.num_layers", str(meta["num_layers"]), "--model.init", str(init),
+        "--optimizer.learning_rate", str(meta["lr"]),
+        "--optimizer.grad_clip_norm", str(meta["grad_clip_norm"] or 0),
+        "--train.epochs", str(meta["num_epochs"]),
         "--train.precision", "fp64", "--train.log_every", "1",
-        "--generate.prefix", trace_meta["prefix"],
+        "--generate.prefix", meta["prefix"],
     ]  # fmt: skip
 
 
 @pytest.fixture
 def trace(request, tmp_path) -> Trace:
-    """The reference trace that the test's parameter names."""
-    path = SHARED / "reference" / f"{request.param}.npz"
-    if not path.exists():
-        pytest.skip(f"the reference traces are not here ({path})")
-    with np.load(path, allow_pickle=False) as found:
-        arrays = {name: found[name] for name in found.files}
+    """The reference trace that the test's parameter names; the ``portable-…`` ones contain their corpus."""
+    portable = request.param.startswith("portable-")
+    folder = REFERENCE if portable else SHARED / "reference"
+    with np.load(folder / f"{request.param}.npz", allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    corpus = BOOK
+    if portable:
+        corpus = tmp_path / "corpus.txt"
+        corpus.write_bytes(arrays["text"].tobytes())
     meta = json.loads(str(arrays["meta"]))
     init = tmp_path / "init.safetensors"
     weights = {name[5:]: torch.from_numpy(array) for name, array in arrays.items() if name.startswith("init.")}
     save_file(weights, str(init))
-    return Trace(meta, arrays, _flags(meta, arrays["offsets"], init))
+    return Trace(meta, arrays, _trace_arguments(meta, arrays["offsets"], corpus, init))
 
 
 def disable_kernel(monkeypatch):

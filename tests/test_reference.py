@@ -1,4 +1,4 @@
-"""The algorithm is the d2l book's: its own code's recorded runs, reproduced through the command line."""
+"""The training algorithm is that of the d2l book: the command line reproduces recorded runs of the book's own code."""
 
 import json
 
@@ -7,7 +7,8 @@ import pytest
 from conftest import job, result, rows
 from safetensors.torch import load_file
 
-SHORT = ["gru", "lstm", pytest.param("seed-rnn", marks=pytest.mark.slow)]
+PORTABLE = ["portable-rnn", "portable-gru", "portable-lstm"]
+SHARED = [pytest.param(name, marks=pytest.mark.shared) for name in ("gru", "lstm")]
 
 
 def assert_reproduces(trace, run, tolerance):
@@ -16,29 +17,40 @@ def assert_reproduces(trace, run, tolerance):
     np.testing.assert_allclose(losses, trace.arrays["loss"], rtol=tolerance)
     perplexities = [row["perplexity"] for row in rows(run, "epoch")]
     np.testing.assert_allclose(perplexities, trace.arrays["perplexity"], rtol=tolerance)
-    found = result(run)
-    weights = load_file(str(run / found["checkpoint"] / "model.safetensors"))
+    summary = result(run)
+    weights = load_file(str(run / summary["checkpoint"] / "model.safetensors"))
     for name, weight in weights.items():
         np.testing.assert_allclose(weight.norm(), trace.arrays[f"final.{name}"], rtol=tolerance)
-    assert found["generated"] == trace.meta["generated"]
-    vocabulary = json.loads((run / found["checkpoint"] / "vocabulary.json").read_text())
+    assert summary["generated"] == trace.meta["generated"]
+    vocabulary = json.loads((run / summary["checkpoint"] / "vocabulary.json").read_text())
     assert vocabulary["tokens"] == trace.meta["vocab"]
 
 
-@pytest.mark.parametrize("trace", SHORT, indirect=True)
-def test_a_run_reproduces_the_books(trace, tmp_path):
-    ended = job("train", *trace.flags, "--scale.workers", 0, "--run.storage", tmp_path, "--run.name", "run")
-    assert ended.status == 0, ended.err
+def train(trace, folder, *more):
+    """Trains in this process as the trace was recorded; the run is stored in ``folder/run``."""
+    finished = job("train", *trace.arguments, *more, "--scale.workers", 0, "--run.storage", folder, "--run.name", "run")
+    assert finished.status == 0, finished.err
+
+
+@pytest.mark.parametrize("trace", [*PORTABLE, *SHARED], indirect=True)
+def test_train_with_recorded_settings_reproduces_reference_trace(trace, tmp_path):
+    train(trace, tmp_path)
     assert_reproduces(trace, tmp_path / "run", 1e-9)
 
 
-@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.shared
+@pytest.mark.parametrize("trace", ["seed-rnn"], indirect=True)
+def test_train_on_first_characters_of_book_reproduces_reference_trace(trace, tmp_path):
+    train(trace, tmp_path)
+    assert_reproduces(trace, tmp_path / "run", 1e-9)
+
+
+@pytest.mark.long
+@pytest.mark.shared
 @pytest.mark.parametrize("trace", ["seed-whole-book"], indirect=True)
-def test_the_whole_book_reproduces_the_books(trace, tmp_path):
-    """Its first four epochs of fifty; what is wrong shows at once."""
-    flags = [*trace.flags, "--train.epochs", 4]
-    ended = job("train", *flags, "--scale.workers", 0, "--run.storage", tmp_path, "--run.name", "run")
-    assert ended.status == 0, ended.err
+def test_train_on_whole_book_reproduces_first_epochs_of_reference_trace(trace, tmp_path):
+    train(trace, tmp_path, "--train.epochs", 4)
     losses = [row["nats"] for row in rows(tmp_path / "run", "train")]
     np.testing.assert_allclose(losses, trace.arrays["loss"][: len(losses)], rtol=1e-9)
     perplexities = [row["perplexity"] for row in rows(tmp_path / "run", "epoch")]

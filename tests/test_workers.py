@@ -26,7 +26,7 @@ pytestmark = pytest.mark.cluster
     indirect=["trace"],
 )
 def test_train_on_workers_reproduces_reference_trace(trace, workers, tmp_path, on_cluster):
-    ended = job("train", *trace.flags, "--scale.workers", workers, "--run.storage", tmp_path, "--run.name", "run")
+    ended = job("train", *trace.arguments, "--scale.workers", workers, "--run.storage", tmp_path, "--run.name", "run")
     assert ended.status == 0, ended.err
     assert {row["workers"] for row in rows(tmp_path / "run", "epoch")} == {workers}
     assert ("in one memory" in ended.out) == (workers > 1 and load_library() is not None)
@@ -35,7 +35,7 @@ def test_train_on_workers_reproduces_reference_trace(trace, workers, tmp_path, o
 
 @pytest.mark.parametrize("trace", ["gru"], indirect=True)
 def test_train_with_more_workers_than_cores_starts_cluster_and_reproduces_trace(trace, tmp_path):
-    flags = [*trace.flags, "--run.storage", tmp_path, "--run.name", "run", "--scale.workers", 5]
+    flags = [*trace.arguments, "--run.storage", tmp_path, "--run.name", "run", "--scale.workers", 5]
     process = start_job("train", *flags, env={"RAY_ADDRESS": ""})
     out, err = process.communicate(timeout=180)
     assert (process.returncode, err) == (0, "")
