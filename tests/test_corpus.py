@@ -52,9 +52,8 @@ def web(monkeypatch, tmp_path):
     server.shutdown()
 
 
-def test_the_book_has_the_books_length():
-    if not BOOK.exists():
-        pytest.skip("The Time Machine is not here")
+@pytest.mark.shared
+def test_read_time_machine_has_known_length():
     text = read(BOOK, cleaning="d2l")
     assert text.num_characters == 170_580
     words = build_vocabulary(VocabularyConfig(), text)

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.cluster
 
 @pytest.mark.parametrize(
     ("trace", "workers"),
-    [("seed-rnn", 1), ("gru", 2), ("lstm", 3)],
+    [("portable-rnn", 1), ("portable-gru", 2), ("portable-lstm", 3)],
     indirect=["trace"],
 )
 def test_train_on_workers_reproduces_reference_trace(trace, workers, tmp_path, on_cluster):
@@ -33,7 +33,7 @@ def test_train_on_workers_reproduces_reference_trace(trace, workers, tmp_path, o
     assert_reproduces(trace, tmp_path / "run", 1e-8)
 
 
-@pytest.mark.parametrize("trace", ["gru"], indirect=True)
+@pytest.mark.parametrize("trace", ["portable-gru"], indirect=True)
 def test_train_with_more_workers_than_cores_starts_cluster_and_reproduces_trace(trace, tmp_path):
     flags = [*trace.arguments, "--run.storage", tmp_path, "--run.name", "run", "--scale.workers", 5]
     process = start_job("train", *flags, env={"RAY_ADDRESS": ""})

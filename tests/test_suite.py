@@ -1,0 +1,43 @@
+"""Rules of this test suite that CI relies on: which tests are left out where, and how many may be skipped."""
+
+import pytest
+from conftest import ROOT
+
+pytest_plugins = ["pytester"]
+
+
+@pytest.fixture
+def suite(pytester):
+    """A checkout with this project's conftest, settings and three tests, in a folder of its own."""
+    tests = pytester.mkdir("checkout") / "tests"
+    tests.mkdir()
+    (tests.parent / "pyproject.toml").write_text((ROOT / "pyproject.toml").read_text())
+    (tests / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    (tests / "test_it.py").write_text(
+        "import pytest\n\n"
+        "@pytest.mark.cluster\ndef test_last(): pass\n\n"
+        "@pytest.mark.shared\ndef test_with_shared(): pass\n\n"
+        "def test_first(): pass\n"
+    )
+    pytester.chdir()
+    return tests
+
+
+def collected(pytester, tests):
+    """The names of the tests that pytest would run, and its exit status and summary."""
+    collection = pytester.runpytest_subprocess("--collect-only", f"--rootdir={tests.parent}", str(tests))
+    names = [line.rpartition("::")[2] for line in collection.outlines if "::" in line]
+    return names, collection.stdout.str()
+
+
+def test_collection_without_shared_folder_deselects_marked_tests(pytester, suite):
+    names, summary = collected(pytester, suite)
+    assert names == ["test_first", "test_last"]
+    assert "1 deselected" in summary
+
+
+def test_collection_with_shared_folder_keeps_marked_tests(pytester, suite):
+    (suite.parent.parent / "shared").mkdir()
+    names, summary = collected(pytester, suite)
+    assert names == ["test_with_shared", "test_first", "test_last"]
+    assert "deselected" not in summary
