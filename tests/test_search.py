@@ -1,4 +1,4 @@
-"""What a search is, before any trial runs: the space, its points, and what is refused."""
+"""Searches without Ray: the space, its checks, the records of trials, and what is written of them."""
 
 import io
 
@@ -16,19 +16,13 @@ from job.errors import UserError
 from job.run.run_dir import SEARCH_FILE, read_existing_run
 from job.storage import Folder
 from job.training.checkpoint import find_latest_valid
+from job.tuning.exchange import export_checkpoint, import_checkpoint
 from job.tuning.optuna_sampler import OptunaSampler
-from job.tuning.report import metric_name, to_parquet
-from job.tuning.trials import (
-    TRIALS_FILE,
-    Trials,
-    baseline_params,
-    check_search,
-    export_checkpoint,
-    import_checkpoint,
-    resolve_search,
-    trial_params,
-    with_params,
-)
+from job.tuning.params import baseline_params, trial_params, with_params
+from job.tuning.report import display_name
+from job.tuning.results import to_parquet
+from job.tuning.setup import check_search, resolve_search
+from job.tuning.trials import TRIALS_FILE, load_trials
 
 SPACE = {
     "optimizer.learning_rate": {"loguniform": [0.01, 4]},
@@ -40,67 +34,65 @@ SPACE = {
 
 
 @given(seed=st.integers(0, 2**63), number=st.integers(0, 10**6))
-def test_a_point_is_a_pure_function_that_stays_in_its_space(seed, number):
+def test_sample_is_a_pure_function_with_values_in_the_space(seed, number):
     space = SearchConfig(space=SPACE).space
-    point = space.sample(seed, number)
-    assert point == space.sample(seed, number)
-    assert 0.01 <= point["optimizer.learning_rate"] <= 4
-    assert 0 <= point["model.dropout"] <= 0.5
-    assert point["model.hidden_size"] in range(8, 33)
-    assert point["optimizer.name"] in ("sgd", "adamw")
-    assert point["model.cell"] == ("rnn", "gru", "lstm")[number % 3]
-    options = with_params(load_config(None, {}), point)
-    assert (options.model.cell, options.optimizer.learning_rate) == (
-        point["model.cell"],
-        point["optimizer.learning_rate"],
-    )
+    params = space.sample(seed, number)
+    assert params == space.sample(seed, number)
+    assert 0.01 <= params["optimizer.learning_rate"] <= 4
+    assert 0 <= params["model.dropout"] <= 0.5
+    assert params["model.hidden_size"] in range(8, 33)
+    assert params["optimizer.name"] in ("sgd", "adamw")
+    assert params["model.cell"] == ("rnn", "gru", "lstm")[number % 3]
+    config = with_params(load_config(None, {}), params)
+    assert config.model.cell == params["model.cell"]
+    assert config.optimizer.learning_rate == params["optimizer.learning_rate"]
 
 
-def test_a_field_is_drawn_whatever_else_is_searched():
+def test_sample_of_a_field_does_not_depend_on_other_fields():
     alone = SearchConfig(space={"model.dropout": SPACE["model.dropout"]}).space
     assert alone.sample(3, 5)["model.dropout"] == SearchConfig(space=SPACE).space.sample(3, 5)["model.dropout"]
 
 
-def test_a_grid_is_gone_through_once():
-    wanted = SearchConfig(
+def test_sample_of_a_grid_search_enumerates_the_grid():
+    search = SearchConfig(
         searcher="grid", space={"model.cell": SPACE["model.cell"], "model.num_layers": {"choice": [1, 2]}}
     )
-    points = [tuple(wanted.space.sample(0, number).values()) for number in range(wanted.num_trials)]
-    assert points == [("rnn", 1), ("rnn", 2), ("gru", 1), ("gru", 2), ("lstm", 1), ("lstm", 2)]
+    samples = [tuple(search.space.sample(0, number).values()) for number in range(search.num_trials)]
+    assert samples == [("rnn", 1), ("rnn", 2), ("gru", 1), ("gru", 2), ("lstm", 1), ("lstm", 2)]
 
 
-def test_how_many_trials():
+def test_num_trials_is_the_grid_size_or_16_unless_given():
     assert SearchConfig(space=SPACE).num_trials == 16
     assert SearchConfig(space=SPACE, trials=40).num_trials == 40
     assert SearchConfig(space={"model.cell": SPACE["model.cell"]}, trials=40).num_trials == 3
     assert SearchConfig(space={"model.cell": SPACE["model.cell"]}, trials=2).num_trials == 2
 
 
-def test_toml_reads_back_to_the_same():
-    wanted = SearchConfig(trials=7, scheduler="asha", space=SPACE)
+def test_search_to_toml_reads_back_to_the_same_search():
+    search = SearchConfig(trials=7, scheduler="asha", space=SPACE)
     base = load_config(None, {"model.cell": "gru"})
-    text = search_config_to_toml(base, wanted)
-    assert search_config_from_toml(text, "here") == (base, wanted)
-    assert search_differences(wanted, SearchConfig(trials=9, scheduler="asha", space=SPACE)) == []
+    text = search_config_to_toml(base, search)
+    assert search_config_from_toml(text, "here") == (base, search)
+    assert search_differences(search, SearchConfig(trials=9, scheduler="asha", space=SPACE)) == []
     other = SearchConfig(trials=7, space={**SPACE, "model.dropout": {"uniform": [0, 0.9]}})
-    assert search_differences(wanted, other) == [
+    assert search_differences(search, other) == [
         'search.scheduler ("asha" → "none")',
         "search.space model.dropout ({ uniform = [0.0, 0.5] } → { uniform = [0.0, 0.9] })",
     ]
 
 
-def test_train_takes_the_same_file_and_leaves_the_search_aside(tmp_path):
+def test_load_config_ignores_the_search_section(tmp_path):
     path = tmp_path / "a.toml"
     path.write_text(
         '[model]\ncell = "gru"\n[search]\ntrials = 3\n[search.space]\n"model.dropout" = { uniform = [0, 0.5] }'
     )
     assert load_config(str(path), {}) == load_config(None, {"model.cell": "gru"})
-    options, wanted = load_search_config(str(path), {"search.trials": "5"})
-    assert (options.model.cell, wanted.trials, list(wanted.space.domains)) == ("gru", 5, ["model.dropout"])
+    config, search = load_search_config(str(path), {"search.trials": "5"})
+    assert (config.model.cell, search.trials, list(search.space.domains)) == ("gru", 5, ["model.dropout"])
 
 
 @pytest.mark.parametrize(
-    ("toml", "told"),
+    ("toml", "message"),
     [
         ("[search]\ntrails = 3", "unknown field search.trails; did you mean search.trials?"),
         ('[search]\nsearcher = "random2"', 'search.searcher = "random2": must be one of random, grid, optuna'),
@@ -123,107 +115,106 @@ def test_train_takes_the_same_file_and_leaves_the_search_aside(tmp_path):
         ("[search]\nscheduler = 'pbt'\nsearcher = 'optuna'", "not possible with scheduler"),
     ],
 )  # fmt: skip
-def test_wrong_searches_are_told_by_every_verb(tmp_path, toml, told):
+def test_load_config_with_an_invalid_search_raises_user_error(tmp_path, toml, message):
     path = tmp_path / "a.toml"
     path.write_text(toml)
     with pytest.raises(UserError) as error:
         load_config(str(path), {})
-    assert told in str(error.value)
+    assert message in str(error.value)
     assert str(path) in str(error.value)
     assert "\n" not in str(error.value)
 
 
-NOT_VALIDATED = {"corpus.validation_fraction": "0"}
+NO_VALIDATION = {"corpus.validation_fraction": "0"}
 
 
 @pytest.mark.parametrize(
-    ("wanted", "flags", "told"),
+    ("space", "flags", "message"),
     [
-        (SearchConfig(), {}, "nothing to search: write [search.space]"),
+        ({}, {}, "search.space: is empty; write [search.space]"),
         ({"optimizer.learning_rate": {"uniform": [-1, 1]}}, {}, "learning_rate = -1.0: must be greater than 0"),
         ({"model.hidden_size": {"uniform": [8, 16]}}, {}, "model.hidden_size = 8.0: must be an integer"),
         ({"model.cell": {"grid": ["rnn", "gruu"]}}, {}, "model.cell = \"gruu\": must be one of rnn, gru, lstm"),
         ({"stream.batch_size": {"randint": [8, 9000]}}, {}, "at stream.batch_size = 9000: stream.batch_size = 9000"),
-        ({"model.dropout": {"uniform": [0, 0.5]}}, NOT_VALIDATED, "is never reported"),
+        ({"model.dropout": {"uniform": [0, 0.5]}}, NO_VALIDATION, "is never reported"),
     ],
 )  # fmt: skip
-def test_what_no_trial_could_run_is_told_before_the_first(prose, tmp_path, wanted, flags, told):
-    wanted = wanted if isinstance(wanted, SearchConfig) else SearchConfig(space=wanted)
+def test_check_search_with_invalid_params_raises_user_error(prose, tmp_path, space, flags, message):
     flags = {"corpus.source": str(prose), "corpus.validation_fraction": "0.1", "generate.prefix": "the", **flags}
     with pytest.raises(UserError) as error:
-        check_search(load_config(None, flags), wanted, Folder(str(tmp_path / "search")))
-    assert told in str(error.value)
+        check_search(load_config(None, flags), SearchConfig(space=space), Folder(str(tmp_path / "search")))
+    assert message in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_name_that_is_taken_is_told(tmp_path):
-    wanted = SearchConfig(space={"model.dropout": {"uniform": [0, 0.5]}})
-    options = load_config(None, {"run.storage": str(tmp_path), "run.name": "it"})
-    folder, placed = resolve_search(options, wanted, "")
-    folder.write(SEARCH_FILE, search_config_to_toml(placed, wanted).encode())
-    assert resolve_search(options, wanted, "") == (folder, placed)
+def test_resolve_search_with_the_name_of_another_search_or_run_raises_user_error(tmp_path):
+    search = SearchConfig(space={"model.dropout": {"uniform": [0, 0.5]}})
+    config = load_config(None, {"run.storage": str(tmp_path), "run.name": "it"})
+    folder, resolved = resolve_search(config, search, "")
+    folder.write(SEARCH_FILE, search_config_to_toml(resolved, search).encode())
+    assert resolve_search(config, search, "") == (folder, resolved)
     with pytest.raises(UserError, match=r"is another search: optimizer\.name"):
-        resolve_search(override_config(options, {"optimizer": {"name": "adamw"}}), wanted, "")
+        resolve_search(override_config(config, {"optimizer": {"name": "adamw"}}), search, "")
     Folder(str(tmp_path / "run")).write("config.toml", b"")
-    with pytest.raises(UserError, match="is a run and not a search"):
-        resolve_search(override_config(options, {"run": {"name": "run"}}), wanted, "")
+    with pytest.raises(UserError, match="is a run, not a search"):
+        resolve_search(override_config(config, {"run": {"name": "run"}}), search, "")
 
 
-def test_optuna_is_asked_told_and_reminded():
+def test_optuna_sampler_rebuilt_by_replay_continues_identically():
     pytest.importorskip("optuna")
 
     space = SearchConfig(space=SPACE).space
     first = OptunaSampler(space, 3)
-    points = [first.ask(number) for number in range(12)]
-    assert points == [OptunaSampler(space, 3).ask(0), *points[1:]]
-    for number, point in enumerate(points):
-        with_params(load_config(None, {}), point)
-        first.tell(number, None if number == 3 else point["model.dropout"])
-    again = OptunaSampler(space, 3)
-    for number, point in enumerate(points):
-        again.replay(number, point)
-        again.tell(number, None if number == 3 else point["model.dropout"])
-    assert again.study.best_value == first.study.best_value
-    assert again.ask(12) == first.ask(12)
-    assert again.ask(13) not in points
+    trial_params = [first.ask(number) for number in range(12)]
+    assert trial_params[0] == OptunaSampler(space, 3).ask(0)
+    for number, params in enumerate(trial_params):
+        with_params(load_config(None, {}), params)
+        first.tell(number, None if number == 3 else params["model.dropout"])
+    rebuilt = OptunaSampler(space, 3)
+    for number, params in enumerate(trial_params):
+        rebuilt.replay(number, params)
+        rebuilt.tell(number, None if number == 3 else params["model.dropout"])
+    assert rebuilt.study.best_value == first.study.best_value
+    assert rebuilt.ask(12) == first.ask(12)
+    assert rebuilt.ask(13) not in trial_params
 
 
-def test_fields_may_be_written_without_quotes():
-    plain = SearchConfig(space={"optimizer": {"learning_rate": SPACE["optimizer.learning_rate"]}})
-    assert plain == SearchConfig(space={"optimizer.learning_rate": SPACE["optimizer.learning_rate"]})
+def test_search_space_accepts_nested_tables():
+    nested = SearchConfig(space={"optimizer": {"learning_rate": SPACE["optimizer.learning_rate"]}})
+    assert nested == SearchConfig(space={"optimizer.learning_rate": SPACE["optimizer.learning_rate"]})
 
 
-def test_a_range_of_numbers_may_be_searched_where_the_configuration_has_a_word():
-    wanted = SearchConfig(space={"stream.offset": {"randint": [0, 40]}})
-    assert baseline_params(load_config(None, {}), wanted) is None
-    assert trial_params(load_config(None, {}), wanted, 0)["stream.offset"] in range(41)
+def test_baseline_params_outside_the_space_is_none():
+    search = SearchConfig(space={"stream.offset": {"randint": [0, 40]}})
+    assert baseline_params(load_config(None, {}), search) is None
+    assert trial_params(load_config(None, {}), search, 0)["stream.offset"] in range(41)
 
 
-def test_values_of_several_types_find_room_in_one_column(tmp_path):
-    wanted = SearchConfig(space={"stream.offset": {"grid": ["random", 0, [1, 2]]}})
-    table = to_parquet(Trials(Folder(str(tmp_path)), load_config(None, {}), wanted))
+def test_to_parquet_writes_values_of_mixed_types_as_text(tmp_path):
+    search = SearchConfig(space={"stream.offset": {"grid": ["random", 0, [1, 2]]}})
+    table = to_parquet(load_trials(Folder(str(tmp_path)), load_config(None, {}), search))
     values = parquet.read_table(io.BytesIO(table)).column("stream.offset").to_pylist()
     assert values == ['"random"', "0", "[1, 2]"]
 
 
-def test_what_a_trial_gave_or_took_last_does_not_take_it_back(prose, tmp_path):
-    """Its process died: Ray Tune brings the checkpoint that it knows, and the run is further."""
+def test_import_checkpoint_last_exchanged_does_not_rewind_the_run(prose, tmp_path):
+    """After a process died, Ray Tune restores the checkpoint it knows, while the run has continued since."""
     flags = ["--corpus.source", prose, "--run.storage", tmp_path, "--scale.workers", 0, "--generate.prefix", "the"]
     flags += ["--model.hidden_size", 8, "--run.name", "run"]
     assert job("train", *flags, "--train.max_steps", 10).status == 0
-    run, between = Folder(str(tmp_path / "run")), Folder(str(tmp_path / "between"))
+    run, exchange = Folder(str(tmp_path / "run")), Folder(str(tmp_path / "exchange"))
     loaded, _ = find_latest_valid(run / "checkpoints")
-    export_checkpoint(loaded.checkpoint, run, between)
+    export_checkpoint(loaded.checkpoint, run, exchange)
     assert job("train", *flags, "--train.max_steps", 20).status == 0
-    import_checkpoint(between, run, read_existing_run(run).config)
+    import_checkpoint(exchange, run, read_existing_run(run).config)
     assert find_latest_valid(run / "checkpoints")[0].checkpoint.step == 20
-    explored = with_params(read_existing_run(run).config, {"optimizer.learning_rate": 0.5})
-    import_checkpoint(between, run, explored)
+    perturbed = with_params(read_existing_run(run).config, {"optimizer.learning_rate": 0.5})
+    import_checkpoint(exchange, run, perturbed)
     assert find_latest_valid(run / "checkpoints")[0].checkpoint.step == 10
-    assert read_existing_run(run).config == explored
+    assert read_existing_run(run).config == perturbed
 
 
-def test_a_table_that_moves_is_taken_back():
+def test_console_print_erases_redrawn_lines():
     class Terminal:
         text = ""
 
@@ -241,11 +232,11 @@ def test_a_table_that_moves_is_taken_back():
     console.redraw(["a", "b", "c"])
     console.print("stays")
     assert terminal.text == "a\nb\nc\r\x1b[2A\x1b[Jstays\n"
-    assert metric_name("validation_perplexity") == "validation perplexity"
+    assert display_name("validation_perplexity") == "validation perplexity"
 
 
-def test_the_order_of_lines_does_not_matter():
-    """A search goes on with its file's lines in another order: no trial changes its point."""
+def test_search_space_does_not_depend_on_the_order_of_lines():
+    """A search resumes after the lines of its file were reordered: no trial changes its parameters."""
     grids = {"model.cell": {"grid": ["rnn", "gru"]}, "model.hidden_size": {"grid": [8, 16]}}
     one, other = SearchConfig(space=grids), SearchConfig(space=dict(reversed(grids.items())))
     assert search_differences(one, other) == []
@@ -254,23 +245,23 @@ def test_the_order_of_lines_does_not_matter():
     ]
 
 
-def test_how_trials_ended_is_kept_also_of_those_not_asked_for(tmp_path):
+def test_trials_end_keeps_the_records_of_trials_beyond_num_trials(tmp_path):
     space = {"optimizer.learning_rate": {"loguniform": [0.01, 4]}}
     base, folder = load_config(None, {}), Folder(str(tmp_path))
-    all_four = Trials(folder, base, SearchConfig(trials=4, space=space))
+    all_four = load_trials(folder, base, SearchConfig(trials=4, space=space))
     for number in range(4):
-        all_four.begin(number, all_four.found[number].point)
+        all_four.start(number, all_four.by_number[number].params)
         all_four.end(number, "stopped")
-    one = Trials(folder, base, SearchConfig(trials=1, space=space))
+    one = load_trials(folder, base, SearchConfig(trials=1, space=space))
     one.end(0, "failed", "its process died")
-    again = Trials(folder, base, SearchConfig(trials=4, space=space))
+    again = load_trials(folder, base, SearchConfig(trials=4, space=space))
     assert [trial.state for trial in again] == ["failed", "stopped", "stopped", "stopped"]
     (tmp_path / TRIALS_FILE).write_text("[")
-    with pytest.raises(UserError, match="not a record of trials"):
-        Trials(folder, base, SearchConfig(trials=4, space=space))
+    with pytest.raises(UserError, match="invalid content; remove it"):
+        load_trials(folder, base, SearchConfig(trials=4, space=space))
 
 
-def test_a_configuration_may_lie_on_any_file_system(tmp_path):
+def test_load_config_reads_a_uri(tmp_path):
     (tmp_path / "best.toml").write_text('[model]\ncell = "gru"')
     assert load_config(f"file://{tmp_path}/best.toml", {}).model.cell == "gru"
     with pytest.raises(UserError, match="no such configuration file"):

@@ -18,7 +18,7 @@ from job.cluster.launcher import launch_within_trial
 from job.config.schema import Config
 from job.config.search_space import SearchConfig
 from job.console import Console
-from job.errors import Diverged, UnrecoverableError, UserError
+from job.errors import Diverged, RunFailed, UnrecoverableError, UserError
 from job.run.driver import Launcher, RunWorkers, run_training
 from job.run.lease import HEARTBEAT_INTERVAL_S, LEASE_TIMEOUT_S, acquire_lease, raise_if_held
 from job.run.local_launcher import launch_local
@@ -27,7 +27,9 @@ from job.run.signals import StopRequest
 from job.storage import Folder
 from job.training.events import Event, MetricsRow
 from job.training.run_spec import RunSpec
-from job.tuning.trials import TRIALS_DIR, export_checkpoint, import_checkpoint, read_trial_rows, row_score, trial_config
+from job.tuning.exchange import export_checkpoint, import_checkpoint
+from job.tuning.params import trial_config, trial_folder
+from job.tuning.trials import read_trial_rows, row_score
 
 
 @dataclass(frozen=True)
@@ -44,18 +46,18 @@ class TrialContext:
 class TrialTrainable(tune.Trainable):
     """Runs one trial after another: each an ordinary run, which waits at each report for the word to go on."""
 
-    def setup(self, config: dict[str, Any], task: TrialContext) -> None:
+    def setup(self, config: dict[str, Any], context: TrialContext) -> None:
         """Called by Ray Tune once."""
-        self.task = task
+        self.context = context
         with contextlib.suppress(OSError):  # another host may not have it
-            os.chdir(task.directory)
+            os.chdir(context.directory)
         self.attempt: TrialRunner | None = None
         self.told_to_stop = False
         threading.Thread(target=self._listen, daemon=True).start()
 
     def _listen(self) -> None:
         with contextlib.suppress(ray.exceptions.RayError):  # the search's driver is gone, and soon this process
-            ray.get(self.task.event_channel.commands_after.remote(0))
+            ray.get(self.context.event_channel.commands_after.remote(0))
             self.told_to_stop = True
             if self.attempt:
                 self.attempt.request_stop()
@@ -63,17 +65,19 @@ class TrialTrainable(tune.Trainable):
     @property
     def options(self) -> Config:
         """The run's configuration; the trial is known by its name, since its point may be another's."""
-        return trial_config(self.task.base, self.task.folder, int(self.trial_name), self.config["trial"]["point"])
+        return trial_config(
+            self.context.base, self.context.folder, int(self.trial_name), self.config["trial"]["params"]
+        )
 
     @property
     def place(self) -> Folder:
         """The run's folder."""
-        return self.task.folder / TRIALS_DIR / self.trial_name
+        return trial_folder(self.context.folder, int(self.trial_name))
 
     def step(self) -> dict[str, Any]:
         """Goes on to the next report."""
         if self.attempt is None:
-            self.attempt = TrialRunner(self.options, self.place, self.task.search)
+            self.attempt = TrialRunner(self.options, self.place, self.context.search)
             if self.told_to_stop:
                 self.attempt.request_stop()
         return self.attempt.next_report()
@@ -176,9 +180,9 @@ class TrialRunner:
             with open(os.devnull, "w") as nowhere:
                 status = run_training(self.options, "", Console(nowhere), self._watched(launch))
         except Diverged as error:
-            return {"state": "diverged", "why": _short(error)}
+            return {"state": "diverged", "reason": _short(error)}
         except (UnrecoverableError, UserError) as error:
-            return {"state": "failed", "why": _short(error)}
+            return {"state": "failed", "reason": _short(error)}
         return {"state": "interrupted" if status else "finished"}
 
     def _recall(self) -> None:
@@ -224,6 +228,6 @@ class TrialRunner:
         self.may_go_on.acquire()
 
 
-def _short(error: Exception) -> str:
+def _short(error: UserError | RunFailed) -> str:
     """What went wrong, without what the run's own command would say of going on."""
-    return str(error).partition(";")[0]
+    return error.problem

@@ -1,8 +1,8 @@
-"""A search on Ray Tune: trials side by side, each an ordinary run, and what is told of them.
+"""A search on Ray Tune: trials run at the same time, each an ordinary run.
 
-Ray Tune places the trials, and its schedulers stop or move them. What is known of a trial is in its
-run's folder, never in Ray Tune's own records: a search that is started again makes a new experiment
-of what is left to do.
+Ray Tune starts the trials, and its schedulers pause and stop them. The state of a trial is read from its
+run's folder and never from Ray Tune's records: a resumed search is a new experiment with the trials that
+are not done.
 """
 
 import logging
@@ -10,13 +10,13 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
-from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.experiment import Trial as RayTrial
 
 from job.cluster.connection import connect_for_trials, ray_address
 from job.cluster.event_channel import dumps
@@ -24,9 +24,10 @@ from job.cluster.launcher import create_event_channel
 from job.cluster.node_probe import check_nodes
 from job.cluster.ray_extensions import HEAD_NODE_RESOURCE
 from job.cluster.resources import Placement
-from job.cluster.schedulers import OptunaSearcher, StopOnRequest, TrialCallback, build_scheduler
+from job.cluster.schedulers import OptunaSearcher, build_scheduler
 from job.cluster.train_worker import one_line
 from job.cluster.trainable import TrialContext, TrialTrainable
+from job.cluster.tune_callbacks import StopOnRequest, TrialCallback
 from job.cluster.waiting import WaitingNotice
 from job.config.schema import Config
 from job.config.search_space import SearchConfig
@@ -37,125 +38,43 @@ from job.errors import RunFailed
 from job.run.lease import Lease, acquire_lease, wait_until_expired
 from job.run.run_dir import SEARCH_FILE
 from job.run.signals import StopRequest
-from job.tuning.optuna_sampler import OptunaSampler
-from job.tuning.report import banner, num_pending, print_results, show_progress, write_reports
-from job.tuning.trials import (
-    BEST_FILE,
-    TERMINAL_STATES,
-    Trials,
-    check_search,
-    is_trial_finished,
-    resolve_search,
-    trial_name,
-)
+from job.tuning.optuna_sampler import OptunaSampler, import_optuna
+from job.tuning.params import trial_name
+from job.tuning.report import banner, show_progress
+from job.tuning.results import BEST_FILE, print_results, write_results
+from job.tuning.setup import check_search, resolve_search
+from job.tuning.trials import TERMINAL_STATES, Trials, load_trials
 
-RAY_FOLDER = "ray"  # Ray Tune's own records
-MAX_TRIAL_FAILURES = 5  # how often a trial is taken up again after its process died with nothing new
-STATUS_INTERVAL_S = 0.2  # seconds between two looks at signals and the clock
-NUM_EXCHANGE_CHECKPOINTS = 5  # checkpoints of a trial that others may go on from
+RAY_FOLDER = "ray"  # Ray Tune's records, removed when the search ends
+MAX_TRIAL_FAILURES = 5  # restarts of a trial without a new epoch in between
+POLL_INTERVAL_S = 0.2
+NUM_EXCHANGE_CHECKPOINTS = 5  # checkpoints of a trial that others may copy in population-based training
 
 
 @dataclass(frozen=True)
 class TrialResources:
-    """What Ray sets aside for a trial, and how many trials have room at once."""
+    """What a trial needs of the cluster."""
 
-    resources: dict[str, float]
-    room: int
+    per_trial: dict[str, float]  # that Ray reserves for the trial's actor
+    max_concurrent: int
     workers: Placement
 
 
-class Experiment(threading.Thread):
-    """Ray Tune at work on what is left to do; the main thread is left to hear signals."""
+def run_search(config: Config, search: SearchConfig, default_name: str, console: Console) -> int:
+    """Runs or resumes a search, writes its results and prints them.
 
-    def __init__(
-        self, trials: Trials, place: TrialResources, ear: TrialCallback, stop: StopOnRequest, task: TrialContext
-    ) -> None:
-        super().__init__(daemon=True)
-        self.trials, self.place, self.ear, self.stop, self.task = trials, place, ear, stop, task
-        self.error: Exception | None = None
+    Returns:
+        the exit status
 
-    def run(self) -> None:
-        """Called by the thread."""
-        try:
-            self._run()
-        except Exception as error:  # told by the main thread
-            self.error = error
-
-    def _run(self) -> None:
-        trials, search = self.trials, self.trials.search
-        left = [{"number": trial.number, "point": trial.point} for trial in trials if not trial.is_over]
-        asker = (
-            OptunaSearcher(trials, OptunaSampler(search.space, trials.base.run.seed))
-            if search.searcher == "optuna"
-            else None
-        )
-        actor = tune.with_parameters(TrialTrainable, task=self.task)
-        tune.run(
-            tune.with_resources(actor, tune.PlacementGroupFactory([self.place.resources])),
-            name=RAY_FOLDER,
-            storage_path=trials.folder.address,
-            config={} if asker else {"trial": tune.grid_search(left)},
-            search_alg=asker,
-            num_samples=len(asker.left) if asker else 1,
-            scheduler=build_scheduler(trials, self.stop),
-            # A population is compared as a whole; there the resources alone bound how many run at once.
-            max_concurrent_trials=None if search.scheduler == "pbt" else self.place.room,
-            reuse_actors=True,
-            max_failures=MAX_TRIAL_FAILURES,
-            # The runs keep their own checkpoints; these go from winners to losers.
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=NUM_EXCHANGE_CHECKPOINTS, checkpoint_at_end=False),
-            raise_on_failed_trial=False,
-            trial_name_creator=_name,
-            trial_dirname_creator=_name,
-            callbacks=[self.ear],
-            stop=self.stop,
-            verbose=0,
-        )
-
-
-def _name(trial: Any) -> str:
-    return trial_name(trial.config["trial"]["number"])
-
-
-@contextmanager
-def _cluster(base: Config, search: SearchConfig, console: Console) -> Iterator[tuple[Config, TrialResources]]:
-    """Connects; gives the configuration as the cluster can hold it, and a trial's place."""
-    scale = replace(base.scale, cpus_per_worker=base.scale.cpus_per_worker or 1)
-    # A trial without workers is itself the one that works.
-    placement, room = connect_for_trials(scale if scale.max_workers else replace(scale, workers=1), search.concurrent)
-    try:
-        if placement.notice:
-            console.print(placement.notice)
-        if not scale.max_workers:
-            _check_nodes(placement, base, search)
-            yield replace(base, scale=scale), TrialResources(placement.resources, room, placement)
-            return
-        if placement.max_workers < scale.max_workers:
-            scale = replace(scale, workers=placement.max_workers)
-        # All trials on the same kind of hardware, whatever nodes an autoscaler has brought by then.
-        scale = replace(scale, accelerator="gpu" if placement.use_gpu else "cpu")
-        # The workers have a place of their own. Who drives them takes a share of the head, so that
-        # never more trials begin than have room for all their workers.
-        _check_nodes(placement, base, search)
-        share = math.floor(0.9 / room * 1e4) / 1e4
-        yield replace(base, scale=scale), TrialResources({HEAD_NODE_RESOURCE: share}, room, placement)
-    finally:
-        ray.shutdown()
-
-
-def _check_nodes(placement: Placement, base: Config, search: SearchConfig) -> None:
-    """UserError where a node of the cluster that is asked for could not run a trial."""
-    if ray_address():
-        searched = search.space.domains.get("model.cell")
-        check_nodes(placement, base.run.storage, *(searched.endpoints if searched else [base.model.cell]))
-
-
-def run_search(config: Config, search: SearchConfig, stem: str, console: Console) -> int:
-    """Searches as configured, or goes on with what is there; gives the exit status."""
-    folder, config = resolve_search(config, search, stem)
-    if is_trial_finished(folder, config, search):
-        console.print(f"{folder} is finished; to search longer, raise search.trials")
-        print_results(Trials(folder, config, search), console)
+    Raises:
+        UserError: before a trial starts, if the search or one of its trials is invalid
+        RunFailed: no trial produced a result, or Ray Tune failed
+    """
+    folder, config = resolve_search(config, search, default_name)
+    trials = load_trials(folder, config, search)
+    if not trials.num_pending and folder.has(BEST_FILE):
+        console.print(f"{folder} is finished; raise search.trials to search longer")
+        print_results(trials, console)
         return 0
     wait_until_expired(folder, console.print)
     stop_request = StopRequest()
@@ -165,55 +84,138 @@ def run_search(config: Config, search: SearchConfig, stem: str, console: Console
         if stop_request.status:
             return stop_request.status
         if search.searcher == "optuna":
-            OptunaSampler(search.space, base.run.seed)  # tells where it is not installed
-        with _cluster(base, search, console) as (placed, place), stop_request.heard():
+            import_optuna()  # fails before a cluster is started
+        with _connected(base, search, console) as (cluster_base, resources), stop_request.heard():
             lease = acquire_lease(folder)
             try:
                 folder.write(SEARCH_FILE, search_config_to_toml(base, search).encode())
                 folder.remove(BEST_FILE)
-                trials = Trials(folder, placed, search)
-                if num_pending(trials):
-                    _search(trials, place, lease, stop_request, console)
+                trials = load_trials(folder, cluster_base, search)
+                if trials.num_pending:
+                    _run_trials(trials, resources, lease, stop_request, console)
                 if stop_request.status:
-                    console.print(f"stopped; the same command goes on with {folder}")
+                    console.print(f"stopped; the same command resumes {folder}")
                     return stop_request.status
                 lease.check()
-                trials = Trials(folder, base, search)  # as it stands on the disk
-                write_reports(trials)
+                trials = load_trials(folder, base, search)  # what the files say
+                write_results(trials)
                 print_results(trials, console)
                 return 0
             finally:
                 lease.release()
 
 
-def _search(trials: Trials, place: TrialResources, lease: Lease, stop_request: StopRequest, console: Console) -> None:
-    """Has Ray Tune run what is left to do, and shows it, until all is done, time is up or a stop is wanted."""
-    console.print(banner(trials, place.room))
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what matters comes through the ear
-    ear = TrialCallback(trials)
-    stop = StopOnRequest(ear)
+@contextmanager
+def _connected(base: Config, search: SearchConfig, console: Console) -> Iterator[tuple[Config, TrialResources]]:
+    """Connects to the cluster. Yields the configuration with a scale that it can hold, and a trial's resources."""
+    scale = replace(base.scale, cpus_per_worker=base.scale.cpus_per_worker or 1)
+    # Without workers the trial's actor trains, so it needs the resources of one worker.
+    worker_scale = scale if scale.max_workers else replace(scale, workers=1)
+    placement, max_concurrent = connect_for_trials(worker_scale, search.concurrent)
+    try:
+        if placement.notice:
+            console.print(placement.notice)
+        if ray_address():
+            cells = search.space.domains.get("model.cell")
+            check_nodes(placement, base.run.storage, *(cells.endpoints if cells else [base.model.cell]))
+        per_trial = placement.resources
+        if scale.max_workers:
+            if placement.max_workers < scale.max_workers:
+                scale = replace(scale, workers=placement.max_workers)
+            # All trials use the same accelerator, whichever nodes an autoscaler adds later.
+            scale = replace(scale, accelerator="gpu" if placement.use_gpu else "cpu")
+            # The workers reserve their own resources. The actor takes a share of the head node, so that no
+            # more trials start than have resources for all their workers.
+            per_trial = {HEAD_NODE_RESOURCE: math.floor(0.9 / max_concurrent * 1e4) / 1e4}
+        yield replace(base, scale=scale), TrialResources(per_trial, max_concurrent, placement)
+    finally:
+        ray.shutdown()
+
+
+def _run_trials(
+    trials: Trials, resources: TrialResources, lease: Lease, stop_request: StopRequest, console: Console
+) -> None:
+    """Runs Ray Tune and shows progress until all trials are done, time is up or a stop is requested."""
+    console.print(banner(trials, resources.max_concurrent))
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the callback reports what matters
+    callback = TrialCallback(trials, MAX_TRIAL_FAILURES)
+    stopper = StopOnRequest(callback)
     event_channel = create_event_channel()
+    context = TrialContext(trials.base, trials.search, trials.folder, os.getcwd(), event_channel)
     trials.folder.remove(RAY_FOLDER)
-    experiment = Experiment(
-        trials, place, ear, stop, TrialContext(trials.base, trials.search, trials.folder, os.getcwd(), event_channel)
-    )
-    waiting = WaitingNotice(place.workers, console)
-    until = time.monotonic() + (60 * trials.search.minutes or math.inf)
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):  # Ray Tune's own talk
-        experiment.start()
-        while experiment.is_alive():
-            experiment.join(STATUS_INTERVAL_S)
-            if not stop.search and (stop_request.status or time.monotonic() > until):
-                stop.search = True
+    thread = _TunerThread(lambda: build_tuner(trials, resources, callback, stopper, context))
+    waiting = WaitingNotice(resources.workers, console)
+    deadline = time.monotonic() + (60 * trials.search.minutes or math.inf)
+    with open(os.devnull, "w") as null, redirect_stdout(null):  # Ray Tune prints even with verbose=0
+        thread.start()
+        while thread.is_alive():
+            thread.join(POLL_INTERVAL_S)
+            if not stopper.requested and (stop_request.status or time.monotonic() > deadline):
+                stopper.requested = True
                 event_channel.send_command.remote(dumps(ControlFlags(stop=True)))
             lease.check_if_stale()
-            ear.tell(console)
+            callback.print_finished(console)
             show_progress(trials, console)
-            waiting.poll(has_workers=time.monotonic() - ear.heard < 2 * STATUS_INTERVAL_S)
-        ear.tell(console)
+            waiting.poll(has_workers=time.monotonic() - callback.last_result_at < 2 * POLL_INTERVAL_S)
+        callback.print_finished(console)
     trials.folder.remove(RAY_FOLDER)
-    if experiment.error:
-        raise RunFailed(f"Ray Tune ended: {one_line(experiment.error)}; the same command goes on")
-    if stop.search and not stop_request.status:
-        waits = trials.search.num_trials - sum(trial.state in TERMINAL_STATES for trial in trials)
-        console.print(f"time is up with {waits} trials left; the same command goes on")
+    if thread.error:
+        raise RunFailed(f"Ray Tune failed: {one_line(thread.error)}", "the same command resumes the search")
+    if stopper.requested and not stop_request.status:
+        num_left = trials.search.num_trials - sum(trial.state in TERMINAL_STATES for trial in trials)
+        console.print(f"time is up with {num_left} trials left; the same command resumes {trials.folder}")
+
+
+class _TunerThread(threading.Thread):
+    """Runs Ray Tune, so that the main thread can handle signals. Keeps the error that ended it."""
+
+    def __init__(self, build: Callable[[], tune.Tuner]) -> None:
+        super().__init__(daemon=True)
+        self.build = build
+        self.error: Exception | None = None
+
+    def run(self) -> None:
+        try:
+            self.build().fit()
+        except Exception as error:
+            self.error = error
+
+
+def build_tuner(
+    trials: Trials, resources: TrialResources, callback: TrialCallback, stopper: StopOnRequest, context: TrialContext
+) -> tune.Tuner:
+    """The experiment with the trials that are not done."""
+    search = trials.search
+    pending = [{"number": trial.number, "params": trial.params} for trial in trials if not trial.is_done]
+    searcher = None
+    if search.searcher == "optuna":
+        searcher = OptunaSearcher(trials, OptunaSampler(search.space, trials.base.run.seed))
+    trainable = tune.with_parameters(TrialTrainable, context=context)
+    return tune.Tuner(
+        tune.with_resources(trainable, tune.PlacementGroupFactory([resources.per_trial])),
+        param_space={} if searcher else {"trial": tune.grid_search(pending)},
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            num_samples=len(searcher.pending) if searcher else 1,
+            scheduler=build_scheduler(trials, stopper),
+            # Population-based training needs all trials; it pauses those that the resources cannot hold.
+            max_concurrent_trials=None if search.scheduler == "pbt" else resources.max_concurrent,
+            reuse_actors=True,
+            trial_name_creator=_ray_trial_name,
+            trial_dirname_creator=_ray_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name=RAY_FOLDER,
+            storage_path=trials.folder.address,
+            failure_config=tune.FailureConfig(max_failures=MAX_TRIAL_FAILURES),
+            # Only for the exchange between trials: the runs keep their own checkpoints.
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=NUM_EXCHANGE_CHECKPOINTS, checkpoint_at_end=False),
+            callbacks=[callback],
+            stop=stopper,
+            verbose=0,
+        ),
+    )
+
+
+def _ray_trial_name(trial: RayTrial) -> str:
+    return trial_name(trial.config["trial"]["number"])

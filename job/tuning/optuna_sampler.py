@@ -1,4 +1,4 @@
-"""Which point comes next where a model of the objective chooses: Optuna's tree of Parzen estimators."""
+"""Chooses a trial's parameters with Optuna's tree-structured Parzen estimator."""
 
 import importlib
 import random
@@ -8,55 +8,60 @@ from job.config.search_space import Domain, Params, Range, SearchSpace
 from job.errors import UserError
 
 
+def import_optuna() -> Any:
+    """The optional dependency Optuna, with its log output off. Raises UserError if it is not installed."""
+    try:
+        optuna = importlib.import_module("optuna")
+    except ImportError:
+        raise UserError(
+            'search.searcher = "optuna": Optuna is not installed', "pip install optuna, or use random"
+        ) from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    return optuna
+
+
 class OptunaSampler:
-    """Optuna's study, asked and told; it is made anew from the trials that there are."""
+    """An Optuna study in memory; a resumed search rebuilds it from its trials."""
 
     def __init__(self, space: SearchSpace, seed: int) -> None:
-        try:
-            self.optuna: Any = importlib.import_module("optuna")  # an extra of its own
-        except ImportError:
-            raise UserError('search.searcher = "optuna": is not installed; pip install optuna, or use random') from None
-        self.optuna.logging.set_verbosity(self.optuna.logging.ERROR)
+        self.optuna = import_optuna()
         self.space, self.seed = space, seed
         self.study = self.optuna.create_study()
-        self.asked: dict[int, Any] = {}
+        self.open_trials: dict[int, Any] = {}  # Optuna's trials without a result, by trial number
 
     def ask(self, number: int) -> Params:
-        """The point of a new trial."""
-        return self._ask(number)
-
-    def replay(self, number: int, point: Params) -> None:
-        """Takes in a trial that was begun before."""
-        self.study.enqueue_trial({name: self._coded(name, value) for name, value in point.items()})
-        self._ask(number)
-
-    def _ask(self, number: int) -> Params:
-        # What is drawn for a trial is of its number, so that a search that goes on draws nothing twice.
-        rng = random.Random(f"{self.seed} {number} suggest").getrandbits(32)
-        self.study.sampler = self.optuna.samplers.TPESampler(seed=rng)
+        """Chooses the parameters of a new trial."""
+        # The seed depends on the trial's number, so that a resumed search does not draw the same values again.
+        seed = random.Random(f"{self.seed} {number} suggest").getrandbits(32)
+        self.study.sampler = self.optuna.samplers.TPESampler(seed=seed)
         trial = self.study.ask({name: self._distribution(domain) for name, domain in self.space.domains.items()})
-        self.asked[number] = trial
-        return {name: self._decoded(name, trial.params[name]) for name in self.space.domains}
+        self.open_trials[number] = trial
+        return {name: self._decode(name, trial.params[name]) for name in self.space.domains}
 
-    def tell(self, number: int, value: float | None) -> None:
-        """What a trial came to; None where it failed."""
-        failed = self.optuna.trial.TrialState.FAIL if value is None else None
-        self.study.tell(self.asked.pop(number), value, state=failed)
+    def replay(self, number: int, params: Params) -> None:
+        """Adds a trial that was started earlier, with the parameters it had."""
+        self.study.enqueue_trial({name: self._encode(name, value) for name, value in params.items()})
+        self.ask(number)
 
-    # Optuna's choices are numbers, ours may be lists: it chooses among places.
+    def tell(self, number: int, score: float | None) -> None:
+        """Reports a trial's result, or None if it failed."""
+        state = self.optuna.trial.TrialState.FAIL if score is None else None
+        self.study.tell(self.open_trials.pop(number), score, state=state)
+
+    # Optuna's categories are scalars and ours may be lists, so it chooses among indices.
 
     def _distribution(self, domain: Domain) -> Any:
-        kinds = self.optuna.distributions
+        distributions = self.optuna.distributions
         if not isinstance(domain, Range):
-            return kinds.CategoricalDistribution(range(len(domain.values)))
+            return distributions.CategoricalDistribution(range(len(domain.values)))
         if domain.kind == "randint":
-            return kinds.IntDistribution(int(domain.low), int(domain.high))
-        return kinds.FloatDistribution(domain.low, domain.high, log=domain.kind == "loguniform")
+            return distributions.IntDistribution(int(domain.low), int(domain.high))
+        return distributions.FloatDistribution(domain.low, domain.high, log=domain.kind == "loguniform")
 
-    def _coded(self, name: str, value: Any) -> Any:
+    def _encode(self, name: str, value: Any) -> Any:
         domain = self.space.domains[name]
         return value if isinstance(domain, Range) else domain.values.index(value)
 
-    def _decoded(self, name: str, value: Any) -> Any:
+    def _decode(self, name: str, value: Any) -> Any:
         domain = self.space.domains[name]
         return value if isinstance(domain, Range) else domain.values[value]

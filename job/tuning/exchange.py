@@ -1,0 +1,40 @@
+"""Checkpoints that pass from one trial to another in population-based training."""
+
+from job.config.schema import Config
+from job.config.toml import config_to_toml
+from job.run.run_dir import CONFIG_FILE, read_existing_run
+from job.storage import Folder
+from job.training.checkpoint import MANIFEST, Checkpoint, copy_checkpoint, read_manifest
+
+EXCHANGED_FILE = "exchanged"  # in a run's folder: the checkpoint it last exported or imported
+
+
+def export_checkpoint(checkpoint: Checkpoint, run_folder: Folder, target: Folder) -> None:
+    """Copies a checkpoint of the run in ``run_folder`` to ``target``, from which other trials import it."""
+    copy_checkpoint(checkpoint, target)
+    run_folder.write(EXCHANGED_FILE, checkpoint.name.encode())
+
+
+def import_checkpoint(source: Folder, run_folder: Folder, config: Config) -> None:
+    """Makes the run in ``run_folder`` resume from the only checkpoint in ``source``, with ``config``.
+
+    Crash-safe: at every moment the run resumes either from its own last checkpoint or from this one.
+    Ray Tune may pass the checkpoint that this run last exported or imported again after the trial's
+    process died. The run has continued since then, so nothing is copied.
+    """
+    (name,) = source.names()
+    run = read_existing_run(run_folder)
+    if run and run.config == config and _last_exchanged(run_folder) == name:
+        return
+    checkpoints = run_folder / "checkpoints"
+    copy_checkpoint(read_manifest(source, name), checkpoints)
+    for other in checkpoints.names():
+        if other != name:
+            (checkpoints / other).remove(MANIFEST)
+            checkpoints.remove(other)
+    run_folder.write(CONFIG_FILE, config_to_toml(config).encode())
+    run_folder.write(EXCHANGED_FILE, name.encode())
+
+
+def _last_exchanged(run_folder: Folder) -> str:
+    return run_folder.read(EXCHANGED_FILE, 100).decode() if run_folder.has(EXCHANGED_FILE) else ""

@@ -1,0 +1,91 @@
+"""Pictures of a search, as PNG: scores over epochs, and scores against each parameter."""
+
+import io
+
+from matplotlib.axes import Axes
+from matplotlib.axis import Axis
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+from job.config.search_space import Range
+from job.run.metrics import MAX_PLOTTED_PERPLEXITY
+from job.tuning.report import display_name, format_params
+from job.tuning.trials import Trial, Trials
+
+
+def plot_curves(trials: Trials) -> bytes:
+    """The metric of all trials over epochs, with the winner highlighted."""
+    figure, (axes,) = _figure(1)
+    winner = trials.winner
+    for trial in sorted(trials, key=lambda trial: trial is winner):  # the winner on top of all others
+        points = [(epoch, min(value, _clip_at(trials))) for epoch, value in trial.scores]
+        if points:
+            color, width, alpha = ("C3", 2.2, 1.0) if trial is winner else ("C0", 1.0, 0.45)
+            label = format_params(trial) if trial is winner else None
+            axes.plot(*zip(*points, strict=True), color=color, linewidth=width, alpha=alpha, label=label)
+            axes.plot(*points[-1], marker=_marker(trial), markersize=5, color=color)
+    axes.set(title=trials.base.run.name, xlabel="epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    _format_score_axis(axes, trials)
+    axes.legend(frameon=False)
+    return _png(figure)
+
+
+def plot_score_by_param(trials: Trials) -> bytes:
+    """The score of each trial against each parameter, with the winner highlighted."""
+    domains = trials.search.space.domains
+    figure, all_axes = _figure(len(domains))
+    winner = trials.winner
+    for axes, (name, domain) in zip(all_axes, domains.items(), strict=True):
+        for trial in trials:
+            score = trials.score(trial)
+            if score is not None:
+                value = trial.params[name] if isinstance(domain, Range) else str(trial.params[name])
+                color, size = ("C3", 60) if trial is winner else ("C0", 25)
+                axes.scatter(value, min(score, _clip_at(trials)), c=color, s=size, marker=_marker(trial))
+        if domain.kind == "loguniform":
+            axes.set_xscale("log")
+            _format_log_axis(axes.xaxis, domain.endpoints[0], domain.endpoints[-1])
+        axes.set_xlabel(name)
+        _format_score_axis(axes, trials)
+    return _png(figure)
+
+
+def _marker(trial: Trial) -> str:
+    return {"finished": "o", "diverged": "x", "failed": "x"}.get(trial.state, "|")
+
+
+def _clip_at(trials: Trials) -> float:
+    """The highest score that is drawn to scale: 8 times the winner's."""
+    winner = trials.winner
+    best = trials.score(winner) if winner else None
+    return min(MAX_PLOTTED_PERPLEXITY, 8 * best) if best else MAX_PLOTTED_PERPLEXITY
+
+
+def _figure(columns: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure(figsize=(max(7, 4.2 * columns), 4.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def _format_score_axis(axes: Axes, trials: Trials) -> None:
+    scores = [min(value, _clip_at(trials)) for trial in trials for _, value in trial.scores]
+    axes.set_ylabel(display_name(trials.search.metric))
+    axes.set_yscale("log")
+    _format_log_axis(axes.yaxis, min(scores), max(scores))
+    axes.grid(True, alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _format_log_axis(axis: Axis, low: float, high: float) -> None:
+    """Labels a logarithmic axis with plain numbers, few enough not to overlap."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(6))
+    axis.set_major_formatter(lambda value, _: f"{value:g}")
+    axis.set_minor_formatter(NullFormatter())
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()

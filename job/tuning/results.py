@@ -1,0 +1,126 @@
+"""The results of a finished search: the winner's configuration and sample, pictures, Parquet, TensorBoard."""
+
+import io
+import math
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import parquet
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.summary import hparams, scalar
+
+from job.config.schema import format_value
+from job.config.toml import config_to_toml
+from job.console import Console, python_command
+from job.errors import RunFailed
+from job.inference.generate import generate_text
+from job.run.run_dir import open_checkpoint, read_existing_run
+from job.tuning.params import baseline_params, trial_folder, trial_name
+from job.tuning.plots import plot_curves, plot_score_by_param
+from job.tuning.report import display_name, format_params, format_table
+from job.tuning.trials import Trial, Trials
+
+# In the search's folder. ``best.toml`` is written last: it marks the search as finished.
+BEST_FILE, SAMPLE_FILE = "best.toml", "sample.txt"
+CURVES_FILE, SPACE_FILE, PARQUET_FILE = "curves.png", "space.png", "trials.parquet"
+
+
+def write_results(trials: Trials) -> None:
+    """Writes all result files to the search's folder. Raises RunFailed if no trial has a score and a checkpoint."""
+    winner, folder = trials.winner, trials.folder
+    checkpoint = trials.checkpoint(winner) if winner else None
+    if winner is None or checkpoint is None:
+        reasons = [f": trial {trial.number}: {trial.reason}" for trial in trials if trial.reason]
+        raise RunFailed(f"{folder}: no trial produced a result{''.join(reasons[:1])}")
+    loaded = open_checkpoint(checkpoint.path.address)
+    run = read_existing_run(trial_folder(folder, winner.number))
+    assert run
+    config = replace(
+        run.config, run=replace(run.config.run, name="", storage=trials.base.run.storage), scale=trials.base.scale
+    )
+    folder.write(SAMPLE_FILE, (generate_text(loaded, config) + "\n").encode())
+    folder.write(CURVES_FILE, plot_curves(trials))
+    folder.write(SPACE_FILE, plot_score_by_param(trials))
+    folder.write(PARQUET_FILE, to_parquet(trials))
+    for trial in trials:
+        _write_tensorboard(trials, trial)
+    score = f"{display_name(trials.search.metric)} {trials.score(winner):.6g}"
+    folder.write(BEST_FILE, f"# Trial {winner.number} of {folder}: {score}.\n{config_to_toml(config)}".encode())
+
+
+def to_parquet(trials: Trials) -> bytes:
+    """Returns a Parquet table with one row per trial: its state, its score, and each parameter by its name."""
+    columns = {name: _column([trial.params[name] for trial in trials]) for name in trials.search.space.domains}
+    rows = [
+        {
+            "trial": trial.number,
+            "state": trial.state,
+            "why": trial.reason,
+            "epochs": trial.last_epoch,
+            trials.search.metric: trials.score(trial),
+            "best": trial is trials.winner,
+            **{name: column[index] for name, column in columns.items()},
+        }
+        for index, trial in enumerate(trials)
+    ]
+    buffer = io.BytesIO()
+    parquet.write_table(pa.Table.from_pylist(rows), buffer)
+    return buffer.getvalue()
+
+
+def _column(values: list[Any]) -> list[Any]:
+    """The values of a Parquet column, which has one type: unchanged, or as TOML text if their types differ."""
+    if len({type(value) for value in values}) > 1:
+        return [format_value(value) for value in values]
+    return [list(value) if isinstance(value, tuple) else value for value in values]
+
+
+def _write_tensorboard(trials: Trials, trial: Trial) -> None:
+    """Writes a trial as a session of TensorBoard's hyperparameter view."""
+    metric, score = trials.search.metric, trials.score(trial)
+    params = {
+        name: value if isinstance(value, int | float | bool) else str(value) for name, value in trial.params.items()
+    }
+    events = [Event(summary=summary) for summary in hparams(params, {metric: math.nan if score is None else score})]
+    events += [Event(step=epoch, summary=scalar(metric, value)) for epoch, value in trial.scores]
+    with tempfile.TemporaryDirectory() as directory:
+        writer = EventsWriter(f"{directory}/events")
+        for event in events:
+            event.wall_time = time.time()
+            writer.write_event(event)
+        writer.close()
+        (file,) = Path(directory).iterdir()
+        target = trials.folder / "tensorboard" / trial_name(trial.number)
+        target.write("events.out.tfevents.search", file.read_bytes())
+
+
+def print_results(trials: Trials, console: Console) -> None:
+    """Prints the table, the winner, its sample and the paths of the result files."""
+    winner, folder = trials.winner, trials.folder
+    checkpoint = trials.checkpoint(winner) if winner else None
+    assert winner
+    assert checkpoint
+    score = f"{display_name(trials.search.metric)} {trials.score(winner):.4g}"
+    lines = [*format_table(trials), "", f"best is trial {winner.number}: {score} with {format_params(winner)}"]
+    baseline = baseline_trial(trials)
+    if baseline and baseline is not winner and baseline.scores:
+        value = f"{trials.score(baseline):.4g} with {format_params(baseline)}"
+        lines.append(f"the configuration itself, trial {baseline.number}: {value}")
+    lines += ["", f"    {folder.read(SAMPLE_FILE).decode().rstrip()}", ""]
+    files = (("best", BEST_FILE), ("curves", CURVES_FILE), ("space", SPACE_FILE), ("results", PARQUET_FILE))
+    lines += [f"{name:<11}{folder / file}" for name, file in files]
+    lines.append(f"{'checkpoint':<11}{checkpoint.path}")
+    lines.append(f"{'train':<11}{python_command()} -m job train {(folder / BEST_FILE).shell_quoted}")
+    for line in lines:
+        console.print(line)
+
+
+def baseline_trial(trials: Trials) -> Trial | None:
+    """The trial that has the configuration's own values."""
+    params = baseline_params(trials.base, trials.search)
+    return next((trial for trial in trials if trial.params == params), None)

@@ -1,0 +1,111 @@
+"""Checks a search before its first trial starts: the folder, the configuration and the space."""
+
+from dataclasses import replace
+from typing import Any
+
+from job.config.schema import Config, config_differences, format_value
+from job.config.search_space import Params, SearchConfig, search_differences
+from job.config.toml import search_config_from_toml
+from job.errors import UserError
+from job.run.run_dir import (
+    CONFIG_FILE,
+    SEARCH_FILE,
+    check_same_text,
+    check_storage_outlives_job,
+    slugify,
+    with_resolved_corpus,
+)
+from job.run.setup import build_run_spec
+from job.storage import Folder
+from job.tuning.params import trial_folder, trial_params, with_params
+
+_MAX_CONFIG_BYTES = 1 << 20
+
+
+def resolve_search(config: Config, search: SearchConfig, default_name: str) -> tuple[Folder, Config]:
+    """Returns the folder of the search, and the configuration with its name and what it resolved earlier.
+
+    Raises:
+        UserError: the name is used by a run or by another search, or ``run.resume`` forbids to resume
+            or to start the search.
+    """
+    check_storage_outlives_job(config.run.storage)
+    config = replace(config, run=replace(config.run, name=config.run.name or slugify(default_name)))
+    folder = Folder.resolve(config.run.storage) / config.run.name
+    existing = _read_existing_search(folder)
+    if existing is None:
+        if folder.has(CONFIG_FILE):
+            raise UserError(f"{folder}: is a run, not a search", "choose another run.name")
+        if config.run.resume == "must":
+            raise UserError(f"run.resume = must: there is no search at {folder} to resume")
+        return folder, config
+    if config.run.resume == "never":
+        raise UserError(f"run.resume = never: {folder} exists", "choose another run.name or remove it")
+    old_config, old_search = existing
+    config = with_resolved_corpus(config, old_config)
+    differing = config_differences(old_config, config) + search_differences(old_search, search)
+    if differing:
+        raise UserError(f"{folder}: is another search: {', '.join(differing)}", "choose another run.name")
+    return folder, config
+
+
+def _read_existing_search(folder: Folder) -> tuple[Config, SearchConfig] | None:
+    try:
+        text = folder.read(SEARCH_FILE, _MAX_CONFIG_BYTES).decode()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{folder}/{SEARCH_FILE}: cannot be read: {error}") from None
+    return search_config_from_toml(text, f"{folder}/{SEARCH_FILE}")
+
+
+def check_search(base: Config, search: SearchConfig, folder: Folder) -> Config:
+    """Returns the configuration with its corpus resolved, once every trial is known to be able to start.
+
+    The text and the model are built for the configuration itself and for each endpoint of each field. All
+    trials whose parameters are known in advance are checked as configurations.
+
+    Raises:
+        UserError: there is nothing to search, or some parameters do not make a valid run.
+    """
+    if not search.space.domains:
+        raise UserError(
+            "search.space: is empty", 'write [search.space] with lines such as "model.dropout" = { uniform = [0, 0.5] }'
+        )
+    if "corpus.validation_fraction" not in search.space.domains:
+        _check_metric(base, search)
+    spec = build_run_spec(base, folder)
+    base = spec.config
+    if not any(name.startswith(("corpus.", "vocabulary.")) for name in search.space.domains):
+        check_same_text(trial_folder(folder, 0) / "checkpoints", spec.dataset.metadata)
+    for endpoint in search.space.endpoints:
+        _check_params(base, search, endpoint, folder)
+    for number in range(search.num_trials):
+        if params := trial_params(base, search, number):
+            _check_params(base, search, params)
+    return base
+
+
+def _check_params(base: Config, search: SearchConfig, params: Params, folder: Folder | None = None) -> None:
+    """Raises UserError if there can be no run with these parameters; builds the text and model if given a folder."""
+    try:
+        config = with_params(base, params)
+        _check_metric(config, search)
+        if folder and _setup_inputs(config) != _setup_inputs(base):
+            build_run_spec(config, folder)
+    except UserError as error:
+        values = ", ".join(f"{name} = {format_value(value)}" for name, value in params.items())
+        raise UserError(f"search.space, at {values}: {error.problem}", error.remedy) from None
+
+
+def _setup_inputs(config: Config) -> tuple[Any, ...]:
+    """All that ``build_run_spec`` reads of a configuration."""
+    return (config.corpus, config.vocabulary, config.stream, config.model, config.train.epochs)
+
+
+def _check_metric(config: Config, search: SearchConfig) -> None:
+    if search.metric == "validation_perplexity" and not config.corpus.validation_fraction:
+        raise UserError(
+            "search.metric = validation_perplexity: is never reported, as corpus.validation_fraction = 0",
+            "set corpus.validation_fraction = 0.1, or search.metric = perplexity",
+        )
