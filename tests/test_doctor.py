@@ -1,27 +1,24 @@
 """The checks before a run that need no cluster: the doctor's table, and what a node's report means."""
 
 import os
+import pickle
+import subprocess
 import sys
 
 import pytest
+import ray
 import torch
 from conftest import job
 
 from job.cluster.connection import join_cluster
-from job.cluster.node_probe import (
-    NodeReport,
-    ProbeRequest,
-    check_cells,
-    check_storage,
-    check_versions,
-    probe_local,
-)
+from job.cluster.node_probe import NodeReport, cell_problem, probe, storage_problem, version_problem
+from job.cluster.ray_extensions import read_cluster_config
 from job.errors import UserError
 
 
 @pytest.fixture
 def local(tmp_path):
-    return probe_local(ProbeRequest(str(tmp_path)))
+    return probe(str(tmp_path))
 
 
 def report(local, **changes):
@@ -70,8 +67,8 @@ def test_doctor_with_refused_address_prints_remedy(prose, tmp_path, monkeypatch)
     assert "→ check that the cluster is up" in ended.out
 
 
-def test_check_versions_with_same_versions_passes(local):
-    check_versions(report(local), local)
+def test_version_problem_with_same_versions_is_none(local):
+    assert version_problem(report(local), local) is None
 
 
 @pytest.mark.parametrize(
@@ -83,36 +80,32 @@ def test_check_versions_with_same_versions_passes(local):
         ({"package": "other"}, "has another version of this package", "ray job submit"),
     ],
 )
-def test_check_versions_with_difference_raises(local, changes, problem, remedy):
-    with pytest.raises(UserError) as raised:
-        check_versions(report(local, **changes), local)
-    assert problem in raised.value.problem
-    assert remedy in raised.value.remedy
+def test_version_problem_with_difference_names_it(local, changes, problem, remedy):
+    error = version_problem(report(local, **changes), local)
+    assert problem in error.problem
+    assert remedy in error.remedy
 
 
-def test_check_versions_of_node_without_report_raises(local):
+def test_version_problem_of_node_without_report_is_its_error(local):
     node = NodeReport("10.0.0.2", {}, {}, "did not answer within 60 s")
-    with pytest.raises(UserError, match=r"node 10\.0\.0\.2: did not answer"):
-        check_versions(node, local)
+    assert version_problem(node, local).problem == "node 10.0.0.2: did not answer within 60 s"
 
 
-def test_check_storage_reports_unseen_marker_and_write_error(local):
-    check_storage(report(local, seen=True, write_error=""), "/runs")
-    with pytest.raises(UserError, match="does not see files"):
-        check_storage(report(local, seen=False, write_error=""), "/runs")
-    with pytest.raises(UserError, match="cannot write there: read-only"):
-        check_storage(report(local, seen=True, write_error="read-only"), "/runs")
+def test_storage_problem_reports_unseen_marker_and_write_error(local):
+    assert storage_problem(report(local, seen=True, write_error=""), "/runs") is None
+    assert "does not see files" in storage_problem(report(local, seen=False, write_error=""), "/runs").problem
+    error = storage_problem(report(local, seen=True, write_error="read-only"), "/runs")
+    assert "cannot write there: read-only" in error.problem
 
 
 def test_probe_finds_users_cells_that_cannot_be_imported(tmp_path):
-    metadata = probe_local(ProbeRequest(str(tmp_path), cells=("gru", "json:Cell", "missing_module:Cell")))
+    metadata = probe(str(tmp_path), cells=("gru", "json:Cell", "missing_module:Cell"))
     assert metadata["cells_missing"] == ["missing_module:Cell"]
-    with pytest.raises(UserError, match=r"cannot import model\.cell = missing_module:Cell"):
-        check_cells(report(metadata))
+    assert "cannot import model.cell = missing_module:Cell" in cell_problem(report(metadata)).problem
 
 
 def test_probe_without_marker_writes_nothing(tmp_path):
-    assert probe_local(ProbeRequest(str(tmp_path)))["seen"] is False
+    assert probe(str(tmp_path))["seen"] is False
     assert list(tmp_path.iterdir()) == []
 
 
@@ -123,14 +116,14 @@ def test_probe_reads_gpus_from_nvidia_smi(tmp_path, monkeypatch):
     program.write_text(f"#!{sys.executable}\nprint('{lines}')\n")
     program.chmod(0o700)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    metadata = probe_local(ProbeRequest(str(tmp_path), gpus=True))
+    metadata = probe(str(tmp_path), gpus=True)
     assert metadata["driver"] == "550.54"
     assert metadata["gpus"] == [("NVIDIA H100", 80000 << 20, 81559 << 20), ("NVIDIA A100", 0, 0)]
 
 
 def test_probe_without_nvidia_smi_finds_no_gpus(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert probe_local(ProbeRequest(str(tmp_path), gpus=True))["gpus"] == []
+    assert probe(str(tmp_path), gpus=True)["gpus"] == []
 
 
 @pytest.mark.parametrize(
@@ -146,3 +139,31 @@ def test_join_cluster_with_wrong_address_raises(address, problem, remedy):
         join_cluster(address)
     assert raised.value.problem.startswith(f"RAY_ADDRESS = {address}: {problem}")
     assert remedy in raised.value.remedy
+
+
+# --- without this package ---
+
+
+def run_without_package(function, *arguments):
+    """Runs a function as Ray would on a node that does not have this package."""
+    code = "import sys, pickle; sys.modules['job'] = None; call, arguments = pickle.load(sys.stdin.buffer); "
+    code += "sys.stdout.buffer.write(pickle.dumps(call(*arguments)))"
+    payload = ray.cloudpickle.dumps((function, arguments))
+    done = subprocess.run([sys.executable, "-c", code], input=payload, capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr.decode()
+    return pickle.loads(done.stdout)
+
+
+def test_probe_without_package_reports_that(local, tmp_path):
+    metadata = run_without_package(probe, str(tmp_path), "marker", ("gru",), True)
+    assert metadata["package"] == ""
+    assert version_problem(report(metadata), local).remedy.startswith("install it there")
+
+
+def test_read_cluster_config_runs_without_package(monkeypatch):
+    """On a head that is not part of a cluster it finds no autoscaler."""
+    functions = []
+    monkeypatch.setattr(ray, "remote", lambda **_: lambda function: functions.append(function) or function)
+    with pytest.raises(AttributeError):  # a plain function has no .remote
+        read_cluster_config(1.0)
+    assert run_without_package(functions[0], "127.0.0.1:1") is None

@@ -148,20 +148,24 @@ def test_ray_placement_group_id_ends_with_job_id():
 def test_ray_starts_autoscaler_with_expected_command_line():
     source = inspect.getsource(resolve("ray._private.services:start_monitor"))
     assert f'"{ray_extensions.AUTOSCALER_SCRIPT}"' in source
-    assert f'"{ray_extensions.AUTOSCALER_CLUSTER_FLAG}' in source
-    assert f'"{ray_extensions.AUTOSCALER_CONFIG_FLAG}' in source
+    assert f'"{ray_extensions.CLUSTER_FLAG}' in source
+    assert f'"{ray_extensions.CONFIG_FLAG}' in source
 
 
 # --- the boundary ---
 
 
 def private_imports(tree):
-    """Names that a module imports from Ray's private modules, as module:name."""
+    """Names that a module imports from Ray's private modules, as module:name; of a module ``as`` x, all x.name."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "ray":
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
-                if "._" in full or node.module.startswith(INTERNAL_MODULES):
+                if alias.asname:
+                    attributes = (other for other in ast.walk(tree) if isinstance(other, ast.Attribute))
+                    names = (other.attr for other in attributes if ast.unparse(other.value) == alias.asname)
+                    yield from (f"{full}:{name}" for name in names)
+                elif "._" in full or node.module.startswith(INTERNAL_MODULES):
                     yield f"{node.module}:{alias.name}"
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("ray.") and "._" in alias.name)

@@ -2,7 +2,7 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,11 +15,10 @@ from job.cluster.connection import join_cluster, living_nodes, ray_address
 from job.cluster.node_probe import (
     VERSIONS,
     NodeReport,
-    ProbeRequest,
-    check_storage,
-    check_versions,
-    probe_local,
+    probe,
     probe_nodes,
+    storage_problem,
+    version_problem,
 )
 from job.cluster.ray_extensions import free_resources
 from job.cluster.resources import cluster_placement, local_placement
@@ -84,7 +83,7 @@ def _failure(subject: str, error: UserError) -> CheckResult:
 
 
 def _describe_versions() -> str:
-    local = probe_local(ProbeRequest("."))
+    local = probe(".")
     return ", ".join(f"{name} {local[name]}" for name in ("python", *VERSIONS))
 
 
@@ -121,7 +120,7 @@ def _local_checks(scale: ScaleConfig) -> Iterator[CheckResult]:
     if scale.max_workers or scale.gpu_requirement:
         yield _run_check("workers", lambda: _check_local_placement(scale, gpus))
     if gpus:
-        this_machine = NodeReport("this machine", {}, probe_local(ProbeRequest(".", gpus=True)))
+        this_machine = NodeReport("this machine", {}, probe(".", gpus=True))
         yield _run_check("GPUs", lambda: _check_gpus([this_machine]))
 
 
@@ -145,11 +144,10 @@ def _cluster_checks(config: Config, folder: Folder) -> Iterator[CheckResult]:
             marker = ""
             with suppress(UserError):  # the storage check has reported it
                 marker = stack.enter_context(folder.probe_file())
-            request = ProbeRequest(folder.address, marker, (config.model.cell,), gpus=True)
-            nodes = probe_nodes(request)
+            nodes = probe_nodes(folder.address, marker, (config.model.cell,), True)
         answering = [node for node in nodes if not node.error]
         with_package = [node for node in answering if node.metadata["package"]]
-        yield _run_check("nodes", lambda: _check_all_versions(nodes, probe_local(request)))
+        yield _run_check("nodes", lambda: _check_all_versions(nodes, probe(".")))
         yield _run_check("storage of nodes", lambda: _check_all_storage(with_package, folder))
         yield _run_check("GPUs", lambda: _check_gpus(answering))
         if config.scale.max_workers:
@@ -181,26 +179,21 @@ def _join() -> str:
     return f"{ray_address()}: {len(living_nodes())} nodes, {autoscaler}"
 
 
-def _check_each(nodes: list[NodeReport], check: Callable[[NodeReport], None]) -> None:
-    """Raises the first node's UserError, with the number of other nodes that fail."""
-    errors = []
-    for node in nodes:
-        try:
-            check(node)
-        except UserError as error:
-            errors.append(error)
-    if errors:
-        others = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
-        raise UserError(errors[0].problem + others, errors[0].remedy)
+def _raise_first(errors: Iterable[UserError | None]) -> None:
+    """Raises the first error, with the number of the others."""
+    raised = [error for error in errors if error]
+    if raised:
+        others = f" (and {len(raised) - 1} more)" if len(raised) > 1 else ""
+        raise UserError(raised[0].problem + others, raised[0].remedy)
 
 
 def _check_all_versions(nodes: list[NodeReport], local: dict[str, object]) -> str:
-    _check_each(nodes, lambda node: check_versions(node, local))
+    _raise_first(version_problem(node, local) for node in nodes)
     return f"all {len(nodes)} have the versions of this machine"
 
 
 def _check_all_storage(nodes: list[NodeReport], folder: Folder) -> str:
-    _check_each(nodes, lambda node: check_storage(node, str(folder)))
+    _raise_first(storage_problem(node, str(folder)) for node in nodes)
     free = [node.metadata["free"] for node in nodes if node.metadata["free"] is not None]
     return f"writable on all {len(nodes)}{f', at least {_format_bytes(min(free))} free' if free else ''}"
 

@@ -14,7 +14,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,25 +33,8 @@ INSTALL = "install it there, use an image that has it, or ray job submit --worki
 
 
 @dataclass(frozen=True)
-class ProbeRequest:
-    """What a node should check.
-
-    Args:
-        storage: the address of a folder
-        marker: the name of a file in it that the node must see
-        cells: values of ``model.cell``; those of users must be importable
-        gpus: whether to query GPUs, which takes a second
-    """
-
-    storage: str
-    marker: str = ""
-    cells: tuple[str, ...] = ()
-    gpus: bool = False
-
-
-@dataclass(frozen=True)
 class NodeReport:
-    """A node's resources and what it reported; ``error`` if it did not report."""
+    """A node's resources, and what ``probe`` returned there, or why it did not return."""
 
     name: str
     resources: dict[str, float]
@@ -59,14 +42,9 @@ class NodeReport:
     error: str = ""
 
 
-def probe_local(request: ProbeRequest) -> dict[str, Any]:
-    """Checks this machine. Returns the metadata of a ``NodeReport``."""
-    return _probe(*astuple(request))
-
-
-def probe_nodes(request: ProbeRequest) -> list[NodeReport]:
-    """Checks all nodes that are alive, at the same time. Omits nodes that die meanwhile."""
-    calls = {node_id: _start_probe(node_id, request) for node_id in _living_nodes()}
+def probe_nodes(*arguments: Any) -> list[NodeReport]:
+    """Runs ``probe`` with these arguments on all nodes at the same time. Omits nodes that die meanwhile."""
+    calls = {node_id: _start_probe(node_id, arguments) for node_id in _living_nodes()}
     ray.wait([*calls.values()], num_returns=len(calls), timeout=PROBE_TIMEOUT_S)
     return [_node_report(node, calls[node_id]) for node_id, node in _living_nodes().items() if node_id in calls]
 
@@ -75,10 +53,9 @@ def _living_nodes() -> dict[str, dict[str, Any]]:
     return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
 
 
-def _start_probe(node_id: str, request: ProbeRequest) -> Any:
+def _start_probe(node_id: str, arguments: tuple[Any, ...]) -> Any:
     strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    # A tuple, since the node may not have the class.
-    return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(_probe).remote(*astuple(request))
+    return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(probe).remote(*arguments)
 
 
 def _node_report(node: dict[str, Any], call: Any) -> NodeReport:
@@ -95,8 +72,15 @@ def _node_report(node: dict[str, Any], call: Any) -> NodeReport:
 # --- on the node ---
 
 
-def _probe(storage: str, marker: str, cells: tuple[str, ...], gpus: bool) -> dict[str, Any]:
-    """Runs on the node. The arguments are the fields of ``ProbeRequest``."""
+def probe(storage: str, marker: str = "", cells: tuple[str, ...] = (), gpus: bool = False) -> dict[str, Any]:
+    """Checks the machine on which it runs.
+
+    Args:
+        storage: the address of a folder
+        marker: the name of a file in it that this machine should see; empty: do not touch the storage
+        cells: values of ``model.cell``; those of users must be importable
+        gpus: whether to query GPUs, which takes a second
+    """
     package = importlib.util.find_spec("job")
     users_cells = [cell for cell in cells if ":" in cell]
     metadata = {name: _version(name) for name in VERSIONS} | {
@@ -160,49 +144,50 @@ def _probe_gpus() -> dict[str, Any]:
 # --- what a report means ---
 
 
-def check_versions(node: NodeReport, local: dict[str, Any]) -> None:
-    """Raises UserError unless a node reported the same Python, libraries and sources of this package as this machine.
+def version_problem(node: NodeReport, local: dict[str, Any]) -> UserError | None:
+    """The error if a node did not report this machine's Python, libraries and sources of this package.
 
     Args:
-        local: what ``probe_local`` returned
+        local: what ``probe`` returned here
     """
     if node.error:
-        raise UserError(f"node {node.name}: {node.error}", "see ray status, or remove the node")
+        return UserError(f"node {node.name}: {node.error}", "see ray status, or remove the node")
     for name in ("python", *VERSIONS):
         version = node.metadata[name]
         if version != local[name]:
             has = f"{name} {version}" if version else f"no {name}"
-            raise UserError(f"node {node.name} has {has}, this machine {local[name]}", "use one image on all nodes")
+            return UserError(f"node {node.name} has {has}, this machine {local[name]}", "use one image on all nodes")
     if node.metadata["package"] != local["package"]:
         has = "another version of" if node.metadata["package"] else "not"
-        raise UserError(f"node {node.name} has {has} this package, job", INSTALL)
+        return UserError(f"node {node.name} has {has} this package, job", INSTALL)
+    return None
 
 
-def check_cells(node: NodeReport) -> None:
-    """Raises UserError if a node cannot import a user's cell."""
-    if missing := node.metadata["cells_missing"]:
-        raise UserError(f"node {node.name} cannot import model.cell = {missing[0]}", INSTALL)
+def cell_problem(node: NodeReport) -> UserError | None:
+    """The error if a node cannot import a user's cell."""
+    missing = node.metadata["cells_missing"]
+    return UserError(f"node {node.name} cannot import model.cell = {missing[0]}", INSTALL) if missing else None
 
 
-def check_storage(node: NodeReport, storage: str) -> None:
-    """Raises UserError if a node does not use the same storage as this machine, or cannot write to it."""
+def storage_problem(node: NodeReport, storage: str) -> UserError | None:
+    """The error if a node does not see the same storage as this machine, or cannot write to it."""
     if reason := node.metadata["write_error"]:
-        raise UserError(f"run.storage = {storage}: node {node.name} cannot write there: {reason}", "grant access")
+        return UserError(f"run.storage = {storage}: node {node.name} cannot write there: {reason}", "grant access")
     if not node.metadata["seen"]:
-        raise UserError(
+        return UserError(
             f"run.storage = {storage}: node {node.name} does not see files that this machine writes there",
             "give a folder that all nodes share, or an object store",
         )
+    return None
 
 
 def check_nodes(placement: Placement, storage: str, *cells: str) -> None:
     """Raises UserError if a node that has the resources for a worker could not run it."""
     folder = Folder.resolve(storage)
     with folder.probe_file() as marker:
-        request = ProbeRequest(folder.address, marker, cells)
-        local = probe_local(request)
-        for node in probe_nodes(request):
+        local = probe(folder.address, marker, cells)
+        for node in probe_nodes(folder.address, marker, cells):
             if placement.capacity([node.resources]):
-                check_versions(node, local)
-                check_cells(node)
-                check_storage(node, folder.address)
+                error = version_problem(node, local) or cell_problem(node) or storage_problem(node, folder.address)
+                if error:
+                    raise error

@@ -12,9 +12,11 @@ import json
 import os
 import socket
 import struct
+from pathlib import Path
 from typing import Any
 
 import ray.util
+import yaml
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray._private.state import available_resources_per_node
@@ -24,18 +26,12 @@ from ray.experimental.internal_kv import _internal_kv_get
 from ray.train import ControllerError, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal import exceptions as train_errors
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
-from ray.train.v2._internal.exceptions import (
-    WorkerGroupStartupFailedError,
-    WorkerGroupStartupTimeoutError,
-    WorkerHealthCheckFailedError,
-)
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import ReschedulingState, ResizingState, RestartingState
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, ResizeDecision, ScalingDecision
-from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
-    TrainAutoscalingCoordinatorClient,
-)
+from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client as coordinator
 
 from job.cluster.event_channel import dumps
 from job.cluster.resources import Placement, Resources
@@ -43,9 +39,7 @@ from job.cluster.train_worker import one_line
 from job.training.events import WorkerGroupEnded
 
 HEAD_NODE_RESOURCE = HEAD_NODE_RESOURCE_NAME  # tasks that need some of it run on the head node
-# The command line of the process in which the autoscaler runs: _private/services.py, start_monitor.
-AUTOSCALER_SCRIPT = "monitor.py"
-AUTOSCALER_CLUSTER_FLAG, AUTOSCALER_CONFIG_FLAG = "--gcs-address=", "--autoscaling-config="
+AUTOSCALER_SCRIPT, CLUSTER_FLAG, CONFIG_FLAG = "monitor.py", "--gcs-address=", "--autoscaling-config="
 _SIOCGIFADDR = 0x8915  # netdevice(7), Linux
 
 
@@ -139,11 +133,13 @@ def _describe_failure(error: Exception | None) -> str:
     """What failed. Empty after a resize, and if resources for the workers were not free in time."""
     if isinstance(error, WorkerGroupError) and error.worker_failures:
         rank, failure = min(error.worker_failures.items())
-        if isinstance(failure, WorkerHealthCheckFailedError):  # wraps the error of a worker that was killed
+        if isinstance(
+            failure, train_errors.WorkerHealthCheckFailedError
+        ):  # wraps the error of a worker that was killed
             failure = failure.health_check_failure
         return f"worker {rank}: {one_line(failure)}"
     failure = error.controller_failure if isinstance(error, ControllerError) else error
-    if failure is None or isinstance(failure, WorkerGroupStartupTimeoutError):
+    if failure is None or isinstance(failure, train_errors.WorkerGroupStartupTimeoutError):
         return ""
     return one_line(failure.__cause__ or failure)
 
@@ -167,9 +163,8 @@ class _GlooInterfaceBackend(_TorchBackend):
             super().on_start(worker_group, backend_config)
         except ray.exceptions.RayTaskError as error:
             worker_group.abort()
-            raise WorkerGroupStartupFailedError("the workers could not connect to each other") from (
-                error.cause or error
-            )
+            cause = error.cause or error
+            raise train_errors.WorkerGroupStartupFailedError("the workers could not connect to each other") from cause
 
 
 class GlooInterfaceTorchConfig(TorchConfig):
@@ -248,6 +243,30 @@ def is_autoscaled() -> bool | None:
     return None
 
 
+def read_cluster_config(timeout_s: float) -> dict[str, Any] | None:
+    """The configuration of the autoscaler, from the head node. Empty if it has none, None if it runs elsewhere.
+
+    Ray has no API for the autoscaler's limits. Its process has the configuration file as an argument.
+
+    Source: _private/services.py, start_monitor
+    """
+
+    # A nested function travels with its code: the head may not have this package.
+    def read(gcs_address: str) -> dict[str, Any] | None:
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with contextlib.suppress(OSError):
+                arguments = path.read_bytes().decode(errors="replace").split("\0")
+                is_autoscaler = any(word.endswith(AUTOSCALER_SCRIPT) and "autoscaler" in word for word in arguments)
+                # The heads of other clusters may run on the same machine.
+                if is_autoscaler and CLUSTER_FLAG + gcs_address in arguments:
+                    files = [word.removeprefix(CONFIG_FLAG) for word in arguments if word.startswith(CONFIG_FLAG)]
+                    return dict(yaml.safe_load(Path(files[0]).read_text())) if files else {}
+        return None
+
+    on_head = ray.remote(num_cpus=0, resources={HEAD_NODE_RESOURCE: 0.001}, max_retries=0)(read)
+    return ray.get(on_head.remote(ray.get_runtime_context().gcs_address), timeout=timeout_s)
+
+
 def cancel_autoscaler_request(run_id: str) -> None:
     """Withdraws the request for resources of a run whose driver died.
 
@@ -255,4 +274,4 @@ def cancel_autoscaler_request(run_id: str) -> None:
 
     Source: train/v2/_internal/execution/scaling_policy/autoscaling_coordinator_client.py
     """
-    TrainAutoscalingCoordinatorClient(f"train-{run_id}").cancel_resource_request()
+    coordinator.TrainAutoscalingCoordinatorClient(f"train-{run_id}").cancel_resource_request()
