@@ -161,11 +161,13 @@ def private_imports(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "ray":
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
+                if "._" not in full and not node.module.startswith(INTERNAL_MODULES):
+                    continue
                 if alias.asname:
                     attributes = (other for other in ast.walk(tree) if isinstance(other, ast.Attribute))
                     names = (other.attr for other in attributes if ast.unparse(other.value) == alias.asname)
                     yield from (f"{full}:{name}" for name in names)
-                elif "._" in full or node.module.startswith(INTERNAL_MODULES):
+                else:
                     yield f"{node.module}:{alias.name}"
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("ray.") and "._" in alias.name)
