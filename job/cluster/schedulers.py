@@ -104,7 +104,7 @@ def _asha(trials: Trials, epochs: int) -> ASHAScheduler:
     )
     for trial in trials:
         if trial.is_done:
-            stand_in: Any = SimpleNamespace(trial_id=f"before-{trial.number}")
+            stand_in: Any = SimpleNamespace(trial_id=f"before-{trial.number}")  # for Ray Tune's trial
             asha.on_trial_add(None, stand_in)
             for epoch, score in trial.scores:
                 asha.on_trial_result(None, stand_in, {"epoch": epoch, "score": score})

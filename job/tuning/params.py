@@ -1,7 +1,7 @@
 """The parameters of a trial, and the configuration of its run."""
 
 from dataclasses import replace
-from typing import Any
+from operator import attrgetter
 
 from job.config.schema import Config
 from job.config.search_space import Params, SearchConfig
@@ -32,12 +32,7 @@ def with_params(base: Config, params: Params) -> Config:
 
 def params_of(config: Config, search: SearchConfig) -> Params:
     """The values that a configuration has in the fields of the search space."""
-
-    def value(name: str) -> Any:
-        section, key = name.split(".")
-        return getattr(getattr(config, section), key)
-
-    return {name: value(name) for name in search.space.domains}
+    return {name: attrgetter(name)(config) for name in search.space.domains}
 
 
 def baseline_params(base: Config, search: SearchConfig) -> Params | None:

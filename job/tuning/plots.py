@@ -4,7 +4,6 @@ import io
 
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
@@ -58,14 +57,12 @@ def _marker(trial: Trial) -> str:
 
 def _clip_at(trials: Trials) -> float:
     """The highest score that is drawn to scale: 8 times the winner's."""
-    winner = trials.winner
-    best = trials.score(winner) if winner else None
+    best = trials.score(trials.winner) if trials.winner else None
     return min(MAX_PLOTTED_PERPLEXITY, 8 * best) if best else MAX_PLOTTED_PERPLEXITY
 
 
 def _figure(columns: int) -> tuple[Figure, list[Axes]]:
     figure = Figure(figsize=(max(7, 4.2 * columns), 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
     return figure, list(figure.subplots(1, columns, squeeze=False)[0])
 
 

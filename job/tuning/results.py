@@ -55,21 +55,17 @@ def write_results(trials: Trials) -> None:
 
 def to_parquet(trials: Trials) -> bytes:
     """Returns a Parquet table with one row per trial: its state, its score, and each parameter by its name."""
-    columns = {name: _column([trial.params[name] for trial in trials]) for name in trials.search.space.domains}
-    rows = [
-        {
-            "trial": trial.number,
-            "state": trial.state,
-            "why": trial.reason,
-            "epochs": trial.last_epoch,
-            trials.search.metric: trials.score(trial),
-            "best": trial is trials.winner,
-            **{name: column[index] for name, column in columns.items()},
-        }
-        for index, trial in enumerate(trials)
-    ]
+    columns = {
+        "trial": [trial.number for trial in trials],
+        "state": [trial.state for trial in trials],
+        "why": [trial.reason for trial in trials],
+        "epochs": [trial.last_epoch for trial in trials],
+        trials.search.metric: [trials.score(trial) for trial in trials],
+        "best": [trial is trials.winner for trial in trials],
+    }
+    columns |= {name: _column([trial.params[name] for trial in trials]) for name in trials.search.space.domains}
     buffer = io.BytesIO()
-    parquet.write_table(pa.Table.from_pylist(rows), buffer)
+    parquet.write_table(pa.table(columns), buffer)
     return buffer.getvalue()
 
 

@@ -119,12 +119,7 @@ class Trials:
 
     def ranked(self) -> list[Trial]:
         """The trials, best first, those without a score last."""
-
-        def rank(trial: Trial) -> tuple[bool, float, int]:
-            score = self.score(trial)
-            return (score is None, score or 0.0, trial.number)
-
-        return sorted(self, key=rank)
+        return sorted(self, key=lambda trial: (not trial.scores, self.score(trial) or 0.0, trial.number))
 
     @property
     def winner(self) -> Trial | None:
