@@ -25,10 +25,6 @@ class CommandLine:
     target: str | None
     flags: dict[str, str]
 
-    def config_name(self, default: str) -> str:
-        """Returns the name of the configuration file without its suffix, ``default`` if there is no file."""
-        return Path(self.target).stem if self.target else default
-
     def checkpoint(self) -> str:
         """Returns the target, for a verb that needs a run or checkpoint."""
         if self.target is None:
@@ -51,7 +47,7 @@ def _train(line: CommandLine) -> int:
         from job.run.local_launcher import launch_local
 
         launch = launch_local
-    return run_training(config, line.config_name("run"), Console(), launch)
+    return run_training(config, Path(line.target or "run").stem, Console(), launch)
 
 
 def _tune(line: CommandLine) -> int:
@@ -60,7 +56,7 @@ def _tune(line: CommandLine) -> int:
     from job.config.config_file import load_search_config
 
     config, search = load_search_config(line.target, line.flags)
-    return run_search(config, search, line.config_name("search"), Console())
+    return run_search(config, search, Path(line.target or "search").stem, Console())
 
 
 def _generate(line: CommandLine) -> int:

@@ -11,9 +11,9 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import pyarrow
 from pyarrow import fs
@@ -38,6 +38,8 @@ def expand_env(source: str) -> str:
     return os.path.expanduser(os.path.expandvars(source))
 
 
+Method = TypeVar("Method", bound=Callable[..., Any])
+
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 # Errors that a retry cannot fix, by their names in pyarrow's messages.
 PERMANENT_ERRORS = re.compile("ACCESS_DENIED|NO_SUCH|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|SIGNATURE_DOES_NOT_MATCH")
@@ -45,6 +47,25 @@ PERMANENT_ERRORS = re.compile("ACCESS_DENIED|NO_SUCH|INVALID_ACCESS_KEY|INVALID_
 
 class TooLarge(OSError):
     """A file is larger than the limit of a read."""
+
+
+def _retried(method: Method) -> Method:
+    """Repeats a request of a ``Folder`` after errors that may pass, if its ``retry`` is set."""
+
+    @wraps(method)
+    def request(folder: "Folder", *args: Any, **kwargs: Any) -> Any:
+        for delay in RETRY_DELAYS_S if folder.retry and folder.local_path is None else ():
+            try:
+                return method(folder, *args, **kwargs)
+            except (FileNotFoundError, PermissionError, TooLarge):
+                raise
+            except OSError as error:
+                if PERMANENT_ERRORS.search(str(error)):
+                    raise
+            time.sleep(delay * random.uniform(0.5, 1.5))  # jitter, so that workers do not retry in step
+        return method(folder, *args, **kwargs)
+
+    return cast(Method, request)
 
 
 @dataclass(frozen=True)
@@ -117,17 +138,14 @@ class Folder:
         """The path or the whole URI as a shell argument."""
         return shlex.quote(str(self) if self.local_path else self.address)
 
+    @_retried
     def read(self, name: str, max_bytes: int | None = None) -> bytes:
         """Returns a file's bytes.
 
         Raises:
             FileNotFoundError: if there is no such file
             TooLarge: if it has more than ``max_bytes``
-            OSError: if the storage fails
         """
-        return self._with_retries(lambda: self._read(name, max_bytes))
-
-    def _read(self, name: str, max_bytes: int | None) -> bytes:
         file_system, path = self._location
         size = file_system.get_file_info(f"{path}/{name}").size
         if size is None:
@@ -137,32 +155,29 @@ class Folder:
         with file_system.open_input_stream(f"{path}/{name}") as stream:
             return stream.read()
 
+    @_retried
     def write(self, name: str, data: bytes) -> None:
         """Writes a file atomically and durably: it is on the disk when this returns."""
         if self.local_path is not None:
-            _write_local(self.local_path, name, data)
-        else:
-            self._with_retries(lambda: self._write(name, data))
-
-    def _write(self, name: str, data: bytes) -> None:
+            return _write_local(self.local_path, name, data)
         file_system, path = self._location
         with file_system.open_output_stream(f"{path}/{name}") as stream:
             stream.write(data)
 
+    @_retried
     def names(self) -> list[str]:
         """Returns the names of the files and folders in it, sorted; empty if it does not exist."""
         file_system, path = self._location
-        selector = fs.FileSelector(path, allow_not_found=True)
-        return sorted(info.base_name for info in self._with_retries(lambda: file_system.get_file_info(selector)))
+        infos = file_system.get_file_info(fs.FileSelector(path, allow_not_found=True))
+        return sorted(info.base_name for info in infos)
 
+    @_retried
     def has(self, name: str) -> bool:
         """Returns whether it contains a file or folder of that name."""
-        return self._file_type(name) != fs.FileType.NotFound
-
-    def _file_type(self, name: str) -> fs.FileType:
         file_system, path = self._location
-        return self._with_retries(lambda: file_system.get_file_info(f"{path}/{name}").type)
+        return file_system.get_file_info(f"{path}/{name}").type != fs.FileType.NotFound
 
+    @_retried
     def remove(self, name: str) -> None:
         """Removes a file, or a folder with its contents; does nothing if there is none."""
         if self.local_path is not None:
@@ -172,29 +187,14 @@ class Folder:
             return target.unlink(missing_ok=True)
         file_system, path = self._location
         deletes = {fs.FileType.Directory: file_system.delete_dir, fs.FileType.File: file_system.delete_file}
-        if delete := deletes.get(self._file_type(name)):
-            self._with_retries(lambda: delete(f"{path}/{name}"))
+        if delete := deletes.get(file_system.get_file_info(f"{path}/{name}").type):
+            delete(f"{path}/{name}")
 
+    @_retried
     def upload(self, source: Path) -> None:
         """Copies a local folder's files into this one; other files here stay."""
         file_system, path = self._location
-        local = fs.LocalFileSystem()
-        self._with_retries(
-            lambda: fs.copy_files(str(source), path, source_filesystem=local, destination_filesystem=file_system)
-        )
-
-    def _with_retries(self, request: Callable[[], Any]) -> Any:
-        """Returns the result of a request; repeats it after errors that may pass, if ``retry`` is set."""
-        for delay in RETRY_DELAYS_S if self.retry and self.local_path is None else ():
-            try:
-                return request()
-            except (FileNotFoundError, PermissionError, TooLarge):
-                raise
-            except OSError as error:
-                if PERMANENT_ERRORS.search(str(error)):
-                    raise
-            time.sleep(delay * random.uniform(0.5, 1.5))  # jitter, so that workers do not retry in step
-        return request()
+        fs.copy_files(str(source), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=file_system)
 
     def check_writable(self) -> None:
         """Raises UserError if nothing can be written here; leaves no file behind."""
@@ -210,7 +210,8 @@ class Folder:
         """
         name = f".writable-{uuid.uuid4().hex[:8]}"
         try:
-            missing = self._missing_folders()
+            local = self.local_path
+            missing = [folder for folder in (local, *local.parents) if not folder.exists()] if local else []
             self.write(name, b"")
         except OSError as error:
             reason = error.strerror or str(error).splitlines()[0]
@@ -225,12 +226,6 @@ class Folder:
                 for folder in missing:
                     folder.rmdir()
 
-    def _missing_folders(self) -> list[Path]:
-        """Returns the local folders that a write here would create, the deepest first."""
-        if self.local_path is None:
-            return []
-        return [folder for folder in (self.local_path, *self.local_path.parents) if not folder.exists()]
-
 
 def _open_location(address: str) -> tuple[fs.FileSystem, str]:
     if not is_uri(address):
@@ -238,8 +233,7 @@ def _open_location(address: str) -> tuple[fs.FileSystem, str]:
     try:
         return fs.FileSystem.from_uri(address)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, ValueError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{address}: not a URI that pyarrow supports: {reason}") from None
+        raise UserError(f"{address}: not a URI that pyarrow supports: {str(error).splitlines()[0]}") from None
     except OSError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{address}: cannot be reached: {reason}", "check region, credentials and network") from None

@@ -22,17 +22,18 @@ def at_least(low: float) -> Check:
     return lambda value: None if value >= low else f"must be at least {low}"
 
 
-def one_of(*names: str) -> Check:
-    """Returns a check that a value is one of ``names``."""
-    return lambda value: None if value in names else f"must be one of {', '.join(names)}"
-
-
 def _less_than(high: int) -> Check:
     return lambda value: None if 0 <= value < high else f"must be at least 0 and less than {high}"
 
 
-def _matches(pattern: str, problem: str) -> Check:
-    return lambda value: None if re.fullmatch(pattern, value) else problem
+def _check_cell(value: str) -> str | None:
+    is_cell = value in BUILTIN_CELLS or re.fullmatch(r"[\w.]+:\w+", value)
+    return None if is_cell else f"must be one of {', '.join(BUILTIN_CELLS)}, or package.module:Class"
+
+
+def _check_name(value: str) -> str | None:
+    is_name = re.fullmatch(r"|[A-Za-z0-9][A-Za-z0-9._-]*", value)
+    return None if is_name else "may contain letters, digits, '.', '_' and '-', and must start with a letter or digit"
 
 
 def _check_positive(value: float) -> str | None:
@@ -67,9 +68,7 @@ def closest(name: str, names: Iterable[str]) -> str:
 
 def format_value(value: Any) -> str:
     """Returns a value as TOML."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, str):
+    if isinstance(value, bool | str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(format_value, value))}]"
@@ -87,6 +86,14 @@ def config_field(default: Any, meaning: str, check: Check | None = None) -> Any:
         check: applied to the converted value
     """
     return field(default=default, metadata={"meaning": meaning, "check": check})
+
+
+def choice_field(default: str, *others: str, meaning: str = "") -> Any:
+    """Returns a field that has one of some values; they are its help text if there is no ``meaning``."""
+    names = (default, *others)
+    problem = f"must be one of {', '.join(names)}"
+    meaning = meaning or f"{', '.join(names[:-1])} or {names[-1]}"
+    return config_field(default, meaning, lambda value: None if value in names else problem)
 
 
 @dataclass(frozen=True)
@@ -146,52 +153,29 @@ def _convert(value: Any, hint: Any, name: str) -> Any:
 
 @dataclass(frozen=True)
 class RunConfig(Section):
-    """The run's identity and where it is stored."""
+    """The run's name and storage."""
 
-    name: str = config_field(
-        "",
-        "folder of the run; empty: the configuration file's name and a number",
-        _matches(
-            r"|[A-Za-z0-9][A-Za-z0-9._-]*",
-            "may contain letters, digits, '.', '_' and '-', and must start with a letter or digit",
-        ),
-    )
-    storage: str = config_field(
-        "runs", "where runs are stored: a folder, or a URI that pyarrow supports; $NAME is expanded"
-    )
+    name: str = config_field("", "folder of the run; empty: the configuration's name and a number", _check_name)
+    storage: str = config_field("runs", "where runs are stored: a folder or a URI; $NAME is expanded")
     seed: int = config_field(0, "random seed", _less_than(2**63))
-    resume: str = config_field(
-        "auto",
-        "auto: resume the run of this name if it exists; never: fail if it exists; must: fail if it does not",
-        one_of("auto", "never", "must"),
-    )
+    resume: str = choice_field("auto", "never", "must", meaning="auto: resume the run if it exists; never; must")
 
 
 @dataclass(frozen=True)
 class CorpusConfig(Section):
     """The text."""
 
-    source: str = config_field(
-        "auto",
-        "auto (The Time Machine, or Python's built-in help text if it cannot be downloaded), time-machine, embedded, "
-        "a path, a glob or a URI",
-    )
-    cleaning: str = config_field(
-        "auto",
-        "text normalization: d2l (lower-case letters and spaces), none, or auto (d2l for time-machine and embedded)",
-        one_of("auto", "d2l", "none"),
-    )
+    source: str = config_field("auto", "auto (The Time Machine), time-machine, embedded, a path, a glob or a URI")
+    cleaning: str = choice_field("auto", "d2l", "none", meaning="normalization: d2l (lower-case letters), none or auto")
     max_tokens: int = config_field(0, "use only the first N tokens; 0: all", at_least(0))
-    validation_fraction: float = config_field(
-        0.0, "fraction of the text, at its end, held out for validation", _less_than(1)
-    )
+    validation_fraction: float = config_field(0.0, "last part of the text, held out for validation", _less_than(1))
 
 
 @dataclass(frozen=True)
 class VocabularyConfig(Section):
     """The tokens."""
 
-    kind: str = config_field("char", "char, byte or word", one_of("char", "byte", "word"))
+    kind: str = choice_field("char", "byte", "word")
     size: int = config_field(0, "maximum vocabulary size, <unk> included; 0: no limit", at_least(0))
     min_frequency: int = config_field(0, "tokens that occur less often become <unk>", at_least(0))
 
@@ -211,18 +195,11 @@ class StreamConfig(Section):
 class ModelConfig(Section):
     """The recurrent language model."""
 
-    cell: str = config_field(
-        "rnn",
-        "rnn, gru, lstm, or package.module:Class",
-        _matches(
-            rf"{'|'.join(BUILTIN_CELLS)}|[\w.]+:\w+",
-            f"must be one of {', '.join(BUILTIN_CELLS)}, or package.module:Class",
-        ),
-    )
+    cell: str = config_field("rnn", "rnn, gru, lstm, or package.module:Class", _check_cell)
     hidden_size: int = config_field(256, "hidden units per layer", at_least(1))
     num_layers: int = config_field(1, "recurrent layers", at_least(1))
     embedding_size: int = config_field(0, "embedding size; 0: one-hot input", at_least(0))
-    dropout: float = config_field(0.0, "dropout probability, between layers and before the output layer", _less_than(1))
+    dropout: float = config_field(0.0, "dropout between layers and before the output layer", _less_than(1))
     init: str = config_field("", "initial weights: a .safetensors file; empty: random")
 
 
@@ -230,11 +207,11 @@ class ModelConfig(Section):
 class OptimizerConfig(Section):
     """The optimizer and the learning-rate schedule."""
 
-    name: str = config_field("sgd", "sgd or adamw", one_of("sgd", "adamw"))
+    name: str = choice_field("sgd", "adamw")
     learning_rate: float = config_field(0.1, "peak learning rate", _check_positive)
     weight_decay: float = config_field(0.0, "weight decay, as torch.optim.SGD or AdamW applies it", at_least(0))
     grad_clip_norm: float = config_field(0.0, "max global gradient norm; 0 disables clipping", at_least(0))
-    schedule: str = config_field("constant", "constant, or cosine (to zero)", one_of("constant", "cosine"))
+    schedule: str = choice_field("constant", "cosine", meaning="constant, or cosine (to zero)")
     warmup_steps: int = config_field(0, "steps of linear learning-rate warm-up", at_least(0))
 
 
@@ -245,15 +222,11 @@ class TrainConfig(Section):
     epochs: int = config_field(50, "passes over the training text", at_least(1))
     max_steps: int = config_field(0, "maximum number of steps; 0: no limit", at_least(0))
     log_every: int = config_field(0, "steps between two rows of metrics; 0: one row per epoch", at_least(0))
-    checkpoint_every: str | int = config_field(
-        "30s", 'checkpoint interval: steps (200) or seconds ("30s")', _check_interval
-    )
+    checkpoint_every: str | int = config_field("30s", 'interval: steps (200) or seconds ("30s")', _check_interval)
     keep_checkpoints: int = config_field(3, "how many of the latest checkpoints to keep", at_least(1))
-    precision: str = config_field("auto", "auto, fp32, bf16 or fp64", one_of("auto", "fp32", "bf16", "fp64"))
+    precision: str = choice_field("auto", "fp32", "bf16", "fp64")
     reproducible: bool = config_field(False, "bit-identical (deterministic) results on any number of workers")
-    lane_groups: int = config_field(
-        8, "lane groups (micro-batches), whose gradients a reproducible run adds in a fixed order", at_least(1)
-    )
+    lane_groups: int = config_field(8, "lane groups (micro-batches) of a reproducible run", at_least(1))
 
     @property
     def checkpoint_steps(self) -> int:
@@ -271,20 +244,12 @@ class ScaleConfig(Section):
     """The workers and their hardware."""
 
     workers: str | int = config_field(2, 'number of workers; 0: train in this process; "2-8": elastic', _check_workers)
-    accelerator: str = config_field("auto", "auto, cpu or gpu", one_of("auto", "cpu", "gpu"))
-    accelerator_type: str = config_field(
-        "",
-        "type of GPU that the workers need, as Ray names it: A100, H100, T4 …",
-        _matches(r"[A-Za-z0-9._-]*", "may contain letters, digits, '.', '_' and '-'"),
-    )
-    cpus_per_worker: int = config_field(
-        0, "CPU cores per worker; 0: an equal share of this machine, or 1 on a cluster", at_least(0)
-    )
-    placement: str = config_field("pack", "pack workers onto few nodes or spread them", one_of("pack", "spread"))
+    accelerator: str = choice_field("auto", "cpu", "gpu")
+    accelerator_type: str = config_field("", "GPU that workers need, as Ray names it: A100, H100, T4 …", _check_name)
+    cpus_per_worker: int = config_field(0, "CPU cores; 0: a share of this machine, or 1 on a cluster", at_least(0))
+    placement: str = choice_field("pack", "spread", meaning="pack workers onto few nodes, or spread them")
     hang_timeout: float = config_field(
-        60.0,
-        "seconds before an unresponsive worker is replaced; also the minimum interval between elastic resizes",
-        _check_positive,
+        60.0, "seconds before an unresponsive worker is replaced, and between elastic resizes", _check_positive
     )
 
     @property
@@ -333,30 +298,21 @@ class Config:
     generate: GenerateConfig = GenerateConfig()
 
     def __post_init__(self) -> None:
-        num_lanes, max_workers, offset = self.stream.batch_size, self.scale.max_workers, self.stream.offset
-        workers = f"scale.workers = {format_value(self.scale.workers)}"
-        if max_workers > num_lanes:
-            raise UserError(
-                f"{workers}: each worker needs a lane, and stream.batch_size = {num_lanes}",
-                "lower the first or raise the second",
-            )
-        if self.scale.accelerator_type and self.scale.accelerator == "cpu":
-            raise UserError(
-                f"scale.accelerator_type = {format_value(self.scale.accelerator_type)}: names a GPU, and "
-                'scale.accelerator = "cpu"',
-                "remove one of them",
-            )
+        num_lanes, scale, offset = self.stream.batch_size, self.scale, self.stream.offset
         num_groups = min(self.train.lane_groups, num_lanes)
-        if self.train.reproducible and max_workers > num_groups:
-            raise UserError(
-                f"{workers}: each worker of a reproducible run needs a lane group, and there are {num_groups}",
-                "lower it or raise train.lane_groups",
-            )
+        workers = f"scale.workers = {format_value(scale.workers)}"
+        if scale.max_workers > num_lanes:
+            problem = f"{workers}: each worker needs a lane, and stream.batch_size = {num_lanes}"
+            raise UserError(problem, "lower the first or raise the second")
+        if scale.accelerator_type and scale.accelerator == "cpu":
+            problem = f'{scale.gpu_requirement}: names a GPU, and scale.accelerator = "cpu"'
+            raise UserError(problem, "remove one of them")
+        if self.train.reproducible and scale.max_workers > num_groups:
+            problem = f"{workers}: each worker of a reproducible run needs a lane group, and there are {num_groups}"
+            raise UserError(problem, "lower it or raise train.lane_groups")
         if isinstance(offset, tuple) and len(offset) < self.train.epochs:
-            raise UserError(
-                f"stream.offset has {len(offset)} entries for train.epochs = {self.train.epochs}",
-                "give one for each epoch",
-            )
+            problem = f"stream.offset has {len(offset)} entries for train.epochs = {self.train.epochs}"
+            raise UserError(problem, "give one for each epoch")
 
     def sections(self) -> list[Section]:
         """Returns the sections in their order."""
@@ -390,19 +346,13 @@ def config_differences(old: Config, new: Config) -> list[str]:
     """Returns the fields that prevent ``new`` from resuming a run of ``old``, as ``field (old → new)``."""
     new_values = new.values()
     return [
-        format_difference(name, value, new_values[name])
+        f"{name} ({format_value(value)} → {format_value(new_values[name])})"
         for name, value in old.values().items()
-        if defines_run(name) and value != new_values[name] and not _extends(name, value, new_values[name])
+        if defines_run(name) and value != new_values[name] and not _only_adds_epochs(name, value, new_values[name])
     ]
 
 
-def format_difference(name: str, old: Any, new: Any) -> str:
-    """Returns ``field (old → new)``."""
-    return f"{name} ({format_value(old)} → {format_value(new)})"
-
-
-def _extends(name: str, old: Any, new: Any) -> bool:
-    """Returns whether the new value only adds epochs."""
+def _only_adds_epochs(name: str, old: Any, new: Any) -> bool:
     if name == "stream.offset":
         return isinstance(old, tuple) and isinstance(new, tuple) and new[: len(old)] == old
     return bool(name == "train.epochs" and new > old)

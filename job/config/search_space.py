@@ -11,12 +11,11 @@ from job.config.schema import (
     SECTIONS,
     Section,
     at_least,
+    choice_field,
     closest,
     config_field,
     defines_run,
-    format_difference,
     format_value,
-    one_of,
 )
 from job.errors import UserError
 
@@ -192,13 +191,9 @@ class SearchSpace:
 
 def _flatten(written: Mapping[str, Any]) -> dict[str, Any]:
     """Returns domains by full field name: without quotes, TOML reads ``model.dropout`` as nested tables."""
-    flat: dict[str, Any] = {}
-    for name, value in written.items():
-        if name in SECTIONS and isinstance(value, Mapping):
-            flat |= {f"{name}.{key}": domain for key, domain in value.items()}
-        else:
-            flat[name] = value
-    return flat
+    nested = {name: table for name, table in written.items() if name in SECTIONS and isinstance(table, Mapping)}
+    flat = {name: domain for name, domain in written.items() if name not in nested}
+    return flat | {f"{section}.{key}": domain for section, table in nested.items() for key, domain in table.items()}
 
 
 def _check_searchable(name: str) -> None:
@@ -212,22 +207,12 @@ def _check_searchable(name: str) -> None:
 class SearchConfig(Section):
     """The hyperparameter search."""
 
-    metric: str = config_field(
-        "validation_perplexity", f"metric to minimize: {', '.join(METRIC_SPLITS)}", one_of(*METRIC_SPLITS)
-    )
-    trials: int = config_field(
-        0, f"number of trials; 0: the whole grid, or {DEFAULT_NUM_TRIALS} if values are sampled", at_least(0)
-    )
-    minutes: float = config_field(
-        0.0, "time limit in minutes, after which the same command resumes; 0: none", at_least(0)
-    )
-    searcher: str = config_field("random", "random, grid or optuna", one_of("random", "grid", "optuna"))
-    scheduler: str = config_field(
-        "none",
-        "none, asha (stops poor trials early) or pbt (population-based training)",
-        one_of("none", "asha", "pbt"),
-    )
-    concurrent: int = config_field(0, "trials that run at the same time; 0: as many as resources allow", at_least(0))
+    metric: str = choice_field(*METRIC_SPLITS, meaning=f"metric to minimize: {' or '.join(METRIC_SPLITS)}")
+    trials: int = config_field(0, f"0: the whole grid, or {DEFAULT_NUM_TRIALS} if values are sampled", at_least(0))
+    minutes: float = config_field(0.0, "time limit, after which the same command resumes; 0: none", at_least(0))
+    searcher: str = choice_field("random", "grid", "optuna")
+    scheduler: str = choice_field("none", "asha", "pbt", meaning="none, asha (stops poor trials early) or pbt")
+    concurrent: int = config_field(0, "trials that run at the same time; 0: what resources allow", at_least(0))
     space: SearchSpace = field(default_factory=lambda: SearchSpace({}))
 
     def __post_init__(self) -> None:
@@ -281,15 +266,11 @@ _FREE_FIELDS = ("search.trials", "search.minutes", "search.concurrent")
 
 def search_differences(old: SearchConfig, new: SearchConfig) -> list[str]:
     """Returns the fields that prevent ``new`` from resuming the search ``old``, as ``field (old → new)``."""
-    new_values = new.values()
-    differences = [
-        format_difference(name, value, new_values[name])
-        for name, value in old.values().items()
-        if value != new_values[name] and name not in _FREE_FIELDS
-    ]
-    before, after = old.space.domains, new.space.domains
-    for name in sorted(before.keys() | after.keys()):
-        if before.get(name) != after.get(name):
-            ends = (domains.get(name, "not searched") for domains in (before, after))
-            differences.append(f"search.space {name} ({' → '.join(map(str, ends))})")
-    return differences
+    before, after = _fixed_values(old), _fixed_values(new)
+    names = [name for name in sorted(before | after) if before.get(name) != after.get(name)]
+    return [f"{name} ({before.get(name, 'not searched')} → {after.get(name, 'not searched')})" for name in names]
+
+
+def _fixed_values(search: SearchConfig) -> dict[str, str]:
+    values = {name: format_value(value) for name, value in search.values().items() if name not in _FREE_FIELDS}
+    return values | {f"search.space {name}": str(domain) for name, domain in search.space.domains.items()}
