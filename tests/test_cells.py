@@ -1,130 +1,88 @@
-"""A user's own cells, through the command line; the first is the README's example."""
+"""Custom cells: the protocol check, and training through the command line."""
 
-import os
-
+import pytest
 import torch
 from conftest import job, result
 from safetensors.torch import load_file
-from torch import nn
 
 from job.config.schema import ModelConfig
 from job.distributed.gradient_sync import AllReduceGradients, Batch, DeterministicGradients, LaneAssignment
+from job.errors import UserError
+from job.nn.dropout import dropout_keys
 from job.nn.language_model import build_model
 
 
-class Bomb(nn.Module):
-    """Counts the steps of each lane in its state, and from the 281st on gives no number."""
-
-    def __init__(self, input_size: int, hidden_size: int, num_layers: int) -> None:
-        super().__init__()
-        self.layer = nn.Linear(input_size, hidden_size)
-
-    def forward(self, inputs, state):
-        count = inputs.new_zeros(1, inputs.shape[1], 1) if state is None else state
-        count = count + len(inputs)
-        return torch.where(count > 280, torch.nan, self.layer(inputs)), count
+@pytest.mark.parametrize("cell", ["cells:DecayCell", "torch.nn:GRU"])
+def test_build_model_accepts_cell_that_follows_the_state_protocol(cell):
+    assert build_model(ModelConfig(cell=cell), 9, 0).has_custom_cell
 
 
-def test_torchs_own_module_is_a_cell_and_trains_as_ours(prose, tmp_path):
+@pytest.mark.parametrize(
+    ("cell", "message"),
+    [
+        ("cells:LaneFirstCell", "lane on axis 1"),
+        ("cells:Missing", "cannot be imported: AttributeError"),
+        ("cells:os", "not a torch.nn.Module"),
+        ("torch.nn:Linear", r"does not implement outputs, state = cell\(inputs, state\): TypeError"),
+    ],
+)
+def test_build_model_rejects_cell_that_violates_the_state_protocol(cell, message):
+    with pytest.raises(UserError, match=f"model.cell = {cell}: .*{message}"):
+        build_model(ModelConfig(cell=cell), 9, 0)
+
+
+def test_gradients_of_cell_with_tuple_state_return_detached_tuple():
+    model = build_model(ModelConfig(cell="cells:DecayCell", hidden_size=8), 9, 0)
+    tokens = torch.randint(0, 9, (6, 4))
+    batch = Batch(tokens[:-1], tokens[1:], torch.zeros(3), dropout_keys(0, 0, 0, range(4)))
+    _, state = AllReduceGradients(model, LaneAssignment([range(4)], 1, 20))(batch, None)
+    assert isinstance(state, tuple)
+    assert state[1].shape == (1, 4, 8)
+    assert not any(tensor.requires_grad for tensor in state)
+
+
+def test_parameter_used_by_one_lane_group_gets_that_groups_gradient():
+    model = build_model(ModelConfig(cell="cells:BranchingCell", hidden_size=8), 5, seed=1)
+    tokens = torch.randint(1, 5, (6, 4), generator=torch.Generator().manual_seed(0))
+    tokens[2, 0] = 0
+    batch = Batch(tokens[:-1], tokens[1:], torch.zeros(3), torch.zeros(0, 4, dtype=torch.int32))
+    state = torch.zeros(1, 4, 8)
+
+    def gradients(gradient_class, lane_groups):
+        gradient_class(model, LaneAssignment(lane_groups, 1, 20))(batch, state)
+        return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+    whole = gradients(AllReduceGradients, [range(4)])
+    grouped = gradients(DeterministicGradients, [range(1), range(1, 3), range(3, 4)])
+    assert grouped["rnn.unused"] is not None
+    assert grouped["rnn.first"] is None
+    for name, gradient in whole.items():
+        assert (gradient is None) == (grouped[name] is None), name
+        assert gradient is None or torch.allclose(gradient, grouped[name], atol=1e-7), name
+
+
+def test_training_torch_gru_as_custom_cell_gives_weights_of_builtin_gru(prose, tmp_path):
     flags = ["train", "--corpus.source", prose, "--scale.workers", 0, "--train.epochs", 2, "--generate.prefix", "the"]
     flags += ["--train.precision", "fp64", "--run.storage", tmp_path, "--model.hidden_size", 24]
-    ours = job(*flags, "--run.name", "ours", "--model.cell", "gru")
-    theirs = job(*flags, "--run.name", "theirs", "--model.cell", "torch.nn:GRU")
-    assert (ours.status, theirs.status) == (0, 0), ours.err + theirs.err
-    assert result(tmp_path / "ours")["weights_sha256"] == result(tmp_path / "theirs")["weights_sha256"]
+    builtin = job(*flags, "--run.name", "builtin", "--model.cell", "gru")
+    custom = job(*flags, "--run.name", "custom", "--model.cell", "torch.nn:GRU")
+    assert (builtin.status, custom.status) == (0, 0), builtin.err + custom.err
+    assert result(tmp_path / "builtin")["weights_sha256"] == result(tmp_path / "custom")["weights_sha256"]
     assert torch.get_default_dtype() == torch.float32
 
 
-class Dies(nn.Module):
-    """Takes its process with it in the second window: no Python error is left to tell of it."""
-
-    def __init__(self, input_size: int, hidden_size: int, num_layers: int) -> None:
-        super().__init__()
-        self.layer = nn.Linear(input_size, hidden_size)
-
-    def forward(self, inputs, state):
-        if state is not None and len(inputs) > 3:  # not where the protocol is tried
-            os._exit(1)
-        return self.layer(inputs), inputs.new_zeros(1, inputs.shape[1], 1)
-
-
-class Breaks(Bomb):
-    """Raises an error of its own in the eighth window."""
-
-    def forward(self, inputs, state):
-        outputs, count = super().forward(inputs, state)
-        if count.max() > 280:
-            raise ValueError("no more")
-        return outputs, count
-
-
-class Idle(Bomb):
-    """Has a weight that no window uses, one that only the first does, and one that is not to change."""
-
-    def __init__(self, input_size: int, hidden_size: int, num_layers: int) -> None:
-        super().__init__(input_size, hidden_size, num_layers)
-        self.dead = nn.Parameter(torch.ones(3))
-        self.first = nn.Parameter(torch.ones(1, 1, hidden_size))
-        self.fixed = nn.Parameter(torch.ones(hidden_size), requires_grad=False)
-
-    def forward(self, inputs, state):
-        before = self.first.expand(1, inputs.shape[1], -1) if state is None else state
-        outputs = torch.tanh(self.layer(inputs) + before) * self.fixed
-        return outputs, outputs[-1:]
-
-
-class Seldom(Idle):
-    """Takes a way that a token opens in its lane."""
-
-    def forward(self, inputs, state):
-        outputs, state = super().forward(inputs, state)
-        opened = inputs[..., :1].sum(0)
-        return (outputs + self.dead.sum() * opened, state) if opened.any() else (outputs, state)
-
-
-def test_a_weight_that_one_lane_group_uses_has_that_groups_gradient():
-    net = build_model(ModelConfig(cell="test_cells:Seldom", hidden_size=8), 5, seed=1)
-    tokens = torch.randint(1, 5, (6, 4), generator=torch.Generator().manual_seed(0))
-    tokens[2, 0] = 0
-    window = Batch(tokens[:-1], tokens[1:], torch.zeros(3), torch.zeros(0, 4, dtype=torch.int32))
-    state = torch.zeros(1, 4, 8)
-    found = []
-    for kind, groups in (
-        (AllReduceGradients, [range(4)]),
-        (DeterministicGradients, [range(1), range(1, 3), range(3, 4)]),
-    ):
-        kind(net, LaneAssignment(groups, 1, 20))(window, state)
-        found.append({name: weight.grad for name, weight in net.named_parameters()})
-    one, groups = found
-    assert groups["rnn.dead"] is not None
-    assert groups["rnn.first"] is None
-    for name, slope in one.items():
-        assert (slope is None) == (groups[name] is None), name
-        assert slope is None or torch.allclose(slope, groups[name], atol=1e-7), name
-
-
-def test_weights_without_a_gradient_are_left_alone(prose, tmp_path):
+def test_training_leaves_parameters_without_gradient_unchanged(prose, tmp_path):
     flags = ["train", "--corpus.source", prose, "--scale.workers", 0, "--train.epochs", 2, "--generate.prefix", "the"]
-    flags += ["--train.precision", "fp64", "--run.storage", tmp_path, "--model.cell", "test_cells:Idle"]
+    flags += ["--train.precision", "fp64", "--run.storage", tmp_path, "--model.cell", "cells:UnusedWeightsCell"]
     flags += ["--optimizer.weight_decay", 0.1]
-    for name, reproducible in (("one", "false"), ("groups", "true")):
-        ended = job(*flags, "--run.name", name, "--train.reproducible", reproducible)
+
+    def train(name, *more):
+        ended = job(*flags, "--run.name", name, *more)
         assert ended.status == 0, ended.err
-    (one,), (groups,) = (sorted((tmp_path / name / "checkpoints").iterdir())[-1:] for name in ("one", "groups"))
-    one, groups = (load_file(place / "model.safetensors") for place in (one, groups))
-    assert torch.equal(one["rnn.dead"], torch.ones(3, dtype=torch.float64))
-    assert not torch.equal(one["rnn.first"], torch.ones(1, 1, 256, dtype=torch.float64))
-    for name, weight in one.items():
-        torch.testing.assert_close(groups[name], weight, rtol=1e-9, atol=1e-12)
+        return load_file(max((tmp_path / name / "checkpoints").iterdir()) / "model.safetensors")
 
-
-class Odd(Bomb):
-    """Has a parameter without a dimension, and a buffer of whole numbers."""
-
-    def __init__(self, input_size: int, hidden_size: int, num_layers: int) -> None:
-        super().__init__(input_size, hidden_size, num_layers)
-        self.scale = nn.Parameter(torch.tensor(1.0))
-        self.register_buffer("index", torch.arange(3))
-
-    def forward(self, inputs, state):
-        return self.layer(inputs) * self.scale, inputs.new_zeros(1, inputs.shape[1], 1)
+    whole, grouped = train("whole"), train("grouped", "--train.reproducible", "true")
+    assert torch.equal(whole["rnn.unused"], torch.ones(3, dtype=torch.float64))
+    assert not torch.equal(whole["rnn.first"], torch.ones(1, 1, 256, dtype=torch.float64))
+    for name, weight in whole.items():
+        torch.testing.assert_close(grouped[name], weight, rtol=1e-9, atol=1e-12)

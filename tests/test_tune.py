@@ -199,7 +199,7 @@ def test_asha_stops_poor_trials_and_keeps_their_checkpoints(prose, tmp_path, on_
 
 def test_tune_records_diverged_and_failed_trials_and_finishes_the_others(prose, tmp_path, on_cluster, monkeypatch):
     monkeypatch.setattr("job.cluster.tune.MAX_TRIAL_FAILURES", 1)
-    space = '"model.cell" = { grid = ["test_cells:Bomb", "rnn", "test_cells:Dies"] }'
+    space = '"model.cell" = { grid = ["cells:DivergingCell", "rnn", "cells:ExitingCell"] }'
     ended = job(*search_command(prose, tmp_path, "failing", space, "--search.concurrent", 2))
     assert ended.status == 0, ended.err
     ended_trials = records(tmp_path / "failing")

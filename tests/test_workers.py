@@ -73,7 +73,7 @@ def test_train_with_more_workers_than_cluster_can_hold_is_refused(prose, tmp_pat
 
 
 def test_custom_cell_with_nan_loss_stops_on_workers_at_same_step_as_without(prose, tmp_path, on_cluster):
-    more = ["--model.cell", "test_cells:Bomb", "--train.checkpoint_every", 3, "--train.precision", "fp64"]
+    more = ["--model.cell", "cells:DivergingCell", "--train.checkpoint_every", 3, "--train.precision", "fp64"]
     alone = job(*train_flags(prose, tmp_path, "alone", *more, "--scale.workers", 0))
     assert alone.status == 1
     ended = job(*train_flags(prose, tmp_path, "bomb", *more, "--scale.workers", 3))
@@ -86,7 +86,7 @@ def test_custom_cell_with_nan_loss_stops_on_workers_at_same_step_as_without(pros
 
 
 def test_custom_cell_with_unused_weights_trains_equally_on_two_workers(prose, tmp_path, on_cluster):
-    more = ["--model.cell", "test_cells:Idle", "--train.precision", "fp64", "--train.epochs", 1]
+    more = ["--model.cell", "cells:UnusedWeightsCell", "--train.precision", "fp64", "--train.epochs", 1]
     for name, workers in (("alone", 0), ("two", 2)):
         ended = job(*train_flags(prose, tmp_path, name, *more, "--scale.workers", workers))
         assert ended.status == 0, ended.err
@@ -157,7 +157,7 @@ def test_chaos_run_gives_result_of_undisturbed_run(prose, tmp_path):
 def test_workers_that_always_die_fail_the_run(prose, tmp_path, on_cluster, monkeypatch):
     """Even if they are killed before they can report an error."""
     monkeypatch.setattr("job.run.recorder.MAX_CONSECUTIVE_FAILURES", 2)
-    ended = job(*train_flags(prose, tmp_path, "run", "--scale.workers", 1, "--model.cell", "test_cells:Dies"))
+    ended = job(*train_flags(prose, tmp_path, "run", "--scale.workers", 1, "--model.cell", "cells:ExitingCell"))
     assert (ended.status, ended.err.count("\n")) == (1, 1)
     assert "the workers failed 2 times without getting to a checkpoint" in ended.err
     assert "warning: worker 0: ActorDiedError" in ended.out

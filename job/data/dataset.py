@@ -1,4 +1,4 @@
-"""The tokens of a run: prepared once by the driver, read by every worker."""
+"""The token ids of a run, prepared once by the driver and read by every worker."""
 
 import hashlib
 from dataclasses import dataclass
@@ -13,15 +13,19 @@ from job.data.vocabulary import Vocabulary, build_vocabulary
 
 @dataclass(frozen=True)
 class Dataset:
-    """A corpus as token ids, split into a training and a validation part.
+    """A corpus as token ids, one-dimensional int32 arrays.
 
-    Both parts are views of one array, each a contiguous run of the corpus.
+    Args:
+        train_tokens: the beginning of the corpus
+        validation_tokens: the end of the corpus; empty without validation
+        vocabulary: the vocabulary of both
+        metadata: recorded in each checkpoint: source, characters, tokens, and the SHA-256 digest of all tokens
     """
 
-    train_tokens: np.ndarray  # (N,)
-    validation_tokens: np.ndarray  # (M,), the end of the corpus; empty without validation
+    train_tokens: np.ndarray
+    validation_tokens: np.ndarray
     vocabulary: Vocabulary
-    metadata: dict[str, Any]  # recorded in each checkpoint: source, characters, tokens, sha256 of all tokens
+    metadata: dict[str, Any]
 
 
 def build_dataset(corpus: Corpus, corpus_config: CorpusConfig, vocabulary_config: VocabularyConfig) -> Dataset:

@@ -1,4 +1,4 @@
-"""Tokens and lanes to windows, from any window on.
+"""The windows of a stream of tokens, in any order and for any lanes.
 
 Axes: T steps of a window, B lanes.
 """
@@ -17,66 +17,73 @@ from job.errors import UserError
 
 @dataclass(frozen=True)
 class Stream:
-    """One long row of tokens and how each epoch cuts it; the same for every worker."""
+    """All training tokens in order, and how each epoch partitions them; the same on every worker.
+
+    Args:
+        tokens: token ids, one-dimensional, of any integer dtype
+        config: the number of lanes and steps, and the offset
+        seed: ``run.seed``, for random offsets
+    """
 
     tokens: np.ndarray
     config: StreamConfig
     seed: int
 
     def offset(self, epoch: int) -> int:
-        """Where the epoch's first lane begins, a pure function of seed and epoch."""
-        chosen = self.config.offset
-        if isinstance(chosen, tuple):
-            return chosen[epoch]
-        if isinstance(chosen, int):
-            return chosen
+        """Returns the first token of an epoch, a pure function of seed and epoch."""
+        offset = self.config.offset
+        if isinstance(offset, tuple):
+            return offset[epoch]
+        if isinstance(offset, int):
+            return offset
         digest = hashlib.sha256(f"offset {self.seed} {epoch}".encode()).digest()
         return int.from_bytes(digest[:8], "little") % (self.config.num_steps + 1)
 
     def partition(self, epoch: int) -> Partition:
-        """How the epoch cuts the stream into lanes and windows."""
-        options = self.config
-        return sequential_partition(len(self.tokens), self.offset(epoch), options.batch_size, options.num_steps)
+        """Returns the lanes and windows of an epoch."""
+        return sequential_partition(len(self.tokens), self.offset(epoch), self.config.batch_size, self.config.num_steps)
 
     @property
     def tokens_per_step(self) -> int:
-        """Targets in one window of all lanes."""
+        """Number of targets in one window of all lanes."""
         return self.config.batch_size * self.config.num_steps
 
-    def total_steps(self, train: TrainConfig) -> int:
-        """Windows of all epochs, or ``max_steps`` where that is less."""
+    def total_steps(self, train_config: TrainConfig) -> int:
+        """Returns the number of windows in all epochs, at most ``train.max_steps``."""
         steps = 0
-        for epoch in range(train.epochs):
+        for epoch in range(train_config.epochs):
             steps += self.partition(epoch).num_windows
-            if train.max_steps and steps >= train.max_steps:
-                return train.max_steps
+            if train_config.max_steps and steps >= train_config.max_steps:
+                return train_config.max_steps
         return steps
 
-    def read_window(self, epoch: int, index: int, lanes: range) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of some lanes in one window: two (T, B) int64."""
-        layout, steps = self.partition(epoch), self.config.num_steps
-        first = layout.offset + lanes.start * layout.lane_length + index * steps
-        # Successive lanes lie lane_length tokens apart: a view, and only these lanes are read.
-        stride = self.tokens.itemsize
-        view_TB = np.ndarray(
-            (steps + 1, len(lanes)),
-            self.tokens.dtype,
-            self.tokens[first:],
-            strides=(stride, layout.lane_length * stride),
-        )
-        window_TB = torch.from_numpy(view_TB.astype(np.int64, order="C"))
-        return window_TB[:-1], window_TB[1:]
+    def read_window(self, epoch: int, window: int, lanes: range) -> tuple[Tensor, Tensor]:
+        """Reads one window of successive lanes.
 
-    def check_enough_tokens(self, train: TrainConfig) -> None:
-        """UserError unless every epoch has a window."""
-        options = self.config
-        for epoch in range(train.epochs if options.offset != "random" else 1):
-            offset = options.num_steps if options.offset == "random" else self.offset(epoch)
-            layout = sequential_partition(len(self.tokens), offset, options.batch_size, options.num_steps)
-            if not layout.num_windows:
-                needed = options.batch_size * options.num_steps + offset + 1
-                raise UserError(
-                    f"stream.batch_size = {options.batch_size} and stream.num_steps = {options.num_steps} "
-                    f"need {needed:,} tokens at offset {offset}, and the corpus has {len(self.tokens):,}: "
-                    "lower them or give more text"
-                )
+        Args:
+            epoch: number of the epoch
+            window: number of the window within the epoch
+            lanes: global lane numbers
+
+        Returns:
+            Inputs and targets, each (T, B) int64.
+        """
+        partition, num_steps = self.partition(epoch), self.config.num_steps
+        start = partition.offset + lanes.start * partition.lane_length + window * num_steps
+        # Successive lanes are lane_length tokens apart, so a strided view reads only the tokens of these lanes.
+        itemsize = self.tokens.itemsize
+        shape, strides = (num_steps + 1, len(lanes)), (itemsize, partition.lane_length * itemsize)
+        view_TB = np.ndarray(shape, self.tokens.dtype, self.tokens[start:], strides=strides)
+        tokens_TB = torch.from_numpy(view_TB.astype(np.int64, order="C"))
+        return tokens_TB[:-1], tokens_TB[1:]
+
+    def check_enough_tokens(self, train_config: TrainConfig) -> None:
+        """Raises UserError if an epoch may have no window."""
+        num_lanes, num_steps = self.config.batch_size, self.config.num_steps
+        is_random = self.config.offset == "random"
+        largest_offset = num_steps if is_random else max(map(self.offset, range(train_config.epochs)))
+        num_required = self.tokens_per_step + largest_offset + 1
+        if len(self.tokens) < num_required:
+            sizes = f"stream.batch_size = {num_lanes} and stream.num_steps = {num_steps}"
+            problem = f"{sizes} need {num_required:,} tokens at offset {largest_offset}"
+            raise UserError(f"{problem}, and the corpus has {len(self.tokens):,}", "lower them or give more text")

@@ -17,9 +17,11 @@ UNKNOWN = "<unk>"
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """Tokens by their ids; ``<unk>`` has id 0, except among bytes, where none is unknown.
+    """The tokens of a model, by id.
 
-    For ``kind = byte`` an id is the byte's value and ``tokens`` is empty.
+    Args:
+        kind: char, word or byte
+        tokens: the token of each id, ``<unk>`` first; empty if the tokens are bytes, whose ids are their values
     """
 
     kind: str
@@ -33,9 +35,9 @@ class Vocabulary:
         return {token: index for index, token in enumerate(self.tokens)}
 
     def encode(self, lines: Iterable[str] | Iterable[bytes]) -> np.ndarray:
-        """Ids of the tokens of all lines, one after the other: (tokens,) int32."""
-        parts = [self._encode_line(line) for line in lines]
-        return np.concatenate(parts) if parts else np.empty(0, np.int32)
+        """Returns the token ids of all lines, concatenated: (tokens,) int32. Unknown tokens have id 0."""
+        arrays = [self._encode_line(line) for line in lines]
+        return np.concatenate(arrays) if arrays else np.empty(0, np.int32)
 
     def _encode_line(self, line: str | bytes) -> np.ndarray:
         if self.kind == "byte":
@@ -44,57 +46,71 @@ class Vocabulary:
         assert isinstance(line, str)
         if self.kind == "word":
             return np.array([self._ids.get(word, 0) for word in line.split()], np.int32)
-        points = np.frombuffer(line.encode("utf-32-le", "surrogatepass"), np.uint32)
-        table = self._id_of_code_point
-        return table[np.minimum(points, len(table) - 1)]
+        code_points = np.frombuffer(line.encode("utf-32-le", "surrogatepass"), np.uint32)
+        table = self._ids_by_code_point
+        return table[np.minimum(code_points, len(table) - 1)]
 
     @cached_property
-    def _id_of_code_point(self) -> np.ndarray:
-        """Ids by code point; the last entry serves all beyond the largest known."""
-        known = {ord(token): index for token, index in self._ids.items() if len(token) == 1}
-        table = np.zeros(max(known, default=0) + 2, np.int32)
-        table[list(known)] = list(known.values())
+    def _ids_by_code_point(self) -> np.ndarray:
+        """Token ids indexed by code point; the last entry, 0, is for all larger code points."""
+        ids = {ord(token): index for token, index in self._ids.items() if len(token) == 1}
+        table = np.zeros(max(ids, default=0) + 2, np.int32)
+        table[list(ids)] = list(ids.values())
         return table
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids."""
+        """Returns the text of token ids; words are joined by spaces."""
         if self.kind == "byte":
             return bytes(ids).decode("utf-8", errors="replace")
         return (" " if self.kind == "word" else "").join(self.tokens[index] for index in ids)
 
     def contains_known_token(self, ids: np.ndarray) -> bool:
-        """Whether any of the tokens is a known one."""
-        return bool(len(ids)) and (self.kind == "byte" or bool((ids != 0).any()))
+        """Whether any of the token ids is that of a known token."""
+        return len(ids) > 0 if self.kind == "byte" else bool(ids.any())
 
     def to_json(self) -> str:
-        """The vocabulary as the text of ``vocabulary.json``."""
+        """Returns the content of ``vocabulary.json``."""
         return json.dumps({"kind": self.kind, "tokens": self.tokens}, ensure_ascii=True)
 
 
-def build_vocabulary(vocabulary_config: VocabularyConfig, text: Corpus) -> Vocabulary:
-    """The book's vocabulary of a text: ``<unk>``, then by falling frequency, ties by first sight."""
+def build_vocabulary(vocabulary_config: VocabularyConfig, corpus: Corpus) -> Vocabulary:
+    """Builds a vocabulary as the d2l book does (section 9.2).
+
+    After ``<unk>``, tokens are ordered by falling frequency, ties by first occurrence.
+
+    Args:
+        vocabulary_config: the kind of tokens, the largest size and the smallest frequency
+        corpus: the text whose tokens are counted
+    """
     if vocabulary_config.kind == "byte":
         return Vocabulary("byte", ())
     counts: Counter[str] = Counter()
-    for line in text.lines:
+    for line in corpus.lines:
         assert isinstance(line, str)
         counts.update(line if vocabulary_config.kind == "char" else line.split())
-    by_frequency = [token for token, count in counts.most_common() if count >= vocabulary_config.min_frequency]
-    tokens = (UNKNOWN, *(token for token in by_frequency if token != UNKNOWN))
+    frequent = [token for token, count in counts.most_common() if count >= vocabulary_config.min_frequency]
+    tokens = (UNKNOWN, *(token for token in frequent if token != UNKNOWN))
     return Vocabulary(vocabulary_config.kind, tokens[: vocabulary_config.size or None])
 
 
-def vocabulary_from_json(data: bytes, where: str) -> Vocabulary:
-    """A vocabulary from the bytes of ``vocabulary.json``; UserError where they are not one."""
+def vocabulary_from_json(data: bytes, file: str) -> Vocabulary:
+    """Reads the content of a ``vocabulary.json``.
+
+    Args:
+        data: the file's bytes
+        file: the file's path, for the message
+
+    Raises:
+        UserError: the data is not a vocabulary
+    """
     try:
-        found = json.loads(data)
-        kind, tokens = found["kind"], found["tokens"]
-        sound = kind in ("char", "word", "byte") and isinstance(tokens, list)
-        sound = sound and all(isinstance(token, str) for token in tokens)
-        sound = sound and len(set(tokens)) == len(tokens)
-        sound = sound and (tokens == [] if kind == "byte" else tokens[:1] == [UNKNOWN])
-    except (ValueError, KeyError, TypeError, RecursionError):
-        sound = False
-    if not sound:
-        raise UserError(f"{where}: not a vocabulary")
+        content = json.loads(data)
+        kind, tokens = content["kind"], content["tokens"]
+        is_valid = isinstance(tokens, list) and all(isinstance(token, str) for token in tokens)
+        is_valid = is_valid and len(set(tokens)) == len(tokens)
+        is_valid = is_valid and (tokens == [] if kind == "byte" else kind in ("char", "word") and tokens[0] == UNKNOWN)
+    except (ValueError, LookupError, TypeError, RecursionError):
+        is_valid = False
+    if not is_valid:
+        raise UserError(f"{file}: not a vocabulary")
     return Vocabulary(kind, tuple(tokens))

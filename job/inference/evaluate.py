@@ -1,4 +1,4 @@
-"""The perplexity of a text under a checkpoint."""
+"""Evaluates a checkpoint's model on a text: perplexity and bits per character."""
 
 import math
 from dataclasses import dataclass
@@ -11,36 +11,41 @@ from job.training.checkpoint import LoadedCheckpoint
 from job.training.loop import evaluate_lanes
 from job.training.progress import LossSum
 
-WINDOW_TOKENS = 1024  # steps at a time: bounds the memory, and changes no number
+WINDOW_STEPS = 1024  # steps per call of the model; bounds the memory and does not change the result
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A text's loss, in nats over its targets, and how many characters (or bytes) it has."""
+    """The loss over all tokens of a text but the first, and the number of characters (or bytes) of those tokens."""
 
     loss: LossSum
     num_characters: int
 
     @property
     def bits_per_character(self) -> float:
-        """Bits that each character of the text costs, its first token left out."""
+        """The loss in bits per character."""
         return self.loss.nats / math.log(2) / self.num_characters
 
 
 def evaluate_text(checkpoint: LoadedCheckpoint, corpus_config: CorpusConfig) -> Evaluation:
-    """Reads the text as one lane, from zero state, each token but the first a target once."""
+    """Evaluates the checkpoint's model on a text as a single lane from zero state.
+
+    Raises:
+        UserError: the text cannot be read, or has fewer than two tokens
+    """
     vocabulary = checkpoint.vocabulary
-    text = read_corpus(corpus_config, vocabulary.kind)
-    tokens = vocabulary.encode(text.lines)[: corpus_config.max_tokens or None]
+    corpus = read_corpus(corpus_config, vocabulary.kind)
+    tokens = vocabulary.encode(corpus.lines)[: corpus_config.max_tokens or None]
     if len(tokens) < 2:
-        raise UserError(f"corpus.source = {corpus_config.source}: {len(tokens)} tokens, and two are the fewest")
-    (nats,) = evaluate_lanes(load_model(checkpoint), tokens, [range(1)], 1, WINDOW_TOKENS)
-    return Evaluation(LossSum(nats, len(tokens) - 1), _characters(text, vocabulary.kind, len(tokens)))
+        problem = f"corpus.source = {corpus_config.source}: {len(tokens)} tokens, and evaluation needs two"
+        raise UserError(problem, "give more text")
+    (nats,) = evaluate_lanes(load_model(checkpoint), tokens, [range(1)], 1, WINDOW_STEPS)
+    return Evaluation(LossSum(nats, len(tokens) - 1), _count_characters(corpus, vocabulary.kind, len(tokens)))
 
 
-def _characters(text: Corpus, kind: str, tokens: int) -> int:
-    """Characters (bytes) of all tokens but the first; words with the space before each."""
-    if kind != "word":
-        return tokens - 1
-    vocabulary = [word for line in text.lines for word in line.split()]
-    return sum(len(word) + 1 for word in vocabulary[1:tokens])
+def _count_characters(corpus: Corpus, vocabulary_kind: str, num_tokens: int) -> int:
+    """Counts the characters (or bytes) of all tokens but the first; a word includes the space before it."""
+    if vocabulary_kind != "word":
+        return num_tokens - 1
+    words = [word for line in corpus.lines for word in line.split()]
+    return sum(len(word) + 1 for word in words[1:num_tokens])

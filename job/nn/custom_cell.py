@@ -55,7 +55,6 @@ def check_state_protocol(cell: nn.Module, model_config: ModelConfig, input_size:
     Raises:
         UserError: a call fails, the outputs have the wrong shape, or the lane is not on axis 1 of the state
     """
-    problem = ""
     inputs_TBE = torch.zeros(3, 2, input_size)
     was_training = cell.training
     cell.eval()
@@ -63,14 +62,13 @@ def check_state_protocol(cell: nn.Module, model_config: ModelConfig, input_size:
         with torch.no_grad():
             outputs, state = cell(inputs_TBE, None)
             cell(inputs_TBE, state)
-    except Exception as error:
-        problem = f"cell(inputs, state) must return outputs and state: {_summarize(error)}"
-    else:
-        tensors = state if isinstance(state, tuple) else (state,)
         if not isinstance(outputs, Tensor) or outputs.shape != (3, 2, model_config.hidden_size):
-            problem = f"outputs must be a tensor (steps, lanes, {model_config.hidden_size})"
-        elif not all(isinstance(tensor, Tensor) and tensor.dim() >= 2 and tensor.shape[1] == 2 for tensor in tensors):
-            problem = "the state must be a tensor or a tuple of tensors with the lane on axis 1"
-    cell.train(was_training)
-    if problem:
-        raise UserError(f"model.cell = {model_config.cell}: {problem}", REMEDY)
+            raise ValueError(f"outputs must be a tensor (steps, lanes, {model_config.hidden_size})")
+        tensors = state if isinstance(state, tuple) else (state,)
+        if not all(isinstance(tensor, Tensor) and tensor.dim() >= 2 and tensor.shape[1] == 2 for tensor in tensors):
+            raise ValueError("state must be a tensor or a tuple of tensors with the lane on axis 1")
+    except Exception as error:
+        problem = f"does not implement outputs, state = cell(inputs, state): {_summarize(error)}"
+        raise UserError(f"model.cell = {model_config.cell}: {problem}", REMEDY) from None
+    finally:
+        cell.train(was_training)

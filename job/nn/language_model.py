@@ -124,13 +124,9 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> N
         UserError: names or shapes differ
     """
     state_dict = model.state_dict()
-    mismatches = [f"missing {name}" for name in sorted(state_dict.keys() - weights.keys())]
-    mismatches += [f"unexpected {name}" for name in sorted(weights.keys() - state_dict.keys())]
-    mismatches += [
-        f"{name} has shape {tuple(weights[name].shape)}, expected {tuple(tensor.shape)}"
-        for name, tensor in state_dict.items()
-        if name in weights and tensor.shape != weights[name].shape
-    ]
-    if mismatches:
-        raise UserError(f"{source}: weights do not match the model: {mismatches[0]}")
+    shapes, expected = ({name: tuple(tensor.shape) for name, tensor in x.items()} for x in (weights, state_dict))
+    for name in sorted(shapes.keys() | expected.keys()):
+        if shapes.get(name) != expected.get(name):
+            mismatch = f"{name} is {shapes.get(name, 'missing')}, expected {expected.get(name, 'no such tensor')}"
+            raise UserError(f"{source}: weights do not match the model: {mismatch}")
     model.load_state_dict({name: weights[name].to(tensor.dtype) for name, tensor in state_dict.items()})

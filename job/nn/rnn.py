@@ -18,7 +18,6 @@ from job.nn.dropout import Dropout
 from job.nn.rnn_fallback import gru_layer, tanh_layer
 from job.nn.state import State
 
-NUM_GATES = {"RNN_TANH": 1, "GRU": 3, "LSTM": 4}
 LayerState = tuple[Tensor, ...]  # one layer's: h (B, H), and an LSTM's c (B, H)
 
 
@@ -82,13 +81,13 @@ def rnn_layer(
     Raises:
         IndexError: a token is not in the vocabulary
     """
-    dtype, on_cpu = compute_dtype(weights[0]), inputs.device.type == "cpu"
+    dtype = compute_dtype(weights[0])
     # Projecting the embeddings of all tokens pays only if there are fewer of them than inputs.
     if embedding_VE is not None and len(embedding_VE) > inputs.numel():
         inputs, embedding_VE = F.embedding(inputs, embedding_VE), None
     if can_use_kernel(weights[0], dtype):
         return _rnn_layer_kernel(cell, dtype, inputs, embedding_VE, state, weights)
-    if on_cpu and (cell == "RNN_TANH" or (cell == "GRU" and dtype != torch.float64)):
+    if inputs.device.type == "cpu" and (cell == "RNN_TANH" or (cell == "GRU" and dtype != torch.float64)):
         return _rnn_layer_fallback(cell, dtype, inputs, embedding_VE, state, weights)
     if embedding_VE is not None:
         inputs = F.embedding(inputs, embedding_VE)
@@ -105,26 +104,24 @@ def _rnn_layer_kernel(
     hidden_size = weights[1].shape[1]
     padding = -hidden_size % VECTOR_WIDTH
     if padding:  # the kernel works on whole vectors; the padded units stay zero
-        weights = [_pad_gates(weight, NUM_GATES[cell], padding) for weight in weights]
+        weights = [_pad_gates(weight, hidden_size, padding) for weight in weights]
         weights[1] = F.pad(weights[1], (0, padding))
         state = tuple(F.pad(tensor, (0, padding)) for tensor in state)
     if inputs.is_floating_point() and inputs.shape[2] % VECTOR_WIDTH:
         input_padding = (0, -inputs.shape[2] % VECTOR_WIDTH)
         inputs, weights = F.pad(inputs, input_padding), [F.pad(weights[0], input_padding), *weights[1:]]
     hidden_TBH, carry_BH = fused_rnn(cell, dtype, inputs, embedding_VE, state, weights)
-    if carry_BH is None:
-        last_state: LayerState = (hidden_TBH[-1],)
-    else:
-        last_state = (hidden_TBH[-1], carry_BH) if cell == "LSTM" else (carry_BH,)
+    carry_BH = hidden_TBH[-1] if carry_BH is None else carry_BH
+    last_state: LayerState = (hidden_TBH[-1], carry_BH) if cell == "LSTM" else (carry_BH,)
     if padding:
         hidden_TBH, last_state = hidden_TBH[..., :hidden_size], tuple(tensor[:, :hidden_size] for tensor in last_state)
     return hidden_TBH, last_state
 
 
-def _pad_gates(weight: Tensor, num_gates: int, padding: int) -> Tensor:
+def _pad_gates(weight: Tensor, hidden_size: int, padding: int) -> Tensor:
     """Pads each gate of a weight or bias (G, …) with zeros for additional units."""
     widths = (0, 0) * (weight.dim() - 1) + (0, padding)
-    return F.pad(weight.unflatten(0, (num_gates, -1)), widths).flatten(0, 1)
+    return F.pad(weight.unflatten(0, (-1, hidden_size)), widths).flatten(0, 1)
 
 
 def _rnn_layer_fallback(
@@ -149,14 +146,8 @@ def _rnn_layer_fallback(
 def _rnn_layer_torch(
     cell: str, inputs_TBE: Tensor, state: LayerState, weights: list[Tensor]
 ) -> tuple[Tensor, LayerState]:
-    flags: dict[str, Any] = {
-        "has_biases": True,
-        "num_layers": 1,
-        "dropout": 0.0,
-        "train": torch.is_grad_enabled(),
-        "bidirectional": False,
-        "batch_first": False,
-    }
+    flags: dict[str, Any] = {"has_biases": True, "num_layers": 1, "dropout": 0.0, "bidirectional": False}
+    flags |= {"train": torch.is_grad_enabled(), "batch_first": False}
     if cell == "LSTM":
         hidden_TBH, *last_state = torch.lstm(inputs_TBE, [tensor[None] for tensor in state], weights, **flags)
     else:

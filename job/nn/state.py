@@ -15,11 +15,9 @@ State = Tensor | tuple[Tensor, ...] | None
 
 def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:
     """Returns the state with ``function`` applied to each of its tensors."""
-    if state is None:
-        return None
-    if isinstance(state, Tensor):
-        return function(state)
-    return tuple(function(tensor) for tensor in state)
+    if isinstance(state, tuple):
+        return tuple(map(function, state))
+    return None if state is None else function(state)
 
 
 def detach_state(state: State) -> State:
@@ -41,8 +39,6 @@ def slice_state(state: State, start: int, count: int) -> State:
 def cat_states(states: list[State]) -> State:
     """Concatenates states of the same structure along the lanes."""
     first = states[0]
-    if first is None or len(states) == 1:
-        return first
-    if isinstance(first, Tensor):
-        return torch.cat(cast(list[Tensor], states), 1)
-    return tuple(torch.cat(tensors, 1) for tensors in zip(*cast(list[tuple[Tensor, ...]], states), strict=True))
+    if isinstance(first, tuple):
+        return tuple(torch.cat(tensors, 1) for tensors in zip(*cast(list[tuple[Tensor, ...]], states), strict=True))
+    return None if first is None else torch.cat(cast(list[Tensor], states), 1)

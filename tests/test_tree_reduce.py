@@ -1,0 +1,43 @@
+"""The fixed-order sum over lane groups: the same for any number of workers."""
+
+import pytest
+import torch
+
+from job.data.lanes import split_evenly
+from job.distributed.tree_reduce import owned_subtrees, reduce_adjacent, tree_sum
+
+
+def sum_pairwise(values):
+    while len(values) > 1:
+        values = [sum(values[i + 1 : i + 2], start=values[i]) for i in range(0, len(values), 2)]
+    return values[0]
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 3, 5, 7, 8, 13])
+def test_reduce_adjacent_on_any_number_of_workers_equals_pairwise_sum(num_groups):
+    scale = torch.logspace(-6, 6, num_groups)
+    values = torch.randn(num_groups, generator=torch.Generator().manual_seed(num_groups)) * scale
+    leaves = [(range(i, i + 1), value) for i, value in enumerate(values)]
+    for num_workers in range(1, num_groups + 1):
+        partial_sums = []
+        for groups in split_evenly(num_groups, num_workers):
+            subtrees = []
+            for leaf in leaves[groups.start : groups.stop]:
+                subtrees = reduce_adjacent([*subtrees, leaf], num_groups)
+            assert [span for span, _ in subtrees] == owned_subtrees(groups, num_groups)
+            partial_sums += subtrees
+        [(span, total)] = reduce_adjacent(partial_sums, num_groups)
+        assert span == range(num_groups)
+        assert torch.equal(total, sum_pairwise(list(values)))
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 3, 5, 7, 8, 13])
+def test_tree_sum_equals_pairwise_sum(num_groups):
+    values = torch.randn(num_groups, generator=torch.Generator().manual_seed(num_groups)).double()
+    assert tree_sum(values.tolist()) == float(sum_pairwise(list(values)))
+
+
+def test_owned_subtrees_are_the_largest_that_the_groups_cover():
+    assert owned_subtrees(range(4), 8) == [range(4)]
+    assert owned_subtrees(range(3, 8), 8) == [range(3, 4), range(4, 8)]
+    assert owned_subtrees(range(4, 6), 6) == [range(4, 6)]
