@@ -68,7 +68,13 @@ ENVIRONMENT = {
     "RAY_AUTH_MODE": "ray._private.authentication.authentication_token_setup:AUTH_MODE_ENV_VAR",
 }
 # Attributes and names that Ray keeps to itself although their spelling does not show it.
-INTERNAL_ATTRIBUTES = {"train_run_context", "_count_possible_workers", "_initialize_and_run_controller"}
+INTERNAL_ATTRIBUTES = {
+    "train_run_context",
+    "_trial_state",
+    "run_metadata",
+    "_count_possible_workers",
+    "_initialize_and_run_controller",
+}
 INTERNAL_STRINGS = ("ray._", "_internal", "__autoscaling_status", "AutoscalingCoordinator", "WorkerGroupStartup")
 INTERNAL_MODULES = ("ray.autoscaler", "ray.experimental", "ray.data", "ray.dashboard")
 
