@@ -131,10 +131,9 @@ def _explain(reason: str) -> tuple[str, str]:
 def _suppress_stderr() -> Iterator[None]:
     """Also for Ray's core, which writes to the file descriptor without Python."""
     sys.stderr.flush()
-    saved = os.dup(2)
-    devnull = os.open(os.devnull, os.O_WRONLY)
+    saved, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 2)
     try:
-        os.dup2(devnull, 2)
         yield
     finally:
         os.dup2(saved, 2)
