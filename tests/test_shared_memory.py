@@ -14,7 +14,7 @@ from job.config.schema import ModelConfig
 from job.data.lanes import lane_groups_of_worker
 from job.distributed import shared_memory
 from job.distributed.gradient_sync import Batch, DeterministicGradients, LaneAssignment
-from job.distributed.shared_memory import CACHE_LINE, SLOT_BYTES, SharedMemoryGroup, _attach, create_group
+from job.distributed.shared_memory import CACHE_LINE, SLOT_BYTES, SharedMemoryGroup, _attach, create_group, group_bytes
 from job.kernels.build import load_library, unavailable_reason
 from job.nn.language_model import build_model
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(load_library() is None, reason=f"no kernel: {una
 
 
 def group(workers, timeout_s=30.0):
-    memory = mmap.mmap(-1, CACHE_LINE + workers * CACHE_LINE + (workers + 1) * SLOT_BYTES)
+    memory = mmap.mmap(-1, group_bytes(workers))
     return [SharedMemoryGroup(memory, rank, workers, timeout_s) for rank in range(workers)]
 
 
@@ -80,7 +80,7 @@ def test_who_does_not_come_is_named(is_sum):
     found = []
 
     def work(member):
-        with pytest.raises(RuntimeError, match=r"worker 2 was silent for 0\.2 seconds"):
+        with pytest.raises(RuntimeError, match=r"worker 2 did not respond for 0\.2 seconds"):
             member.all_reduce_(torch.ones(3)) if is_sum else member.all_gather(torch.ones(3), list(torch.ones(3, 3)))
         found.append(member)
 

@@ -103,7 +103,7 @@ def _version(distribution: str) -> str:
 def _digest(folder: Path) -> str:
     """A hash of the package's sources, C included: they decide the bits of a reproducible run."""
     total = hashlib.sha256()
-    for path in sorted(path for pattern in ("*.py", "*.c") for path in folder.rglob(pattern)):
+    for path in sorted(path for pattern in ("*.py", "*.[ch]") for path in folder.rglob(pattern)):
         total.update(f"{path.relative_to(folder)} {hashlib.sha256(path.read_bytes()).hexdigest()}\n".encode())
     return total.hexdigest()
 

@@ -1,6 +1,7 @@
-"""The kernels in C, built once a machine by its own compiler and loaded by ctypes; or done without.
+"""Compiles the C kernels once per machine with its own compiler, and loads them.
 
-Without a compiler, or where anything at all goes wrong, ``library()`` is None and ``why_not()`` tells.
+If there is no compiler, or if anything else fails, ``load_library()`` returns None and ``unavailable_reason()``
+says why; torch's operators are used instead.
 """
 
 import ctypes
@@ -14,41 +15,43 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-SOURCES = sorted(Path(__file__).parent.glob("*.c"))
+from job.kernels.abi import declare_functions, mismatched_struct
+
+SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-strict-aliasing", "-fPIC", "-shared", "-pthread")
-KERNEL_ENV_VAR = "LANES_KERNEL"  # set to "off", nothing is built or loaded
+KERNEL_ENV_VAR = "LANES_KERNEL"  # "off": nothing is compiled or loaded
 BUILD_TIMEOUT_S = 60.0
 
 
 class KernelUnavailable(Exception):
-    """Why the kernels are done without."""
+    """The reason why the kernels cannot be used."""
 
 
 def load_library() -> ctypes.CDLL | None:
-    """The kernels, None where they cannot be had; the first call of a machine builds them in seconds."""
-    return _found()[0]
+    """Returns the kernels, or None if they are unavailable. The first call on a machine compiles them in seconds."""
+    return _load_or_explain()[0]
 
 
 def unavailable_reason() -> str | None:
-    """Why ``library()`` is None; None where it is not."""
-    return _found()[1]
+    """Returns why ``load_library()`` returns None, or None if it does not."""
+    return _load_or_explain()[1]
 
 
 @functools.cache
-def _found() -> tuple[ctypes.CDLL | None, str | None]:
+def _load_or_explain() -> tuple[ctypes.CDLL | None, str | None]:
     try:
-        return _loaded(), None
+        return _load(), None
     except (OSError, subprocess.SubprocessError, KernelUnavailable) as error:
         return None, str(error)
 
 
-def _loaded() -> ctypes.CDLL:
+def _load() -> ctypes.CDLL:
     if os.environ.get(KERNEL_ENV_VAR) == "off":
         raise KernelUnavailable(f"{KERNEL_ENV_VAR} is off")
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
         raise KernelUnavailable("there is no C compiler")
-    # A folder of its own: texts are cached beside it, in one that others may be allowed to write.
+    # A private folder: the downloaded texts are cached in its parent, which others may be allowed to write.
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lanes" / "kernels"
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -57,38 +60,42 @@ def _loaded() -> ctypes.CDLL:
     if not path.exists():
         _build(compiler, path)
     _check_owner(path)
-    return ctypes.CDLL(str(path))
+    library = ctypes.CDLL(str(path))
+    declare_functions(library)
+    if struct := mismatched_struct(library):
+        raise KernelUnavailable(f"{path}: {struct} has another size than in api.h")
+    return library
 
 
 def _check_owner(path: Path) -> None:
-    """Code that others could have written is not run."""
-    found = path.lstat()
-    if stat.S_ISLNK(found.st_mode) or found.st_uid != os.geteuid() or found.st_mode & 0o022:
-        raise KernelUnavailable(f"{path} is another user's, or others may write it")
+    """Raises KernelUnavailable if another user could have written the code."""
+    status = path.lstat()
+    if stat.S_ISLNK(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+        raise KernelUnavailable(f"{path} belongs to another user, or others may write it")
 
 
 def _cache_key(compiler: str) -> str:
-    """All that the compiled file depends on."""
-    real = Path(compiler).resolve()
-    found = real.stat()
-    metadata = [str(real), found.st_size, found.st_mtime_ns, FLAGS, platform.machine(), _processor()]
+    """Returns a hash of everything that the compiled file depends on."""
+    executable = Path(compiler).resolve()
+    status = executable.stat()
+    metadata = [str(executable), status.st_size, status.st_mtime_ns, FLAGS, platform.machine(), _cpu_features()]
     texts = b"".join(source.read_bytes() for source in SOURCES)
     return hashlib.sha256(texts + repr(metadata).encode()).hexdigest()[:24]
 
 
-def _processor() -> list[str]:
+def _cpu_features() -> list[str]:
     path = Path("/proc/cpuinfo")
     lines = path.read_text().splitlines() if path.exists() else [platform.processor()]
     return sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU"))})
 
 
 def _build(compiler: str, path: Path) -> None:
-    """Makes the file under another name and renames it: workers may race, and each finds it whole."""
+    """Compiles to a temporary name and renames the file, so that concurrent workers never load an incomplete one."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        made = Path(folder) / path.name
-        command = [compiler, *FLAGS, *map(str, SOURCES), "-lm", "-o", str(made)]
+        output = Path(folder) / path.name
+        command = [compiler, *FLAGS, *(str(path) for path in SOURCES if path.suffix == ".c"), "-lm", "-o", str(output)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False)  # noqa: S603
         if done.returncode:
             raise KernelUnavailable(f"{compiler} failed: {done.stderr.strip()[-500:]}")
-        made.chmod(0o700)
-        made.rename(path)
+        output.chmod(0o700)
+        output.rename(path)

@@ -1,145 +1,121 @@
-"""The compiled kernels as operations of autograd, with their own backward.
+"""The compiled kernels as autograd operations with their own backward passes.
 
 Axes: T steps, B lanes, R rows (T times B), E input features, H hidden units, G gates times hidden units,
-V tokens. E, H and what G is made of are multiples of WIDTH: the caller pads.
+V tokens. E and H are multiples of VECTOR_WIDTH: the caller pads.
 """
 
-import ctypes
 import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import Linear
 from torch.nn import functional as F
 
+from job.kernels.abi import FUNCTIONS, STRUCTS
 from job.kernels.build import load_library, unavailable_reason
 
+StateTensors = tuple[Tensor, ...]
+Weights = list[Tensor]  # of one layer, in torch's order
+
 VECTOR_WIDTH = 32
-GREEDY_CHUNK = 1000  # tokens between two moments in which Python hears a signal
+GREEDY_CHUNK = 1000  # tokens per call of the decoder, between which Python handles signals
 CELL_CODES = {"RNN_TANH": 0, "GRU": 1, "LSTM": 2}
+INVALID_TOKEN = 2  # enum status of api.h
 NO_COLUMNS = range(0)
-_SIZES = ("steps", "lanes", "units", "threads", "rows")
-_ARRAYS = ("inputs", "tokens", "weight", "bias", "hidden", "carry", "gates")
-_GRADIENTS = ("dhidden", "dcarry_end", "dgates", "dh0", "dcarry", "packed")
-
-
-_Weights = list[Tensor]  # a layer's, in torch's order
-
-
-class _Window(ctypes.Structure):
-    """``window`` of recurrence.c."""
-
-    _fields_ = (
-        *((name, ctypes.c_long) for name in _SIZES),
-        *((name, ctypes.c_void_p) for name in (*_ARRAYS, *_GRADIENTS)),
-    )
-
-    def __init__(self, steps: int, lanes: int, units: int, rows: int = 0, **arrays: Tensor | None) -> None:
-        super().__init__(steps, lanes, units, torch.get_num_threads(), rows)
-        for name, array in arrays.items():
-            if array is not None:
-                setattr(self, name, array.data_ptr())
-
-
-class _DecoderLayer(ctypes.Structure):
-    """``storey`` of recurrence.c: a layer that takes one step at a time."""
-
-    _fields_ = (
-        ("recurrence", _Window),
-        ("weight", ctypes.c_void_p),
-        ("bias", ctypes.c_void_p),
-        ("packed", ctypes.c_void_p),
-    )
-
-
-def _call(function: str, *arguments: Any) -> None:
-    """Calls a function of recurrence.c; integers are passed as ``long``, tensors by their address."""
-    failed = getattr(load_library(), function)(*map(_argument, arguments))
-    if failed == 2:
-        raise IndexError("a token is not in the vocabulary")
-    if failed:
-        raise MemoryError(f"{function}: no memory is left")
-
-
-def _argument(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return ctypes.c_void_p(value.data_ptr())
-    return ctypes.c_long(value) if isinstance(value, int) else value
 
 
 def kernel_unavailable_reason(device: torch.device) -> str:
-    """Why a processor does without the kernels; empty where it has them, or is none."""
+    """Returns why the kernels are unavailable on this device. Empty if they are available or it is not a CPU."""
     return (unavailable_reason() or "") if device.type == "cpu" else ""
 
 
 @functools.cache
 def supports_dtype(dtype: torch.dtype) -> bool:
-    """Whether the kernels are there and compute with numbers of that type on this processor."""
+    """Whether the kernels are available and compute in this dtype on this processor."""
     library = load_library()
-    return library is not None and (dtype == torch.float32 or (dtype == torch.bfloat16 and library.multiplies_bf16()))
+    return library is not None and (dtype == torch.float32 or (dtype == torch.bfloat16 and library.supports_bf16()))
 
 
-def _linear(left: Tensor, weight: Tensor, bias: Tensor | None, columns: int, to: Tensor, scale: float = 1.0) -> Tensor:
-    """``to`` = scale × left × weight + bias, the weight (columns, K), or (K, columns) where there is no bias."""
-    inner = left.shape[-1]
-    _call(
-        "linear", _is_bf16(left), _is_bf16(to), bias is not None, left.numel() // inner, inner, columns, len(weight),
-        left, weight, bias, ctypes.c_float(scale), to, None, None, torch.get_num_threads(),
-    )  # fmt: skip
-    return to
-
-
-def _weight_gradient(left: Tensor, columns: int, right: Tensor, scale: float = 1.0) -> Tensor:
-    """``scale`` × the left factor's first columns, transposed, × the right one, or its first rows: in float32."""
-    width, wide = left.shape[-1], right.shape[-1]
-    found = torch.empty(columns, wide)
-    _call(
-        "weight_gradient", _is_bf16(left), left.numel() // width, columns, width, left, wide, right,
-        ctypes.c_float(scale), found, torch.get_num_threads(),
-    )  # fmt: skip
-    return found
-
-
-def _segment_sum(
-    rows: Tensor, columns: int, skip: range, tokens: Tensor | None = None, places: int = 1, scale: float = 1.0
-) -> Tensor:
-    """``scale`` × the rows' sums by their tokens, or of all, without some columns: (places, columns) in float32."""
-    found, width = torch.empty(places, columns), rows.shape[-1]
-    _call(
-        "sums", _is_bf16(rows), rows.numel() // width, columns, width, skip.start, len(skip), rows, tokens, places,
-        ctypes.c_float(scale), found,
-    )  # fmt: skip
-    return found
+def _call(function: str, **fields: Any) -> None:
+    """Calls a function of api.h that computes; the fields are those of its struct."""
+    struct = FUNCTIONS[function][0]._type_
+    status = getattr(load_library(), function)(struct(**fields))
+    if status == INVALID_TOKEN:
+        raise IndexError("a token is not in the vocabulary")
+    if status:
+        raise MemoryError(f"{function}: out of memory")
 
 
 def _is_bf16(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16
 
 
+def _linear(left: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Tensor:
+    """Writes ``left @ weight.T + bias`` to ``out``, or ``scale * left @ weight`` if there is no bias.
+
+    In the second case the weight may have fewer rows than ``left`` has columns; the missing ones count as zeros.
+    """
+    inner = left.shape[-1]
+    _call(
+        "linear", is_bf16=_is_bf16(left), out_is_bf16=_is_bf16(out), transposed=bias is not None,
+        rows=left.numel() // inner, inner=inner, columns=out.shape[-1], weight_rows=len(weight),
+        num_threads=torch.get_num_threads(), left=left, weight=weight, bias=bias, out=out, scale=scale,
+    )  # fmt: skip
+    return out
+
+
+def _weight_gradient(left: Tensor, right: Tensor, columns: int, scale: float = 1.0) -> Tensor:
+    """Returns ``scale * left[:, :columns].T @ right`` in float32; ``right`` may have more rows, which are ignored."""
+    out, stride = torch.empty(columns, right.shape[-1]), left.shape[-1]
+    _call(
+        "weight_gradient", is_bf16=_is_bf16(left), rows=left.numel() // stride, left_columns=columns,
+        left_stride=stride, columns=right.shape[-1], num_threads=torch.get_num_threads(), left=left, right=right,
+        out=out, scale=scale,
+    )  # fmt: skip
+    return out
+
+
+def _segment_sum(
+    source: Tensor, columns: int, skip: range, segments: Tensor | None = None, num_segments: int = 1, scale: float = 1.0
+) -> Tensor:
+    """Returns ``scale`` times the sums of the rows of each segment in float32: (num_segments, columns).
+
+    The columns ``skip`` of ``source`` are left out. Without ``segments`` all rows are in one segment.
+    """
+    out, stride = torch.empty(num_segments, columns), source.shape[-1]
+    _call(
+        "segment_sum", is_bf16=_is_bf16(source), rows=source.numel() // stride, columns=columns, stride=stride,
+        num_segments=num_segments, skip_start=skip.start, skip_count=len(skip), source=source, segments=segments,
+        out=out, scale=scale,
+    )  # fmt: skip
+    return out
+
+
 def combine_biases(cell: str, bias_ih_G: Tensor, bias_hh_G: Tensor) -> tuple[Tensor, Tensor | None]:
-    """What is added to the gates, and the part of a GRU's that its reset gate scales."""
+    """Returns the bias of the input projection and, for a GRU, the bias (H) that its reset gate scales."""
     if cell != "GRU":
         return bias_ih_G + bias_hh_G, None
-    new = len(bias_hh_G) // 3 * 2
-    return torch.cat([bias_ih_G[:new] + bias_hh_G[:new], bias_ih_G[new:]]), bias_hh_G[new:]
+    candidate = len(bias_hh_G) // 3 * 2
+    return torch.cat([bias_ih_G[:candidate] + bias_hh_G[:candidate], bias_ih_G[candidate:]]), bias_hh_G[candidate:]
 
 
 def _token_projection(weight_GE: Tensor, embedding_VE: Tensor | None, bias_G: Tensor) -> Tensor:
-    """What each token gives the gates: (V, G); a product with a one-hot vector is a column of the weight."""
+    """Returns the input projection of each token, (V, G). That of a one-hot vector is a column of the weight."""
     if embedding_VE is None:
         return torch.add(weight_GE.t(), bias_G, out=torch.empty(weight_GE.shape[1], len(bias_G)))
     with torch.autocast("cpu", enabled=False):
         return F.linear(embedding_VE, weight_GE, bias_G)
 
 
-class _Recurrence(torch.autograd.Function):
+class _FusedRnn(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
         cell: str,
         dtype: torch.dtype,
-        keep: bool,
+        needs_grad: bool,
         inputs: Tensor,
         embedding_VE: Tensor | None,
         h0_BH: Tensor,
@@ -154,25 +130,26 @@ class _Recurrence(torch.autograd.Function):
         tokens_TB = None if inputs.is_floating_point() else inputs
         if tokens_TB is None:
             inputs = inputs.to(dtype).contiguous()
-            given = _linear(inputs, weight_GE, bias_G, width, torch.empty(steps * lanes, width))
+            input_projection = _linear(inputs, weight_GE, torch.empty(steps * lanes, width), bias_G)
         else:
-            given = _token_projection(weight_GE, embedding_VE, bias_G)
+            input_projection = _token_projection(weight_GE, embedding_VE, bias_G)
         hidden = torch.empty(steps + 1, lanes, units, dtype=dtype)
         hidden[0] = h0_BH
-        carry = None
+        carry = gates = None
         if cell == "GRU" and dtype == torch.float32:
             carry = hidden
         elif cell != "RNN_TANH":
             carry = torch.empty(steps + 1, lanes, units)
             carry[0] = h0_BH if c0_BH is None else c0_BH
-        gates = torch.empty(steps, lanes, 4 * units, dtype=dtype) if keep and cell != "RNN_TANH" else None
-        window = _Window(
-            steps, lanes, units, len(given), inputs=given, tokens=tokens_TB, weight=weight_GH, bias=bias_H,
-            hidden=hidden, carry=carry, gates=gates,
+        if needs_grad and cell != "RNN_TANH":
+            gates = torch.empty(steps, lanes, 4 * units, dtype=dtype)
+        _call(
+            "rnn_forward", cell=CELL_CODES[cell], is_bf16=_is_bf16(hidden), steps=steps, lanes=lanes, units=units,
+            table_rows=len(input_projection), num_threads=torch.get_num_threads(), inputs=input_projection,
+            tokens=tokens_TB, weight=weight_GH, bias=bias_H, hidden=hidden, carry=carry, gates=gates,
         )  # fmt: skip
-        _call("forward", CELL_CODES[cell], dtype == torch.bfloat16, ctypes.byref(window))
         ctx.cell, ctx.gates = cell, gates
-        if keep:
+        if needs_grad:
             ctx.save_for_backward(inputs, embedding_VE, weight_GE, weight_GH, hidden, carry)
         ctx.set_materialize_grads(False)
         return hidden[1:], None if carry is None else carry[-1]
@@ -181,60 +158,58 @@ class _Recurrence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dhidden: Tensor | None, dcarry: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs, embedding_VE, weight_GE, weight_GH, hidden, carry = ctx.saved_tensors
-        cell, (width, units) = ctx.cell, weight_GH.shape
-        steps, lanes = inputs.shape[:2]
+        cell, (steps, lanes), (width, units) = ctx.cell, inputs.shape[:2], weight_GH.shape
         dhidden = hidden.new_zeros(steps, lanes, units) if dhidden is None else dhidden.contiguous()
-        dgates, ctx.gates = ctx.gates, None  # what was kept makes room for its gradient
+        dgates, ctx.gates = ctx.gates, None  # the gradients overwrite the saved gates
         if cell == "RNN_TANH":
             dgates = torch.empty_like(dhidden)
         else:
-            assert dgates is not None, "the kernel's backward runs once"
-            dcarry = (
-                torch.zeros(lanes, units) if dcarry is None else dcarry.clone(memory_format=torch.contiguous_format)
-            )
+            assert dgates is not None, "the kernel's backward pass can run once only"
+            dcarry = torch.zeros(lanes, units) if dcarry is None else torch.empty(lanes, units).copy_(dcarry)
         dh0 = torch.empty(lanes, units) if ctx.needs_input_grad[5] else None
-        window = _Window(
-            steps, lanes, units, weight=weight_GH, hidden=hidden, carry=carry, gates=dgates,
+        _call(
+            "rnn_backward", cell=CELL_CODES[cell], is_bf16=_is_bf16(hidden), steps=steps, lanes=lanes, units=units,
+            num_threads=torch.get_num_threads(), weight=weight_GH, hidden=hidden, carry=carry, gates=dgates,
             dhidden=dhidden, dgates=dgates, dh0=dh0, dcarry=dcarry,
         )  # fmt: skip
-        _call("backward", CELL_CODES[cell], _is_bf16(hidden), ctypes.byref(window))
-        dweight_GH = _weight_gradient(dgates, width, hidden)
-        # A GRU's new state has two gradients: the third block is the hidden state's, the fourth the input's.
-        third = range(2 * units, 3 * units) if cell == "GRU" else NO_COLUMNS
-        dnew_H = _segment_sum(dgates, units, range(third.start))[0] if third else None
-        dinputs = dvectors_VE = None
+        dweight_GH = _weight_gradient(dgates, hidden, width)
+        # A GRU's candidate has two gradients: the third block is its hidden part's, the fourth its input part's.
+        hidden_part = range(2 * units, 3 * units) if cell == "GRU" else NO_COLUMNS
+        dbias_candidate = _segment_sum(dgates, units, range(hidden_part.start))[0] if hidden_part else None
+        dinputs = dembedding_VE = None
         if inputs.is_floating_point():
-            if third:
-                dgates = torch.cat([dgates[..., : third.start], dgates[..., third.stop :]], 2)
+            if hidden_part:
+                dgates = torch.cat([dgates[..., : hidden_part.start], dgates[..., hidden_part.stop :]], 2)
             if ctx.needs_input_grad[3]:
-                dinputs = _linear(dgates, weight_GE, None, inputs.shape[2], torch.empty_like(inputs))
-            dweight_GE = _weight_gradient(dgates, width, inputs)
+                dinputs = _linear(dgates, weight_GE, torch.empty_like(inputs))
+            dweight_GE = _weight_gradient(dgates, inputs, width)
             dbias_G = _segment_sum(dgates, width, NO_COLUMNS)[0]
         else:
-            tokens = weight_GE.shape[1] if embedding_VE is None else len(embedding_VE)
-            dgiven_VG = _segment_sum(dgates, width, third, inputs, tokens)
-            dbias_G = dgiven_VG.sum(0)
-            dweight_GE = dgiven_VG.t() if embedding_VE is None else dgiven_VG.t() @ embedding_VE
-            dvectors_VE = None if embedding_VE is None else dgiven_VG @ weight_GE
-        dbias_hh_G = dbias_G if dnew_H is None else torch.cat([dbias_G[: third.start], dnew_H])
+            num_tokens = weight_GE.shape[1] if embedding_VE is None else len(embedding_VE)
+            dprojection_VG = _segment_sum(dgates, width, hidden_part, inputs, num_tokens)
+            dbias_G = dprojection_VG.sum(0)
+            dweight_GE = dprojection_VG.t() if embedding_VE is None else dprojection_VG.t() @ embedding_VE
+            dembedding_VE = None if embedding_VE is None else dprojection_VG @ weight_GE
+        dbias_hh_G = dbias_G if dbias_candidate is None else torch.cat([dbias_G[: 2 * units], dbias_candidate])
         dc0 = dcarry if cell == "LSTM" else None
-        return None, None, None, dinputs, dvectors_VE, dh0, dc0, dweight_GE, dweight_GH, dbias_G, dbias_hh_G
+        return None, None, None, dinputs, dembedding_VE, dh0, dc0, dweight_GE, dweight_GH, dbias_G, dbias_hh_G
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, keep: bool, hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_TB: Tensor
+        ctx: Any, needs_grad: bool, hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_TB: Tensor
     ) -> Tensor:
-        (tokens, units), rows = weight_VH.shape, targets_TB.numel()
-        columns = tokens + -tokens % VECTOR_WIDTH
+        (vocabulary_size, units), rows = weight_VH.shape, targets_TB.numel()
+        columns = vocabulary_size + -vocabulary_size % VECTOR_WIDTH
         nats_R = torch.empty(rows)
-        dlogits = hidden_TBH.new_empty(rows, columns) if keep else None
+        dlogits = hidden_TBH.new_empty(rows, columns) if needs_grad else None
         _call(
-            "linear", _is_bf16(hidden_TBH), False, True, rows, units, columns, tokens, hidden_TBH, weight_VH, bias_V,
-            ctypes.c_float(1), dlogits, targets_TB, nats_R, torch.get_num_threads(),
+            "linear_cross_entropy", is_bf16=_is_bf16(hidden_TBH), rows=rows, units=units, columns=columns,
+            vocabulary_size=vocabulary_size, num_threads=torch.get_num_threads(), hidden=hidden_TBH,
+            weight=weight_VH, bias=bias_V, targets=targets_TB, nats=nats_R, dlogits=dlogits,
         )  # fmt: skip
-        if keep:
+        if needs_grad:
             ctx.save_for_backward(hidden_TBH, weight_VH, dlogits)
         return nats_R.sum()
 
@@ -242,67 +217,94 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dnats: Tensor) -> tuple[Tensor | None, ...]:
         hidden_TBH, weight_VH, dlogits = ctx.saved_tensors
-        (tokens, units), scale = weight_VH.shape, float(dnats)
-        dhidden = _linear(dlogits, weight_VH, None, units, torch.empty_like(hidden_TBH), scale)
-        dweight = _weight_gradient(dlogits, dlogits.shape[1], hidden_TBH, scale)[:tokens]
-        dbias = _segment_sum(dlogits, dlogits.shape[1], NO_COLUMNS, scale=scale)[0, :tokens]
+        vocabulary_size, columns, scale = len(weight_VH), dlogits.shape[1], float(dnats)
+        dhidden = _linear(dlogits, weight_VH, torch.empty_like(hidden_TBH), scale=scale)
+        dweight = _weight_gradient(dlogits, hidden_TBH, columns, scale)[:vocabulary_size]
+        dbias = _segment_sum(dlogits, columns, NO_COLUMNS, scale=scale)[0, :vocabulary_size]
         return None, dhidden, dweight, dbias, None
 
 
 def fused_rnn(
-    cell: str,
-    dtype: torch.dtype,
-    inputs: Tensor,
-    embedding_VE: Tensor | None,
-    state: tuple[Tensor, ...],
-    weights: list[Tensor],
+    cell: str, dtype: torch.dtype, inputs: Tensor, embedding_VE: Tensor | None, state: StateTensors, weights: Weights
 ) -> tuple[Tensor, Tensor | None]:
-    """Hidden states (T, B, H) of ``dtype`` and, but for a tanh cell, the last carry (B, H) in float32.
+    """One recurrent layer over all steps of a window, forward and backward in one kernel call each.
 
-    The carry is an LSTM's cell or a GRU's hidden state. Inputs, state and weights are as
-    ``rnn.rnn_layer`` has them, the weights in float32.
+    Args:
+        cell: ``RNN_TANH``, ``GRU`` or ``LSTM``
+        dtype: float32 or bfloat16, of the matrix products and of the hidden states
+        inputs: features (T, B, E), or tokens (T, B)
+        embedding_VE: the tokens' features; None: one-hot
+        state: h and, for an LSTM, c, each (B, H)
+        weights: torch's, in float32: of the input (G, E), of the hidden state (G, H), and two biases (G)
+
+    Returns:
+        The hidden states (T, B, H) in ``dtype``, and the last carry (B, H) in float32: an LSTM's c, a GRU's h,
+        or None.
+
+    Raises:
+        IndexError: if a token is not in the vocabulary
     """
-    keep, c0 = torch.is_grad_enabled(), state[1] if cell == "LSTM" else None
-    return _Recurrence.apply(cell, dtype, keep, inputs.contiguous(), embedding_VE, state[0], c0, *weights)
+    needs_grad, c0 = torch.is_grad_enabled(), state[1] if cell == "LSTM" else None
+    return _FusedRnn.apply(cell, dtype, needs_grad, inputs.contiguous(), embedding_VE, state[0], c0, *weights)
 
 
 def fused_linear_cross_entropy(hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_TB: Tensor) -> Tensor:
-    """The cross-entropy of an output layer, summed: products in ``hidden``'s type, all else in float32."""
+    """The summed cross-entropy of an output layer, whose logits never exist all at once.
+
+    Products are in the dtype of ``hidden_TBH`` (float32 or bfloat16), all else is in float32.
+
+    Raises:
+        ValueError: if the shapes of the hidden states and the targets do not match
+        IndexError: if a target is not in the vocabulary
+    """
     if hidden_TBH.shape != (*targets_TB.shape, weight_VH.shape[1]):
-        raise ValueError(f"hidden states {tuple(hidden_TBH.shape)} do not fit targets {tuple(targets_TB.shape)}")
-    keep = torch.is_grad_enabled()
-    return _FusedLinearCrossEntropy.apply(keep, hidden_TBH.contiguous(), weight_VH, bias_V, targets_TB.contiguous())
+        raise ValueError(f"hidden states {tuple(hidden_TBH.shape)} do not match targets {tuple(targets_TB.shape)}")
+    hidden_TBH, targets_TB = hidden_TBH.contiguous(), targets_TB.contiguous()
+    return _FusedLinearCrossEntropy.apply(torch.is_grad_enabled(), hidden_TBH, weight_VH, bias_V, targets_TB)
 
 
 @torch.no_grad()
 def generate_greedy(
     cell: str,
-    layers: list[_Weights],
+    layers: list[Weights],
     embedding_VE: Tensor | None,
-    weight_VH: Tensor,
-    bias_V: Tensor,
-    state: tuple[Tensor, ...],
+    head: Linear,
+    state: StateTensors,
     first_B: Tensor,
     length: int,
 ) -> Tensor:
-    """The most likely tokens, each the next one's input: (length, B), after ``first_B`` and the state (L, B, H)."""
-    lanes, tokens, units = len(first_B), len(weight_VH), weight_VH.shape[1]
-    spoken = torch.empty(length + 1, lanes, dtype=torch.int64)
-    spoken[0] = first_B
-    bias_V = F.pad(bias_V, (0, -tokens % VECTOR_WIDTH))
-    alive: list[Tensor | None] = []  # what the storeys point to
-    storeys = (_DecoderLayer * len(layers))()
-    for number, (storey, (weight_GE, weight_GH, *pair)) in enumerate(zip(storeys, layers, strict=True)):
-        bias_G, bias_H = combine_biases(cell, *pair)
+    """Greedy decoding in float32, many steps per kernel call.
+
+    Args:
+        cell: ``RNN_TANH``, ``GRU`` or ``LSTM``
+        layers: each layer's weights, in torch's order
+        embedding_VE: the tokens' features; None: one-hot
+        head: the output layer (V, H)
+        state: tensors (L, B, H), before ``first_B``
+        first_B: the first input of each lane
+        length: number of tokens to generate
+
+    Returns:
+        The tokens (length, B) after ``first_B``.
+    """
+    lanes, (vocabulary_size, units) = len(first_B), head.weight.shape
+    tokens = torch.empty(length + 1, lanes, dtype=torch.int64)
+    tokens[0] = first_B
+    bias_V = F.pad(head.bias, (0, -vocabulary_size % VECTOR_WIDTH))
+    decoder_layers = []
+    for number, (weight_GE, weight_GH, *biases) in enumerate(layers):
+        bias_G, bias_H = combine_biases(cell, *biases)
         inputs = torch.empty(lanes, len(bias_G)) if number else _token_projection(weight_GE, embedding_VE, bias_G)
         hidden, carry = (torch.stack([part[number]] * 2).contiguous() for part in (state[0], state[-1]))
-        storey.recurrence = _Window(
-            1, lanes, units, len(inputs), inputs=inputs, weight=weight_GH, bias=bias_H,
-            hidden=hidden, carry=carry if cell == "LSTM" else hidden,
+        rnn = STRUCTS["RnnArgs"](
+            cell=CELL_CODES[cell], steps=1, lanes=lanes, units=units, table_rows=len(inputs), num_threads=1,
+            inputs=inputs, weight=weight_GH, bias=bias_H, hidden=hidden, carry=carry if cell == "LSTM" else hidden,
         )  # fmt: skip
-        storey.weight, storey.bias = weight_GE.data_ptr(), bias_G.data_ptr()
-        alive += [inputs, bias_G, bias_H, hidden, carry]
+        decoder_layers.append(STRUCTS["DecoderLayer"](rnn=rnn, weight=weight_GE, bias=bias_G))
     for start in range(0, length, GREEDY_CHUNK):
-        count = min(GREEDY_CHUNK, length - start)
-        _call("speak", CELL_CODES[cell], len(layers), storeys, weight_VH, bias_V, tokens, count, spoken[start:])
-    return spoken[1:]
+        _call(
+            "generate_greedy", num_layers=len(layers), vocabulary_size=vocabulary_size, tokens=tokens[start:],
+            length=min(GREEDY_CHUNK, length - start), weight=head.weight, bias=bias_V,
+            layers=(STRUCTS["DecoderLayer"] * len(layers))(*decoder_layers),
+        )  # fmt: skip
+    return tokens[1:]

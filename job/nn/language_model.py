@@ -84,8 +84,7 @@ class LanguageModel(nn.Module):
             return None
         layers: list[list[Tensor]] = [[*weights] for weights in rnn.all_weights]
         state_LBH = rnn.state_tensors(state, len(first_B))
-        bias_V, embedding_VE = self.linear.bias, self._embedding_weight
-        return generate_greedy(rnn.mode, layers, embedding_VE, weight_VH, bias_V, state_LBH, first_B, length)
+        return generate_greedy(rnn.mode, layers, self._embedding_weight, self.linear, state_LBH, first_B, length)
 
     def _hidden_states(self, tokens_TB: Tensor, state: State, dropout: Dropout | None) -> tuple[Tensor, State]:
         if isinstance(self.rnn, RecurrentLayers):

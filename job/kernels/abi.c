@@ -1,0 +1,29 @@
+/* What Python asks when it has loaded the library. */
+
+#include <stddef.h>
+#include <string.h>
+
+#include "api.h"
+
+#define SIZE(type) {#type, sizeof(type)}
+
+int struct_size(const char *name) {
+    static const struct {
+        const char *name;
+        int size;
+    } SIZES[] = {
+        SIZE(RnnArgs),        SIZE(LinearArgs),   SIZE(LossArgs),     SIZE(WeightGradientArgs),
+        SIZE(SegmentSumArgs), SIZE(DecoderLayer), SIZE(DecoderArgs), SIZE(ShmGroup),
+    };
+    for (size_t i = 0; i < sizeof SIZES / sizeof *SIZES; i++)
+        if (!strcmp(name, SIZES[i].name)) return SIZES[i].size;
+    return -1;
+}
+
+int supports_bf16(void) {
+#ifdef __AVX512BF16__
+    return 1;
+#else
+    return 0;
+#endif
+}

@@ -1,0 +1,125 @@
+/* What Python calls. abi.py reads this header and makes ctypes structs and prototypes of it, so it contains only
+   structs of numbers and pointers, and functions of these that return int.
+
+   Axes: T steps, B lanes, R rows (T times B), E input features, H hidden units, G gates (1, 3 or 4) times H,
+   V tokens. E and H are multiples of 32: the caller pads. Weights, inputs and carries are float. Hidden
+   states, saved gates and their gradients are float, or bf16 where `is_bf16`. */
+
+#ifndef API_H
+#define API_H
+
+#include <stdint.h>
+
+typedef long index_t;
+
+enum cell { RNN, GRU, LSTM };
+enum status { OK, OUT_OF_MEMORY, INVALID_TOKEN };
+
+/* One recurrent layer over all steps of a window. Forward reads the first group and writes hidden[1:],
+   carry[1:] and gates; backward also reads the second group and writes dgates, dh0 and dcarry. */
+typedef struct {
+    index_t cell, is_bf16, steps, lanes, units, table_rows, num_threads;
+    const float *inputs;   /* input projections (T, B, G), or a table (table_rows, G) of them */
+    const int64_t *tokens; /* (T, B): row of the table for each lane; NULL if there is no table */
+    const float *weight;   /* (G, H) */
+    const float *bias;     /* (H): of a GRU's candidate state, scaled by the reset gate */
+    void *hidden;          /* (T + 1, B, H); the first is the initial state */
+    float *carry;          /* (T + 1, B, H); a GRU's hidden state in float or an LSTM's cell; the first is initial */
+    void *gates;           /* (T, B, 4 H): saved for backward; NULL to save nothing */
+
+    const void *dhidden; /* (T, B, H) */
+    void *dgates;        /* (T, B, H or 4 H); may be `gates`. A GRU's are: reset, update, and the candidate with
+                            respect to its hidden part and to its input part */
+    float *dh0;          /* (B, H); NULL if not needed */
+    float *dcarry;       /* (B, H): gradient of the last carry, replaced by that of the first */
+} RnnArgs;
+
+int rnn_forward(const RnnArgs *args);
+int rnn_backward(const RnnArgs *args);
+
+/* out (rows, columns) = scale * left (rows, inner) times weight, plus bias (columns) if it is not NULL.
+   The weight is (columns, inner) if `transposed`, else (weight_rows, columns), where rows up to `inner` are zero. */
+typedef struct {
+    index_t is_bf16, out_is_bf16, transposed, rows, inner, columns, weight_rows, num_threads;
+    const void *left;
+    const float *weight, *bias;
+    void *out;
+    float scale;
+} LinearArgs;
+
+int linear(const LinearArgs *args);
+
+/* The cross-entropy of an output layer, for each row. */
+typedef struct {
+    index_t is_bf16, rows, units, vocabulary_size, columns, num_threads; /* columns: V, rounded up to a multiple of 32 */
+    const void *hidden;     /* (R, H) */
+    const float *weight;    /* (V, H) */
+    const float *bias;      /* (V) */
+    const int64_t *targets; /* (R) */
+    float *nats;            /* (R): the result */
+    void *dlogits;          /* (R, columns): gradient of the sum of all; NULL if not needed */
+} LossArgs;
+
+int linear_cross_entropy(const LossArgs *args);
+
+/* out (left_columns, columns) = scale * left[:, :left_columns]^T times right (rows, columns). */
+typedef struct {
+    index_t is_bf16, rows, left_columns, left_stride, columns, num_threads;
+    const void *left; /* (rows, left_stride) */
+    const void *right;
+    float *out;
+    float scale;
+} WeightGradientArgs;
+
+int weight_gradient(const WeightGradientArgs *args);
+
+/* out (num_segments, columns) = scale * the sums of the rows that have the same segment number. */
+typedef struct {
+    index_t is_bf16, rows, columns, stride, num_segments;
+    index_t skip_start, skip_count; /* columns of `source` that are left out */
+    const void *source;             /* (rows, stride) */
+    const int64_t *segments;        /* (rows); NULL if all rows are in one segment */
+    float *out;
+    float scale;
+} SegmentSumArgs;
+
+int segment_sum(const SegmentSumArgs *args);
+
+/* A layer of the greedy decoder, float only. Its rnn has one step; above the first layer rnn.inputs is scratch. */
+typedef struct {
+    RnnArgs rnn;        /* hidden and carry are updated */
+    const float *weight; /* (G, H): input projection of an upper layer */
+    const float *bias;   /* (G) */
+} DecoderLayer;
+
+/* Greedy decoding: each step's most likely token is the input of the next step. */
+typedef struct {
+    index_t num_layers, vocabulary_size, length;
+    const DecoderLayer *layers;
+    const float *weight; /* (V, H): output layer */
+    const float *bias;   /* (V rounded up to a multiple of 32) */
+    int64_t *tokens;     /* (length + 1, B); the first are the input */
+} DecoderArgs;
+
+int generate_greedy(const DecoderArgs *args);
+
+/* Whether the kernels compute with bf16 on this processor. */
+int supports_bf16(void);
+
+/* One process's view of a group that shares memory; see exchange.c. */
+typedef struct {
+    char *memory; /* a cache line that identifies it, flags of each rank, a slot of each rank, a slot for the sums */
+    index_t rank, workers, slot_bytes;
+    double timeout_s;
+    index_t sequence;     /* number of the current round */
+    index_t stalled_rank; /* after a timeout: the rank that did not arrive */
+} ShmGroup;
+
+/* Both return 0, or 1 after a timeout. All ranks must call with the same sizes. */
+int all_reduce(ShmGroup *group, index_t item_size, index_t count, void *data);
+int all_gather(ShmGroup *group, index_t bytes, const void *data, void *const *outputs);
+
+/* The size of a struct of this header in bytes; -1 if there is none of that name. */
+int struct_size(const char *name);
+
+#endif

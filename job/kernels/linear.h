@@ -1,0 +1,32 @@
+/* Products with a packed right factor, row by row; shared by the linear layer, the loss and the decoder. */
+
+#ifndef LINEAR_H
+#define LINEAR_H
+
+#include "gemm.h"
+
+typedef struct {
+    const void *left;       /* (rows, depth words) */
+    const uint32_t *packed; /* the right factor */
+    const float *bias;      /* (columns), or NULL */
+    index_t depth, columns; /* columns: a multiple of PANEL */
+    float scale;
+} packed_product;
+
+/* out (count, columns) = scale * rows of the left factor times the right one + bias; at most BLOCK_ROWS rows. */
+INLINE void product_rows(int is_bf16, int out_is_bf16, const packed_product *p, index_t first, index_t count, void *out) {
+    float sums[BLOCK_ROWS * PANEL] __attribute__((aligned(64))), scale = p->scale;
+    index_t N = p->columns, depth = p->depth;
+    for (index_t n = 0; n < N; n += PANEL) {
+        gemm_panel(is_bf16, count, (const uint32_t *)p->left + first * depth, depth, 1, p->packed + n * depth, depth,
+                   sums, PANEL, 0);
+        vec bias_left = {}, bias_right = {};
+        if (p->bias) bias_left = load(0, p->bias, n), bias_right = load(0, p->bias, n + WIDTH);
+        for (index_t i = 0; i < count; i++) {
+            store(out_is_bf16, out, i * N + n, scale * load(0, sums, i * PANEL) + bias_left);
+            store(out_is_bf16, out, i * N + n + WIDTH, scale * load(0, sums, i * PANEL + WIDTH) + bias_right);
+        }
+    }
+}
+
+#endif
