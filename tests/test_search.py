@@ -1,6 +1,7 @@
 """Searches without Ray: the space, its checks, the records of trials, and what is written of them."""
 
 import io
+import json
 
 import pytest
 from conftest import job
@@ -254,6 +255,8 @@ def test_trials_end_keeps_the_records_of_trials_beyond_num_trials(tmp_path):
         all_four.end(number, "stopped")
     one = load_trials(folder, base, SearchConfig(trials=1, space=space))
     one.end(0, "failed", "its process died")
+    records = json.loads((tmp_path / TRIALS_FILE).read_text())
+    assert records["00000"] == {"state": "failed", "why": "its process died", "point": one.by_number[0].params}
     again = load_trials(folder, base, SearchConfig(trials=4, space=space))
     assert [trial.state for trial in again] == ["failed", "stopped", "stopped", "stopped"]
     (tmp_path / TRIALS_FILE).write_text("[")

@@ -278,6 +278,18 @@ def test_pbt_when_the_last_running_trial_ends_resumes_the_paused_ones(tmp_path):
     assert scheduler.choose_trial_to_run(controller) in members[:2]
 
 
+def test_trial_callback_with_a_new_epoch_renews_the_failures_allowed(tmp_path):
+    search = SearchConfig(space={"optimizer.learning_rate": {"grid": [1.0, 0.1]}})
+    callback = TrialCallback(load_trials(Folder(str(tmp_path)), load_config(None, {}), search), max_failures=5)
+    trial = Member(0)
+    trial.config, trial.max_failures = {"trial": {"number": 0, "params": {"optimizer.learning_rate": 1.0}}}, 5
+    callback.on_trial_start(0, [trial], trial)
+    for num_failures, epoch, allowed in [(0, 1, 5), (3, 1, 5), (4, 2, 9), (6, 2, 9)]:
+        trial.num_failures = num_failures
+        callback.on_trial_result(0, [trial], trial, {"epoch": epoch, "score": 3.0})
+        assert trial.max_failures == allowed
+
+
 def test_load_checkpoint_waits_for_the_lease_of_the_previous_actor(tmp_path, monkeypatch):
     """Otherwise a checkpoint that the previous actor commits later would count as the newer one."""
     actor = TrialTrainable.__new__(TrialTrainable)

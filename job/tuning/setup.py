@@ -1,7 +1,7 @@
 """Checks a search before its first trial starts: the folder, the configuration and the space."""
 
 from dataclasses import replace
-from typing import Any
+from operator import attrgetter
 
 from job.config.schema import Config, config_differences, format_value
 from job.config.search_space import Params, SearchConfig, search_differences
@@ -20,6 +20,7 @@ from job.storage import Folder
 from job.tuning.params import trial_folder, trial_params, with_params
 
 _MAX_CONFIG_BYTES = 1 << 20
+_setup_inputs = attrgetter("corpus", "vocabulary", "stream", "model", "train.epochs")  # what build_run_spec reads
 
 
 def resolve_search(config: Config, search: SearchConfig, default_name: str) -> tuple[Folder, Config]:
@@ -96,11 +97,6 @@ def _check_params(base: Config, search: SearchConfig, params: Params, folder: Fo
     except UserError as error:
         values = ", ".join(f"{name} = {format_value(value)}" for name, value in params.items())
         raise UserError(f"search.space, at {values}: {error.problem}", error.remedy) from None
-
-
-def _setup_inputs(config: Config) -> tuple[Any, ...]:
-    """All that ``build_run_spec`` reads of a configuration."""
-    return (config.corpus, config.vocabulary, config.stream, config.model, config.train.epochs)
 
 
 def _check_metric(config: Config, search: SearchConfig) -> None:
