@@ -23,7 +23,7 @@ from benchmarks import measure
 from job.config.config_file import load_config
 from job.console import Console
 from job.run.driver import run_training
-from job.run.local_launcher import launch_local
+from job.run.local_launcher import LocalLauncher
 from job.training.checkpoint_writer import CheckpointWriter
 from job.training.loop import TrainState
 
@@ -37,7 +37,7 @@ def speed(**flags: str) -> float:
     with tempfile.TemporaryDirectory() as storage:
         args = {"run.storage": storage, "run.name": "run", "scale.workers": "0", "scale.cpus_per_worker": "1"}
         config = load_config(SEED, {**args, "train.max_steps": str(STEPS), **flags})
-        run_training(config, "seed", Console(io.StringIO()), launch_local)
+        run_training(config, "seed", Console(io.StringIO()), LocalLauncher())
         result = json.loads((Path(storage) / "run" / "result.json").read_text())
     return float(result["tokens"] / result["seconds"] / 1000)
 

@@ -38,16 +38,16 @@ def _train(line: CommandLine) -> int:
     from job.run.driver import Launcher, run_training
 
     config = load_config(line.target, line.flags)
-    launch: Launcher
+    launcher: Launcher
     if config.scale.max_workers:
-        from job.cluster.launcher import launch_on_ray
+        from job.cluster.launcher import RayLauncher
 
-        launch = launch_on_ray
+        launcher = RayLauncher()
     else:
-        from job.run.local_launcher import launch_local
+        from job.run.local_launcher import LocalLauncher
 
-        launch = launch_local
-    return run_training(config, Path(line.target or "run").stem, Console(), launch)
+        launcher = LocalLauncher()
+    return run_training(config, Path(line.target or "run").stem, Console(), launcher)
 
 
 def _tune(line: CommandLine) -> int:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 import socket
 import sys
 import threading
@@ -77,7 +78,9 @@ def _join_and_place(scale: ScaleConfig) -> tuple[Placement, Autoscaler]:
 
 
 def _start_cluster(num_cpus: int) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="error")
+    signal.signal(signal.SIGTERM, handler)  # Ray has installed one that ends the process at once
 
 
 def join_cluster(address: str) -> None:

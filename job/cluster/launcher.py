@@ -29,7 +29,6 @@ from job.config.schema import Config
 from job.console import Console
 from job.distributed.gradient_sync import ControlFlags
 from job.errors import RunFailed
-from job.run.driver import RunWorkers
 from job.run.recorder import Recorder
 from job.run.signals import StopRequest
 from job.storage import Folder
@@ -44,49 +43,70 @@ AUTOSCALER_REQUESTER = (
 )
 
 
-@contextmanager
-def launch_on_ray(config: Config, console: Console) -> Iterator[RunWorkers]:
-    """A launcher for workers on a cluster: the one that is asked for, or one of the run's own."""
-    placement = connect(config.scale)
-    fits: list[threading.Thread] = []
-    try:
+class RayLauncher:
+    """Starts the workers by Ray Train: on the cluster at ``RAY_ADDRESS``, or on a local one that ends with the run."""
+
+    def __init__(self) -> None:
+        self.placement: Placement | None = None
+        self.thread: threading.Thread | None = None  # runs Ray Train
+        self.redirection = contextlib.ExitStack()
+
+    def connect(self, config: Config, console: Console) -> None:
+        """Connects to the cluster. Raises UserError if it can never place the workers or a node cannot run them."""
+        self.placement = self._connect(config, console)
+        _set_ray_timeouts(config)
+        self.redirection.enter_context(_discard_stdout())
+
+    def _connect(self, config: Config, console: Console) -> Placement:
+        placement = connect(config.scale)
         if placement.notice:
             console.print(placement.notice)
         if ray_address():
             check_nodes(placement, config.run.storage, config.model.cell)
-        with _launch(config, placement, fits) as follow:
-            yield follow
-    finally:
-        # Ray must not be shut down under a thread that waits for it. One that waits for workers
-        # which wait for each other ends with this process, and the cluster or job with it.
-        if not any(fit.is_alive() for fit in fits):
-            ray.shutdown()
+        return placement
+
+    def run(self, spec: RunSpec, recorder: Recorder, stop_request: StopRequest) -> None:
+        """Runs Ray Train in a thread and passes its workers' events to the recorder until the run is over.
+
+        Raises RunFailed if Ray ends the run before.
+        """
+        assert self.placement
+        ray_run = _RayRun(spec, self.placement, recorder, stop_request)
+        ray_run.start()
+        self.thread = ray_run.thread
+        ray_run.wait()
+
+    def close(self) -> None:
+        """Waits a moment for Ray Train to end, and disconnects.
+
+        Does not call ``ray.shutdown()`` while a thread is blocked in Ray. A thread stuck on deadlocked workers is a
+        daemon and dies with this process, which also ends the local cluster or job.
+        """
+        if self.thread:
+            self.thread.join(SHUTDOWN_TIMEOUT_S)
+        self.redirection.close()
+        if not (self.thread and self.thread.is_alive()):
+            self._disconnect()
+
+    def _disconnect(self) -> None:
+        ray.shutdown()
+
+
+class TrialLauncher(RayLauncher):
+    """Starts the workers of a search's trial, whose process already belongs to a cluster that can place them."""
+
+    def _connect(self, config: Config, console: Console) -> Placement:
+        return cluster_placement(config.scale, living_nodes(), UNKNOWN_AUTOSCALER)
+
+    def _disconnect(self) -> None:
+        pass  # the connection is that of the trial's process
 
 
 @contextmanager
-def launch_within_trial(config: Config, console: Console) -> Iterator[RunWorkers]:
-    """A launcher for a process of the cluster itself, as a search's trial is; its workers' place was found before."""
-    with _launch(config, cluster_placement(config.scale, living_nodes(), UNKNOWN_AUTOSCALER), []) as follow:
-        yield follow
-
-
-@contextmanager
-def _launch(config: Config, placement: Placement, fits: list[threading.Thread]) -> Iterator[RunWorkers]:
-    """The launcher once a cluster is joined; ``fits`` gets the thread that is in Ray Train's hands."""
-    _set_ray_timeouts(config)
-
-    def follow(spec: RunSpec, recorder: Recorder, stop_request: StopRequest) -> None:
-        following = _RayRun(spec, placement, recorder, stop_request)
-        fits.append(following.thread)
-        following.to_the_end()
-
-    try:
-        # Ray prints pages of advice on each death of a worker; what matters comes as an event.
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
-            yield follow
-    finally:
-        for fit in fits:
-            fit.join(SHUTDOWN_TIMEOUT_S)
+def _discard_stdout() -> Iterator[None]:
+    """Keeps off the terminal what Ray prints: pages of advice whenever a worker dies. Events carry what matters."""
+    with open(os.devnull, "w") as devnull, redirect_stdout(devnull):
+        yield
 
 
 def _set_ray_timeouts(config: Config) -> None:
@@ -109,7 +129,7 @@ def create_event_channel() -> Any:
 
 
 class _RayRun:
-    """One run of Ray Train, whose events the driver's main thread takes as they come."""
+    """One run of Ray Train in a thread; the main thread takes its workers' events and handles signals."""
 
     def __init__(self, spec: RunSpec, placement: Placement, recorder: Recorder, stop_request: StopRequest) -> None:
         self.spec, self.placement, self.recorder, self.stop_request = spec, placement, recorder, stop_request
@@ -152,17 +172,20 @@ class _RayRun:
     def _fit(self) -> None:
         try:
             self.trainer.fit()
-        except BaseException as error:  # told by the main thread
+        except BaseException as error:  # raised in the main thread
             self.error = error
 
-    def to_the_end(self) -> None:
-        """Takes events until the run is over; RunFailed where Ray ends it before."""
+    def start(self) -> None:
+        """Starts Ray Train, after withdrawing what an earlier driver of this run had requested."""
         _cancel_request_of_dead_driver(self.recorder.folder / RAY_FOLDER)
         self.recorder.folder.remove(RAY_FOLDER)
         (self.recorder.folder / RAY_FOLDER).write(AUTOSCALER_REQUESTER, self.trainer.run_id.encode())
         self.thread.start()
+
+    def wait(self) -> None:
+        """Handles events until the run is over. Raises RunFailed if Ray ends it before."""
         try:
-            self._take_events()
+            self._handle_events()
             self.recorder.lease.check()
             self.recorder.folder.remove(RAY_FOLDER)
         except ray.exceptions.RayError as error:
@@ -174,24 +197,23 @@ class _RayRun:
         """Waits for events for at most ``POLL_INTERVAL_S``."""
         return [loads(payload) for payload in ray.get(self.event_channel.poll_events.remote(POLL_INTERVAL_S))]
 
-    def _take_events(self) -> None:
-        waiting, asked = WaitingNotice(self.placement, self.recorder.console), False
+    def _handle_events(self) -> None:
+        waiting, stop_sent = WaitingNotice(self.placement, self.recorder.console), False
         while not self.recorder.over:
             events = self._poll_events()
             for event in events:
                 self.recorder.handle(event)
-            if self.stop_request.save:
-                self.stop_request.save = False
+            if self.stop_request.pop_checkpoint_request():
                 ray.get(self.event_channel.send_command.remote(dumps(ControlFlags(checkpoint=True))))
-            if self.stop_request.status and not self.recorder.standing:
-                raise KeyboardInterrupt  # no worker stands that could save anything
-            if self.stop_request.status and not asked:
+            if self.stop_request.exit_code and not self.recorder.standing:
+                raise KeyboardInterrupt  # no worker is running that could save anything
+            if self.stop_request.exit_code and not stop_sent:
                 ray.get(self.event_channel.send_command.remote(dumps(ControlFlags(stop=True))))
-                asked = True
+                stop_sent = True
             if not self.thread.is_alive() and not events and not self.recorder.over:
                 raise RunFailed(f"Ray Train ended: {_first_line(self.error)}")
             waiting.poll(has_workers=self.recorder.standing)
-        if self.recorder.failed:  # parts that were written before may still be on their way
+        if self.recorder.failed:  # receipts of parts written before may still be on their way
             for event in self._poll_events():
                 self.recorder.handle(event)
 

@@ -5,8 +5,7 @@ import os
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from signal import SIGTERM
 from typing import Any
@@ -14,19 +13,18 @@ from typing import Any
 import ray
 from ray import tune
 
-from job.cluster.launcher import launch_within_trial
+from job.cluster.launcher import TrialLauncher
 from job.config.schema import Config
 from job.config.search_space import SearchConfig
 from job.console import Console
 from job.errors import Diverged, RunFailed, UnrecoverableError, UserError
-from job.run.driver import Launcher, RunWorkers, run_training
+from job.run.driver import run_training
 from job.run.lease import HEARTBEAT_INTERVAL_S, LEASE_TIMEOUT_S, acquire_lease, raise_if_held
-from job.run.local_launcher import launch_local
-from job.run.recorder import Recorder
+from job.run.local_launcher import LocalLauncher
 from job.run.signals import StopRequest
 from job.storage import Folder
-from job.training.events import Event, MetricsRow
-from job.training.run_spec import RunSpec
+from job.training.checkpoint import Checkpoint
+from job.training.events import CheckpointCommitted, Event, MetricsRow
 from job.tuning.exchange import export_checkpoint, import_checkpoint
 from job.tuning.params import trial_config, trial_folder
 from job.tuning.trials import read_trial_rows, row_score
@@ -84,8 +82,8 @@ class TrialTrainable(tune.Trainable):
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Copies the checkpoint of the last report, for the trials that will go on from it."""
-        assert self.attempt and self.attempt.recorder
-        export_checkpoint(self.attempt.recorder.committed[-1], self.place, Folder(checkpoint_dir))
+        assert self.attempt and self.attempt.checkpoint
+        export_checkpoint(self.attempt.checkpoint, self.place, Folder(checkpoint_dir))
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:  # type: ignore[override]
         """Makes a checkpoint, this trial's or another's, the one that the run goes on from."""
@@ -125,9 +123,9 @@ class TrialRunner:
         self.options, self.place, self.search = config, place, search
         self.reports: queue.SimpleQueue[dict[str, Any] | BaseException] = queue.SimpleQueue()
         self.may_go_on = threading.Semaphore(0)
-        self.ending = self.stop_wanted = False
-        self.recorder: Recorder | None = None
-        self.stop_request: StopRequest | None = None
+        self.ending = False
+        self.stop_request = StopRequest()
+        self.checkpoint: Checkpoint | None = None  # the last one that was committed
         self.row: dict[str, Any] | None = None  # that waits for its checkpoint
         self.told = 0  # the step of the last report
         self.thread = threading.Thread(target=self._drive, daemon=True)
@@ -147,9 +145,7 @@ class TrialRunner:
 
     def request_stop(self) -> None:
         """Has the run save and stop at its next step."""
-        self.stop_wanted = True
-        if self.stop_request:
-            self.stop_request.status = 128 + SIGTERM
+        self.stop_request.exit_code = 128 + SIGTERM
 
     def end(self) -> None:
         """Stops the run, where it is not over, and waits until it is."""
@@ -170,53 +166,38 @@ class TrialRunner:
     def _outcome(self) -> dict[str, str]:
         if self.search.scheduler == "asha":
             self._recall()
-        if self.stop_wanted:
+        if self.stop_request.exit_code:
             return {"state": "interrupted"}
-        launch = launch_within_trial if self.options.scale.max_workers else launch_local
+        launcher = TrialLauncher() if self.options.scale.max_workers else LocalLauncher()
         try:
-            wait_until_free(self.place, lambda: self.stop_wanted)
-            if self.stop_wanted:
+            wait_until_free(self.place, lambda: bool(self.stop_request.exit_code))
+            if self.stop_request.exit_code:
                 return {"state": "interrupted"}
             with open(os.devnull, "w") as nowhere:
-                status = run_training(self.options, "", Console(nowhere), self._watched(launch))
+                exit_code = run_training(
+                    self.options, "", Console(nowhere), launcher, self.stop_request, self._on_event
+                )
         except Diverged as error:
             return {"state": "diverged", "reason": _short(error)}
         except (UnrecoverableError, UserError) as error:
             return {"state": "failed", "reason": _short(error)}
-        return {"state": "interrupted" if status else "finished"}
+        return {"state": "interrupted" if exit_code else "finished"}
 
     def _recall(self) -> None:
         """Reports again what an earlier start of the search has seen, for the scheduler."""
         for row in read_trial_rows(self.place):
-            if not self.stop_wanted:
+            if not self.stop_request.exit_code:
                 self._report(row)
 
-    def _watched(self, launch: Launcher) -> Launcher:
-        """The launcher, with its recorder watched and its wishes within reach."""
-
-        @contextmanager
-        def watched(config: Config, console: Console) -> Iterator[RunWorkers]:
-            with launch(config, console) as follow:
-
-                def followed(spec: RunSpec, recorder: Recorder, stop_request: StopRequest) -> None:
-                    self.recorder, self.stop_request = recorder, stop_request
-                    recorder.watch = self._watch
-                    if self.stop_wanted:
-                        self.request_stop()
-                    follow(spec, recorder, stop_request)
-
-                yield followed
-
-        return watched
-
-    def _watch(self, event: Event) -> None:
-        assert self.recorder
-        if isinstance(event, MetricsRow) and event.attempt == self.recorder.attempt:
+    def _on_event(self, event: Event) -> None:
+        if isinstance(event, MetricsRow):
             if row_score(event.row, self.search.metric) is not None:
                 self.row = event.row
-        elif self.row and self.recorder.committed and self.recorder.committed[-1].step == self.row["step"]:
-            row, self.row = self.row, None
-            self._report(row)
+        elif isinstance(event, CheckpointCommitted):
+            self.checkpoint = event.checkpoint
+            if self.row and event.checkpoint.step == self.row["step"]:
+                row, self.row = self.row, None
+                self._report(row)
 
     def _report(self, row: dict[str, Any]) -> None:
         """Tells Ray Tune, once for each step, and waits for its word."""

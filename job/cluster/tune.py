@@ -78,14 +78,14 @@ def run_search(config: Config, search: SearchConfig, default_name: str, console:
         return 0
     wait_until_expired(folder, console.print)
     stop_request = StopRequest()
-    with stop_request.heard():
+    with stop_request.installed():
         base = check_search(config, search, folder)
         folder.check_writable()
-        if stop_request.status:
-            return stop_request.status
+        if stop_request.exit_code:
+            return stop_request.exit_code
         if search.searcher == "optuna":
             import_optuna()  # fails before a cluster is started
-        with _connected(base, search, console) as (cluster_base, resources), stop_request.heard():
+        with _connected(base, search, console) as (cluster_base, resources):
             lease = acquire_lease(folder)
             try:
                 folder.write(SEARCH_FILE, search_config_to_toml(base, search).encode())
@@ -93,9 +93,9 @@ def run_search(config: Config, search: SearchConfig, default_name: str, console:
                 trials = load_trials(folder, cluster_base, search)
                 if trials.num_pending:
                     _run_trials(trials, resources, lease, stop_request, console)
-                if stop_request.status:
+                if stop_request.exit_code:
                     console.print(f"stopped; the same command resumes {folder}")
-                    return stop_request.status
+                    return stop_request.exit_code
                 lease.check()
                 trials = load_trials(folder, base, search)  # what the files say
                 write_results(trials)
@@ -150,7 +150,7 @@ def _run_trials(
         thread.start()
         while thread.is_alive():
             thread.join(POLL_INTERVAL_S)
-            if not stopper.requested and (stop_request.status or time.monotonic() > deadline):
+            if not stopper.requested and (stop_request.exit_code or time.monotonic() > deadline):
                 stopper.requested = True
                 event_channel.send_command.remote(dumps(ControlFlags(stop=True)))
             lease.check_if_stale()
@@ -161,7 +161,7 @@ def _run_trials(
     trials.folder.remove(RAY_FOLDER)
     if thread.error:
         raise RunFailed(f"Ray Tune failed: {one_line(thread.error)}", "the same command resumes the search")
-    if stopper.requested and not stop_request.status:
+    if stopper.requested and not stop_request.exit_code:
         num_left = trials.search.num_trials - sum(trial.state in TERMINAL_STATES for trial in trials)
         console.print(f"time is up with {num_left} trials left; the same command resumes {trials.folder}")
 

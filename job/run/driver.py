@@ -1,13 +1,8 @@
-"""Starts a run's workers, follows them, and finishes the run.
-
-How workers are started is the launcher's affair: in this process, or by Ray on a cluster.
-"""
+"""Starts a run's workers through a launcher, waits for them, and finishes the run."""
 
 import json
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import replace
-from typing import Any
+from typing import Any, Protocol
 
 from job.config.schema import Config
 from job.config.toml import config_to_toml
@@ -22,18 +17,53 @@ from job.run.setup import build_run_spec
 from job.run.signals import StopRequest
 from job.storage import Folder
 from job.training.checkpoint import find_latest_valid, list_checkpoints, weights_sha256
+from job.training.events import EventSink
 from job.training.progress import perplexity
 from job.training.run_spec import RunSpec
 
-# Workers take the spec; the recorder gets their events until the run is over.
-RunWorkers = Callable[[RunSpec, Recorder, StopRequest], None]
-# Makes sure, before anything is written, that the workers have a place.
-Launcher = Callable[[Config, Console], AbstractContextManager[RunWorkers]]
+
+class Launcher(Protocol):
+    """Starts a run's workers: in this process, or by Ray on a cluster."""
+
+    def connect(self, config: Config, console: Console) -> None:
+        """Makes sure that the workers can be placed. Raises UserError if not; nothing has been written by then."""
+
+    def run(self, spec: RunSpec, recorder: Recorder, stop_request: StopRequest) -> None:
+        """Starts the workers and passes their events to the recorder until the run is over.
+
+        Raises RunFailed if the workers end before.
+        """
+
+    def close(self) -> None:
+        """Releases the workers and the cluster; called once, whatever happened."""
 
 
-def run_training(config: Config, stem: str, console: Console, launch: Launcher) -> int:
-    """Trains as configured, or goes on with what is there; gives the exit status."""
-    folder, config, previous = resolve_run(config, stem)
+def run_training(
+    config: Config,
+    default_name: str,
+    console: Console,
+    launcher: Launcher,
+    stop_request: StopRequest | None = None,
+    on_event: EventSink | None = None,
+) -> int:
+    """Trains a run, or resumes it if it exists.
+
+    Args:
+        config: as the user gave it
+        default_name: the run's name, without its number, if ``run.name`` is empty
+        console: shows progress and the result
+        launcher: starts the workers; closed at the end
+        stop_request: lets the caller stop the run; signals do so anyway
+        on_event: called after each event of the current attempt, and after each commit of a checkpoint
+
+    Returns:
+        The exit status: 0, or 128 + the signal's number if the run was stopped.
+
+    Raises:
+        UserError: the input is invalid; nothing was started
+        RunFailed: the run failed; the error says what was saved
+    """
+    folder, config, previous = resolve_run(config, default_name)
     if previous and previous.is_finished(config):
         assert previous.result
         bound = "train.epochs" if previous.result["epochs"] >= config.train.epochs else "train.max_steps"
@@ -41,42 +71,51 @@ def run_training(config: Config, stem: str, console: Console, launch: Launcher) 
         _print_result(previous.result, folder, console)
         return 0
     wait_until_expired(folder, console.print)
-    stop_request = StopRequest()
-    with stop_request.heard():
+    stop_request = stop_request or StopRequest()
+    with stop_request.installed():
         spec = build_run_spec(config, folder)
         check_same_text(spec.checkpoints, spec.dataset.metadata)
         folder.check_writable()
-        if stop_request.status:
-            return stop_request.status
+        if stop_request.exit_code:
+            return stop_request.exit_code
         folder = replace(folder, retry=True)
         spec = replace(spec, checkpoints=folder / spec.checkpoints.name)
         console.print(_run_banner(spec, config.corpus.source))
-        # Heard anew within: Ray, once it is connected, has handlers of its own.
-        with launch(spec.config, console) as follow, stop_request.heard():
-            return _run(follow, spec, folder, stop_request, console)
+        try:
+            launcher.connect(spec.config, console)
+            return _run(launcher, spec, folder, stop_request, console, on_event)
+        finally:
+            launcher.close()
 
 
-def _run(follow: RunWorkers, spec: RunSpec, folder: Folder, stop_request: StopRequest, console: Console) -> int:
+def _run(
+    launcher: Launcher,
+    spec: RunSpec,
+    folder: Folder,
+    stop_request: StopRequest,
+    console: Console,
+    on_event: EventSink | None,
+) -> int:
     lease = acquire_lease(folder)
     recorder = None
     try:
         check_config_unchanged(folder, spec.config)  # between the look at it and the lease
         folder.write(CONFIG_FILE, config_to_toml(spec.config).encode())
-        recorder = Recorder(folder, spec.config, lease, console)
-        follow(spec, recorder, stop_request)
+        recorder = Recorder(folder, spec.config, lease, console, on_event)
+        launcher.run(spec, recorder, stop_request)
         if recorder.failed:
             raise recorder.failed
         if not recorder.finished:
             raise RunFailed("the workers ended without a word")
         if recorder.finished.stopped:
             console.print(f"stopped at step {recorder.finished.progress.step:,}; {_describe_last_checkpoint(folder)}")
-            return stop_request.status
+            return stop_request.exit_code
         lease.check()
         _print_result(_finish(spec, recorder, folder), folder, console)
         return 0
     except KeyboardInterrupt:
         console.print(f"stopped; {_describe_last_checkpoint(folder)}")
-        return stop_request.status
+        return stop_request.exit_code
     except RunFailed as error:
         remedies = (error.remedy, _describe_last_checkpoint(folder, closely=True))
         raise type(error)(error.problem, "; ".join(filter(None, remedies))) from error.__cause__

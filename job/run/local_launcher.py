@@ -1,9 +1,7 @@
-"""A run in the caller's own process, without a cluster: one worker that holds all lanes."""
+"""Runs the training in the caller's own process, without a cluster: one worker that holds all lanes."""
 
 import threading
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 
@@ -12,7 +10,6 @@ from job.console import Console
 from job.distributed.context import World, available_cpus
 from job.distributed.gradient_sync import ControlFlags
 from job.errors import RunFailed, UserError
-from job.run.driver import RunWorkers
 from job.run.recorder import Recorder
 from job.run.signals import StopRequest
 from job.training.events import Event
@@ -20,30 +17,34 @@ from job.training.run_spec import RunSpec
 from job.training.trainer import train
 
 
-@contextmanager
-def launch_local(config: Config, _: Console) -> Iterator[RunWorkers]:
-    """A launcher for ``scale.workers = 0``."""
-    has_gpu = torch.cuda.is_available()
-    if config.scale.gpu_requirement and not has_gpu:
-        raise UserError(f"{config.scale.gpu_requirement}: this machine has no GPU that torch can use; leave it out")
-    device = torch.device("cuda" if has_gpu and config.scale.accelerator != "cpu" else "cpu")
-    world = World(0, 1, device, config.scale.cpus_per_worker or available_cpus(), uuid.uuid4().hex[:8])
+class LocalLauncher:
+    """The launcher for ``scale.workers = 0``."""
 
-    def follow(spec: RunSpec, recorder: Recorder, stop_request: StopRequest) -> None:
+    def connect(self, config: Config, console: Console) -> None:
+        """Raises UserError if the configuration requires a GPU and there is none."""
+        if config.scale.gpu_requirement and not torch.cuda.is_available():
+            raise UserError(f"{config.scale.gpu_requirement}: this machine has no GPU that torch can use; leave it out")
+
+    def run(self, spec: RunSpec, recorder: Recorder, stop_request: StopRequest) -> None:
+        """Trains until the run is over. Raises RunFailed if the training raises."""
+        scale = spec.config.scale
+        device = torch.device("cuda" if torch.cuda.is_available() and scale.accelerator != "cpu" else "cpu")
+        world = World(0, 1, device, scale.cpus_per_worker or available_cpus(), uuid.uuid4().hex[:8])
         try:
-            train(spec, world, _Link(recorder, stop_request))
+            train(spec, world, _LocalLink(recorder, stop_request))
         except RunFailed:
             raise
         except Exception as error:
             raise RunFailed(f"{type(error).__name__}: {error}") from error
 
-    yield follow
+    def close(self) -> None:
+        """Does nothing: there is nothing to release."""
 
 
-class _Link:
-    """Worker and driver are one process: events go straight to the recorder.
+class _LocalLink:
+    """Passes events straight to the recorder, since worker and driver are one process.
 
-    They come from the loop and from the thread that writes checkpoints.
+    They come from two threads, the training loop and the checkpoint writer; hence the lock.
     """
 
     def __init__(self, recorder: Recorder, stop_request: StopRequest) -> None:
@@ -55,8 +56,9 @@ class _Link:
             self.recorder.handle(event)
 
     def signals(self) -> ControlFlags:
-        save, self.stop_request.save = self.stop_request.save, False
-        return ControlFlags(checkpoint=save, stop=bool(self.stop_request.status))
+        return ControlFlags(
+            checkpoint=self.stop_request.pop_checkpoint_request(), stop=bool(self.stop_request.exit_code)
+        )
 
     def preemption_pending(self) -> bool:
         return False

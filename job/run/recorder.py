@@ -25,6 +25,7 @@ from job.training.checkpoint import (
     remove_checkpoint,
 )
 from job.training.events import (
+    CheckpointCommitted,
     Crashed,
     Event,
     EventSink,
@@ -52,7 +53,9 @@ class Recorder:
     on the disk.
     """
 
-    def __init__(self, folder: Folder, config: Config, lease: Lease, console: Console) -> None:
+    def __init__(
+        self, folder: Folder, config: Config, lease: Lease, console: Console, on_event: EventSink | None = None
+    ) -> None:
         self.folder, self.options, self.lease, self.console = folder, config, lease, console
         self.checkpoints = folder / "checkpoints"
         self.place = folder.local_path or Path(tempfile.mkdtemp(prefix="lanes-"))
@@ -68,7 +71,7 @@ class Recorder:
         self.parts: dict[str, list[PartReceipt]] = {}
         self.early: list[PartWritten] = []  # of a group whose first worker has not been heard yet
         self.board: TensorBoardWriter | None = None
-        self.watch: EventSink = lambda _: None  # told of each event, once it has been taken in
+        self.on_event = on_event or (lambda _: None)
         if folder.local_path is None and folder.has(METRICS_FILE):
             (self.place / METRICS_FILE).write_bytes(folder.read(METRICS_FILE))
 
@@ -91,7 +94,8 @@ class Recorder:
     def handle(self, event: Event) -> None:
         """Takes one event in; RunFailed where the folder cannot be written."""
         self._take(event)
-        self.watch(event)
+        if event.attempt == self.attempt:
+            self.on_event(event)
 
     def _take(self, event: Event) -> None:
         if isinstance(event, Started):
@@ -236,6 +240,7 @@ class Recorder:
             if entry not in kept:
                 remove_checkpoint(entry)
         self.committed = [entry for entry in self.committed if entry in kept]
+        self.on_event(CheckpointCommitted(self.attempt, self.committed[-1]))
 
     @property
     def best(self) -> Checkpoint | None:

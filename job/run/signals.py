@@ -4,38 +4,45 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from types import FrameType
 
 
 class StopRequest:
-    """What signals ask of the run: SIGINT or SIGTERM once, to save and stop; again, to stop at once.
+    """Whether the run is to save and stop, or to save a checkpoint; set by signals or by the code that started it.
 
-    SIGUSR1 asks for a checkpoint. SIGHUP is ignored: a terminal may go away.
+    The first SIGINT or SIGTERM requests a stop, the second raises KeyboardInterrupt. SIGUSR1 requests a
+    checkpoint. SIGHUP is ignored, so that the run survives a closed terminal.
     """
 
     def __init__(self) -> None:
-        self.status = 0  # the exit status of a stop, once one is wanted
-        self.save = False
+        self.exit_code = 0  # of the process; not 0 once a stop is requested
+        self.checkpoint_requested = False
+
+    def pop_checkpoint_request(self) -> bool:
+        """Returns whether a checkpoint was requested since the last call."""
+        requested, self.checkpoint_requested = self.checkpoint_requested, False
+        return requested
 
     @contextmanager
-    def heard(self) -> Iterator[None]:
-        """Listens for signals within; only a main thread can."""
+    def installed(self) -> Iterator[None]:
+        """Handles signals within the block. Does nothing outside the main thread, where Python cannot."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        heard = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        before = {number: signal.signal(number, self._hear) for number in heard}
-        before[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        previous = {
+            number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+        }
+        previous[signal.SIGHUP] = signal.signal(signal.SIGHUP, signal.SIG_IGN)
         try:
             yield
         finally:
-            for number, handler in before.items():
+            for number, handler in previous.items():
                 signal.signal(number, handler)
 
-    def _hear(self, number: int, _: Any) -> None:
+    def _on_signal(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGUSR1:
-            self.save = True
-        elif self.status:
+            self.checkpoint_requested = True
+        elif self.exit_code:
             raise KeyboardInterrupt
         else:
-            self.status = 128 + number
+            self.exit_code = 128 + number

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from job.errors import UnrecoverableError
-from job.training.checkpoint import CorruptCheckpoint, PartReceipt
+from job.training.checkpoint import Checkpoint, CorruptCheckpoint, PartReceipt
 from job.training.progress import Progress
 
 
@@ -86,6 +86,13 @@ class WorkerGroupEnded(Event):
     """
 
     message: str
+
+
+@dataclass(frozen=True)
+class CheckpointCommitted(Event):
+    """The driver has committed a checkpoint. No worker sends this; it is for those who observe the driver."""
+
+    checkpoint: Checkpoint
 
 
 EventSink = Callable[[Event], None]
