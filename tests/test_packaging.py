@@ -1,0 +1,104 @@
+"""What is packed for other machines: the wheel, and the working directory of ``ray job submit``."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from job.kernels.build import load_library
+
+pytestmark = pytest.mark.slow
+PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+# What a wheel must contain besides metadata, and a submitted job must be sent.
+PACKAGE_FILES = {
+    path.relative_to(ROOT).as_posix()
+    for path in (ROOT / "job").rglob("*")
+    if path.is_file() and "__pycache__" not in path.parts
+}
+
+
+def run(*command: object, **options) -> str:
+    """The output of a command that must succeed."""
+    finished = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, **options)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """A wheel built from a copy of the tree, so that no build folder of the checkout takes part."""
+    folder = tmp_path_factory.mktemp("wheel")
+    shutil.copytree(ROOT / "job", folder / "tree" / "job", ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder / "tree")
+    run(*PIP, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, folder / "tree")
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel_contains_all_files_of_package(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    assert names == PACKAGE_FILES
+
+
+@pytest.mark.skipif(load_library() is None, reason="no kernel on this machine")
+def test_installed_wheel_trains_with_compiled_kernel(wheel, prose, tmp_path):
+    """In a virtual environment of its own, which finds only the dependencies in that of the tests."""
+    environment = tmp_path / "environment"
+    venv.create(environment, with_pip=False)
+    python = environment / "bin" / "python"
+    site_packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
+    run(*PIP, "--python", python, "install", "--no-deps", "--no-index", wheel)
+    (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    location = run(python, "-c", "import job; print(job.__file__)", cwd=tmp_path, env=env)
+    assert Path(location.strip()).is_relative_to(environment)
+    arguments = ["--corpus.source", prose, "--corpus.max_tokens", 3000, "--train.epochs", 1, "--scale.workers", 0]
+    out = run(python, "-m", "job", "train", *arguments, "--generate.prefix", "the", cwd=tmp_path, env=env)
+    assert "1 worker on cpu" in out
+    assert "without the compiled kernel" not in out
+
+
+# --- ray job submit -------------------------------------------------------------------------------------------------
+
+
+def uploaded(folder: Path, archive: Path) -> set[str]:
+    """The files that ``ray job submit --working-dir FOLDER`` uploads, as Ray packs them."""
+    from ray._private.ray_constants import get_runtime_env_default_excludes
+    from ray._private.runtime_env.packaging import create_package
+
+    create_package(str(folder), archive, include_gitignore=True, excludes=get_runtime_env_default_excludes())
+    with zipfile.ZipFile(archive) as packed:
+        return {name for name in packed.namelist() if not name.endswith("/")}
+
+
+@pytest.mark.parametrize("has_ignore_files", [True, False])
+def test_working_dir_uploads_only_package_code_and_configurations(tmp_path, has_ignore_files):
+    folder = tmp_path / "project"
+    needed = {"job/__main__.py", "job/kernels/a.c", "job/kernels/a.h", "job/run/report.html", "job/run/a.json",
+              "configs/seed.toml", "my_cells.py", "cells/gated.py"}  # fmt: skip
+    others = {".venv/lib/torch.so", ".git/objects/ab", "runs/a/checkpoints/b/manifest.json", "my-text.txt",
+              "corpora/book", "model.safetensors", ".mypy_cache/x.py", "tests/test_x.py", "secret.pem", ".env",
+              "elsewhere/a/metrics.jsonl", "job/__pycache__/x.pyc", "build/lib/job/x.py", "book.txt.gz"}  # fmt: skip
+    for name in needed | others:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("x")
+    if has_ignore_files:
+        for name in (".gitignore", ".rayignore"):
+            shutil.copy(ROOT / name, folder)
+    names = uploaded(folder, tmp_path / "upload.zip")
+    assert names == needed if has_ignore_files else names > needed
+
+
+def test_working_dir_of_this_project_is_complete_and_small(tmp_path):
+    names = uploaded(ROOT, tmp_path / "upload.zip")
+    assert PACKAGE_FILES | {"configs/seed.toml"} <= names
+    assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "docs/", "runs/", "."))]
+    assert (tmp_path / "upload.zip").stat().st_size < 2**20
