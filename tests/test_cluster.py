@@ -13,6 +13,8 @@ from conftest import ROOT, job, result, rows, start_job
 from ray_nodes import RAY, RayNodes, free_port
 from test_workers import train_flags
 
+from job.kernels.build import load_library
+
 pytestmark = pytest.mark.cluster
 
 
@@ -83,6 +85,7 @@ def test_stopped_job_resumes_when_submitted_again(job_server, prose, tmp_path):
     again = job_server.submit("again", *command, "--train.max_steps", steps + 3)
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"goes on from step {steps:,}" in again.stdout
+    assert load_library() is None or "without the compiled kernel" not in again.stdout
     assert [row["step"] for row in rows(tmp_path / "run", "train")] == list(range(1, steps + 4))
     # The log has no control characters.
     assert not re.search(r"[\r\x1b]", again.stdout.partition("perplexity")[2].partition("curve")[0])

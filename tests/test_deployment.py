@@ -1,4 +1,4 @@
-"""Deployment files, checked without a cloud, Docker or Kubernetes. Each check is also shown a file that it must reject."""
+"""Deployment files, checked without a cloud, Docker or Kubernetes. Each check must also reject broken files."""
 
 import json
 import os
@@ -313,7 +313,7 @@ def test_install_script_installs_dependencies_under_constraints(tmp_path):
     """CI runs the script; here a fake ``python`` records how pip is called."""
     (tmp_path / "python").write_text(
         f'#!/bin/sh\nif [ "$1" = -c ]; then exec {sys.executable} "$@"; fi\n'
-        f'echo "$@" > {tmp_path}/pip.log; echo "index=$PIP_EXTRA_INDEX_URL" >> {tmp_path}/pip.log; cat >> {tmp_path}/pip.log\n'
+        f'exec > {tmp_path}/pip.log; echo "$@"; echo "index=$PIP_EXTRA_INDEX_URL"; cat\n'
     )
     (tmp_path / "python").chmod(0o755)
     for device, index in (("cpu", "https://download.pytorch.org/whl/cpu"), ("gpu", "")):
