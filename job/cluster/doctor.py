@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import ray
@@ -59,14 +60,12 @@ def run_doctor(config: Config, console: Console) -> int:
 
 def _run_checks(config: Config) -> Iterator[CheckResult]:
     folder = Folder.resolve(config.run.storage)
+    build_spec = cache(lambda: build_run_spec(config, folder))
     yield _run_check("versions", _describe_versions)
-    try:
-        spec = build_run_spec(config, folder)
-    except UserError as error:
-        yield _failure("text", error)
-    else:
-        yield CheckResult("text", _describe_text(spec))
-        yield _run_check("storage", lambda: _check_disk_space(folder, spec))
+    text = _run_check("text", lambda: _describe_text(build_spec()))
+    yield text
+    if not text.failed:
+        yield _run_check("storage", lambda: _check_disk_space(folder, build_spec()))
     yield from _cluster_checks(config, folder) if ray_address() else _local_checks(config.scale)
 
 
@@ -75,11 +74,7 @@ def _run_check(subject: str, check: Callable[[], str]) -> CheckResult:
     try:
         return CheckResult(subject, check())
     except UserError as error:
-        return _failure(subject, error)
-
-
-def _failure(subject: str, error: UserError) -> CheckResult:
-    return CheckResult(subject, error.problem, failed=True, remedy=error.remedy)
+        return CheckResult(subject, error.problem, failed=True, remedy=error.remedy)
 
 
 def _describe_versions() -> str:
