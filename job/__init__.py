@@ -2,10 +2,10 @@
 
 import os
 
-# Read when torch is loaded. Threads of OpenMP that wait would spin for some milliseconds, as long as the
-# seed's whole step, on cores that others need; asleep, two of them make that step 1.2 times as fast, and
-# spinning 0.7 times.
+# Both variables are read when torch is imported. By default idle OpenMP threads spin for some milliseconds, which
+# is as long as a whole step of configs/seed.toml, on cores that other threads need. Two threads make that
+# step 1.2 times as fast as one thread if idle threads sleep, and 0.7 times as fast if they spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# What cuBLAS needs to be reproducible.
+# cuBLAS is deterministic only with a fixed workspace.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

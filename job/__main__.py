@@ -6,11 +6,13 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from job.config.schema import SECTIONS, closest, format_value
-from job.config.toml import FILE_FIELDS, FILE_SECTIONS, check_field, override_config, parse_flags
+from job.config.schema import SECTIONS
+from job.config.section import format_value, unknown_name
+from job.config.toml import FILE_SECTIONS, check_field, override_config, parse_flags
 from job.console import Console
 from job.errors import RunFailed, UserError
 
@@ -180,17 +182,20 @@ def _format_verb_help(verb_name: str) -> str:
     verb = VERBS[verb_name]
     usage = f"usage: python -m job {verb_name} {verb.arguments} [--section.field VALUE …]"
     tables: dict[str, dict[str, str]] = {}
-    for name, option in FILE_FIELDS.items():
-        if verb.accepts(name):
-            section = FILE_SECTIONS[name.partition(".")[0]]
-            heading = f"[{section.section_name}] {section.__doc__}"
-            default = format_value(option.default).replace(" ", NO_BREAK)
-            meaning = f"{option.metadata['meaning']} (default:{NO_BREAK}{default})"
-            tables.setdefault(heading, {})[f"--{name}"] = meaning
+    for section_name, section in FILE_SECTIONS.items():
+        fields = {name: option for name, option in section.config_fields().items() if verb.accepts(name)}
+        if fields:
+            table = {f"--{name}": _format_meaning(option) for name, option in fields.items()}
+            tables[f"[{section_name}] {section.__doc__}"] = table
     tables["Other flags"] = {f"--{name}": meaning for name, meaning in {**verb.flags, **DEBUG_FLAG}.items()}
     column = max(len(flag) for table in tables.values() for flag in table)
     blocks = (f"{heading}\n{_format_table(table, column)}" for heading, table in tables.items())
     return "\n\n".join([usage, textwrap.fill(str(verb.run.__doc__), 80), *blocks])
+
+
+def _format_meaning(option: Field[Any]) -> str:
+    default = f"(default: {format_value(option.default)})".replace(" ", NO_BREAK)
+    return f"{option.metadata['meaning']} {default}"
 
 
 def _format_table(rows: Mapping[str, str], column: int) -> str:
@@ -215,7 +220,7 @@ def main(arguments: Sequence[str]) -> int:
         return 0 if arguments else 2
     verb_name, *rest = arguments
     if verb_name not in VERBS:
-        raise UserError(f"{verb_name}: unknown verb", f"did you mean {closest(verb_name, VERBS)}?")
+        raise unknown_name("verb", verb_name, VERBS)
     if "-h" in rest or "--help" in rest:
         print(_format_verb_help(verb_name))
         return 0
@@ -225,8 +230,7 @@ def main(arguments: Sequence[str]) -> int:
 def command() -> int:
     """Runs the command line of this process. Reports an error as one line; returns the exit status."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  None if the process was started without one
-    if hasattr(signal, "SIGUSR1"):
-        signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # it would end the process until a run handles it
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # by default it ends the process; a run installs its own handler
     try:
         status = main(sys.argv[1:])
         sys.stdout.flush()

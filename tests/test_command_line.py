@@ -119,7 +119,7 @@ def test_train_init_from_other_model_is_an_error(prose, tmp_path):
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["trian"], "unknown verb; did you mean train?"),
+        (["trian"], "unknown verb trian; did you mean train?"),
         (["generate"], "is missing"),
         (["generate", "no/run"], "neither a run with a checkpoint nor a checkpoint"),
         (["evaluate", "no/run", "--model.cell", "gru"], "--model.cell is fixed by the checkpoint"),

@@ -47,7 +47,7 @@ def test_load_config_flags_override_file(tmp_path):
 @pytest.mark.parametrize(
     ("toml", "message"),
     [
-        ("[modell]", "unknown section [modell]; did you mean model?"),
+        ("[modell]", "unknown section modell; did you mean model?"),
         ("[model]\nhiden_size = 3", "unknown field model.hiden_size; did you mean model.hidden_size?"),
         ("[train]\nbatch_size = 3", "unknown field train.batch_size; did you mean stream.batch_size?"),
         ('[model]\nhidden_size = "3"', 'model.hidden_size = "3": must be an integer'),

@@ -1,1 +1,1 @@
-"""What a user can set."""
+"""The configuration: its fields, and how it is read and written."""

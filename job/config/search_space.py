@@ -6,17 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from job.config.schema import (
-    FIELDS,
-    SECTIONS,
-    Section,
-    at_least,
-    choice_field,
-    closest,
-    config_field,
-    defines_run,
-    format_value,
-)
+from job.config.schema import FIELDS, SECTIONS, defines_run
+from job.config.section import Section, at_least, choice_field, config_field, format_value, unknown_name
 from job.errors import UserError
 
 Params = dict[str, Any]  # values by full field name, such as optimizer.learning_rate
@@ -34,7 +25,7 @@ _RESAMPLE_PROBABILITY = 0.25
 class Range:
     """Values from ``low`` to ``high``, both included, uniform or log-uniform."""
 
-    kind: str  # uniform, loguniform, randint
+    distribution: str  # uniform, loguniform, randint
     low: float
     high: float
 
@@ -45,9 +36,9 @@ class Range:
 
     def sample(self, rng: random.Random) -> Any:
         """Returns a random value, rounded to four digits so that a person can read and type it."""
-        if self.kind == "randint":
+        if self.distribution == "randint":
             return rng.randint(int(self.low), int(self.high))
-        if self.kind == "loguniform":
+        if self.distribution == "loguniform":
             return self._round(math.exp(rng.uniform(math.log(self.low), math.log(self.high))))
         return self._round(rng.uniform(self.low, self.high))
 
@@ -63,17 +54,17 @@ class Range:
 
     def _round(self, value: float) -> float:
         clipped = min(max(float(f"{value:.4g}"), self.low), self.high)
-        return round(clipped) if self.kind == "randint" else clipped
+        return round(clipped) if self.distribution == "randint" else clipped
 
     def __str__(self) -> str:
-        return format_value({self.kind: self.endpoints})
+        return format_value({self.distribution: self.endpoints})
 
 
 @dataclass(frozen=True)
 class Choice:
     """A list of values: of a ``grid`` each is tried, of a ``choice`` one is sampled."""
 
-    kind: str  # choice, grid
+    distribution: str  # choice, grid
     values: tuple[Any, ...]
 
     @property
@@ -86,8 +77,8 @@ class Choice:
         return rng.choice(self.values)
 
     def contains(self, value: Any) -> bool:
-        """Returns whether a value is in the list."""
-        return value in self.values
+        """Returns whether a value could be sampled; False for a grid."""
+        return self.distribution != "grid" and value in self.values
 
     def perturb(self, value: Any, rng: random.Random) -> Any:
         """Returns the value before or after another."""
@@ -95,39 +86,40 @@ class Choice:
         return self.values[min(max(index, 0), len(self.values) - 1)]
 
     def __str__(self) -> str:
-        return format_value({self.kind: self.values})
+        return format_value({self.distribution: self.values})
 
 
 Domain = Range | Choice
-_KINDS = ("uniform", "loguniform", "randint", "choice", "grid")
+_DISTRIBUTIONS = ("uniform", "loguniform", "randint", "choice", "grid")
 
 
 def _parse_domain(name: str, written: Any) -> Domain:
     """Parses a domain as written in TOML: ``{ loguniform = [0.01, 4] }``."""
     field_value = f'search.space "{name}" = {format_value(written)}'
-    if not isinstance(written, Mapping) or len(written) != 1 or next(iter(written)) not in _KINDS:
-        raise UserError(f"{field_value}: must be one of {', '.join(f'{{ {kind} = […] }}' for kind in _KINDS)}")
-    ((kind, values),) = written.items()
+    if not isinstance(written, Mapping) or len(written) != 1 or next(iter(written)) not in _DISTRIBUTIONS:
+        forms = ", ".join(f"{{ {name} = […] }}" for name in _DISTRIBUTIONS)
+        raise UserError(f"{field_value}: must be one of {forms}")
+    ((distribution, values),) = written.items()
     if not isinstance(values, list | tuple) or not values:
         raise UserError(f"{field_value}: must contain a list of values")
-    if kind in ("choice", "grid"):
+    if distribution in ("choice", "grid"):
         hashable = tuple(tuple(value) if isinstance(value, list) else value for value in values)
         if any(hashable.count(value) > 1 for value in hashable):
             raise UserError(f"{field_value}: contains a value twice")
-        return Choice(kind, hashable)
-    return _parse_range(kind, values, field_value)
+        return Choice(distribution, hashable)
+    return _parse_range(distribution, values, field_value)
 
 
-def _parse_range(kind: str, values: Any, field_value: str) -> Range:
-    number_types, plural = ((int,), "integers") if kind == "randint" else ((int, float), "numbers")
+def _parse_range(distribution: str, values: Any, field_value: str) -> Range:
+    number_types, plural = ((int,), "integers") if distribution == "randint" else ((int, float), "numbers")
     if len(values) != 2 or any(type(value) not in number_types for value in values):
         raise UserError(f"{field_value}: must be two {plural}, low and high")
-    low, high = values if kind == "randint" else map(float, values)
+    low, high = values if distribution == "randint" else map(float, values)
     if not (math.isfinite(low) and math.isfinite(high)) or low >= high:
         raise UserError(f"{field_value}: the range is empty or not finite", "write the lower end first")
-    if kind == "loguniform" and low <= 0:
+    if distribution == "loguniform" and low <= 0:
         raise UserError(f"{field_value}: the lower end of a log-uniform range must be greater than 0")
-    return Range(kind, low, high)
+    return Range(distribution, low, high)
 
 
 @dataclass(frozen=True)
@@ -157,12 +149,12 @@ class SearchSpace:
     @property
     def grid_size(self) -> int:
         """The number of combinations of the grids' values."""
-        return math.prod(len(domain.endpoints) for domain in self.domains.values() if domain.kind == "grid")
+        return math.prod(len(domain.endpoints) for domain in self.domains.values() if domain.distribution == "grid")
 
     @property
     def is_sampled(self) -> bool:
         """Whether any field is sampled."""
-        return any(domain.kind != "grid" for domain in self.domains.values())
+        return any(domain.distribution != "grid" for domain in self.domains.values())
 
     @property
     def endpoints(self) -> list[Params]:
@@ -173,7 +165,7 @@ class SearchSpace:
         """Returns the parameters of trial ``number``, a pure function of it and the seed."""
         params, quotient = Params(), number
         for name, domain in reversed(self.domains.items()):
-            if domain.kind == "grid":  # mixed-radix digits of the number: the last grid changes fastest
+            if domain.distribution == "grid":  # mixed-radix digits of the number: the last grid changes fastest
                 quotient, index = divmod(quotient, len(domain.endpoints))
                 params[name] = domain.endpoints[index]
             else:
@@ -182,7 +174,7 @@ class SearchSpace:
 
     def contains(self, params: Params) -> bool:
         """Returns whether these parameters could be sampled; False if the space has a grid."""
-        return all(domain.kind != "grid" and domain.contains(params[name]) for name, domain in self.domains.items())
+        return all(domain.contains(params[name]) for name, domain in self.domains.items())
 
     def perturb(self, params: Params, rng: random.Random) -> Params:
         """Returns parameters near others, as population-based training explores."""
@@ -198,7 +190,7 @@ def _flatten(written: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_searchable(name: str) -> None:
     if name not in FIELDS:
-        raise UserError(f"search.space: unknown field {name}", f"did you mean {closest(name, FIELDS)}?")
+        raise unknown_name("field of search.space", name, FIELDS)
     if not defines_run(name):
         raise UserError(f"search.space: {name} does not affect the result of a run", "remove it")
 

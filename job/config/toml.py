@@ -5,8 +5,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from job.config.schema import SECTIONS, Config, Section, closest
+from job.config.schema import SECTIONS, Config
 from job.config.search_space import SearchConfig
+from job.config.section import Section, unknown_name
 from job.errors import UserError, error_origin
 
 ConfigValues = dict[str, dict[str, Any]]  # sections, as tomllib returns them
@@ -21,8 +22,7 @@ def check_field(name: str) -> None:
     section, _, key = name.partition(".")
     same_key = [field for field in FILE_FIELDS if field.endswith(f".{key or section}")]
     same_section = [field for field in FILE_FIELDS if field.startswith(f"{section}.")]
-    nearest = same_key[0] if same_key else closest(name, same_section or FILE_FIELDS)
-    raise UserError(f"unknown field {name}", f"did you mean {nearest}?")
+    raise unknown_name("field", name, same_key[:1] or same_section or FILE_FIELDS)
 
 
 def parse_toml(text: str) -> ConfigValues:
@@ -37,7 +37,7 @@ def parse_toml(text: str) -> ConfigValues:
         raise UserError(f"not TOML: {error}") from None
     for section, values in document.items():
         if section not in FILE_SECTIONS:
-            raise UserError(f"unknown section [{section}]", f"did you mean {closest(section, FILE_SECTIONS)}?")
+            raise unknown_name("section", section, FILE_SECTIONS)
         if not isinstance(values, dict):
             raise UserError(f"{section} must be a section, written [{section}]")
         for name in values:

@@ -54,9 +54,9 @@ class OptunaSampler:
         distributions = self.optuna.distributions
         if not isinstance(domain, Range):
             return distributions.CategoricalDistribution(range(len(domain.values)))
-        if domain.kind == "randint":
+        if domain.distribution == "randint":
             return distributions.IntDistribution(int(domain.low), int(domain.high))
-        return distributions.FloatDistribution(domain.low, domain.high, log=domain.kind == "loguniform")
+        return distributions.FloatDistribution(domain.low, domain.high, log=domain.distribution == "loguniform")
 
     def _encode(self, name: str, value: Any) -> Any:
         domain = self.space.domains[name]

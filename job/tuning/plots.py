@@ -43,7 +43,7 @@ def plot_score_by_param(trials: Trials) -> bytes:
                 value = trial.params[name] if isinstance(domain, Range) else str(trial.params[name])
                 color, size = ("C3", 60) if trial is winner else ("C0", 25)
                 axes.scatter(value, min(score, _clip_at(trials)), c=color, s=size, marker=_marker(trial))
-        if domain.kind == "loguniform":
+        if domain.distribution == "loguniform":
             axes.set_xscale("log")
             _format_log_axis(axes.xaxis, domain.endpoints[0], domain.endpoints[-1])
         axes.set_xlabel(name)

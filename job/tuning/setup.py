@@ -3,8 +3,9 @@
 from dataclasses import replace
 from operator import attrgetter
 
-from job.config.schema import Config, config_differences, format_value
+from job.config.schema import Config, config_differences
 from job.config.search_space import Params, SearchConfig, search_differences
+from job.config.section import format_value
 from job.config.toml import search_config_from_toml
 from job.errors import UserError
 from job.run.run_dir import (
