@@ -31,16 +31,16 @@ def assert_user_error(ended, *parts):
         assert part in ended.err
 
 
-def train_without_trace(tmp_path, *words):
+def train_without_trace(tmp_path, *arguments):
     """Runs a training that must fail before it creates its storage."""
     storage = tmp_path / "storage"
-    ended = job("train", "--run.storage", storage, *SMALL, *words)
+    ended = job("train", "--run.storage", storage, *SMALL, *arguments)
     assert not storage.exists()
     return ended
 
 
 @pytest.mark.parametrize(
-    ("words", "parts"),
+    ("arguments", "parts"),
     [
         (["--model.hiden_size", 3], ["did you mean model.hidden_size?"]),
         (["--stream.batch_size", -3], ["stream.batch_size = -3: must be at least 1"]),
@@ -69,23 +69,23 @@ def train_without_trace(tmp_path, *words):
         (["other.toml"], ["other.toml: no such configuration file"]),
     ],
 )
-def test_train_invalid_input_is_one_line_and_leaves_no_file(prose, tmp_path, words, parts):
+def test_train_invalid_input_is_one_line_and_leaves_no_file(prose, tmp_path, arguments, parts):
     if torch.cuda.is_available() and "GPU" in parts:
         pytest.skip("this machine has a GPU")
-    assert_user_error(train_without_trace(tmp_path, "--corpus.source", prose, *words), *parts)
+    assert_user_error(train_without_trace(tmp_path, "--corpus.source", prose, *arguments), *parts)
 
 
 def test_train_error_in_custom_cell_names_last_checkpoint(prose, tmp_path):
-    words = ["--corpus.source", prose, "--run.storage", tmp_path, "--model.cell", "cells:RaisingCell"]
-    ended = job("train", *SMALL, *words, "--run.name", "run", "--train.checkpoint_every", 3)
+    arguments = ["--corpus.source", prose, "--run.storage", tmp_path, "--model.cell", "cells:RaisingCell"]
+    ended = job("train", *SMALL, *arguments, "--run.name", "run", "--train.checkpoint_every", 3)
     assert (ended.status, ended.err.count("\n")) == (1, 1)
     assert "ValueError: no more" in ended.err
     assert "step 6 is kept" in ended.err
 
 
 def test_train_generate_length_0_writes_the_prefix(prose, tmp_path):
-    words = ["--corpus.source", prose, "--run.storage", tmp_path, "--run.name", "run", "--generate.length", 0]
-    ended = job("train", *SMALL, *words, "--model.cell", "cells:ScalarParameterCell")
+    arguments = ["--corpus.source", prose, "--run.storage", tmp_path, "--run.name", "run", "--generate.length", 0]
+    ended = job("train", *SMALL, *arguments, "--model.cell", "cells:ScalarParameterCell")
     assert ended.status == 0, ended.err
     assert result(tmp_path / "run")["generated"] == "the"
 
@@ -93,8 +93,8 @@ def test_train_generate_length_0_writes_the_prefix(prose, tmp_path):
 def test_train_into_folder_of_a_search_is_an_error(prose, tmp_path):
     (tmp_path / "storage" / "it").mkdir(parents=True)
     (tmp_path / "storage" / "it" / "search.toml").write_text("")
-    words = ["--corpus.source", prose, "--run.storage", tmp_path / "storage", "--run.name", "it"]
-    assert_user_error(job("train", *SMALL, *words), "is a search and not a run")
+    arguments = ["--corpus.source", prose, "--run.storage", tmp_path / "storage", "--run.name", "it"]
+    assert_user_error(job("train", *SMALL, *arguments), "is a search and not a run")
 
 
 def test_train_missing_corpus_leaves_no_file(tmp_path):
@@ -105,19 +105,21 @@ def test_train_missing_corpus_leaves_no_file(tmp_path):
 
 def test_train_unwritable_storage_is_an_error(prose, tmp_path):
     (tmp_path / "file").write_text("")
-    words = ["--corpus.source", prose, "--run.storage", tmp_path / "file" / "runs"]
-    assert_user_error(job("train", *SMALL, *words), "run.storage", "cannot be written to")
+    arguments = ["--corpus.source", prose, "--run.storage", tmp_path / "file" / "runs"]
+    assert_user_error(job("train", *SMALL, *arguments), "run.storage", "cannot be written to")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
 def test_train_init_from_other_model_is_an_error(prose, tmp_path):
     save_file({"linear.weight": torch.zeros(3, 3)}, str(tmp_path / "w.safetensors"))
-    words = ["--corpus.source", prose, "--model.init", tmp_path / "w.safetensors"]
-    assert_user_error(train_without_trace(tmp_path, *words), "weights do not match the model: linear.bias is missing")
+    arguments = ["--corpus.source", prose, "--model.init", tmp_path / "w.safetensors"]
+    assert_user_error(
+        train_without_trace(tmp_path, *arguments), "weights do not match the model: linear.bias is missing"
+    )
 
 
 @pytest.mark.parametrize(
-    ("words", "part"),
+    ("arguments", "part"),
     [
         (["trian"], "unknown verb trian; did you mean train?"),
         (["generate"], "is missing"),
@@ -127,8 +129,8 @@ def test_train_init_from_other_model_is_an_error(prose, tmp_path):
         (["train", "a.toml", "b.toml"], "b.toml: a.toml is given already"),
     ],
 )
-def test_command_invalid_arguments_are_an_error(words, part):
-    assert_user_error(job(*words), part)
+def test_command_invalid_arguments_are_an_error(arguments, part):
+    assert_user_error(job(*arguments), part)
 
 
 @pytest.mark.parametrize("verb", [None, *VERBS])
@@ -168,44 +170,44 @@ def storage(prose, tmp_path_factory):
 
 
 def test_train_finished_run_prints_result_and_changes_no_file(storage, prose):
-    words = ["train", "--corpus.source", prose, *SMALL, "--run.storage", storage, "--run.name", "run"]
-    before = (storage / "run" / "metrics.jsonl").read_bytes()
-    ended = job(*words)
+    arguments = ["train", "--corpus.source", prose, *SMALL, "--run.storage", storage, "--run.name", "run"]
+    metrics_before = (storage / "run" / "metrics.jsonl").read_bytes()
+    ended = job(*arguments)
     assert ended.status == 0
     assert "is finished" in ended.out
     assert result(storage / "run")["generated"] in ended.out
-    assert (storage / "run" / "metrics.jsonl").read_bytes() == before
-    assert_user_error(job(*words, "--run.resume", "never"), "exists")
-    assert_user_error(job(*words, "--model.hidden_size", 17), "model.hidden_size (16 → 17)")
-    assert (storage / "run" / "metrics.jsonl").read_bytes() == before
+    assert (storage / "run" / "metrics.jsonl").read_bytes() == metrics_before
+    assert_user_error(job(*arguments, "--run.resume", "never"), "exists")
+    assert_user_error(job(*arguments, "--model.hidden_size", 17), "model.hidden_size (16 → 17)")
+    assert (storage / "run" / "metrics.jsonl").read_bytes() == metrics_before
 
 
 def test_train_closed_stdout_still_finishes(prose, tmp_path):
-    words = ["train", "--corpus.source", prose, *SMALL, "--run.storage", tmp_path, "--run.name", "run"]
-    command = [sys.executable, "-m", "job", *map(str, words)]
-    done = subprocess.run(
+    arguments = ["train", "--corpus.source", prose, *SMALL, "--run.storage", tmp_path, "--run.name", "run"]
+    command = [sys.executable, "-m", "job", *map(str, arguments)]
+    process = subprocess.run(
         ["sh", "-c", 'exec "$@" >&-', "sh", *command], cwd=ROOT, capture_output=True, text=True, check=False
     )
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (process.returncode, process.stderr) == (0, "")
     assert result(tmp_path / "run")["steps"]
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-40, 0.5])
 def test_generate_tiny_temperature_equals_greedy(storage, temperature):
-    words = ["generate", storage / "run", "--generate.prefix", "the", "--generate.length", 20]
-    ended = job(*words, "--generate.temperature", temperature)
+    arguments = ["generate", storage / "run", "--generate.prefix", "the", "--generate.length", 20]
+    ended = job(*arguments, "--generate.temperature", temperature)
     assert ended.status == 0, ended.err
-    assert (ended.out == job(*words).out) == (temperature < 0.1)
+    assert (ended.out == job(*arguments).out) == (temperature < 0.1)
 
 
 def test_train_default_name_counts_up(storage, prose, tmp_path):
     config = tmp_path / "my run.toml"
     config.write_text("")
-    words = ["train", config, "--corpus.source", prose, *SMALL, "--run.storage", tmp_path / "runs"]
-    assert "run my-run-1:" in job(*words, "--train.max_steps", 5).out
-    assert "run my-run-1:" in job(*words).out  # resumed: it had not finished all epochs
-    assert "run my-run-2:" in job(*words).out
-    assert "run my-run-3:" in job(*words, "--run.seed", 1).out
+    arguments = ["train", config, "--corpus.source", prose, *SMALL, "--run.storage", tmp_path / "runs"]
+    assert "run my-run-1:" in job(*arguments, "--train.max_steps", 5).out
+    assert "run my-run-1:" in job(*arguments).out  # resumed: it had not finished all epochs
+    assert "run my-run-2:" in job(*arguments).out
+    assert "run my-run-3:" in job(*arguments, "--run.seed", 1).out
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"my-run-1", "my-run-2", "my-run-3"}
 
 
@@ -215,8 +217,8 @@ def test_generate_continues_a_prefix(storage):
     assert longer.startswith("a man")
     assert len(longer) == len("a man") + 80 + 1
     assert job("generate", run / result(run)["checkpoint"], "--generate.prefix", "a man").out[:40] == longer[:40]
-    drawn = ["generate", run, "--generate.temperature", 1.0]
-    assert job(*drawn).out == job(*drawn).out != job(*drawn, "--run.seed", 5).out
+    sampled = ["generate", run, "--generate.temperature", 1.0]
+    assert job(*sampled).out == job(*sampled).out != job(*sampled, "--run.seed", 5).out
     assert_user_error(job("generate", run, "--generate.prefix", "12"), "none of its tokens is in the vocabulary")
 
 
@@ -224,42 +226,42 @@ def test_evaluate_equals_loop_over_single_tokens(storage, prose, tmp_path):
     """The expected loss is that of a loop that feeds one token at a time."""
     text = prose.read_text()[:500]
     (tmp_path / "part.txt").write_text(text)
-    said = job("evaluate", storage / "run", "--corpus.source", tmp_path / "part.txt").out
+    output = job("evaluate", storage / "run", "--corpus.source", tmp_path / "part.txt").out
 
     loaded = open_checkpoint(str(storage / "run"))
-    net = load_model(loaded)
+    model = load_model(loaded)
     ids = torch.tensor(loaded.vocabulary.encode([text])).long()
     state, nats = None, 0.0
     with torch.no_grad():
         for token, target in itertools.pairwise(ids):
-            logits, state = net(token.view(1, 1), state)
+            logits, state = model(token.view(1, 1), state)
             nats -= float(torch.log_softmax(logits.double(), -1)[0, 0, target])
-    found = re.search(r"([0-9.]+) bits per character, ([0-9.]+) nats per token over 499 targets", said)
-    assert float(found[2]) == pytest.approx(nats / 499, abs=2e-6)
-    assert float(found[1]) == pytest.approx(nats / 499 / math.log(2), abs=1e-4)
+    match = re.search(r"([0-9.]+) bits per character, ([0-9.]+) nats per token over 499 targets", output)
+    assert float(match[2]) == pytest.approx(nats / 499, abs=2e-6)
+    assert float(match[1]) == pytest.approx(nats / 499 / math.log(2), abs=1e-4)
 
 
 def test_train_validation_equals_evaluation_of_its_lanes(prose, tmp_path):
     """The expected loss is that of each lane evaluated by itself."""
-    words = ["--corpus.source", prose, *SMALL, "--run.storage", tmp_path, "--run.name", "run"]
-    words += ["--corpus.validation_fraction", 0.05, "--train.precision", "fp64"]
-    assert job("train", *words).status == 0
+    arguments = ["--corpus.source", prose, *SMALL, "--run.storage", tmp_path, "--run.name", "run"]
+    arguments += ["--corpus.validation_fraction", 0.05, "--train.precision", "fp64"]
+    assert job("train", *arguments).status == 0
 
     loaded = open_checkpoint(str(tmp_path / "run"))
-    net = load_model(loaded)
+    model = load_model(loaded)
     tokens = loaded.vocabulary.encode([prose.read_text()])
-    kept = tokens[len(tokens) - round(len(tokens) * 0.05) :]
-    sums = evaluate_lanes(net, kept, [range(lane, lane + 1) for lane in range(32)], 32, 7)
+    validation_tokens = tokens[len(tokens) - round(len(tokens) * 0.05) :]
+    nats = evaluate_lanes(model, validation_tokens, [range(lane, lane + 1) for lane in range(32)], 32, 7)
     row = rows(tmp_path / "run", "validation")[-1]
-    assert row["nats"] == pytest.approx(sum(sums) / (len(kept) - 1), rel=1e-12)
-    found = result(tmp_path / "run")
-    assert found["validation_perplexity"] == row["perplexity"]
-    assert (tmp_path / "run" / found["best_checkpoint"] / "manifest.json").exists()
+    assert row["nats"] == pytest.approx(sum(nats) / (len(validation_tokens) - 1), rel=1e-12)
+    summary = result(tmp_path / "run")
+    assert summary["validation_perplexity"] == row["perplexity"]
+    assert (tmp_path / "run" / summary["best_checkpoint"] / "manifest.json").exists()
 
 
 def test_train_nan_loss_fails_and_keeps_finite_checkpoint(prose, tmp_path):
-    words = ["--corpus.source", prose, *SMALL, "--run.storage", tmp_path, "--run.name", "run"]
-    ended = job("train", *words, "--model.cell", "cells:DivergingCell", "--train.checkpoint_every", 3)
+    arguments = ["--corpus.source", prose, *SMALL, "--run.storage", tmp_path, "--run.name", "run"]
+    ended = job("train", *arguments, "--model.cell", "cells:DivergingCell", "--train.checkpoint_every", 3)
     assert ended.status == 1
     assert ended.err.startswith("error: the loss is nan at step 8 (epoch 1): lower optimizer.learning_rate")
     assert "step 6 is kept" in ended.err
@@ -268,8 +270,8 @@ def test_train_nan_loss_fails_and_keeps_finite_checkpoint(prose, tmp_path):
 
 
 def test_train_interrupted_saves_and_same_command_resumes(prose, tmp_path):
-    words = ["train", "--corpus.source", prose, *SMALL, "--run.storage", tmp_path, "--run.name", "run"]
-    process = start_job(*words, "--train.epochs", 2000, "--train.log_every", 1, "--stream.num_steps", 400)
+    arguments = ["train", "--corpus.source", prose, *SMALL, "--run.storage", tmp_path, "--run.name", "run"]
+    process = start_job(*arguments, "--train.epochs", 2000, "--train.log_every", 1, "--stream.num_steps", 400)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not (metrics.exists() and metrics.stat().st_size):
         assert process.poll() is None
@@ -286,9 +288,9 @@ def test_train_interrupted_saves_and_same_command_resumes(prose, tmp_path):
     assert "goes on" in out
     steps = [row["step"] for row in rows(tmp_path / "run", "train")]
     assert steps == list(range(1, len(steps) + 1))
-    more = ["--train.epochs", 2000, "--train.max_steps", len(steps) + 3, "--stream.num_steps", 400]
-    again = job(*words, *more, "--train.log_every", 1)
-    assert f"goes on from step {len(steps)}" in again.out
+    longer_arguments = ["--train.epochs", 2000, "--train.max_steps", len(steps) + 3, "--stream.num_steps", 400]
+    resumed = job(*arguments, *longer_arguments, "--train.log_every", 1)
+    assert f"goes on from step {len(steps)}" in resumed.out
     assert result(tmp_path / "run")["steps"] == len(steps) + 3
 
 

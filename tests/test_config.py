@@ -1,7 +1,7 @@
 """The configuration: TOML round trips, overrides, and one line per invalid value."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job.config.config_file import load_config
@@ -19,6 +19,7 @@ from job.config.toml import FILE_FIELDS, config_from_toml, config_to_toml, parse
 from job.errors import UserError
 
 
+@settings(deadline=None)  # a loaded machine is slow
 @given(
     prefix=st.text(st.characters(exclude_categories=["Cs"]), min_size=1),
     offset=st.one_of(st.just("random"), st.integers(0, 50), st.lists(st.integers(0, 9), min_size=50, max_size=60)),
