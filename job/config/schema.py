@@ -57,7 +57,7 @@ class RunConfig(Section):
     name: str = config_field("", "folder of the run; empty: the configuration's name and a number", _check_name)
     storage: str = config_field("runs", "where runs are stored: a folder or a URI; $NAME is expanded")
     seed: int = config_field(0, "random seed", _less_than(2**63))
-    resume: str = choice_field("auto", "never", "must", meaning="auto: resume the run if it exists; never; must")
+    resume: str = choice_field("auto", "never", "must", meaning="resume the run: auto (if it exists), never or must")
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,14 @@ class CorpusConfig(Section):
     """The text."""
 
     source: str = config_field("auto", "auto (The Time Machine), time-machine, embedded, a path, a glob or a URI")
-    cleaning: str = choice_field("auto", "d2l", "none", meaning="normalization: d2l (lower-case letters), none or auto")
+    cleaning: str = choice_field(
+        "auto",
+        "d2l",
+        "none",
+        meaning="text normalization: d2l (lower-case letters), none, or auto (d2l for time-machine and embedded)",
+    )
     max_tokens: int = config_field(0, "use only the first N tokens; 0: all", at_least(0))
-    validation_fraction: float = config_field(0.0, "last part of the text, held out for validation", _less_than(1))
+    validation_fraction: float = config_field(0.0, "fraction of the text, at its end, for validation", _less_than(1))
 
 
 @dataclass(frozen=True)
@@ -145,7 +150,7 @@ class ScaleConfig(Section):
     workers: str | int = config_field(2, 'number of workers; 0: train in this process; "2-8": elastic', _check_workers)
     accelerator: str = choice_field("auto", "cpu", "gpu")
     accelerator_type: str = config_field("", "GPU that workers need, as Ray names it: A100, H100, T4 …", _check_name)
-    cpus_per_worker: int = config_field(0, "CPU cores; 0: a share of this machine, or 1 on a cluster", at_least(0))
+    cpus_per_worker: int = config_field(0, "cores per worker; 0: share of this machine, 1 on a cluster", at_least(0))
     placement: str = choice_field("pack", "spread", meaning="pack workers onto few nodes, or spread them")
     hang_timeout: float = config_field(
         60.0, "seconds before an unresponsive worker is replaced, and between elastic resizes", _check_positive

@@ -200,7 +200,7 @@ class SearchConfig(Section):
     """The hyperparameter search."""
 
     metric: str = choice_field(*METRIC_SPLITS, meaning=f"metric to minimize: {' or '.join(METRIC_SPLITS)}")
-    trials: int = config_field(0, f"0: the whole grid, or {DEFAULT_NUM_TRIALS} if values are sampled", at_least(0))
+    trials: int = config_field(0, f"number of trials; 0: the grid, or {DEFAULT_NUM_TRIALS} if sampled", at_least(0))
     minutes: float = config_field(0.0, "time limit, after which the same command resumes; 0: none", at_least(0))
     searcher: str = choice_field("random", "grid", "optuna")
     scheduler: str = choice_field("none", "asha", "pbt", meaning="none, asha (stops poor trials early) or pbt")
