@@ -77,12 +77,22 @@ def _join_and_place(scale: ScaleConfig) -> tuple[Placement, Autoscaler]:
         raise
 
 
-def _start_cluster(num_cpus: int) -> None:
+@contextlib.contextmanager
+def _keep_sigterm_handler() -> Iterator[None]:
+    """Restores the handler after ``ray.init``: Ray installs one that prints a stack trace or ends the process."""
     handler = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+
+
+@_keep_sigterm_handler()
+def _start_cluster(num_cpus: int) -> None:
     ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="error")
-    signal.signal(signal.SIGTERM, handler)  # Ray has installed one that ends the process at once
 
 
+@_keep_sigterm_handler()
 def join_cluster(address: str) -> None:
     """Connects to the cluster at an address. Raises UserError if that fails or takes too long."""
     if address != "auto":
