@@ -7,6 +7,7 @@ import os
 import secrets
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,13 +29,65 @@ SHARED = ROOT.parent / "shared"  # reference traces and corpora that are not in 
 BOOK = SHARED / "corpora" / "timemachine.txt"
 
 
+def pytest_addoption(parser):
+    parser.addoption("--allowed-skips", metavar="FILE", help="fail if a test is skipped that FILE does not list")
+    parser.addoption("--time-table", action="store_true", help="print the seconds that each file took, as Markdown")
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    """Runs cluster tests last and deselects tests marked ``shared`` if ``../shared`` is absent."""
+    """Runs cluster tests last and deselects tests marked ``shared`` if ``../shared`` is absent.
+
+    Tests that use the same module-scoped fixture run in one process, so that it is set up once.
+    """
     items.sort(key=lambda item: item.get_closest_marker("cluster") is not None)
     if not SHARED.is_dir():
         missing = [item for item in items if item.get_closest_marker("shared")]
         config.hook.pytest_deselected(items=missing)
         items[:] = [item for item in items if item not in missing]
+    for item in items:
+        definitions = item._fixtureinfo.name2fixturedefs
+        scoped = [name for name, fixtures in definitions.items() if fixtures[-1].scope == "module"]
+        if scoped:
+            item.add_marker(pytest.mark.xdist_group(f"{item.module.__name__}-{scoped[0]}"))
+
+
+def unexpected_skips(config) -> list[str]:
+    """Skipped tests that the file given by ``--allowed-skips`` does not list, with their reasons."""
+    allowed = {line.split("#")[0].strip() for line in Path(config.option.allowed_skips).read_text().splitlines()}
+    reports = config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped", [])
+    skips = {report.nodeid.partition("@")[0]: report.longrepr[2] for report in reports}  # pytest-xdist adds "@group"
+    return [f"{test}: {reason}" for test, reason in skips.items() if test not in allowed]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish(session):
+    config = session.config
+    is_controller = not hasattr(config, "workerinput")
+    if is_controller and config.option.allowed_skips and unexpected_skips(config):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Prints the skips that are not allowed, and the seconds that each file took."""
+    if config.option.allowed_skips:
+        for skip in unexpected_skips(config):
+            terminalreporter.write_line(f"not in {config.option.allowed_skips}: skipped {skip}", red=True)
+    if config.option.time_table:
+        reports = [report for reports in terminalreporter.stats.values() for report in reports]
+        for line in time_table([report for report in reports if isinstance(report, pytest.TestReport)]):
+            terminalreporter.write_line(line)
+
+
+def time_table(reports: list[pytest.TestReport]) -> list[str]:
+    """A Markdown table of files, their number of tests, and their seconds with fixtures; slowest first."""
+    count, seconds = Counter[str](), Counter[str]()
+    for report in reports:
+        name = report.nodeid.partition("::")[0]
+        count[name] += report.when == "call"
+        seconds[name] += report.duration
+    rows = [f"| `{name}` | {count[name]} | {total:.0f} |" for name, total in seconds.most_common()]
+    return ["| file | tests | seconds |", "| --- | --: | --: |", *rows]
 
 
 @pytest.fixture(autouse=True)

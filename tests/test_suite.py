@@ -4,6 +4,7 @@ import pytest
 from conftest import ROOT
 
 pytest_plugins = ["pytester"]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
@@ -17,7 +18,8 @@ def suite(pytester):
         "import pytest\n\n"
         "@pytest.mark.cluster\ndef test_last(): pass\n\n"
         "@pytest.mark.shared\ndef test_with_shared(): pass\n\n"
-        "def test_first(): pass\n"
+        "def test_first(): pass\n\n"
+        "@pytest.mark.skip(reason='why not')\ndef test_skipped(): pass\n"
     )
     pytester.chdir()
     return tests
@@ -32,12 +34,34 @@ def collected(pytester, tests):
 
 def test_collection_without_shared_folder_deselects_marked_tests(pytester, suite):
     names, summary = collected(pytester, suite)
-    assert names == ["test_first", "test_last"]
+    assert names == ["test_first", "test_skipped", "test_last"]
     assert "1 deselected" in summary
 
 
 def test_collection_with_shared_folder_keeps_marked_tests(pytester, suite):
     (suite.parent.parent / "shared").mkdir()
     names, summary = collected(pytester, suite)
-    assert names == ["test_with_shared", "test_first", "test_last"]
+    assert names == ["test_with_shared", "test_first", "test_skipped", "test_last"]
     assert "deselected" not in summary
+
+
+def test_skip_that_is_not_allowed_fails_session(pytester, suite):
+    arguments = ["--allowed-skips", suite / "skips.txt", f"--rootdir={suite.parent}", "-m", "not cluster", suite]
+    (suite / "skips.txt").write_text("# a comment\n")
+    session = pytester.runpytest_subprocess("--numprocesses=2", *arguments)
+    assert session.ret == pytest.ExitCode.TESTS_FAILED
+    session.stdout.fnmatch_lines(["*skipped tests/test_it.py::test_skipped: Skipped: why not"])
+    (suite / "skips.txt").write_text("tests/test_it.py::test_skipped  # why not\n")
+    session = pytester.runpytest_subprocess("--time-table", *arguments)
+    assert session.ret == pytest.ExitCode.OK
+    session.stdout.fnmatch_lines(["| file | tests | seconds |", "| `tests/test_it.py` | 1 | *"])
+
+
+def test_allowed_skips_name_existing_tests_and_allowed_reasons():
+    reasons = ("needs a GPU", "needs a browser", "needs privileges")
+    for line in (ROOT / ".ci" / "skips.txt").read_text().splitlines():
+        if line and not line.startswith("#"):
+            test, _, reason = line.partition("#")
+            path, _, name = test.strip().partition("::")
+            assert reason.strip() in reasons, line
+            assert f"def {name.partition('[')[0]}(" in (ROOT / path).read_text(), line
