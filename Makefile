@@ -4,9 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help setup train tune test test-quick storm lint bench bench-speed bench-survival bench-tuning clean
+.PHONY: help setup train tune test test-long test-quick storm lint bench bench-speed bench-survival bench-tuning clean
 
-help:  ## what there is
+help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -22,12 +22,14 @@ train: setup  ## train the seed's model on two workers of a Ray cluster of its o
 tune: setup  ## search a learning rate for a small model, on this machine, into runs/tune
 	$(RUN) -m job tune configs/tune.toml
 
-test: setup  ## all tests (under 15 minutes on two cores)
-	$(RUN) -m pytest -m "not cluster" --numprocesses 2
-	$(RUN) -m pytest -m cluster
+test: setup  ## all tests but the long ones (at most ten minutes on two cores; PYTEST="--time-table" and so on)
+	$(RUN) -m pytest -m "not long" --numprocesses 2 --dist loadgroup $(PYTEST)
+
+test-long: setup  ## the long tests: traces of the book, faults on several nodes, memory over 10,000 steps
+	$(RUN) -m pytest -m long $(PYTEST)
 
 test-quick: setup  ## the tests that need no Ray (under a minute)
-	$(RUN) -m pytest -m "not cluster and not slow" --numprocesses 2
+	$(RUN) -m pytest -m "not cluster and not slow and not long" --numprocesses 2
 
 storm: setup  ## the chaos test: one run, twelve faults, the same result (ten minutes; STORM="--mode fp64" and so on)
 	$(RUN) -m tests.chaos $(STORM)

@@ -362,7 +362,7 @@ def test_the_golden_checkpoint_opens():
     assert hidden.shape == memory.shape == (1, 4, 8)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
 def test_memory_does_not_grow(prose, tmp_path):
     """Over 10,000 steps: the last half takes no more than a few pages."""

@@ -376,7 +376,7 @@ def worker_pids(nodes):
     return pids
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_tune_with_two_workers_after_worker_node_and_driver_deaths_has_the_same_result(
     prose, tmp_path, three_nodes, monkeypatch
 ):
