@@ -6,7 +6,7 @@ import signal
 import socket
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import ray
 import torch
@@ -19,6 +19,21 @@ from job.distributed.context import available_cpus
 from job.errors import UserError
 
 TCP_TIMEOUT_S, INIT_TIMEOUT_S = 10.0, 60.0
+
+
+class BackgroundTask(threading.Thread):
+    """Runs a function in a daemon thread and keeps what it raises."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        super().__init__(target=function, daemon=True)
+        self.error: BaseException | None = None
+
+    def run(self) -> None:
+        """Called by the thread."""
+        try:
+            super().run()
+        except BaseException as error:
+            self.error = error
 
 
 def ray_address() -> str:
@@ -97,21 +112,19 @@ def join_cluster(address: str) -> None:
     """Connects to the cluster at an address. Raises UserError if that fails or takes too long."""
     if address != "auto":
         _check_port(address)
-    errors: list[Exception] = [TimeoutError(f"no answer within {INIT_TIMEOUT_S:.0f} s")]
-
-    def init() -> None:
-        runtime_env = {"env_vars": NODE_ENV_DEFAULTS}
-        try:
-            ray.init(address=address, log_to_driver=False, logging_level="error", runtime_env=runtime_env)
-            errors.clear()
-        except Exception as error:
-            errors[0] = error
-
+    init = BackgroundTask(
+        lambda: ray.init(
+            address=address,
+            log_to_driver=False,
+            logging_level="error",
+            runtime_env={"env_vars": NODE_ENV_DEFAULTS},
+        )
+    )
     with _suppress_stderr():
-        thread = threading.Thread(target=init, daemon=True)
-        thread.start()
-        thread.join(INIT_TIMEOUT_S)
-    for error in errors:
+        init.start()
+        init.join(INIT_TIMEOUT_S)
+    error = TimeoutError(f"no answer within {INIT_TIMEOUT_S:.0f} s") if init.is_alive() else init.error
+    if error:
         problem, remedy = _explain(" ".join(str(error).split()) or type(error).__name__)
         raise UserError(f"RAY_ADDRESS = {address}: {problem}", remedy)
 
