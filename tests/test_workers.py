@@ -147,7 +147,7 @@ def test_workers_that_always_die_fail_the_run(prose, tmp_path, on_cluster, monke
     monkeypatch.setattr("job.run.recorder.MAX_CONSECUTIVE_FAILURES", 2)
     ended = job(*train_flags(prose, tmp_path, "run", "--scale.workers", 1, "--model.cell", "cells:ExitingCell"))
     assert (ended.status, ended.err.count("\n")) == (1, 1)
-    assert "the workers failed 2 times without getting to a checkpoint" in ended.err
+    assert "the workers failed 2 times without reaching a checkpoint" in ended.err
     assert "warning: worker 0: ActorDiedError" in ended.out
 
 
