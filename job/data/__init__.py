@@ -1,1 +1,1 @@
-"""Text to batches of tokens."""
+"""Text to windows of tokens."""

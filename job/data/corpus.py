@@ -26,8 +26,8 @@ class Corpus:
     Args:
         source: ``corpus.source``, with ``auto`` replaced by the source that was read
         cleaning: ``corpus.cleaning``, with ``auto`` replaced by d2l or none
-        lines: the pieces to tokenize separately, so that no word spans two lines; bytes if the vocabulary is of
-            bytes and nothing was cleaned
+        lines: the pieces to tokenize separately, so that no word spans two lines; bytes for a byte vocabulary without
+            cleaning
     """
 
     source: str

@@ -1,1 +1,1 @@
-"""The model."""
+"""The language model and its layers."""

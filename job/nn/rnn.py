@@ -159,7 +159,7 @@ def _rnn_layer_torch(
 def _rnn_layer_cudnn_autocast(
     cell: str, dtype: torch.dtype, inputs_TBE: Tensor, state: LayerState, weights: list[Tensor]
 ) -> tuple[Tensor, LayerState]:
-    """Runs cuDNN in the autocast dtype; torch's own autocast would run it in float16 whatever dtype is set."""
+    """Runs cuDNN in the autocast dtype; torch's own autocast always runs cuDNN layers in float16."""
     low_state = tuple(tensor.to(dtype) for tensor in state)
     with torch.autocast("cuda", enabled=False):
         hidden_TBH, last_state = _rnn_layer_torch(
