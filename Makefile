@@ -1,4 +1,4 @@
-# Two commands do everything on a fresh machine: make train, make test.
+# On a fresh machine, `make train` and `make test` are enough: both install what they need.
 
 PYTHON ?= python3
 VENV := .venv
@@ -14,12 +14,12 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-setup: $(VENV)/ready  ## make .venv and install everything into it
+setup: $(VENV)/ready  ## create .venv and install everything into it
 
-train: setup  ## train the seed's model on two workers of a Ray cluster of its own
+train: setup  ## train configs/seed.toml on a local Ray cluster
 	$(RUN) -m job train configs/seed.toml
 
-tune: setup  ## search a learning rate for a small model, on this machine, into runs/tune
+tune: setup  ## search for a learning rate on this machine; results in runs/tune
 	$(RUN) -m job tune configs/tune.toml
 
 test: setup  ## all tests but the long ones (at most ten minutes on two cores; PYTEST="--time-table" and so on)
@@ -34,25 +34,26 @@ test-quick: setup  ## the tests that need no Ray (under a minute)
 storm: setup  ## the chaos test: one run, twelve faults, the same result (ten minutes; STORM="--mode fp64" and so on)
 	$(RUN) -m tests.chaos $(STORM)
 
-lint: setup  ## formatter, linter and type checker, as CI runs them
+lint: setup  ## formatter, linter, type checker and spelling, as CI runs them
 	$(RUN) -m ruff format --check job tests benchmarks
 	$(RUN) -m ruff check job tests benchmarks
 	$(RUN) -m mypy job benchmarks
+	$(VENV)/bin/codespell
 
-bench: setup  ## the seed's loop, ours, and the job on one and two workers, side by side
+bench: setup  ## overhead of the job on one and two workers over a plain training loop
 	$(RUN) -m benchmarks.overhead
 
-bench-speed: setup  ## a step against the plain one and the machine's limits; threads, two workers, generation
+bench-speed: setup  ## time of a training step, threads, two workers, generation
 	$(RUN) -m benchmarks.speed
 	$(RUN) -m benchmarks.threads
 	$(RUN) -m benchmarks.two_workers
 	$(RUN) -m benchmarks.generation
 
-bench-survival: setup  ## what checkpoints, reproducibility and the death of a worker cost
+bench-survival: setup  ## cost of checkpoints, reproducibility, and recovery from a worker's death
 	$(RUN) -m benchmarks.survival
 
-bench-tuning: setup  ## what stopping hopeless trials early costs and spares (about a quarter of an hour)
+bench-tuning: setup  ## what ASHA costs and saves (about 15 minutes)
 	$(RUN) -m benchmarks.tuning
 
-clean:  ## remove the environment and what tools left, but no run
+clean:  ## remove the environment and caches, but no runs
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

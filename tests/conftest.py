@@ -1,4 +1,4 @@
-"""What tests share: a command line to call, corpora, reference traces, and one Ray cluster."""
+"""Shared by all tests: calls of the command line, corpora, reference traces, one Ray cluster, rules of the suite."""
 
 import contextlib
 import io
@@ -92,7 +92,7 @@ def time_table(reports: list[pytest.TestReport]) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def _restore_torch():
-    """A run sets torch's threads and determinism for its process."""
+    """Resets torch's number of threads and determinism, which a run sets for the whole process."""
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
@@ -125,8 +125,8 @@ _started: list[subprocess.Popen] = []
 
 
 @pytest.fixture(autouse=True)
-def _end_what_was_started():
-    """A test that fails leaves no command running under those after it."""
+def _kill_started_processes():
+    """Kills the commands that a failed test left running."""
     yield
     while _started:
         process = _started.pop()
@@ -136,7 +136,7 @@ def _end_what_was_started():
 
 
 def start_job(*words: object, env: dict[str, str] | None = None, cwd: Path = ROOT, **options: Any) -> subprocess.Popen:
-    """Starts the command line in a process of its own."""
+    """Starts the command line in its own process."""
     process = subprocess.Popen(
         [sys.executable, "-m", "job", *map(str, words)],
         cwd=cwd,
@@ -151,7 +151,7 @@ def start_job(*words: object, env: dict[str, str] | None = None, cwd: Path = ROO
 
 
 def rows(run: Path, split: str) -> list[dict[str, Any]]:
-    """A run's rows of metrics of one split."""
+    """The metrics rows of one split."""
     lines = (run / "metrics.jsonl").read_text().splitlines()
     return [row for row in map(json.loads, lines) if row["split"] == split]
 
@@ -162,7 +162,7 @@ def result(run: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def prose(tmp_path_factory) -> Path:
-    """English-like text that a test makes itself: 40,000 characters of words in a fixed random order."""
+    """A corpus of 40,000 characters: English words in a fixed random order."""
     rng = np.random.default_rng(7)
     words = ["the", "time", "traveller", "was", "a", "man", "who", "came", "with", "his", "machine", "of", "light"]
     lines = [" ".join(rng.choice(words, 12)) for _ in range(600)]
@@ -220,18 +220,15 @@ def disable_kernel(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def until_ray_has_ended(request, monkeypatch):
-    """A command's process would end with Ray Train still at work; that of the tests goes on, and must not be in it."""
+def _wait_for_ray_train(request, monkeypatch):
+    """Waits longer for Ray Train to shut down: unlike a command's process, that of the tests runs further tests."""
     if request.node.get_closest_marker("cluster"):
         monkeypatch.setattr("job.cluster.launcher.SHUTDOWN_TIMEOUT_S", 60.0)
 
 
 @pytest.fixture(scope="session")
 def cluster():
-    """A Ray cluster of one node with eight slots, which tests reach by its address.
-
-    Its workers find the tests' own modules, as a job's find those of its working directory.
-    """
+    """The address of a Ray cluster of one node with eight CPUs. Its workers can import the tests' modules."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     from ray.cluster_utils import Cluster
 
@@ -242,5 +239,5 @@ def cluster():
 
 @pytest.fixture
 def on_cluster(cluster, monkeypatch):
-    """Has jobs run on the shared cluster."""
+    """Runs jobs of the test on the session's cluster."""
     monkeypatch.setenv("RAY_ADDRESS", cluster)
