@@ -1,0 +1,167 @@
+"""The compiled kernels: determinism, invalid input, and how they are built, cached and loaded."""
+
+import ctypes
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT
+from torch import nn
+
+from job.config.schema import ModelConfig
+from job.kernels import abi, build
+from job.kernels.build import load_library, unavailable_reason
+from job.nn.language_model import build_model
+from job.nn.loss import linear_cross_entropy
+from job.nn.rnn import rnn_layer
+
+CELLS = {"RNN_TANH": nn.RNN, "GRU": nn.GRU, "LSTM": nn.LSTM}
+
+needs_kernel = pytest.mark.skipif(load_library() is None, reason=f"no kernel: {unavailable_reason()}")
+
+
+@needs_kernel
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_lane_bits_do_not_depend_on_other_lanes_or_threads(cell, dtype):
+    torch.manual_seed(0)
+    weights = list(CELLS[cell](7, 40).parameters())
+    tokens = torch.randint(0, 7, (6, 77))
+    state = tuple(torch.randn(77, 40) for _ in range(2 if cell == "LSTM" else 1))
+
+    def run(first, last, threads):
+        torch.set_num_threads(threads)
+        initial = tuple(part[first:last].clone().requires_grad_() for part in state)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            hidden, last_state = rnn_layer(cell, tokens[:, first:last].clone(), None, initial, weights)
+        return hidden, *last_state, *torch.autograd.grad(hidden.float().square().sum(), initial)
+
+    all_lanes = run(0, 77, 1)
+    for first, last, threads in [(0, 77, 2), (0, 1, 1), (0, 5, 1), (5, 77, 3), (76, 77, 1), (13, 30, 2)]:
+        for number, (some, every) in enumerate(zip(run(first, last, threads), all_lanes, strict=True)):
+            expected = every[:, first:last] if number == 0 else every[first:last]
+            assert torch.equal(some, expected), (first, last, threads, number)
+
+
+@needs_kernel
+def test_weight_gradients_are_bitwise_equal_on_any_number_of_threads():
+    model = build_model(ModelConfig(cell="gru", hidden_size=96, embedding_size=5), 70, 0)
+    inputs, targets = torch.randint(0, 70, (2, 9, 50))
+    gradients = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        nats, _ = model.cross_entropy_sum(inputs, targets, None)
+        gradients.append(torch.autograd.grad(nats, list(model.parameters())))
+    for other in gradients[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(gradients[0], other, strict=True))
+
+
+@needs_kernel
+def test_lstm_saturates_large_inputs_and_propagates_nan():
+    weights = list(nn.LSTM(3, 32).parameters())
+    tokens = torch.tensor([[0, 1, 2]])
+    weight_ih = weights[0].detach().clone()
+    weight_ih[:, 0], weight_ih[:, 1], weight_ih[:, 2] = 1e30, -1e30, float("nan")
+    zeros = torch.zeros(3, 32)
+    hidden, (_, cell) = rnn_layer("LSTM", tokens, None, (zeros, zeros), [weight_ih, *weights[1:]])
+    assert hidden[0, :2].isfinite().all()
+    assert hidden[0, 2].isnan().all()
+    assert cell[2].isnan().all()
+
+
+@needs_kernel
+def test_token_outside_vocabulary_raises_index_error():
+    weights = list(nn.RNN(3, 32).parameters())
+    for token in (-1, 3):
+        with pytest.raises(IndexError, match="vocabulary"):
+            rnn_layer("RNN_TANH", torch.tensor([[token]]), None, (torch.zeros(1, 32),), weights)
+        with pytest.raises(IndexError, match="vocabulary"):
+            linear_cross_entropy(torch.zeros(1, 1, 32), torch.zeros(3, 32), torch.zeros(3), torch.tensor([[token]]))
+
+
+def reason_in_subprocess(cache, **environment):
+    """Returns ``unavailable_reason()`` of a new process with that folder as the user's cache."""
+    code = "from job.kernels.build import unavailable_reason; print(unavailable_reason())"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env={**os.environ, "LANES_KERNEL": "", "XDG_CACHE_HOME": str(cache), **environment},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.strip()
+
+
+def test_load_without_working_compiler_explains_why(tmp_path):
+    assert "no C compiler" in reason_in_subprocess(tmp_path, PATH="")
+    assert "off" in reason_in_subprocess(tmp_path, LANES_KERNEL="off")
+    broken = tmp_path / "cc"
+    broken.write_text("#!/bin/sh\necho no such flag >&2\nexit 1\n")
+    broken.chmod(0o755)
+    assert "no such flag" in reason_in_subprocess(tmp_path, PATH=str(tmp_path))
+
+
+@needs_kernel
+def test_load_rejects_cache_that_others_can_write(tmp_path):
+    (tmp_path / "lanes").mkdir(0o775)  # as if texts had been cached with a umask of 002
+    assert reason_in_subprocess(tmp_path) == "None"
+    folder = tmp_path / "lanes" / "kernels"
+    (built,) = folder.iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o700
+    modified = built.stat().st_mtime_ns
+    assert reason_in_subprocess(tmp_path) == "None"
+    assert built.stat().st_mtime_ns == modified
+    built.chmod(0o777)
+    assert "others may write it" in reason_in_subprocess(tmp_path)
+    built.unlink()
+    built.symlink_to(ROOT / "README.md")
+    assert "belongs to another user" in reason_in_subprocess(tmp_path)
+    built.unlink()
+    built.write_bytes(b"no library")
+    assert reason_in_subprocess(tmp_path) != "None"
+    folder.chmod(0o777)
+    assert "others may write it" in reason_in_subprocess(tmp_path)
+
+
+@needs_kernel
+@pytest.mark.parametrize("struct", abi.STRUCTS)
+def test_load_rejects_struct_of_another_size(struct, monkeypatch):
+    header = Path(abi.__file__).with_name("api.h").read_text()
+    structs, _ = abi.parse_header(header.replace(f"}} {struct};", f"index_t extra; }} {struct};"))
+    monkeypatch.setitem(abi.STRUCTS, struct, structs[struct])
+    library, reason = build._load_or_explain.__wrapped__()
+    assert library is None
+    assert f"{struct} has another size" in reason
+
+
+def test_parse_header_understands_numbers_structs_and_pointers():
+    text = """
+    typedef struct { index_t rows, columns; /* a comment; */ const float *weight, *bias; float scale; } Inner;
+    typedef struct { Inner inner; const Inner *many; } Outer;
+int compute(const Outer *args, void *const *outputs, double seconds);
+int version(void);
+    """
+    structs, functions = abi.parse_header(text)
+    inner, outer = structs["Inner"], structs["Outer"]
+    long, pointer = ctypes.c_long, ctypes.c_void_p
+    assert [ctype for _, ctype in inner._fields_] == [long, long, pointer, pointer, ctypes.c_float]
+    assert [name for name, _ in inner._fields_] == ["rows", "columns", "weight", "bias", "scale"]
+    assert outer._fields_ == [("inner", inner), ("many", ctypes.POINTER(inner))]
+    assert functions == {"compute": [ctypes.POINTER(outer), pointer, ctypes.c_double], "version": []}
+    with pytest.raises(KeyError, match="short"):
+        abi.parse_header("typedef struct { short rows; } Args;")
+
+
+def test_kernel_args_reject_invalid_fields():
+    args = abi.STRUCTS["LinearArgs"]
+    assert args(rows=3, left=(left := torch.ones(2))).left == left.data_ptr()
+    with pytest.raises(AssertionError, match="no field row"):
+        args(row=3)
+    with pytest.raises(AssertionError, match="not contiguous"):
+        args(left=torch.ones(2, 2).t())
+    with pytest.raises(TypeError):
+        args(rows=1.5)

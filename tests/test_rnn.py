@@ -1,0 +1,175 @@
+"""Layers, loss and greedy decoding: each implementation agrees with torch's own outputs, states and gradients."""
+
+import pytest
+import torch
+from conftest import disable_kernel
+from torch import nn
+from torch.nn import functional as F
+
+from job.config.schema import GenerateConfig, ModelConfig
+from job.inference.generate import generate_batch, generate_tokens
+from job.kernels import ops
+from job.kernels.build import load_library, unavailable_reason
+from job.nn.dropout import Dropout, dropout_keys
+from job.nn.language_model import build_model
+from job.nn.loss import linear_cross_entropy
+from job.nn.rnn import _flatten_weights, rnn_layer
+from job.nn.rnn_fallback import gru_layer, tanh_layer
+
+CELLS = {"RNN_TANH": nn.RNN, "GRU": nn.GRU, "LSTM": nn.LSTM}
+SIZES = [(1, 1, 1, 3), (5, 3, 7, 4), (17, 1, 6, 9), (33, 3, 1, 28), (257, 9, 3, 10), (64, 35, 5, 70)]  # H, B, T, V
+# Relative to each tensor's norm, or to 0.1 if that is larger, for sums of a few numbers that cancel. A bf16 has 2^-9.
+TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
+
+
+@pytest.fixture(params=["kernel", "torch"])
+def implementation(request, monkeypatch):
+    """Runs a test with the kernel and without it."""
+    if request.param == "torch":
+        disable_kernel(monkeypatch)
+    elif load_library() is None:
+        pytest.skip(f"no kernel: {unavailable_reason()}")
+    return request.param
+
+
+def autocast(dtype):
+    return torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
+def state_tensors(state):
+    return state if isinstance(state, tuple) else (state,)
+
+
+def assert_near(actual, expected, tolerance):
+    for number, (a, b) in enumerate(zip(actual, expected, strict=True)):
+        assert a.shape == b.shape
+        error = (a.double() - b).norm() / b.norm().clamp(min=0.1)
+        assert error <= tolerance, (number, error.item())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("input_form", ["one-hot", "embedding", "features"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_rnn_layer_agrees_with_torch_in_float64(implementation, cell, input_form, dtype):
+    torch.manual_seed(0)
+    weight_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    for units, lanes, steps, tokens in SIZES:
+        features = tokens if input_form == "one-hot" else 6
+        reference = CELLS[cell](features, units)
+        weights = [weight.detach().to(weight_dtype).requires_grad_() for weight in reference.parameters()]
+        reference = reference.double()
+        inputs = torch.randint(0, tokens, (steps, lanes))
+        embedding = torch.randn(tokens, features, requires_grad=True, dtype=weight_dtype)
+        num_tensors = 2 if cell == "LSTM" else 1
+        state = [torch.rand(lanes, units, dtype=weight_dtype).requires_grad_() for _ in range(num_tensors)]
+        leaves = [*weights, *state, *([] if input_form == "one-hot" else [embedding])]
+
+        exact_embedding = torch.eye(tokens) if input_form == "one-hot" else embedding.detach()
+        exact_embedding = exact_embedding.double().requires_grad_()
+        exact_state = [part.detach().double().requires_grad_() for part in state]
+        initial = tuple(part[None] for part in exact_state)
+        hidden, last = reference(F.embedding(inputs, exact_embedding), initial if cell == "LSTM" else initial[0])
+        expected = [hidden, *(part[0] for part in state_tensors(last))]
+        exact_leaves = [*reference.parameters(), *exact_state, *([] if input_form == "one-hot" else [exact_embedding])]
+        output_grads = [torch.randn_like(part) for part in expected]
+
+        with autocast(dtype):
+            if input_form == "features":
+                hidden, last = rnn_layer(cell, F.embedding(inputs, embedding), None, tuple(state), weights)
+            else:
+                table = embedding if input_form == "embedding" else None
+                hidden, last = rnn_layer(cell, inputs, table, tuple(state), weights)
+        outputs = [hidden, *last]
+        assert hidden.dtype == dtype
+        assert_near(outputs, expected, TOLERANCES[dtype])
+        loss = sum((part.double() * grad).sum() for part, grad in zip(outputs, output_grads, strict=True))
+        exact_loss = sum((part * grad).sum() for part, grad in zip(expected, output_grads, strict=True))
+        assert_near(torch.autograd.grad(loss, leaves), torch.autograd.grad(exact_loss, exact_leaves), TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+@pytest.mark.parametrize("use_bf16", [False, True], ids=["float32", "bfloat16"])
+def test_model_with_dropout_agrees_with_float64(implementation, cell, use_bf16):
+    model_config = ModelConfig(cell=cell, hidden_size=40, num_layers=3, embedding_size=7, dropout=0.3)
+    model, exact = (build_model(model_config, 11, seed=1) for _ in range(2))
+    exact = exact.double()
+    inputs, targets = torch.randint(0, 11, (2, 6, 4))
+    dropout = Dropout(0.3, dropout_keys(0, 5, 3, range(4)))
+    with autocast(torch.bfloat16 if use_bf16 else None):
+        nats, state = model.cross_entropy_sum(inputs, targets, None, dropout)
+    expected, exact_state = exact.cross_entropy_sum(inputs, targets, None, dropout)
+    nats.backward()
+    expected.backward()
+    tolerance = TOLERANCES[torch.bfloat16 if use_bf16 else torch.float32]
+    assert_near([nats, *state_tensors(state)], [expected, *state_tensors(exact_state)], tolerance)
+    gradients = ([weight.grad for weight in net.parameters()] for net in (model, exact))
+    assert_near(*gradients, tolerance)
+
+
+def test_fallback_layers_pass_gradcheck():
+    def random(*shape):
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    assert torch.autograd.gradcheck(tanh_layer, [random(4, 2, 3), random(2, 3), random(3, 3)])
+    assert torch.autograd.gradcheck(gru_layer, [random(4, 2, 9), random(2, 3), random(9, 3), random(3)])
+
+
+@pytest.mark.parametrize(("rows", "units", "tokens"), [(1, 32, 2), (37, 64, 5), (130, 256, 257)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_linear_cross_entropy_agrees_with_torch_in_float64(implementation, dtype, rows, units, tokens):
+    torch.manual_seed(0)
+    hidden = torch.randn(1, rows, units, requires_grad=True)
+    weight, bias = torch.randn(tokens, units, requires_grad=True), torch.randn(tokens, requires_grad=True)
+    targets = torch.randint(0, tokens, (1, rows))
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight, bias)]
+    expected = F.cross_entropy(F.linear(*exact)[0], targets[0], reduction="sum")
+    with autocast(dtype):
+        nats = linear_cross_entropy(hidden.to(dtype), weight, bias, targets)
+    assert nats.dtype == torch.float32
+    assert_near([nats], [expected], TOLERANCES[dtype])
+    gradients = torch.autograd.grad(nats / 7, [hidden, weight, bias])
+    assert_near(gradients, torch.autograd.grad(expected / 7, exact), TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_linear_cross_entropy_of_nonfinite_hidden_state_is_nan(implementation, value):
+    hidden = torch.ones(3, 2, 32)
+    hidden[1, 1, 7] = value
+    nats = linear_cross_entropy(hidden, torch.randn(5, 32), torch.zeros(5), torch.zeros(3, 2, dtype=torch.int64))
+    assert nats.isnan()
+
+
+def test_linear_cross_entropy_rejects_mismatched_shapes(implementation):
+    with pytest.raises((ValueError, RuntimeError)):
+        linear_cross_entropy(
+            torch.ones(1, 4, 32), torch.ones(5, 32), torch.zeros(5), torch.zeros(5, 4, dtype=torch.int64)
+        )
+
+
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+@pytest.mark.parametrize(("layers", "embedding"), [(1, 0), (2, 7)])
+def test_greedy_decoding_equals_argmax_steps(implementation, cell, layers, embedding, monkeypatch):
+    model = build_model(ModelConfig(cell=cell, num_layers=layers, embedding_size=embedding, hidden_size=64), 28, 3)
+    prefixes = torch.randint(0, 28, (5, 7))
+    monkeypatch.setattr(ops, "GREEDY_CHUNK", 7)
+    generated = generate_batch(model, prefixes, GenerateConfig(length=40), 0)
+    inputs, state, expected = prefixes, None, []
+    with torch.no_grad():
+        for _ in range(40):
+            logits, state = model(inputs, state)
+            inputs = logits[-1:].argmax(2)
+            expected.append(inputs[0])
+    assert torch.equal(generated, torch.stack(expected))
+    alone = generate_tokens(model, prefixes[:, 3].numpy(), GenerateConfig(length=40), 0)
+    assert alone == generated[:, 3].tolist()
+
+
+def test_flatten_weights_makes_equal_contiguous_weights():
+    """As cuDNN needs them; the check itself needs no GPU."""
+    weights = list(torch.nn.GRU(5, 8).parameters())
+    flat_weights = _flatten_weights(weights, torch.float64)
+    assert all(torch.equal(flat, weight.double()) for flat, weight in zip(flat_weights, weights, strict=True))
+    ends = [flat.data_ptr() + flat.numel() * 8 for flat in flat_weights]
+    assert [flat.data_ptr() for flat in flat_weights[1:]] == ends[:-1]
+    sum(flat.square().sum() for flat in flat_weights).backward()
+    assert all(torch.allclose(weight.grad, 2 * weight) for weight in weights)
