@@ -106,7 +106,7 @@ int generate_greedy(const DecoderArgs *args);
 /* Whether the kernels compute with bf16 on this processor. */
 int supports_bf16(void);
 
-/* One process's view of a group that shares memory; see exchange.c. */
+/* One process's view of a group that shares memory; see collectives.c. */
 typedef struct {
     char *memory; /* a cache line that identifies it, flags of each rank, a slot of each rank, a slot for the sums */
     index_t rank, workers, slot_bytes;
