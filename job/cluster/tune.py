@@ -8,9 +8,8 @@ are not done.
 import logging
 import math
 import os
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
 
@@ -18,7 +17,7 @@ import ray
 from ray import tune
 from ray.tune.experiment import Trial as RayTrial
 
-from job.cluster.connection import connect_for_trials, ray_address
+from job.cluster.connection import BackgroundTask, connect_for_trials, ray_address
 from job.cluster.event_channel import dumps
 from job.cluster.launcher import create_event_channel
 from job.cluster.node_probe import check_nodes
@@ -143,7 +142,8 @@ def _run_trials(
     event_channel = create_event_channel()
     context = TrialContext(trials.base, trials.search, trials.folder, os.getcwd(), event_channel)
     trials.folder.remove(RAY_FOLDER)
-    thread = _TunerThread(lambda: build_tuner(trials, resources, callback, stopper, context))
+    # In a thread, so that the main thread can handle signals.
+    thread = BackgroundTask(lambda: build_tuner(trials, resources, callback, stopper, context).fit())
     waiting = WaitingNotice(resources.workers, console)
     deadline = time.monotonic() + (60 * trials.search.minutes or math.inf)
     with open(os.devnull, "w") as null, redirect_stdout(null):  # Ray Tune prints even with verbose=0
@@ -164,21 +164,6 @@ def _run_trials(
     if stopper.requested and not stop_request.exit_code:
         num_left = trials.search.num_trials - sum(trial.state in TERMINAL_STATES for trial in trials)
         console.print(f"time is up with {num_left} trials left; the same command resumes {trials.folder}")
-
-
-class _TunerThread(threading.Thread):
-    """Runs Ray Tune, so that the main thread can handle signals. Keeps the error that ended it."""
-
-    def __init__(self, build: Callable[[], tune.Tuner]) -> None:
-        super().__init__(daemon=True)
-        self.build = build
-        self.error: Exception | None = None
-
-    def run(self) -> None:
-        try:
-            self.build().fit()
-        except Exception as error:
-            self.error = error
 
 
 def build_tuner(
