@@ -1,6 +1,7 @@
 """The shape of the project: layers without a circle, and a core that knows neither Ray nor a network."""
 
 import ast
+import re
 import subprocess
 import sys
 
@@ -72,3 +73,28 @@ def test_functions_contain_no_imports():
             if isinstance(node, ast.FunctionDef) and path.name != "__main__.py":
                 inner = [child for child in ast.walk(node) if isinstance(child, ast.Import | ast.ImportFrom)]
                 assert not inner, f"{path.name}: {node.name}"
+
+
+def test_error_messages_are_not_parsed():
+    """Problem and remedy are fields of an error; code that needs one of them reads the field."""
+    parsing = re.compile(
+        r"""\bin str\((error|exception|problem|failure)\)|str\(\w+\)\.(startswith|endswith|find|index)\("""
+        r"""|(partition|split|removeprefix|removesuffix)\(["']; """
+    )
+    for example in (
+        'str(error).partition("; ")',
+        "if where not in str(error):",
+        'text.removeprefix("; did you mean ")',
+    ):
+        assert parsing.search(example)
+    for path in SOURCES:
+        assert not parsing.search(path.read_text()), path
+
+
+def test_user_errors_separate_problem_and_remedy():
+    for path in SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "UserError":
+                problem = node.args[0] if node.args else node
+                texts = [text.value for text in ast.walk(problem) if isinstance(text, ast.Constant)]
+                assert not any("; " in str(text) for text in texts), f"{path}:{node.lineno}: give the remedy separately"

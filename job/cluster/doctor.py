@@ -201,7 +201,7 @@ def _check_gpus(nodes: list[NodeReport]) -> str:
     text = f"{len(gpus)} × {gpus[0][1]}, driver {metadata['driver']}, NCCL {metadata['nccl']}"
     in_use = [node for node, _, free, total in gpus if free < (1 - MAX_GPU_USE) * total]
     if in_use:
-        raise UserError(f"{text}; {len(in_use)} in use by other processes", f"see nvidia-smi on {in_use[0].name}")
+        raise UserError(f"{text}, {len(in_use)} in use by other processes", f"see nvidia-smi on {in_use[0].name}")
     return f"{text}, free"
 
 

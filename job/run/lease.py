@@ -77,7 +77,8 @@ def raise_if_held(folder: Folder) -> None:
     remedy = "stop it first" if here else f"if that is dead, start again in {max(1, LEASE_TIMEOUT_S - silent):.0f} s"
     raise UserError(
         f"{folder}: this run is alive, driven by process {owner['pid']} on {owner['host']} (last sign of life "
-        f"{silent:.0f} s ago); {remedy}, or choose another run.name"
+        f"{silent:.0f} s ago)",
+        f"{remedy}, or choose another run.name",
     )
 
 

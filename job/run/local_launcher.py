@@ -23,7 +23,9 @@ class LocalLauncher:
     def connect(self, config: Config, console: Console) -> None:
         """Raises UserError if the configuration requires a GPU and there is none."""
         if config.scale.gpu_requirement and not torch.cuda.is_available():
-            raise UserError(f"{config.scale.gpu_requirement}: this machine has no GPU that torch can use; leave it out")
+            raise UserError(
+                f"{config.scale.gpu_requirement}: this machine has no GPU that torch can use", "leave it out"
+            )
 
     def run(self, spec: RunSpec, recorder: Recorder, stop_request: StopRequest) -> None:
         """Trains until the run is over. Raises RunFailed if the training raises."""

@@ -57,14 +57,14 @@ def resolve_run(config: Config, stem: str) -> tuple[Folder, Config, ExistingRun 
     config = replace(config, run=replace(config.run, name=name))
     folder = storage / name
     if folder.has(SEARCH_FILE):
-        raise UserError(f"{folder}: is a search and not a run; choose another run.name")
+        raise UserError(f"{folder}: is a search and not a run", "choose another run.name")
     previous = read_existing_run(folder)
     if previous is None:
         if config.run.resume == "must":
             raise UserError(f"run.resume = must: there is no run at {folder} to go on with")
         return folder, config, None
     if config.run.resume == "never":
-        raise UserError(f"run.resume = never: {folder} exists; choose another run.name or remove it")
+        raise UserError(f"run.resume = never: {folder} exists", "choose another run.name or remove it")
     config = with_resolved_corpus(config, previous.config)
     check_config_unchanged(folder, config)
     return folder, config, previous
@@ -75,7 +75,9 @@ def check_config_unchanged(folder: Folder, config: Config) -> None:
     found = read_existing_run(folder)
     differing = config_differences(found.config, config) if found else []
     if differing:
-        raise UserError(f"{folder}: exists with another configuration: {', '.join(differing)}; choose another run.name")
+        raise UserError(
+            f"{folder}: exists with another configuration: {', '.join(differing)}", "choose another run.name"
+        )
 
 
 def check_storage_outlives_job(storage: str) -> None:
@@ -83,8 +85,8 @@ def check_storage_outlives_job(storage: str) -> None:
     place = expand_env(storage)
     if not is_uri(place) and not Path(place).is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         raise UserError(
-            f"run.storage = {storage}: lies in this job's session folder and would be lost with it; "
-            "give an absolute path that all nodes see, or an object store"
+            f"run.storage = {storage}: lies in this job's session folder and would be lost with it",
+            "give an absolute path that all nodes see, or an object store",
         )
 
 

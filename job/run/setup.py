@@ -47,7 +47,7 @@ def _read_init(config: Config, vocabulary_size: int) -> bytes | None:
     try:
         model = build_model(config.model, vocabulary_size, config.run.seed)
     except (RuntimeError, MemoryError, TypeError, OverflowError) as error:  # torch's allocator, or sizes beyond all
-        raise UserError(f"model: does not fit into memory: {str(error).splitlines()[0]}; make it smaller") from None
+        raise UserError(f"model: does not fit into memory: {str(error).splitlines()[0]}", "make it smaller") from None
     name = config.model.init
     if not name:
         return None
