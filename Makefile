@@ -34,11 +34,12 @@ test-quick: setup  ## the tests that need no Ray (under a minute)
 storm: setup  ## the chaos test: one run, twelve faults, the same result (ten minutes; STORM="--mode fp64" and so on)
 	$(RUN) -m tests.chaos $(STORM)
 
-lint: setup  ## formatter, linter, type checker and spelling, as CI runs them
-	$(RUN) -m ruff format --check job tests benchmarks
-	$(RUN) -m ruff check job tests benchmarks
+lint: setup  ## formatter, linter, type checker, spelling and replaced words, as CI runs them
+	$(RUN) -m ruff format --check job tests benchmarks .ci
+	$(RUN) -m ruff check job tests benchmarks .ci
 	$(RUN) -m mypy job benchmarks
 	$(VENV)/bin/codespell
+	$(RUN) .ci/words.py
 
 bench: setup  ## overhead of the job on one and two workers over a plain training loop
 	$(RUN) -m benchmarks.overhead

@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 SUFFIXES = {".c", ".h", ".md", ".py", ".sh", ".toml", ".txt", ".yaml", ".yml", ""}
-EXCLUDED = (".ci/words", "LICENSE", "constraints.txt", "tests/golden/", "tests/reference/")
+EXCLUDED = (".ci/words", "tests/test_suite.py", "LICENSE", "constraints.txt", "tests/golden/", "tests/reference/")
 
 
 def patterns() -> dict[re.Pattern[str], str]:
@@ -42,6 +42,6 @@ def findings(path: Path) -> list[str]:
 
 PATTERNS = patterns()
 if __name__ == "__main__":
-    problems = [found for path in map(Path, sys.argv[1:] or tracked_files()) for found in findings(path)]
-    print("\n".join(problems))
+    problems = [finding for path in map(Path, sys.argv[1:] or tracked_files()) for finding in findings(path)]
+    print(*problems, sep="\n")
     sys.exit(1 if problems else 0)

@@ -1,5 +1,8 @@
 """Rules of this test suite that CI relies on: which tests are left out where, and how many may be skipped."""
 
+import subprocess
+import sys
+
 import pytest
 from conftest import ROOT
 
@@ -65,3 +68,18 @@ def test_allowed_skips_name_existing_tests_and_allowed_reasons():
             path, _, name = test.strip().partition("::")
             assert reason.strip() in reasons, line
             assert f"def {name.partition('[')[0]}(" in (ROOT / path).read_text(), line
+
+
+def test_words_check_reports_replaced_word_with_its_line(tmp_path):
+    text = tmp_path / "text.md"
+    text.write_text("A worker starts again.\nThe driver is TOLD; `refuse_if_alive` runs.\nA story is tolden.\n")
+    check = subprocess.run(
+        [sys.executable, ROOT / ".ci" / "words.py", text], capture_output=True, text=True, check=False
+    )
+    assert check.returncode == 1
+    assert check.stdout.splitlines() == [
+        f"{text}:2: 'TOLD'; use: reported",
+        f"{text}:2: 'refuse_if_alive'; use: check_ or raise_if_",
+    ]
+    text.write_text("A worker starts again.\n")
+    subprocess.run([sys.executable, ROOT / ".ci" / "words.py", text], check=True)
