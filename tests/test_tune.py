@@ -293,10 +293,10 @@ def test_trial_callback_with_a_new_epoch_renews_the_failures_allowed(tmp_path):
 def test_load_checkpoint_waits_for_the_lease_of_the_previous_actor(tmp_path, monkeypatch):
     """Otherwise a checkpoint that the previous actor commits later would count as the newer one."""
     actor = TrialTrainable.__new__(TrialTrainable)
-    actor.told_to_stop = False
+    actor.stop_requested = False
     folder, order = Folder(str(tmp_path)), []
-    monkeypatch.setattr(TrialTrainable, "place", folder)
-    monkeypatch.setattr(TrialTrainable, "options", None)
+    monkeypatch.setattr(TrialTrainable, "run_folder", folder)
+    monkeypatch.setattr(TrialTrainable, "run_config", None)
     monkeypatch.setattr("job.cluster.trainable.import_checkpoint", lambda *_: order.append("imported"))
     lease = acquire_lease(folder)
     timer = threading.Timer(1.0, lambda: (order.append("written"), lease.release()))

@@ -1,4 +1,4 @@
-"""One trial of a search, in an actor of Ray Tune: an ordinary run, which waits at each report for the word to go on."""
+"""A trial of a search in a Ray Tune actor: an ordinary run that pauses at each report until Ray Tune continues it."""
 
 import contextlib
 import os
@@ -15,9 +15,9 @@ from ray import tune
 
 from job.cluster.launcher import TrialLauncher
 from job.config.schema import Config
-from job.config.search_space import SearchConfig
+from job.config.search_space import METRIC_SPLITS, SearchConfig
 from job.console import Console
-from job.errors import Diverged, RunFailed, UnrecoverableError, UserError
+from job.errors import Diverged, UnrecoverableError, UserError
 from job.run.driver import run_training
 from job.run.lease import HEARTBEAT_INTERVAL_S, LEASE_TIMEOUT_S, acquire_lease, raise_if_held
 from job.run.local_launcher import LocalLauncher
@@ -27,188 +27,180 @@ from job.training.checkpoint import Checkpoint
 from job.training.events import CheckpointCommitted, Event, MetricsRow
 from job.tuning.exchange import export_checkpoint, import_checkpoint
 from job.tuning.params import trial_config, trial_folder
-from job.tuning.trials import read_trial_rows, row_score
+from job.tuning.trials import read_score_rows
 
 
 @dataclass(frozen=True)
 class TrialContext:
-    """What all trials share."""
+    """What all trials of a search share."""
 
     base: Config
     search: SearchConfig
-    folder: Folder
-    directory: str  # where the command was given, from which its paths are
-    event_channel: Any  # brings the order to stop
+    folder: Folder  # of the search
+    directory: str  # the driver's working directory, for relative paths
+    event_channel: Any  # carries the command to stop
 
 
 class TrialTrainable(tune.Trainable):
-    """Runs one trial after another: each an ordinary run, which waits at each report for the word to go on."""
+    """The actor class: runs trials, one after another."""
 
     def setup(self, config: dict[str, Any], context: TrialContext) -> None:
-        """Called by Ray Tune once."""
+        """Called by Ray Tune once per actor."""
         self.context = context
-        with contextlib.suppress(OSError):  # another host may not have it
+        with contextlib.suppress(OSError):  # another host may not have the directory
             os.chdir(context.directory)
-        self.attempt: TrialRunner | None = None
-        self.told_to_stop = False
-        threading.Thread(target=self._listen, daemon=True).start()
+        self.runner: TrialRunner | None = None
+        self.stop_requested = False
+        threading.Thread(target=self._wait_for_stop, daemon=True).start()
 
-    def _listen(self) -> None:
-        with contextlib.suppress(ray.exceptions.RayError):  # the search's driver is gone, and soon this process
+    def _wait_for_stop(self) -> None:
+        with contextlib.suppress(ray.exceptions.RayError):  # the driver died, and Ray will end this process
             ray.get(self.context.event_channel.commands_after.remote(0))
-            self.told_to_stop = True
-            if self.attempt:
-                self.attempt.request_stop()
+            self.stop_requested = True
+            if self.runner:
+                self.runner.request_stop()
+
+    # The trial is identified by its name: its Ray Tune configuration may be a copy of another trial's.
 
     @property
-    def options(self) -> Config:
-        """The run's configuration; the trial is known by its name, since its point may be another's."""
+    def run_config(self) -> Config:
+        """The configuration of the trial's run."""
         return trial_config(
             self.context.base, self.context.folder, int(self.trial_name), self.config["trial"]["params"]
         )
 
     @property
-    def place(self) -> Folder:
-        """The run's folder."""
+    def run_folder(self) -> Folder:
+        """The folder of the trial's run."""
         return trial_folder(self.context.folder, int(self.trial_name))
 
     def step(self) -> dict[str, Any]:
-        """Goes on to the next report."""
-        if self.attempt is None:
-            self.attempt = TrialRunner(self.options, self.place, self.context.search)
-            if self.told_to_stop:
-                self.attempt.request_stop()
-        return self.attempt.next_report()
+        """Continues the run until its next report. Called by Ray Tune."""
+        if self.runner is None:
+            self.runner = TrialRunner(self.run_config, self.run_folder, self.context.search)
+            if self.stop_requested:
+                self.runner.request_stop()
+        return self.runner.next_report()
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
-        """Copies the checkpoint of the last report, for the trials that will go on from it."""
-        assert self.attempt and self.attempt.checkpoint
-        export_checkpoint(self.attempt.checkpoint, self.place, Folder(checkpoint_dir))
+        """Exports the checkpoint of the last report for other trials. Called by Ray Tune."""
+        assert self.runner
+        assert self.runner.checkpoint
+        export_checkpoint(self.runner.checkpoint, self.run_folder, Folder(checkpoint_dir))
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:  # type: ignore[override]
-        """Makes a checkpoint, this trial's or another's, the one that the run goes on from."""
-        wait_until_free(self.place, lambda: self.told_to_stop)  # its last actor may still be writing
-        lease = acquire_lease(self.place)
+        """Makes the run resume from a checkpoint, which may be another trial's. Called by Ray Tune."""
+        wait_until_free(self.run_folder, lambda: self.stop_requested)  # a previous actor may still be writing
+        lease = acquire_lease(self.run_folder)
         try:
-            import_checkpoint(Folder(checkpoint_dir), self.place, self.options)
+            import_checkpoint(Folder(checkpoint_dir), self.run_folder, self.run_config)
         finally:
             lease.release()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Ends this trial's run; the actor takes another."""
+        """Ends this trial's run, so that the actor can be reused. Called by Ray Tune."""
         self.cleanup()
         return True
 
     def cleanup(self) -> None:
-        """Ends the run, with a checkpoint, and whatever it has started."""
-        if self.attempt:
-            self.attempt.end()
-            self.attempt = None
+        """Ends the run after a checkpoint. Called by Ray Tune."""
+        if self.runner:
+            self.runner.end()
+            self.runner = None
 
 
-def wait_until_free(place: Folder, told_to_stop: Callable[[], bool]) -> None:
-    """A driver of this run that is dying, or died with its node, is waited for."""
-    until = time.monotonic() + LEASE_TIMEOUT_S + 2 * HEARTBEAT_INTERVAL_S
-    while not told_to_stop() and time.monotonic() < until:
+def wait_until_free(run_folder: Folder, is_stop_requested: Callable[[], bool]) -> None:
+    """Waits until the lease of a run is released or has expired, at most a little longer than that takes."""
+    deadline = time.monotonic() + LEASE_TIMEOUT_S + 2 * HEARTBEAT_INTERVAL_S
+    while not is_stop_requested() and time.monotonic() < deadline:
         try:
-            return raise_if_held(place)
+            return raise_if_held(run_folder)
         except UserError:
             time.sleep(0.5)
 
 
 class TrialRunner:
-    """A trial's run in a thread; it reports when the checkpoint of an epoch is whole, and waits there."""
+    """A trial's run in a thread. After each epoch's checkpoint it reports the score and pauses."""
 
-    def __init__(self, config: Config, place: Folder, search: SearchConfig) -> None:
-        self.options, self.place, self.search = config, place, search
+    def __init__(self, config: Config, folder: Folder, search: SearchConfig) -> None:
+        self.config, self.folder, self.search = config, folder, search
         self.reports: queue.SimpleQueue[dict[str, Any] | BaseException] = queue.SimpleQueue()
-        self.may_go_on = threading.Semaphore(0)
+        self.resume = threading.Semaphore(0)
         self.ending = False
         self.stop_request = StopRequest()
         self.checkpoint: Checkpoint | None = None  # the last one that was committed
-        self.row: dict[str, Any] | None = None  # that waits for its checkpoint
-        self.told = 0  # the step of the last report
-        self.thread = threading.Thread(target=self._drive, daemon=True)
+        self.pending_row: dict[str, Any] | None = None  # has a score, but no checkpoint yet
+        self.last_reported_step = 0
+        self.thread = threading.Thread(target=self._run, daemon=True)
 
-    # --- called by Ray Tune, in the actor's main thread ---
+    # --- called in the actor's main thread ---
 
     def next_report(self) -> dict[str, Any]:
-        """Lets the run go on, and waits for its next report; raises what ended it unforeseen."""
-        if not self.thread.is_alive():
-            self.thread.start()
+        """Continues the run and waits for its next report. Raises the error of a run that may succeed if retried."""
+        if self.thread.is_alive():
+            self.resume.release()
         else:
-            self.may_go_on.release()
-        found = self.reports.get()
-        if isinstance(found, BaseException):
-            raise found
-        return found
+            self.thread.start()
+        report = self.reports.get()
+        if isinstance(report, BaseException):
+            raise report
+        return report
 
     def request_stop(self) -> None:
-        """Has the run save and stop at its next step."""
+        """Makes the run save and stop at its next step."""
         self.stop_request.exit_code = 128 + SIGTERM
 
     def end(self) -> None:
-        """Stops the run, where it is not over, and waits until it is."""
+        """Stops the run if it has not ended, and waits for it."""
         self.ending = True
         self.request_stop()
-        self.may_go_on.release()
+        self.resume.release()
         if self.thread.ident:
             self.thread.join()
 
-    # --- in the run's thread ---
+    # --- called in the run's thread ---
 
-    def _drive(self) -> None:
+    def _run(self) -> None:
         try:
-            self.reports.put({"done": True, **self._outcome()})
-        except BaseException as error:  # told by the main thread, and tried again by Ray Tune
+            if self.search.scheduler == "asha":
+                self._replay_history()
+            self.reports.put({"done": True, **self._train()})
+        except BaseException as error:  # raised by next_report
             self.reports.put(error)
 
-    def _outcome(self) -> dict[str, str]:
-        if self.search.scheduler == "asha":
-            self._recall()
-        if self.stop_request.exit_code:
-            return {"state": "interrupted"}
-        launcher = TrialLauncher() if self.options.scale.max_workers else LocalLauncher()
-        try:
-            wait_until_free(self.place, lambda: bool(self.stop_request.exit_code))
-            if self.stop_request.exit_code:
-                return {"state": "interrupted"}
-            with open(os.devnull, "w") as nowhere:
-                exit_code = run_training(
-                    self.options, "", Console(nowhere), launcher, self.stop_request, self._on_event
-                )
-        except Diverged as error:
-            return {"state": "diverged", "reason": _short(error)}
-        except (UnrecoverableError, UserError) as error:
-            return {"state": "failed", "reason": _short(error)}
-        return {"state": "interrupted" if exit_code else "finished"}
-
-    def _recall(self) -> None:
-        """Reports again what an earlier start of the search has seen, for the scheduler."""
-        for row in read_trial_rows(self.place):
+    def _replay_history(self) -> None:
+        """Reports the scores of earlier runs of the search again, from which ASHA decides."""
+        for row in read_score_rows(self.folder, self.search.metric):
             if not self.stop_request.exit_code:
                 self._report(row)
 
+    def _train(self) -> dict[str, str]:
+        """Runs the training to its end, and returns the trial's state with a reason if it failed."""
+        launcher = TrialLauncher() if self.config.scale.max_workers else LocalLauncher()
+        try:
+            wait_until_free(self.folder, lambda: bool(self.stop_request.exit_code))
+            if self.stop_request.exit_code:
+                return {"state": "interrupted"}
+            with open(os.devnull, "w") as null:
+                exit_code = run_training(self.config, "", Console(null), launcher, self.stop_request, self._on_event)
+        except Diverged as error:
+            return {"state": "diverged", "reason": error.problem}
+        except (UnrecoverableError, UserError) as error:
+            return {"state": "failed", "reason": error.problem}
+        return {"state": "interrupted" if exit_code else "finished"}
+
     def _on_event(self, event: Event) -> None:
-        if isinstance(event, MetricsRow):
-            if row_score(event.row, self.search.metric) is not None:
-                self.row = event.row
-        elif isinstance(event, CheckpointCommitted):
+        if isinstance(event, MetricsRow) and event.row["split"] == METRIC_SPLITS[self.search.metric]:
+            self.pending_row = event.row
+        if isinstance(event, CheckpointCommitted):
             self.checkpoint = event.checkpoint
-            if self.row and event.checkpoint.step == self.row["step"]:
-                row, self.row = self.row, None
+            if self.pending_row and self.pending_row["step"] == event.checkpoint.step:
+                row, self.pending_row = self.pending_row, None
                 self._report(row)
 
     def _report(self, row: dict[str, Any]) -> None:
-        """Tells Ray Tune, once for each step, and waits for its word."""
-        value = row_score(row, self.search.metric)
-        if value is None or row["step"] <= self.told or self.ending:
-            return
-        self.told = row["step"]
-        self.reports.put({"epoch": row["epoch"], "step": row["step"], "score": value})
-        self.may_go_on.acquire()
-
-
-def _short(error: UserError | RunFailed) -> str:
-    """What went wrong, without what the run's own command would say of going on."""
-    return error.problem
+        """Passes a score to Ray Tune, once per step, and pauses the run."""
+        if row["step"] > self.last_reported_step and not self.ending:
+            self.last_reported_step = row["step"]
+            self.reports.put({"epoch": row["epoch"], "step": row["step"], "score": row["perplexity"]})
+            self.resume.acquire()

@@ -169,8 +169,8 @@ def _load_trial(folder: Folder, base: Config, search: SearchConfig, number: int,
     params = params_of(run.config, search) if run else trial_params(base, search, number)
     if not params:
         return None
-    scores = [(row["epoch"], row_score(row, search.metric)) for row in read_trial_rows(run_folder)] if run else []
-    trial = Trial(number, params, scores=[(epoch, score) for epoch, score in scores if score is not None])
+    rows = read_score_rows(run_folder, search.metric) if run else []
+    trial = Trial(number, params, scores=[(row["epoch"], row["perplexity"]) for row in rows])
     record = records.get(trial_name(number), {})
     if run and run.is_finished(trial_config(base, folder, number, params)):
         trial.state = "finished"
@@ -179,14 +179,10 @@ def _load_trial(folder: Folder, base: Config, search: SearchConfig, number: int,
     return trial
 
 
-def read_trial_rows(run_folder: Folder) -> list[dict[str, Any]]:
-    """The metrics that a trial's run has written. Empty if there are none or they cannot be read."""
+def read_score_rows(run_folder: Folder, metric: str) -> list[dict[str, Any]]:
+    """The rows of a run's metrics with the metric of a search. Empty if there are none or they cannot be read."""
     try:
-        return parse_rows(run_folder.read(METRICS_FILE))
+        rows = parse_rows(run_folder.read(METRICS_FILE))
     except OSError:
         return []
-
-
-def row_score(row: dict[str, Any], metric: str) -> float | None:
-    """The metric of a search in a row of ``metrics.jsonl``, or None if the row is of another split."""
-    return float(row["perplexity"]) if row["split"] == METRIC_SPLITS[metric] else None
+    return [row for row in rows if row["split"] == METRIC_SPLITS[metric]]
