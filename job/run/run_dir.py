@@ -59,15 +59,20 @@ def resolve_run(config: Config, stem: str) -> tuple[Folder, Config, ExistingRun 
     if folder.has(SEARCH_FILE):
         raise UserError(f"{folder}: is a search and not a run", "choose another run.name")
     previous = read_existing_run(folder)
+    check_resume(config.run.resume, folder, "run", exists=previous is not None)
     if previous is None:
-        if config.run.resume == "must":
-            raise UserError(f"run.resume = must: there is no run at {folder} to go on with")
         return folder, config, None
-    if config.run.resume == "never":
-        raise UserError(f"run.resume = never: {folder} exists", "choose another run.name or remove it")
     config = with_resolved_corpus(config, previous.config)
     check_config_unchanged(folder, config)
     return folder, config, previous
+
+
+def check_resume(resume: str, folder: Folder, kind: str, *, exists: bool) -> None:
+    """Raises UserError if ``run.resume`` does not allow a new run or search, or an existing one to be resumed."""
+    if resume == "must" and not exists:
+        raise UserError(f"run.resume = must: there is no {kind} at {folder} to resume")
+    if resume == "never" and exists:
+        raise UserError(f"run.resume = never: {folder} exists", "choose another run.name or remove it")
 
 
 def check_config_unchanged(folder: Folder, config: Config) -> None:
@@ -91,14 +96,21 @@ def check_storage_outlives_job(storage: str) -> None:
 
 
 def read_existing_run(folder: Folder) -> ExistingRun | None:
-    """What is known of the run in a folder; None where there is none."""
+    """The run in a folder, or None if there is none. Raises UserError if its configuration cannot be read."""
+    text = read_config_text(folder, CONFIG_FILE)
+    if text is None:
+        return None
+    return ExistingRun(config_from_toml(text, f"{folder}/{CONFIG_FILE}"), read_result(folder))
+
+
+def read_config_text(folder: Folder, name: str) -> str | None:
+    """The text of a stored configuration, or None if the file does not exist."""
     try:
-        text = folder.read(CONFIG_FILE, _MAX_FILE_BYTES).decode()
+        return folder.read(name, _MAX_FILE_BYTES).decode()
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder}/{CONFIG_FILE}: cannot be read: {error}") from None
-    return ExistingRun(config_from_toml(text, f"{folder}/{CONFIG_FILE}"), read_result(folder))
+        raise UserError(f"{folder}/{name}: cannot be read: {error}") from None
 
 
 def read_result(folder: Folder) -> dict[str, Any] | None:

@@ -11,8 +11,10 @@ from job.errors import UserError
 from job.run.run_dir import (
     CONFIG_FILE,
     SEARCH_FILE,
+    check_resume,
     check_same_text,
     check_storage_outlives_job,
+    read_config_text,
     slugify,
     with_resolved_corpus,
 )
@@ -20,7 +22,6 @@ from job.run.setup import build_run_spec
 from job.storage import Folder
 from job.tuning.params import trial_folder, trial_params, with_params
 
-_MAX_CONFIG_BYTES = 1 << 20
 _setup_inputs = attrgetter("corpus", "vocabulary", "stream", "model", "train.epochs")  # what build_run_spec reads
 
 
@@ -34,31 +35,18 @@ def resolve_search(config: Config, search: SearchConfig, default_name: str) -> t
     check_storage_outlives_job(config.run.storage)
     config = replace(config, run=replace(config.run, name=config.run.name or slugify(default_name)))
     folder = Folder.resolve(config.run.storage) / config.run.name
-    existing = _read_existing_search(folder)
-    if existing is None:
-        if folder.has(CONFIG_FILE):
-            raise UserError(f"{folder}: is a run, not a search", "choose another run.name")
-        if config.run.resume == "must":
-            raise UserError(f"run.resume = must: there is no search at {folder} to resume")
+    if folder.has(CONFIG_FILE):
+        raise UserError(f"{folder}: is a run, not a search", "choose another run.name")
+    text = read_config_text(folder, SEARCH_FILE)
+    check_resume(config.run.resume, folder, "search", exists=text is not None)
+    if text is None:
         return folder, config
-    if config.run.resume == "never":
-        raise UserError(f"run.resume = never: {folder} exists", "choose another run.name or remove it")
-    old_config, old_search = existing
+    old_config, old_search = search_config_from_toml(text, f"{folder}/{SEARCH_FILE}")
     config = with_resolved_corpus(config, old_config)
     differing = config_differences(old_config, config) + search_differences(old_search, search)
     if differing:
         raise UserError(f"{folder}: is another search: {', '.join(differing)}", "choose another run.name")
     return folder, config
-
-
-def _read_existing_search(folder: Folder) -> tuple[Config, SearchConfig] | None:
-    try:
-        text = folder.read(SEARCH_FILE, _MAX_CONFIG_BYTES).decode()
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder}/{SEARCH_FILE}: cannot be read: {error}") from None
-    return search_config_from_toml(text, f"{folder}/{SEARCH_FILE}")
 
 
 def check_search(base: Config, search: SearchConfig, folder: Folder) -> Config:
