@@ -132,7 +132,7 @@ NO_VALIDATION = {"corpus.validation_fraction": "0"}
 @pytest.mark.parametrize(
     ("space", "flags", "message"),
     [
-        ({}, {}, "search.space: is empty; write [search.space]"),
+        ({}, {}, "search.space: is empty; write lines such as"),
         ({"optimizer.learning_rate": {"uniform": [-1, 1]}}, {}, "learning_rate = -1.0: must be greater than 0"),
         ({"model.hidden_size": {"uniform": [8, 16]}}, {}, "model.hidden_size = 8.0: must be an integer"),
         ({"model.cell": {"grid": ["rnn", "gruu"]}}, {}, "model.cell = \"gruu\": must be one of rnn, gru, lstm"),

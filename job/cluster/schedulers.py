@@ -21,13 +21,14 @@ NUM_PERTURBATIONS = 8  # how often population-based training compares trials dur
 class SyncPBT(NotPickled, PopulationBasedTraining):
     """Synchronous population-based training that does not deadlock when the last running trial ends.
 
-    Ray Tune compares the population when a running trial reports, and pauses the others until then. If the
+    It is synchronous because otherwise a late trial is compared with scores of trials that never ran alongside
+    it. Ray Tune compares the population when a running trial reports, and pauses the others until then. If the
     last running trial ends without a report, all others stay paused. In that case the most recent report is
     passed to the scheduler again. (on_trial_result in ray/tune/schedulers/pbt.py)
     """
 
-    def __init__(self, stopper: StopOnRequest, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(self, stopper: StopOnRequest, **kwargs: Any) -> None:
+        super().__init__("epoch", "score", "min", synch=True, log_config=False, **kwargs)
         self.stopper = stopper
         self.last_results: dict[RayTrial, dict[str, Any]] = {}
 
@@ -119,13 +120,5 @@ def _population_based_training(trials: Trials, epochs: int, stopper: StopOnReque
         trial = config["trial"]
         return {"trial": {**trial, "params": space.perturb(trial["params"], rng)}}
 
-    return SyncPBT(
-        stopper,
-        "epoch",
-        "score",
-        "min",
-        perturbation_interval=max(1, epochs // NUM_PERTURBATIONS),
-        custom_explore_fn=explore,
-        log_config=False,
-        synch=True,  # otherwise a late trial is compared with scores of trials that never ran alongside it
-    )
+    interval = max(1, epochs // NUM_PERTURBATIONS)
+    return SyncPBT(stopper, perturbation_interval=interval, custom_explore_fn=explore)

@@ -65,9 +65,8 @@ class TrialTrainable(tune.Trainable):
     @property
     def run_config(self) -> Config:
         """The configuration of the trial's run."""
-        return trial_config(
-            self.context.base, self.context.folder, int(self.trial_name), self.config["trial"]["params"]
-        )
+        context, params = self.context, self.config["trial"]["params"]
+        return trial_config(context.base, context.folder, int(self.trial_name), params)
 
     @property
     def run_folder(self) -> Folder:

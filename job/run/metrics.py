@@ -4,7 +4,7 @@ import io
 import json
 from typing import Any
 
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -24,9 +24,7 @@ def parse_rows(data: bytes) -> list[dict[str, Any]]:
 
 def plot_perplexity(rows: list[dict[str, Any]], title: str) -> bytes:
     """Perplexity over epochs as a PNG: a line for each split that was measured."""
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
+    figure, (axes,) = new_figure(1)
     named = {"epoch": "training", "validation": "validation"}
     for split, name in named.items():
         points = [
@@ -43,9 +41,22 @@ def plot_perplexity(rows: list[dict[str, Any]], title: str) -> bytes:
     axes.tick_params(axis="y", which="minor", labelsize=7)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.grid(True, which="both", alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
     if axes.lines:
         axes.legend(frameon=False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=130)
-    return picture.getvalue()
+    return to_png(figure)
+
+
+def new_figure(num_plots: int) -> tuple[Figure, list[Axes]]:
+    """A figure with plots side by side."""
+    figure = Figure(figsize=(max(7, 4.2 * num_plots), 4.2), layout="constrained")
+    plots = figure.subplots(1, num_plots, squeeze=False)[0]
+    for axes in plots:
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure, list(plots)
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    return buffer.getvalue()

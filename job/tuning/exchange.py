@@ -24,7 +24,8 @@ def import_checkpoint(source: Folder, run_folder: Folder, config: Config) -> Non
     """
     (name,) = source.names()
     run = read_existing_run(run_folder)
-    if run and run.config == config and _last_exchanged(run_folder) == name:
+    last_exchanged = run_folder.read(EXCHANGED_FILE, 100).decode() if run_folder.has(EXCHANGED_FILE) else ""
+    if run and run.config == config and last_exchanged == name:
         return
     checkpoints = run_folder / "checkpoints"
     copy_checkpoint(read_manifest(source, name), checkpoints)
@@ -34,7 +35,3 @@ def import_checkpoint(source: Folder, run_folder: Folder, config: Config) -> Non
             checkpoints.remove(other)
     run_folder.write(CONFIG_FILE, config_to_toml(config).encode())
     run_folder.write(EXCHANGED_FILE, name.encode())
-
-
-def _last_exchanged(run_folder: Folder) -> str:
-    return run_folder.read(EXCHANGED_FILE, 100).decode() if run_folder.has(EXCHANGED_FILE) else ""

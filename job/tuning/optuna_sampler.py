@@ -13,9 +13,7 @@ def import_optuna() -> Any:
     try:
         optuna = importlib.import_module("optuna")
     except ImportError:
-        raise UserError(
-            'search.searcher = "optuna": Optuna is not installed', "pip install optuna, or use random"
-        ) from None
+        raise UserError('search.searcher = "optuna": is not installed', "pip install optuna, or use random") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     return optuna
 

@@ -1,21 +1,18 @@
 """Pictures of a search, as PNG: scores over epochs, and scores against each parameter."""
 
-import io
-
 from matplotlib.axes import Axes
 from matplotlib.axis import Axis
-from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from job.config.search_space import Range
-from job.run.metrics import MAX_PLOTTED_PERPLEXITY
+from job.run.metrics import MAX_PLOTTED_PERPLEXITY, new_figure, to_png
 from job.tuning.report import display_name, format_params
 from job.tuning.trials import Trial, Trials
 
 
 def plot_curves(trials: Trials) -> bytes:
     """The metric of all trials over epochs, with the winner highlighted."""
-    figure, (axes,) = _figure(1)
+    figure, (axes,) = new_figure(1)
     winner = trials.winner
     for trial in sorted(trials, key=lambda trial: trial is winner):  # the winner on top of all others
         points = [(epoch, min(value, _clip_at(trials))) for epoch, value in trial.scores]
@@ -28,13 +25,13 @@ def plot_curves(trials: Trials) -> bytes:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     _format_score_axis(axes, trials)
     axes.legend(frameon=False)
-    return _png(figure)
+    return to_png(figure)
 
 
 def plot_score_by_param(trials: Trials) -> bytes:
     """The score of each trial against each parameter, with the winner highlighted."""
     domains = trials.search.space.domains
-    figure, all_axes = _figure(len(domains))
+    figure, all_axes = new_figure(len(domains))
     winner = trials.winner
     for axes, (name, domain) in zip(all_axes, domains.items(), strict=True):
         for trial in trials:
@@ -48,7 +45,7 @@ def plot_score_by_param(trials: Trials) -> bytes:
             _format_log_axis(axes.xaxis, domain.endpoints[0], domain.endpoints[-1])
         axes.set_xlabel(name)
         _format_score_axis(axes, trials)
-    return _png(figure)
+    return to_png(figure)
 
 
 def _marker(trial: Trial) -> str:
@@ -61,18 +58,12 @@ def _clip_at(trials: Trials) -> float:
     return min(MAX_PLOTTED_PERPLEXITY, 8 * best) if best else MAX_PLOTTED_PERPLEXITY
 
 
-def _figure(columns: int) -> tuple[Figure, list[Axes]]:
-    figure = Figure(figsize=(max(7, 4.2 * columns), 4.2), layout="constrained")
-    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
-
-
 def _format_score_axis(axes: Axes, trials: Trials) -> None:
     scores = [min(value, _clip_at(trials)) for trial in trials for _, value in trial.scores]
     axes.set_ylabel(display_name(trials.search.metric))
     axes.set_yscale("log")
     _format_log_axis(axes.yaxis, min(scores), max(scores))
     axes.grid(True, alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _format_log_axis(axis: Axis, low: float, high: float) -> None:
@@ -80,9 +71,3 @@ def _format_log_axis(axis: Axis, low: float, high: float) -> None:
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 5 * low else MaxNLocator(6))
     axis.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_minor_formatter(NullFormatter())
-
-
-def _png(figure: Figure) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
-    return buffer.getvalue()

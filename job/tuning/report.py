@@ -5,20 +5,14 @@ from typing import Any
 from job.console import Console
 from job.tuning.trials import Trial, Trials
 
-_SCHEDULER_NOTES = {
-    "none": "",
-    "asha": ", ASHA stops poor trials early",
-    "pbt": ", poor trials continue from good ones (population-based training)",
-}
-
 
 def banner(trials: Trials, max_concurrent: int) -> str:
     """The line that announces a search."""
     search, pending = trials.search, trials.num_pending
     count = f"{pending} of {search.num_trials}" if pending < search.num_trials else f"{pending}"
     space = ", ".join(f"{name} = {domain}" for name, domain in search.space.domains.items())
-    note = _SCHEDULER_NOTES[search.scheduler]
-    return f"search {trials.base.run.name}: {count} trials, {max_concurrent} at a time{note}; {space}"
+    note = {"none": "", "asha": ", ASHA stops poor trials early", "pbt": ", poor trials copy good ones (PBT)"}
+    return f"search {trials.base.run.name}: {count} trials, {max_concurrent} at a time{note[search.scheduler]}; {space}"
 
 
 def display_name(metric: str) -> str:

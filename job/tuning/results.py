@@ -79,9 +79,7 @@ def _column(values: list[Any]) -> list[Any]:
 def _write_tensorboard(trials: Trials, trial: Trial) -> None:
     """Writes a trial as a session of TensorBoard's hyperparameter view."""
     metric, score = trials.search.metric, trials.score(trial)
-    params = {
-        name: value if isinstance(value, int | float | bool) else str(value) for name, value in trial.params.items()
-    }
+    params = {name: value if isinstance(value, int | float) else str(value) for name, value in trial.params.items()}
     events = [Event(summary=summary) for summary in hparams(params, {metric: math.nan if score is None else score})]
     events += [Event(step=epoch, summary=scalar(metric, value)) for epoch, value in trial.scores]
     with tempfile.TemporaryDirectory() as directory:
@@ -103,7 +101,8 @@ def print_results(trials: Trials, console: Console) -> None:
     assert checkpoint
     score = f"{display_name(trials.search.metric)} {trials.score(winner):.4g}"
     lines = [*format_table(trials), "", f"best is trial {winner.number}: {score} with {format_params(winner)}"]
-    baseline = baseline_trial(trials)
+    params = baseline_params(trials.base, trials.search)
+    baseline = next((trial for trial in trials if trial.params == params), None)
     if baseline and baseline is not winner and baseline.scores:
         value = f"{trials.score(baseline):.4g} with {format_params(baseline)}"
         lines.append(f"the configuration itself, trial {baseline.number}: {value}")
@@ -112,11 +111,4 @@ def print_results(trials: Trials, console: Console) -> None:
     lines += [f"{name:<11}{folder / file}" for name, file in files]
     lines.append(f"{'checkpoint':<11}{checkpoint.path}")
     lines.append(f"{'train':<11}{python_command()} -m job train {(folder / BEST_FILE).shell_quoted}")
-    for line in lines:
-        console.print(line)
-
-
-def baseline_trial(trials: Trials) -> Trial | None:
-    """The trial that has the configuration's own values."""
-    params = baseline_params(trials.base, trials.search)
-    return next((trial for trial in trials if trial.params == params), None)
+    console.print("\n".join(lines))

@@ -59,9 +59,7 @@ def check_search(base: Config, search: SearchConfig, folder: Folder) -> Config:
         UserError: there is nothing to search, or some parameters do not make a valid run.
     """
     if not search.space.domains:
-        raise UserError(
-            "search.space: is empty", 'write [search.space] with lines such as "model.dropout" = { uniform = [0, 0.5] }'
-        )
+        raise UserError("search.space: is empty", 'write lines such as "model.dropout" = { uniform = [0, 0.5] } in it')
     if "corpus.validation_fraction" not in search.space.domains:
         _check_metric(base, search)
     spec = build_run_spec(base, folder)

@@ -149,11 +149,8 @@ def load_trials(folder: Folder, base: Config, search: SearchConfig) -> Trials:
 def _read_records(folder: Folder) -> Records:
     """How trials ended, including those beyond the number of trials of this search."""
     try:
-        content = json.loads(folder.read(TRIALS_FILE, _MAX_RECORDS_BYTES))
-        return {
-            name: {**record, "state": str(record["state"]), "why": str(record["why"])}
-            for name, record in content.items()
-        }
+        items = json.loads(folder.read(TRIALS_FILE, _MAX_RECORDS_BYTES)).items()
+        return {name: {**record, "state": str(record["state"]), "why": str(record["why"])} for name, record in items}
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except OSError as error:
