@@ -109,6 +109,13 @@ def _token_projection(weight_GE: Tensor, embedding_VE: Tensor | None, bias_G: Te
         return F.linear(embedding_VE, weight_GE, bias_G)
 
 
+def _empty_states(initial_BH: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+    """Returns memory for the states of all steps, (T + 1, B, H), of which the first is the initial state."""
+    states = torch.empty(steps + 1, *initial_BH.shape, dtype=dtype)
+    states[0] = initial_BH
+    return states
+
+
 class _FusedRnn(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -133,16 +140,11 @@ class _FusedRnn(torch.autograd.Function):
             input_projection = _linear(inputs, weight_GE, torch.empty(steps * lanes, width), bias_G)
         else:
             input_projection = _token_projection(weight_GE, embedding_VE, bias_G)
-        hidden = torch.empty(steps + 1, lanes, units, dtype=dtype)
-        hidden[0] = h0_BH
-        carry = gates = None
-        if cell == "GRU" and dtype == torch.float32:
-            carry = hidden
-        elif cell != "RNN_TANH":
-            carry = torch.empty(steps + 1, lanes, units)
-            carry[0] = h0_BH if c0_BH is None else c0_BH
-        if needs_grad and cell != "RNN_TANH":
-            gates = torch.empty(steps, lanes, 4 * units, dtype=dtype)
+        hidden, carry, gates = _empty_states(h0_BH, steps, dtype), None, None
+        if cell != "RNN_TANH":
+            shared = cell == "GRU" and dtype == torch.float32
+            carry = hidden if shared else _empty_states(h0_BH if c0_BH is None else c0_BH, steps, torch.float32)
+            gates = torch.empty(steps, lanes, 4 * units, dtype=dtype) if needs_grad else None
         _call(
             "rnn_forward", cell=CELL_CODES[cell], is_bf16=_is_bf16(hidden), steps=steps, lanes=lanes, units=units,
             table_rows=len(input_projection), num_threads=torch.get_num_threads(), inputs=input_projection,
