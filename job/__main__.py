@@ -162,8 +162,7 @@ def _check_flag(verb_name: str, name: str) -> None:
         return
     if name.startswith("search."):
         raise UserError(f"--{name}: only tune accepts fields of [search]")
-    fields = ", ".join(verb.fields)
-    raise UserError(f"--{name} is fixed by the checkpoint and cannot be changed here", f"{fields} can")
+    raise UserError(f"--{name} is fixed by the checkpoint and cannot be changed", f"{', '.join(verb.fields)} can")
 
 
 def _format_help() -> str:

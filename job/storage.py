@@ -215,9 +215,8 @@ class Folder:
             self.write(name, b"")
         except OSError as error:
             reason = error.strerror or str(error).splitlines()[0]
-            raise UserError(
-                f"run.storage = {self}: cannot be written to: {reason}", "choose another folder or grant write access"
-            ) from None
+            problem = f"run.storage = {self}: cannot be written to: {reason}"
+            raise UserError(problem, "choose another folder or grant write access") from None
         try:
             yield name
         finally:

@@ -66,10 +66,7 @@ class CorpusConfig(Section):
 
     source: str = config_field("auto", "auto (The Time Machine), time-machine, embedded, a path, a glob or a URI")
     cleaning: str = choice_field(
-        "auto",
-        "d2l",
-        "none",
-        meaning="text normalization: d2l (lower-case letters), none, or auto (d2l for time-machine and embedded)",
+        "auto", "d2l", "none", meaning="normalization: d2l (lower-case letters), none, or auto (d2l for built-in texts)"
     )
     max_tokens: int = config_field(0, "use only the first N tokens; 0: all", at_least(0))
     validation_fraction: float = config_field(0.0, "fraction of the text, at its end, for validation", _less_than(1))

@@ -246,10 +246,8 @@ def _check_pbt(search: SearchConfig) -> None:
         raise UserError('search.searcher = "optuna": not possible with scheduler = "pbt"', "use random")
     for name in search.space.domains:
         if name not in PBT_MUTABLE:
-            raise UserError(
-                f'search.space "{name}": cannot change during a run, as scheduler = "pbt" does',
-                f"{', '.join(PBT_MUTABLE)} can",
-            )
+            problem = f'search.space "{name}": cannot change during a run, as scheduler = "pbt" does'
+            raise UserError(problem, f"{', '.join(PBT_MUTABLE)} can")
 
 
 # What may differ when a search is resumed.
