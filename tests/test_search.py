@@ -148,7 +148,7 @@ def test_check_search_with_invalid_params_raises_user_error(prose, tmp_path, spa
     assert list(tmp_path.iterdir()) == []
 
 
-def test_resolve_search_with_the_name_of_another_search_or_run_raises_user_error(tmp_path):
+def test_resolve_search_where_another_search_or_run_exists_raises_user_error(tmp_path):
     search = SearchConfig(space={"model.dropout": {"uniform": [0, 0.5]}})
     config = load_config(None, {"run.storage": str(tmp_path), "run.name": "it"})
     folder, resolved = resolve_search(config, search, "")

@@ -233,7 +233,7 @@ def test_pbt_exploit_without_perturbation_continues_bitwise_like_the_winner(pros
 
 
 class Member:
-    """Stands in for Ray Tune's trial, with the attributes that a scheduler reads."""
+    """A fake of Ray Tune's trial with the attributes that a scheduler reads."""
 
     def __init__(self, number):
         self.number, self.status, self.config, self.checkpoint, self.experiment_tag = number, "PENDING", {}, None, ""
