@@ -7,19 +7,20 @@ measured with a large bf16 matrix product. With ``--device cpu`` there is no gra
 """
 
 import argparse
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from unittest import mock
 
 import torch
 from torch.nn import functional as F
 
 from benchmarks import measure
-from benchmarks.loops import Shapes, endless, learner_of
+from benchmarks.loops import ONE_WORKER, Shapes, our_steps
 from benchmarks.plain import PlainModel
-from job.config.schema import Config, ModelConfig
-from job.training.cuda_graph import CudaGraphTrainStep, supports_cuda_graph
-from job.training.train_step import EagerTrainStep
+from job.training.cuda_graph import GRAPH_ENV_VAR
 
 SIZES = {
     "seed's": (32, 40, 256, 28),
@@ -48,13 +49,9 @@ def plain_steps(shapes: Shapes, device: torch.device) -> Iterator[object]:
             yield loss.item()
 
 
-def our_steps(shapes: Shapes, device: torch.device, use_graph: bool) -> Iterator[object]:
-    config = Config(model=ModelConfig(cell=shapes.cell, hidden_size=shapes.units))
-    train_state = learner_of(config, shapes.stream(), shapes.tokens, "bf16", device=str(device))
-    if use_graph and supports_cuda_graph(train_state.model, train_state.share):
-        assert isinstance(train_state.update, EagerTrainStep)
-        train_state.update = CudaGraphTrainStep(train_state.update)
-    return endless(train_state, config)
+def graph_or_eager_steps(shapes: Shapes, device: torch.device, use_graph: bool) -> Iterator[object]:
+    with mock.patch.dict(os.environ, {} if use_graph else {GRAPH_ENV_VAR: "off"}):
+        return our_steps(shapes, "bf16", replace(ONE_WORKER, device=device))
 
 
 def seconds(run: Callable[[], object], times: int, device: torch.device) -> float:
@@ -79,8 +76,8 @@ def row(shapes: Shapes, rounds: int, device: torch.device, limit: float) -> None
     """Measures one cell at one size: all variants take turns."""
     runs = {
         "plain, autocast": plain_steps(shapes, device),
-        "ours, eager": our_steps(shapes, device, False),
-        "ours, CUDA graph": our_steps(shapes, device, True),
+        "ours, eager": graph_or_eager_steps(shapes, device, False),
+        "ours, CUDA graph": graph_or_eager_steps(shapes, device, True),
     }
     times = 50 if device.type == "cuda" else 2
     results: dict[str, list[float]] = {name: [] for name in runs}

@@ -8,16 +8,17 @@ import torch
 
 from benchmarks import plain
 from job.config.schema import Config, ModelConfig, StreamConfig, TrainConfig
-from job.data.lanes import lane_groups_of_worker
+from job.data.dataset import Dataset
 from job.data.stream import Stream
-from job.distributed.context import resolve_precision
-from job.distributed.gradient_sync import AllReduceGradients, ControlFlags, DeterministicGradients, LaneAssignment
-from job.distributed.shared_memory import create_group
-from job.nn.language_model import build_model
-from job.training.loop import TrainState, end_epoch, train_steps
-from job.training.optimizer import build_optimizer
-from job.training.progress import Progress
-from job.training.train_step import EagerTrainStep
+from job.data.vocabulary import Vocabulary
+from job.distributed.context import World
+from job.distributed.gradient_sync import ControlFlags
+from job.storage import Folder
+from job.training.loop import end_epoch, train_steps
+from job.training.run_spec import RunSpec
+from job.training.train_state import TrainState, build_train_state
+
+ONE_WORKER = World(0, 1, torch.device("cpu"), 1, "")
 
 
 @dataclass(frozen=True)
@@ -47,9 +48,14 @@ class Shapes:
         rows = self.lanes * self.steps
         return 2 * rows * width * (self.units * (3 + 2 * kept) + self.tokens)
 
+    def text(self, num_workers: int = 1) -> np.ndarray:
+        """Random tokens for 200 steps of workers with ``lanes`` lanes each."""
+        num_tokens = 200 * self.lanes * self.steps * num_workers
+        return np.random.default_rng(0).integers(0, self.tokens, num_tokens).astype(np.uint8)
+
     def stream(self) -> Stream:
-        text = np.random.default_rng(0).integers(0, self.tokens, 200 * self.lanes * self.steps).astype(np.uint8)
-        return Stream(text, StreamConfig(batch_size=self.lanes, num_steps=self.steps, offset=0), 0)
+        """The stream of one worker."""
+        return Stream(self.text(), StreamConfig(batch_size=self.lanes, num_steps=self.steps, offset=0), 0)
 
 
 def plain_steps(shapes: Shapes) -> Iterator[object]:
@@ -57,21 +63,13 @@ def plain_steps(shapes: Shapes) -> Iterator[object]:
     return plain.steps(plain.PlainModel(shapes.cell, shapes.tokens, shapes.units), shapes.stream(), 0.1)
 
 
-def learner_of(
-    config: Config, stream: Stream, tokens: int, precision: str, workers: int = 1, device: str = "cpu"
+def new_train_state(
+    config: Config, tokens: np.ndarray, vocabulary_size: int, precision: str, world: World = ONE_WORKER
 ) -> TrainState:
-    """A worker of ``workers``, which hold as many lanes each, before its first step."""
-    place = torch.device(device)
-    chosen = resolve_precision(precision, place)
-    model = build_model(config.model, tokens, 0).to(place, chosen.weights)
-    optimizer = build_optimizer(config.optimizer, model)
-    near = create_group(60) if workers > 1 else None
-    reproducible = config.train.reproducible
-    groups = lane_groups_of_worker(stream.config.batch_size, config.train.lane_groups if reproducible else 0, 0, 1)
-    share = LaneAssignment(groups, workers, stream.tokens_per_step, chosen.autocast, config.model.dropout, near)
-    gradients = (DeterministicGradients if reproducible else AllReduceGradients)(model, share)
-    update = EagerTrainStep(gradients, optimizer, config.optimizer.grad_clip_norm, place)
-    return TrainState(model, optimizer, update, stream, 0, share, Progress())
+    """A worker's training state before its first step, without a run's directory."""
+    vocabulary = Vocabulary("char", tuple(map(chr, range(vocabulary_size))))
+    spec = RunSpec(config, Dataset(tokens, tokens[:0], vocabulary, {}), Folder(""), None)
+    return build_train_state(spec, world, precision)
 
 
 def endless(train_state: TrainState, config: Config) -> Iterator[object]:
@@ -82,8 +80,13 @@ def endless(train_state: TrainState, config: Config) -> Iterator[object]:
         train_state.progress.epoch = 0
 
 
-def our_steps(shapes: Shapes, precision: str, workers: int = 1, reproducible: bool = False) -> Iterator[object]:
-    """As a worker of ``workers`` takes them, which hold as many lanes each."""
-    args = ModelConfig(cell=shapes.cell, hidden_size=shapes.units)
-    config = Config(model=args, train=TrainConfig(reproducible=reproducible))
-    return endless(learner_of(config, shapes.stream(), shapes.tokens, precision, workers), config)
+def our_steps(
+    shapes: Shapes, precision: str, world: World = ONE_WORKER, reproducible: bool = False
+) -> Iterator[object]:
+    """The training steps of one worker, each of which holds ``shapes.lanes`` lanes, in eight groups if reproducible."""
+    config = Config(
+        model=ModelConfig(cell=shapes.cell, hidden_size=shapes.units),
+        stream=StreamConfig(batch_size=shapes.lanes * world.size, num_steps=shapes.steps, offset=0),
+        train=TrainConfig(reproducible=reproducible, lane_groups=8 * world.size),
+    )
+    return endless(new_train_state(config, shapes.text(world.size), shapes.tokens, precision, world), config)

@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import measure, plain
-from benchmarks.loops import endless, learner_of
+from benchmarks.loops import endless, new_train_state
 from job.config.config_file import load_config
 from job.data.corpus import read_corpus
 from job.data.stream import Stream
@@ -59,7 +59,7 @@ def plain_loop() -> float:
 def our_loop(precision: str) -> float:
     stream, size = seed_stream()
     config = load_config(SEED, {})
-    return timed(endless(learner_of(config, stream, size, precision), config), STEPS, WARMUP_STEPS)
+    return timed(endless(new_train_state(config, stream.tokens, size, precision), config), STEPS, WARMUP_STEPS)
 
 
 def job(workers: int, precision: str, starts: list[dict[str, float]]) -> float:

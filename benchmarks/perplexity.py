@@ -11,7 +11,7 @@ import math
 import torch
 
 from benchmarks import measure, plain
-from benchmarks.loops import learner_of
+from benchmarks.loops import new_train_state
 from benchmarks.overhead import SEED, seed_stream
 from job.config.config_file import load_config
 from job.config.schema import Config
@@ -23,12 +23,12 @@ from job.training.loop import end_epoch, train_steps
 
 
 def our_perplexity(config: Config, stream: Stream, tokens: int, precision: str) -> float:
-    train_state = learner_of(config, stream, tokens, precision)
+    train_state = new_train_state(config, stream.tokens, tokens, precision)
     for _ in range(config.train.epochs):
         for _ in train_steps(train_state, config, ControlFlags):
             pass
-        mean = end_epoch(train_state)
-    return math.exp(mean.nats_per_token)
+        loss = end_epoch(train_state)
+    return math.exp(loss.nats_per_token)
 
 
 def plain_perplexity(config: Config, stream: Stream, tokens: int) -> float:

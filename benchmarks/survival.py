@@ -25,7 +25,7 @@ from job.console import Console
 from job.run.driver import run_training
 from job.run.local_launcher import LocalLauncher
 from job.training.checkpoint_writer import CheckpointWriter
-from job.training.loop import TrainState
+from job.training.train_state import TrainState
 
 SEED = str(Path(__file__).parent.parent / "configs" / "seed.toml")
 STEPS = 1200  # of each run that is compared

@@ -11,6 +11,7 @@ import os
 import socket
 import statistics
 import time
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -18,14 +19,14 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 from benchmarks import measure
-from benchmarks.loops import Shapes, our_steps
+from benchmarks.loops import ONE_WORKER, Shapes, our_steps
 from benchmarks.speed import SIZES
 from job.distributed.context import raise_malloc_thresholds
 
 
 def run_worker(rank: int, port: int, rounds: int, gloo: bool, reproducible: bool) -> None:
     if gloo:
-        mock.patch("benchmarks.loops.create_group", lambda timeout_s: None).start()
+        mock.patch("job.training.train_state.create_group", lambda timeout_s: None).start()
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     dist.init_process_group("gloo", rank=rank, world_size=2)
     raise_malloc_thresholds()
@@ -38,7 +39,8 @@ def run_worker(rank: int, port: int, rounds: int, gloo: bool, reproducible: bool
 
 def compare(rank: int, name: str, shapes: Shapes, rounds: int, reproducible: bool) -> None:
     """Measures one worker while the other sleeps, then both, in turns."""
-    alone, together = (our_steps(shapes, "auto", workers, reproducible) for workers in (1, 2))
+    worlds = ONE_WORKER, replace(ONE_WORKER, rank=rank, size=2)
+    alone, together = (our_steps(shapes, "auto", world, reproducible) for world in worlds)
     times = max(3, round(2e10 / shapes.operations))
     results: dict[str, list[tuple[float, float]]] = {"one": [], "two": []}
     for number in range(rounds + 1):

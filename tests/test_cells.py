@@ -6,7 +6,7 @@ from conftest import job, result
 from safetensors.torch import load_file
 
 from job.config.schema import ModelConfig
-from job.distributed.gradient_sync import AllReduceGradients, Batch, DeterministicGradients, LaneAssignment
+from job.distributed.gradient_sync import AllReduceGradients, Batch, DeterministicGradients, LossModule, assign_lanes
 from job.errors import UserError
 from job.nn.dropout import dropout_keys
 from job.nn.language_model import build_model
@@ -35,7 +35,7 @@ def test_gradients_of_cell_with_tuple_state_return_detached_tuple():
     model = build_model(ModelConfig(cell="cells:DecayCell", hidden_size=8), 9, 0)
     tokens = torch.randint(0, 9, (6, 4))
     batch = Batch(tokens[:-1], tokens[1:], torch.zeros(3), dropout_keys(0, 0, 0, range(4)))
-    _, state = AllReduceGradients(model, LaneAssignment([range(4)], 1, 20))(batch, None)
+    _, state = AllReduceGradients(LossModule(model, 20), assign_lanes(4))(batch, None)
     assert isinstance(state, tuple)
     assert state[1].shape == (1, 4, 8)
     assert not any(tensor.requires_grad for tensor in state)
@@ -48,12 +48,12 @@ def test_parameter_used_by_one_lane_group_gets_that_groups_gradient():
     batch = Batch(tokens[:-1], tokens[1:], torch.zeros(3), torch.zeros(0, 4, dtype=torch.int32))
     state = torch.zeros(1, 4, 8)
 
-    def gradients(gradient_class, lane_groups):
-        gradient_class(model, LaneAssignment(lane_groups, 1, 20))(batch, state)
+    def gradients(gradients_class, num_groups):
+        gradients_class(LossModule(model, 20), assign_lanes(4, num_groups))(batch, state)
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
-    whole = gradients(AllReduceGradients, [range(4)])
-    grouped = gradients(DeterministicGradients, [range(1), range(1, 3), range(3, 4)])
+    whole = gradients(AllReduceGradients, 0)
+    grouped = gradients(DeterministicGradients, 3)
     assert grouped["rnn.unused"] is not None
     assert grouped["rnn.first"] is None
     for name, gradient in whole.items():

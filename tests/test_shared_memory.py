@@ -11,9 +11,8 @@ import torch.distributed as dist
 from torch import multiprocessing
 
 from job.config.schema import ModelConfig
-from job.data.lanes import lane_groups_of_worker
 from job.distributed import shared_memory
-from job.distributed.gradient_sync import Batch, DeterministicGradients, LaneAssignment
+from job.distributed.gradient_sync import Batch, DeterministicGradients, LossModule, assign_lanes
 from job.distributed.shared_memory import CACHE_LINE, SLOT_BYTES, SharedMemoryGroup, _attach, create_group, group_bytes
 from job.kernels.build import load_library, unavailable_reason
 from job.nn.language_model import build_model
@@ -115,16 +114,14 @@ def test_create_group_needs_the_kernel_on_all_ranks(rank_without_kernel):
     assert sorted(results.get() for _ in range(2)) == expected
 
 
-def gradients(rank, near, workers):
+def gradients(rank, shared_memory, world_size):
     model = build_model(ModelConfig(hidden_size=32), 9, seed=1)
-    lanes = lane_groups_of_worker(9, 8, rank, workers)  # of three workers, two hold two subtrees and one holds one
-    own_lanes = slice(lanes[0].start, lanes[-1].stop)
+    assignment = assign_lanes(9, 8, rank, world_size)  # of three workers, two hold two subtrees and one holds one
+    lanes = slice(assignment.lanes.start, assignment.lanes.stop)
     tokens = torch.randint(0, 9, (6, 9), generator=torch.Generator().manual_seed(0))
-    signals = torch.tensor([0.0, rank == workers - 1, 0.0])
-    window = Batch(
-        tokens[:-1, own_lanes], tokens[1:, own_lanes], signals, torch.zeros(0, 9, dtype=torch.int32)[:, own_lanes]
-    )
-    stats, _ = DeterministicGradients(model, LaneAssignment(lanes, workers, 45, near=near))(window, None)
+    flags = torch.tensor([0.0, rank == world_size - 1, 0.0])
+    batch = Batch(tokens[:-1, lanes], tokens[1:, lanes], flags, torch.zeros(0, 9, dtype=torch.int32)[:, lanes])
+    stats, _ = DeterministicGradients(LossModule(model, 45), assignment, shared_memory)(batch, None)
     return [stats] + [weight.grad for weight in model.parameters()]
 
 

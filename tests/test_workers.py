@@ -29,7 +29,7 @@ def test_train_on_workers_reproduces_reference_trace(trace, workers, tmp_path, o
     ended = job("train", *trace.arguments, "--scale.workers", workers, "--run.storage", tmp_path, "--run.name", "run")
     assert ended.status == 0, ended.err
     assert {row["workers"] for row in rows(tmp_path / "run", "epoch")} == {workers}
-    assert ("in one memory" in ended.out) == (workers > 1 and load_library() is not None)
+    assert ("in shared memory" in ended.out) == (workers > 1 and load_library() is not None)
     assert_reproduces(trace, tmp_path / "run", 1e-8)
 
 

@@ -55,7 +55,7 @@ class _RayDriverLink:
         """Waits until all events have arrived."""
         ray.get([*self.calls])
 
-    def signals(self) -> ControlFlags:
+    def control_flags(self) -> ControlFlags:
         with self.lock:
             flags, self.flags = self.flags, self.flags._replace(checkpoint=False)
         return flags

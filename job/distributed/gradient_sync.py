@@ -1,15 +1,12 @@
-"""The gradient of the mean loss over the global window, whoever holds its lanes.
+"""The gradient of the mean loss over the global window, for any assignment of lanes to workers.
 
-Each worker differentiates its lanes' summed loss, each nat of which counts as one over the global
-number of tokens, and the workers' gradients are added: workers with fewer lanes weigh less by themselves.
-Beside the gradients travels a tally of four numbers, as the gradient of a parameter that is always zero.
+Each worker back-propagates its lanes' summed loss, scaled by 1 / (number of targets in the global window), and the
+workers' gradients are added. A worker with fewer lanes thereby contributes less, with no further weighting.
 
-Axes: T steps, B lanes.
+Axes: T steps, B lanes, L layers.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -17,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from job.data.lanes import lane_groups_of_worker, split_evenly
 from job.distributed.shared_memory import SharedMemoryGroup
 from job.distributed.tree_reduce import PartialSum, owned_subtrees, reduce_adjacent
 from job.nn.dropout import Dropout
@@ -25,195 +23,228 @@ from job.nn.state import State, cat_states, detach_state, slice_state
 
 
 class ControlFlags(NamedTuple):
-    """What a worker asks of all at this step; all see the sum, and so act at the same step."""
+    """Requests of a worker to all workers. They are reduced with the gradients, so all act on them at the same step."""
 
     checkpoint: bool = False
     stop: bool = False
-    look: bool = False  # whether a node is about to be taken away
+    check_preemption: bool = False  # ask the cluster whether a node is about to be removed
 
 
 class StepStats(NamedTuple):
-    """What all workers together found at a step."""
+    """The statistics of a step, reduced over all workers."""
 
-    nats: float  # summed over the tokens
-    signals: ControlFlags
+    nats: float  # loss, summed over the targets of the global window
+    flags: ControlFlags
 
     @classmethod
-    def of(cls, found: Tensor) -> "StepStats":
-        """From the tally's gradient, (4); waits for a GPU."""
-        nats, *signals = found.tolist()
-        return cls(nats, ControlFlags(*(signal > 0 for signal in signals)))
+    def from_tensor(cls, stats: Tensor) -> "StepStats":
+        """Reads the (4,) tensor that a gradient computation returns; waits for a GPU."""
+        nats, *flags = stats.tolist()
+        return cls(nats, ControlFlags(*(flag > 0 for flag in flags)))
 
 
 class Batch(NamedTuple):
-    """What a worker brings to a step: its part of a global window, and its word to all."""
+    """One worker's lanes of a global window, and its control flags."""
 
     inputs_TB: Tensor
     targets_TB: Tensor
-    signals: Tensor  # (3): ``Signals`` as numbers
-    dropout_keys_LB: Tensor  # of dropout's masks; without rows where there is none
+    flags: Tensor  # ControlFlags as numbers (3,)
+    dropout_keys_LB: Tensor  # L = 0 without dropout
 
-    def on(self, device: torch.device) -> "Batch":
-        """All of it on that device."""
-        return Batch(*(part.to(device, non_blocking=True) for part in self))
+    def to(self, device: torch.device) -> "Batch":
+        """Returns the batch on that device."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
-    def of(self, first: int, count: int) -> "Batch":
-        """Some lanes of it, by their place; the word goes with the first."""
-        lanes = slice(first, first + count)
-        signals = torch.zeros_like(self.signals) if first else self.signals
-        return Batch(self.inputs_TB[:, lanes], self.targets_TB[:, lanes], signals, self.dropout_keys_LB[:, lanes])
+    def lanes(self, start: int, count: int) -> "Batch":
+        """Returns ``count`` lanes from index ``start`` of this batch. The flags go with the first lane only."""
+        span = slice(start, start + count)
+        flags = torch.zeros_like(self.flags) if start else self.flags
+        return Batch(self.inputs_TB[:, span], self.targets_TB[:, span], flags, self.dropout_keys_LB[:, span])
 
 
 @dataclass(frozen=True)
 class LaneAssignment:
-    """What stays of a worker's part throughout a run."""
+    """The lanes of one worker, fixed as long as the number of workers is."""
 
-    groups: Sequence[range]  # its global lanes, successive
-    workers: int  # of the run
-    global_tokens: int  # targets in a window of all lanes
-    autocast: torch.dtype | None = None
-    dropout: float = 0.0
-    near: SharedMemoryGroup | None = None  # all of the run's workers, where they share a memory
+    groups: list[range]  # global lane numbers of each of its lane groups, contiguous
+    num_groups: int  # lane groups of all workers
+    rank: int
+    world_size: int
 
     @property
     def lanes(self) -> range:
-        """The global lanes that this worker holds."""
+        """The global numbers of this worker's lanes."""
         return range(self.groups[0].start, self.groups[-1].stop)
 
 
-class LossModule(nn.Module):
-    """What a part of the global window brings to the gradient of the mean loss.
+def assign_lanes(num_lanes: int, num_groups: int = 0, rank: int = 0, world_size: int = 1) -> LaneAssignment:
+    """Returns the lanes of a worker; the arguments are those of ``lane_groups_of_worker``."""
+    groups = lane_groups_of_worker(num_lanes, num_groups, rank, world_size)
+    return LaneAssignment(groups, min(num_groups, num_lanes) or world_size, rank, world_size)
 
-    ``nats`` and ``tally`` are differentiated together, each from the slope that ``slopes`` gives it.
+
+class LossModule(nn.Module):
+    """The scaled loss of a batch, with the statistics of the step reduced as part of the gradient.
+
+    All workers need the summed loss and the control flags of every step. To save a second all-reduce for these four
+    numbers, they are reduced as the gradient of a parameter, ``stats``, which is always zero and which no optimizer
+    holds. ``forward`` returns it as a second output, and the gradient of a parameter that is itself an output is the
+    ``grad_output`` for that output. ``grad_outputs`` passes this worker's numbers there, the gradient reduction adds
+    those of all workers, and ``reduced_stats`` is the sum.
+
+    Args:
+        model: the model
+        num_targets: number of targets in a global window
+        dropout: probability of dropout
+        autocast: dtype of matrix products, None if it is that of the weights
     """
 
-    def __init__(self, model: LanguageModel, share: LaneAssignment) -> None:
+    def __init__(
+        self, model: LanguageModel, num_targets: int, dropout: float = 0.0, autocast: torch.dtype | None = None
+    ) -> None:
         super().__init__()
         self.model = model
-        self.share = share
+        self.dropout = dropout
+        self.autocast = autocast
         weight = model.linear.weight
-        self.tally = nn.Parameter(torch.zeros(4, dtype=weight.dtype, device=weight.device))
-        self.of_mean = weight.new_tensor(1 / share.global_tokens)
+        self.stats = nn.Parameter(weight.new_zeros(4))
+        self.loss_scale = weight.new_tensor(1 / num_targets)
 
-    def forward(self, window: Batch, state: State) -> tuple[tuple[Tensor, Tensor], State]:
-        """The summed cross-entropy and the step's statistics, and the new state."""
-        autocast, dropout = self.share.autocast, None
-        if self.share.dropout:
-            dropout = Dropout(self.share.dropout, window.dropout_keys_LB)
-        with torch.autocast(window.inputs_TB.device.type, autocast, enabled=autocast is not None):
-            nats, state = self.model.cross_entropy_sum(window.inputs_TB, window.targets_TB, state, dropout)
-        return (nats, self.tally.view(4)), state  # DDP looks for what each parameter leads to
+    def forward(self, batch: Batch, state: State) -> tuple[tuple[Tensor, Tensor], State]:
+        """Returns (the summed cross-entropy, the ``stats`` parameter) and the state after the window."""
+        dropout = Dropout(self.dropout, batch.dropout_keys_LB) if self.dropout else None
+        with torch.autocast(batch.inputs_TB.device.type, self.autocast, enabled=self.autocast is not None):
+            nats, state = self.model.cross_entropy_sum(batch.inputs_TB, batch.targets_TB, state, dropout)
+        return (nats, self.stats.view(4)), state  # a view, because DDP needs a grad_fn
 
-    def slopes(self, nats: Tensor, signals: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss counts by its tokens; the tally's gradient is what it carries."""
-        return self.of_mean, torch.cat([nats.detach().view(1), signals.to(nats)])
+    def grad_outputs(self, nats: Tensor, flags: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the gradients of the mean loss with respect to both outputs of ``forward``."""
+        return self.loss_scale, torch.cat([nats.detach().view(1), flags.to(nats)])
 
-    def found(self) -> Tensor:
-        """After a backward pass: the sum of all workers' facts, (4)."""
-        assert self.tally.grad is not None
-        return self.tally.grad
+    @property
+    def reduced_stats(self) -> Tensor:
+        """The summed loss and flags of all workers (4,), after the gradient reduction."""
+        assert self.stats.grad is not None
+        return self.stats.grad
 
 
 class AllReduceGradients:
-    """Whole-batch gradients: DDP, with a sum in the place of its mean."""
+    """Gradients of a worker's whole batch, added over the workers by DDP (which by itself would average them)."""
 
-    def __init__(self, model: LanguageModel, share: LaneAssignment) -> None:
-        self.objective = LossModule(model, share)
-        self.parameters = list(self.objective.parameters())
-        self.module: nn.Module = self.objective
-        if share.workers > 1:
+    def __init__(
+        self, loss_module: LossModule, assignment: LaneAssignment, shared_memory: SharedMemoryGroup | None = None
+    ) -> None:
+        self.loss_module = loss_module
+        self.parameters = list(loss_module.parameters())
+        self.forward: nn.Module = loss_module
+        if assignment.world_size > 1:
             ddp = DistributedDataParallel(
-                self.objective, gradient_as_bucket_view=True, find_unused_parameters=model.has_custom_cell
+                loss_module,
+                gradient_as_bucket_view=True,
+                find_unused_parameters=loss_module.model.has_custom_cell,
             )
-            ddp.register_comm_hook(share.near, _all_reduce_bucket)
-            self.module = ddp
+            ddp.register_comm_hook(shared_memory, _all_reduce_bucket)
+            self.forward = ddp
 
-    def __call__(self, window: Batch, state: State) -> tuple[Tensor, State]:
-        """Leaves the global gradient in the model's parameters; gives what ``Tally.of`` reads, and the new state."""
+    def __call__(self, batch: Batch, state: State) -> tuple[Tensor, State]:
+        """Computes the global gradient into ``grad`` of the model's parameters.
+
+        Args:
+            batch: this worker's lanes
+            state: their state before the window
+
+        Returns:
+            the reduced statistics for ``StepStats.from_tensor``, and the detached state after the window
+        """
         for parameter in self.parameters:
             parameter.grad = None
-        outputs, state = self.module(window, state)
-        torch.autograd.backward(outputs, self.objective.slopes(outputs[0], window.signals))
-        return self.objective.found(), detach_state(state)
+        outputs, state = self.forward(batch, state)
+        torch.autograd.backward(outputs, self.loss_module.grad_outputs(outputs[0], batch.flags))
+        return self.loss_module.reduced_stats, detach_state(state)
 
 
-def _all_reduce_bucket(near: SharedMemoryGroup | None, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:  # type: ignore[name-defined]
-    """DDP's exchange of one bucket, a sum over the workers."""
-    if near:
-        near.all_reduce_(bucket.buffer())
-        done: torch.futures.Future[Tensor] = torch.futures.Future()
-        done.set_result(bucket.buffer())
-        return done
+def _all_reduce_bucket(
+    shared_memory: SharedMemoryGroup | None,
+    bucket: dist.GradBucket,  # type: ignore[name-defined]
+) -> torch.futures.Future[Tensor]:
+    """Sums a DDP bucket over the workers."""
+    if shared_memory:
+        shared_memory.all_reduce_(bucket.buffer())
+        future: torch.futures.Future[Tensor] = torch.futures.Future()
+        future.set_result(bucket.buffer())
+        return future
     work = dist.all_reduce(bucket.buffer(), async_op=True)
     return work.get_future().then(lambda future: future.value()[0])
 
 
 class DeterministicGradients:
-    """Gradients of each lane group, added in one order whatever the number of workers.
+    """Gradients that are the same bits for any number of workers.
 
-    Each group's gradient is computed by itself, in the same shapes everywhere. A worker adds those of its groups
-    as far as they are nodes of the tree over all groups; all workers get all their nodes, and add up the rest.
+    The gradient of each lane group is computed separately, in the same shapes everywhere. Each worker sums its groups
+    into the largest subtrees of the tree over all groups. All workers gather all subtrees and sum those.
     """
 
-    def __init__(self, model: LanguageModel, share: LaneAssignment) -> None:
-        self.objective = LossModule(model, share)
-        self.parameters = [parameter for parameter in self.objective.parameters() if parameter.requires_grad]
-        self.share = share
-        self.num_uses = len(self.parameters) if model.has_custom_cell else 0
-        lease = _groups_of_workers(share, self.objective.tally.device)
-        self.first, self.total = lease[dist.get_rank() if share.workers > 1 else 0].start, lease[-1].stop
-        self.nodes_of_workers = [owned_subtrees(groups, self.total) for groups in lease]
+    def __init__(
+        self, loss_module: LossModule, assignment: LaneAssignment, shared_memory: SharedMemoryGroup | None = None
+    ) -> None:
+        self.loss_module = loss_module
+        self.parameters = [parameter for parameter in loss_module.parameters() if parameter.requires_grad]
+        self.num_used_flags = len(self.parameters) if loss_module.model.has_custom_cell else 0
+        self.assignment = assignment
+        self.shared_memory = shared_memory
+        self.group_numbers = split_evenly(assignment.num_groups, assignment.world_size)  # of each worker
+        self.subtrees = [owned_subtrees(numbers, assignment.num_groups) for numbers in self.group_numbers]
 
-    def __call__(self, window: Batch, state: State) -> tuple[Tensor, State]:
-        """As ``Summed``."""
-        nodes: list[PartialSum[Tensor]] = []
+    def __call__(self, batch: Batch, state: State) -> tuple[Tensor, State]:
+        """Like ``AllReduceGradients``."""
+        partial_sums: list[PartialSum[Tensor]] = []
         states = []
-        for number, group in enumerate(self.share.groups, self.first):
-            place = group.start - self.share.lanes.start, len(group)
-            flat, after = self._of_group(window.of(*place), slice_state(state, *place))
-            nodes = reduce_adjacent([*nodes, (range(number, number + 1), flat)], self.total)
-            states.append(after)
-        [(_, flat)] = reduce_adjacent(self._of_all_workers(nodes), self.total)
-        *slopes, uses = flat.split([*(parameter.numel() for parameter in self.parameters), self.num_uses])
-        used = uses.tolist() if self.num_uses else [1] * len(slopes)
-        for parameter, slope, times in zip(self.parameters, slopes, used, strict=True):
-            parameter.grad = slope.view_as(parameter) if times else None
-        return self.objective.found(), cat_states(states)
+        first_lane, num_groups = self.assignment.lanes.start, self.assignment.num_groups
+        for number, group in zip(self.group_numbers[self.assignment.rank], self.assignment.groups, strict=True):
+            span = group.start - first_lane, len(group)
+            gradient, group_state = self._group_gradient(batch.lanes(*span), slice_state(state, *span))
+            partial_sums = reduce_adjacent([*partial_sums, (range(number, number + 1), gradient)], num_groups)
+            states.append(group_state)
+        [(_, gradient)] = reduce_adjacent(self._gather(partial_sums), num_groups)
+        self._assign(gradient)
+        return self.loss_module.reduced_stats, cat_states(states)
 
-    def _of_group(self, window: Batch, state: State) -> tuple[Tensor, State]:
-        """A group's gradients as one vector, and the state after.
+    def _group_gradient(self, batch: Batch, state: State) -> tuple[Tensor, State]:
+        """Returns a lane group's gradient as one vector, and its state after the window.
 
-        Zeros stand where a parameter has none, which a user's cell may leave unused; then there is behind
-        them a one for each that it did use.
+        Parameters without a gradient contribute zeros. For custom cells, which may leave parameters unused, a 0/1 flag
+        per parameter is appended.
         """
-        outputs, state = self.objective(window, state)
-        slopes = self.objective.slopes(outputs[0], window.signals)
-        found = torch.autograd.grad(outputs, self.parameters, slopes, allow_unused=self.num_uses > 0)
-        pairs = zip(found, self.parameters, strict=True)
-        flat = [(torch.zeros_like(own) if slope is None else slope).flatten() for slope, own in pairs]
-        if self.num_uses:
-            flat.append(flat[0].new_tensor([slope is not None for slope in found]))
-        return torch.cat(flat), detach_state(state)
+        outputs, state = self.loss_module(batch, state)
+        grad_outputs = self.loss_module.grad_outputs(outputs[0], batch.flags)
+        allow_unused = self.num_used_flags > 0
+        gradients = torch.autograd.grad(outputs, self.parameters, grad_outputs, allow_unused=allow_unused)
+        vectors = [
+            (torch.zeros_like(parameter) if gradient is None else gradient).flatten()
+            for parameter, gradient in zip(self.parameters, gradients, strict=True)
+        ]
+        if self.num_used_flags:
+            vectors.append(vectors[0].new_tensor([gradient is not None for gradient in gradients]))
+        return torch.cat(vectors), detach_state(state)
 
-    def _of_all_workers(self, nodes: list[PartialSum[Tensor]]) -> list[PartialSum[Tensor]]:
-        """The nodes of all workers, in the order of their groups."""
-        if self.share.workers == 1:
-            return nodes
-        like, most = nodes[0][1], max(map(len, self.nodes_of_workers))  # to which the shorter lists are padded
-        rows = torch.stack([value for _, value in nodes] + [torch.zeros_like(like)] * (most - len(nodes)))
-        gathered = [torch.empty_like(rows) for _ in self.nodes_of_workers]
-        if self.share.near:
-            self.share.near.all_gather(rows, gathered)
+    def _gather(self, partial_sums: list[PartialSum[Tensor]]) -> list[PartialSum[Tensor]]:
+        """Returns the partial sums of all workers, in the order of their groups."""
+        if self.assignment.world_size == 1:
+            return partial_sums
+        vectors = [vector for _, vector in partial_sums]
+        padding = [torch.zeros_like(vectors[0])] * (max(map(len, self.subtrees)) - len(vectors))
+        rows = torch.stack(vectors + padding)
+        gathered = [torch.empty_like(rows) for _ in self.subtrees]
+        if self.shared_memory:
+            self.shared_memory.all_gather(rows, gathered)
         else:
             dist.all_gather(gathered, rows)
-        pairs = zip(self.nodes_of_workers, gathered, strict=True)
-        return [node for groups, values in pairs for node in zip(groups, values, strict=False)]
+        workers = zip(self.subtrees, gathered, strict=True)
+        return [partial_sum for spans, rows in workers for partial_sum in zip(spans, rows, strict=False)]
 
-
-def _groups_of_workers(share: LaneAssignment, device: torch.device) -> list[range]:
-    """The numbers of the lane groups that each worker holds."""
-    mine = torch.tensor([len(share.groups)], device=device)
-    counts = [torch.zeros_like(mine) for _ in range(share.workers)] if share.workers > 1 else [mine]
-    if share.workers > 1:
-        dist.all_gather(counts, mine)
-    return [range(*ends) for ends in pairwise(accumulate(map(int, counts), initial=0))]
+    def _assign(self, gradient: Tensor) -> None:
+        """Splits a gradient vector into ``grad`` of the parameters, None for those that no lane group used."""
+        *gradients, flags = gradient.split([*(parameter.numel() for parameter in self.parameters), self.num_used_flags])
+        is_used = flags.tolist() if self.num_used_flags else [1] * len(gradients)
+        for parameter, values, used in zip(self.parameters, gradients, is_used, strict=True):
+            parameter.grad = values.view_as(parameter) if used else None

@@ -57,7 +57,7 @@ class _LocalLink:
         with self.lock:
             self.recorder.handle(event)
 
-    def signals(self) -> ControlFlags:
+    def control_flags(self) -> ControlFlags:
         return ControlFlags(
             checkpoint=self.stop_request.pop_checkpoint_request(), stop=bool(self.stop_request.exit_code)
         )

@@ -185,7 +185,7 @@ class Recorder:
             return self.console.print(f"goes on from step {event.step:,} on {workers}")
         layers = f"{options.model.num_layers} × " if options.model.num_layers > 1 else ""
         self.console.print(
-            f"{options.model.cell} {layers}{options.model.hidden_size}, {event.weights:,} weights; "
+            f"{options.model.cell} {layers}{options.model.hidden_size}, {event.num_weights:,} weights; "
             f"{options.stream.batch_size} lanes × {options.stream.num_steps} steps; "
             f"{workers} on {event.device}, {event.precision}"
         )

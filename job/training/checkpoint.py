@@ -392,9 +392,3 @@ def find_latest_valid(folder: Folder) -> tuple[LoadedCheckpoint | None, tuple[Co
     latest_first = sorted(corrupt, key=lambda error: _step_and_name(error.name), reverse=True)
     valid_step = loaded.checkpoint.step if loaded else -1
     return loaded, tuple(error for error in latest_first if _step_and_name(error.name)[0] >= valid_step)
-
-
-def raise_if_all_corrupt(folder: Folder, corrupt: tuple[CorruptCheckpoint, ...]) -> None:
-    """Raises UserError if a run has checkpoints and all are corrupt: only a person may decide to start over."""
-    if corrupt:
-        raise UserError(f"{folder}: no valid checkpoint: {corrupt[0]}", "remove the folder to start over")

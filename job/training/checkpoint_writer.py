@@ -7,62 +7,66 @@ import torch
 
 from job.distributed.context import World
 from job.nn.state import map_state
-from job.training.checkpoint import (
-    checkpoint_name,
-    serialize_lane_state,
-    serialize_model,
-    write_part,
-)
+from job.training.checkpoint import checkpoint_name, serialize_lane_state, serialize_model, write_part
 from job.training.events import EventSink, PartWritten
-from job.training.loop import TrainState
-from job.training.optimizer import state_tensors
+from job.training.optimizer import optimizer_tensors
 from job.training.run_spec import RunSpec
+from job.training.train_state import TrainState
 
 
 class CheckpointWriter:
-    """Writes this worker's parts in the background; the loop waits for a copy in memory only."""
+    """Writes this worker's parts of checkpoints in a thread, so that training only waits for a copy in memory."""
 
-    def __init__(self, spec: RunSpec, world: World, post: EventSink, precision: str) -> None:
-        self.spec, self.world, self.post = spec, world, post
-        self.metadata = {"precision": precision, "corpus": spec.dataset.metadata}
+    def __init__(self, spec: RunSpec, world: World, post: EventSink) -> None:
+        self.spec = spec
+        self.world = world
+        self.post = post
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future[None] | None = None
-        self.last = -1  # the step of the last save
+        self.last_step = -1  # of the last save
 
     def save(self, train_state: TrainState) -> None:
-        """Copies what is to be saved and has it written; waits for the save before, if it still runs."""
+        """Copies the training state and starts writing it, after waiting for the previous save.
+
+        Does nothing if a weight is not finite: the loss of the next step will end the run, and the checkpoint before
+        must remain the last one.
+
+        Raises:
+            OSError: the previous save failed
+        """
         self.finish()
         weights = {name: weight.detach().clone() for name, weight in train_state.model.state_dict().items()}
         if not all(bool(torch.isfinite(weight).all()) for weight in weights.values()):
-            return  # the next step's loss ends the run, which keeps the checkpoint before
-        state = map_state(lambda part: part.to("cpu", copy=True), train_state.state)
-        moments = state_tensors(train_state.optimizer, train_state.model)
-        moments = {name: tensor.to("cpu", copy=True) for name, tensor in moments.items()}
+            return
+        lanes, precision = train_state.assignment.lanes, train_state.precision.name
+        lane_state = map_state(lambda tensor: tensor.to("cpu", copy=True), train_state.lane_state)
+        optimizer = optimizer_tensors(train_state.optimizer, train_state.model)
+        optimizer = {name: tensor.to("cpu", copy=True) for name, tensor in optimizer.items()}
         progress = copy.deepcopy(train_state.progress)
-        self.last = progress.step
+        self.last_step = progress.step
 
         def write() -> None:
-            files = serialize_lane_state(train_state.share.lanes, state)
+            files, dataset = serialize_lane_state(lanes, lane_state), self.spec.dataset
             if self.world.rank == 0:
-                on_cpu = {name: weight.cpu() for name, weight in weights.items()}
+                cpu_weights = {name: weight.cpu() for name, weight in weights.items()}
+                metadata = {"precision": precision, "corpus": dataset.metadata}
                 files |= serialize_model(
-                    self.spec.config, self.spec.dataset.vocabulary, on_cpu, moments, progress, self.metadata
+                    self.spec.config, dataset.vocabulary, cpu_weights, optimizer, progress, metadata
                 )
             name = checkpoint_name(progress.step, self.world.attempt)
-            receipt = write_part(
-                self.spec.checkpoints, name, files, self.world.size, None if self.world.rank else progress
-            )
+            rank_0_progress = None if self.world.rank else progress
+            receipt = write_part(self.spec.checkpoints, name, files, self.world.size, rank_0_progress)
             self.post(PartWritten(self.world.attempt, receipt))
 
         self.pending = self.thread.submit(write)
 
     @property
-    def busy(self) -> bool:
-        """Whether a save is still being written."""
+    def is_busy(self) -> bool:
+        """Whether a save is being written."""
         return bool(self.pending and not self.pending.done())
 
     def finish(self) -> None:
-        """Waits for the save that runs; OSError if it failed."""
+        """Waits for the current save; raises OSError if it failed."""
         if self.pending:
             self.pending.result()
             self.pending = None

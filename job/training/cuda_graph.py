@@ -1,8 +1,8 @@
-"""A whole update captured once and replayed from one call: CUDA graphs.
+"""A training step captured once as a CUDA graph and replayed with one call.
 
-A small model's step on a GPU is hundreds of short kernels, and Python takes longer to launch them than
-they run. What is captured reads and writes places that stay: before a replay the window, the state and
-the learning rate are copied into them, and after it they hold the new state.
+A small model's step on a GPU is hundreds of short kernels, which Python takes longer to launch than the GPU to run.
+A graph reads and writes fixed memory: before each replay the batch, the state and the learning rate are copied there,
+and after it the new state is there.
 """
 
 import os
@@ -12,99 +12,108 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from job.distributed.gradient_sync import Batch, LaneAssignment
+from job.distributed.gradient_sync import Batch
 from job.nn.language_model import LanguageModel
 from job.nn.state import State, map_state
 from job.training.train_step import EagerTrainStep
 
-GRAPH_ENV_VAR = "LANES_GRAPH"  # set to "off", nothing is captured
-WARMUP_STEPS = 3  # updates before the capture, in which libraries choose their ways and take what memory they want
+GRAPH_ENV_VAR = "LANES_GRAPH"  # "off" disables the capture
+WARMUP_STEPS = 3  # steps before the capture, in which libraries finish autotuning and allocate their workspaces
 
 Replay = Callable[[], None]
 Capture = Callable[[Callable[[], Tensor]], tuple[Tensor, Replay]]
 
 
-def supports_cuda_graph(model: LanguageModel, share: LaneAssignment) -> bool:
-    """Whether each update of the run is the same work of one GPU, with no exchange in it."""
+def supports_cuda_graph(model: LanguageModel, world_size: int) -> bool:
+    """Whether each step is the same work of a single GPU, without communication."""
     weight = model.linear.weight
-    alike = share.workers == 1 and not model.has_custom_cell
-    # A rate on the GPU is a float32, which would round that of a run in float64.
-    return alike and weight.is_cuda and weight.dtype == torch.float32 and os.environ.get(GRAPH_ENV_VAR) != "off"
+    is_uniform = world_size == 1 and not model.has_custom_cell
+    # The learning rate on the GPU is a float32, which would round that of a run in float64.
+    return is_uniform and weight.is_cuda and weight.dtype == torch.float32 and os.environ.get(GRAPH_ENV_VAR) != "off"
 
 
 def capture_graph(step: Callable[[], Tensor]) -> tuple[Tensor, Replay]:
-    """Takes down what ``step`` launches, without running it: the place of its result, and what runs it."""
+    """Records the kernels that ``step`` launches, without running them.
+
+    Returns:
+        the tensor that holds the result after each replay, and the function that replays the kernels
+
+    Raises:
+        RuntimeError: an operation of the step cannot be captured
+    """
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
     try:
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # a checkpoint may be written meanwhile
-            found = step()
+            result = step()
     except BaseException:
-        torch.cuda.set_stream(stream)  # torch leaves that of a capture which broke off in its place
+        torch.cuda.set_stream(stream)  # torch does not restore it after a failed capture
         raise
-    return found, graph.replay
+    return result, graph.replay
 
 
 class CudaGraphTrainStep:
-    """An ``Update`` of windows that are all alike."""
+    """A TrainStep for batches of one shape: eager during the warm-up, then a CUDA graph if it can be captured."""
 
-    def __init__(self, update: EagerTrainStep, capture: Capture = capture_graph) -> None:
-        self.update, self.capture = update, capture
-        self.rate = torch.zeros((), device=update.device)
-        self.wait: int | None = WARMUP_STEPS  # updates until the capture; None once that is tried
-        self.graph: _Graph | None = None
+    def __init__(self, eager_step: EagerTrainStep, capture: Capture = capture_graph) -> None:
+        self.eager_step = eager_step
+        self.capture = capture
+        self.learning_rate = torch.zeros((), device=eager_step.device)
+        self.warmup_left = WARMUP_STEPS
+        self.step: _Graph | EagerTrainStep | None = None  # used after the warm-up
 
-    def __call__(self, window: Batch, state: State, rate: float) -> tuple[Tensor, State]:
-        """As ``Update``; what it gives, the next call overwrites."""
-        self.rate.fill_(rate)
-        if self.wait == 0 and state is not None:  # whose shape must be known
-            self.wait, self.graph = None, self._captured(window, state)
-        if self.graph:
-            return self.graph.replayed(window, state)
-        self.wait = self.wait and self.wait - 1
-        return self.update(window, state, self.rate)
+    def __call__(self, batch: Batch, state: State, learning_rate: float) -> tuple[Tensor, State]:
+        """Takes the step; the next call overwrites the tensors that it returns."""
+        self.learning_rate.fill_(learning_rate)
+        if self.warmup_left:
+            self.warmup_left -= 1
+        elif self.step is None and state is not None:  # a state of None has no shape to capture
+            self.step = self._capture(batch, state)
+        return (self.step or self.eager_step)(batch, state, self.learning_rate)
 
-    def _captured(self, window: Batch, state: State) -> "_Graph | None":
-        for group in self.update.optimizer.param_groups:
-            if "capturable" in group:  # torch asks for it now, and warns of it at any other time
+    def _capture(self, batch: Batch, state: State) -> "_Graph | EagerTrainStep":
+        for group in self.eager_step.optimizer.param_groups:
+            if "capturable" in group:  # required for the capture; torch warns if it is set earlier
                 group["capturable"] = True
         try:
-            return _Graph(self.update, window, state, self.rate, self.capture)
-        except RuntimeError as error:  # nothing has run yet
-            why = error.__context__ or error
-            warnings.warn(f"no CUDA graph, each step is launched operation by operation: {why}", stacklevel=2)
-            return None
+            return _Graph(self.eager_step, batch, state, self.learning_rate, self.capture)
+        except RuntimeError as error:  # no operation has run yet
+            reason = error.__context__ or error
+            warnings.warn(f"no CUDA graph, each step is launched operation by operation: {reason}", stacklevel=2)
+            return self.eager_step
 
 
 class _Graph:
-    """What was captured, and the places that it reads and writes."""
+    """A captured step, and the tensors that it reads and writes."""
 
-    def __init__(self, update: EagerTrainStep, window: Batch, state: State, rate: Tensor, capture: Capture) -> None:
-        self.window = Batch(*(part.to(update.device, copy=True) for part in window))
+    def __init__(
+        self, eager_step: EagerTrainStep, batch: Batch, state: State, learning_rate: Tensor, capture: Capture
+    ) -> None:
+        self.batch = Batch(*(tensor.to(eager_step.device, copy=True) for tensor in batch))
         self.state = map_state(torch.clone, state)
 
         def step() -> Tensor:
-            found, after = update(self.window, self.state, rate)
-            _copy_state_(after, self.state)
-            return found
+            stats, new_state = eager_step(self.batch, self.state, learning_rate)
+            _copy_state_(self.state, new_state)
+            return stats
 
-        self.found, self.replay = capture(step)
+        self.stats, self.replay = capture(step)
 
-    def replayed(self, window: Batch, state: State) -> tuple[Tensor, State]:
-        for part, place in zip(window, self.window, strict=True):
-            place.copy_(part, non_blocking=True)
-        _copy_state_(state, self.state)
+    def __call__(self, batch: Batch, state: State, _: Tensor) -> tuple[Tensor, State]:
+        for destination, source in zip(self.batch, batch, strict=True):
+            destination.copy_(source, non_blocking=True)
+        _copy_state_(self.state, state)
         self.replay()
-        return self.found, self.state
+        return self.stats, self.state
 
 
-def _copy_state_(state: State, places: State) -> None:
-    """Copies a state, zero where it is None, to where another stands."""
-    for index, place in enumerate(_parts(places)):
-        if state is None:
-            place.zero_()
-        elif (part := _parts(state)[index]) is not place:
-            place.copy_(part)
+def _copy_state_(destination: State, source: State) -> None:
+    """Copies a state, or zeros if it is None, into the tensors of another state."""
+    for index, tensor in enumerate(_tensors(destination)):
+        if source is None:
+            tensor.zero_()
+        else:
+            tensor.copy_(_tensors(source)[index])
 
 
-def _parts(state: State) -> tuple[Tensor, ...]:
+def _tensors(state: State) -> tuple[Tensor, ...]:
     return (state,) if isinstance(state, Tensor) else state or ()

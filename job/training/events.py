@@ -1,4 +1,4 @@
-"""What workers tell the driver, and nothing else travels that way."""
+"""Messages from the workers to the driver."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,52 +11,52 @@ from job.training.progress import Progress
 
 @dataclass(frozen=True)
 class Event:
-    """``attempt`` names the group of workers that tells; of an older group nothing counts."""
+    """A message from the worker group ``attempt``; the driver ignores those of replaced groups."""
 
     attempt: str
 
 
 @dataclass(frozen=True)
 class Started(Event):
-    """A group of workers stands, and goes on from ``step``."""
+    """A worker group is ready to train."""
 
-    step: int
+    step: int  # that it resumes from; 0 in a new run
     epoch: int
     workers: int
     device: str
     precision: str
-    weights: int
+    num_weights: int
     total_steps: int
     skipped_checkpoints: tuple[CorruptCheckpoint, ...]  # later than the one that was loaded
 
 
 @dataclass(frozen=True)
 class ProgressUpdate(Event):
-    """Where the run is now, for the eye."""
+    """Current numbers for the console; not stored."""
 
     epoch: int
     step: int
-    nats: float
+    nats: float  # mean per token of the epoch
     tokens_per_second: float
 
 
 @dataclass(frozen=True)
 class MetricsRow(Event):
-    """A row of ``metrics.jsonl``."""
+    """A row for ``metrics.jsonl``."""
 
     row: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class PartWritten(Event):
-    """A worker's part of a checkpoint is on the disk."""
+    """A worker has written its part of a checkpoint."""
 
     receipt: PartReceipt
 
 
 @dataclass(frozen=True)
 class Finished(Event):
-    """The end was reached, or a stop that was asked for; rank 0's parts are written."""
+    """Training has ended, or stopped on request, and rank 0 has written its part of the last checkpoint."""
 
     stopped: bool
     progress: Progress
@@ -73,16 +73,16 @@ class Failed(Event):
 
 @dataclass(frozen=True)
 class Crashed(Event):
-    """A worker ended by an error of its own."""
+    """A worker ended with an unexpected exception."""
 
     message: str
 
 
 @dataclass(frozen=True)
 class WorkerGroupEnded(Event):
-    """No group of workers stands: one failed, could not start, or makes way for one of another size.
+    """No worker group is running: it failed, could not start, or is replaced by one of another size.
 
-    ``message`` says what failed, and is empty where nothing did; ``attempt`` is not known.
+    ``message`` describes the failure and is empty if there was none; ``attempt`` is unknown and empty.
     """
 
     message: str

@@ -1,9 +1,8 @@
 """Truncated back-propagation through time, and evaluation.
 
-Both know torch alone. The loop is a generator of facts about each step; who calls it logs, saves
-and reports.
+The training loop is a generator of step results; its caller logs, saves and reports.
 
-Axes: T steps of a window, B lanes.
+Axes: T steps of a window, B lanes, V tokens of the vocabulary.
 """
 
 import math
@@ -17,143 +16,141 @@ from torch.nn import functional as F
 
 from job.config.schema import Config, TrainConfig
 from job.data.lanes import split_evenly
-from job.data.stream import Stream
-from job.distributed.gradient_sync import Batch, ControlFlags, LaneAssignment, StepStats
+from job.distributed.gradient_sync import Batch, ControlFlags, StepStats
 from job.errors import Diverged
 from job.nn.dropout import dropout_keys
 from job.nn.language_model import LanguageModel
 from job.nn.state import State
 from job.training.optimizer import learning_rate_at
 from job.training.progress import LossSum, Progress
-from job.training.train_step import TrainStep
+from job.training.train_state import TrainState
 
 
 @dataclass(frozen=True)
 class StepResult:
-    """One update: its number (from 1), its window's loss, and what the workers ask for."""
+    """One step: its reduced statistics, and whether it is the last of its epoch or of the run."""
 
-    tally: StepStats
-    learning_rate: float
+    stats: StepStats
     ends_epoch: bool
     ends_run: bool
 
 
-@dataclass
-class TrainState:
-    """One worker's share of a run: its lanes, the model, and where it stands."""
-
-    model: LanguageModel
-    optimizer: torch.optim.Optimizer
-    update: TrainStep
-    stream: Stream
-    total_steps: int
-    share: LaneAssignment
-    progress: Progress
-    state: State = None
-
-    @property
-    def at_epochs_end(self) -> bool:
-        """Whether all windows of the epoch that runs are taken."""
-        return self.progress.window == self.stream.partition(self.progress.epoch).num_windows
+def is_done(progress: Progress, train_config: TrainConfig) -> bool:
+    """Whether ``train.epochs`` or ``train.max_steps`` is reached."""
+    has_max_steps = bool(train_config.max_steps and progress.step >= train_config.max_steps)
+    return has_max_steps or progress.epoch >= train_config.epochs
 
 
-def is_done(progress: Progress, train: TrainConfig) -> bool:
-    """Whether all epochs, or all steps that are allowed, are taken."""
-    return progress.epoch >= train.epochs or bool(train.max_steps and progress.step >= train.max_steps)
+def train_steps(
+    train_state: TrainState, config: Config, control_flags: Callable[[], ControlFlags]
+) -> Iterator[StepResult]:
+    """Trains on the remaining windows of the current epoch, one step per window.
 
+    Args:
+        train_state: updated in place before each result is yielded
+        config: the run's configuration
+        control_flags: polled before each step for this worker's flags
 
-def train_steps(train_state: TrainState, config: Config, signals: Callable[[], ControlFlags]) -> Iterator[StepResult]:
-    """Takes the windows of the epoch that runs, one update each, from where ``progress`` stands.
-
-    ``signals`` is asked at each step for what this worker wants of all. After a yield, ``progress``
-    and ``state`` are those after the update. Ends with the epoch's last window.
+    Raises:
+        Diverged: the loss is not finite
     """
     progress, stream = train_state.progress, train_state.stream
     num_windows = stream.partition(progress.epoch).num_windows
     train_state.model.train()
     while progress.window < num_windows and not is_done(progress, config.train):
-        rate = learning_rate_at(config.optimizer, progress.step, train_state.total_steps)
-        found, train_state.state = train_state.update(
-            _next_batch(train_state, config, signals()), train_state.state, rate
+        batch = _next_batch(train_state, config, control_flags())
+        train_state.learning_rate = learning_rate_at(config.optimizer, progress.step, train_state.total_steps)
+        stats_tensor, train_state.lane_state = train_state.train_step(
+            batch, train_state.lane_state, train_state.learning_rate
         )
-        tally = StepStats.of(found)
-        if not math.isfinite(tally.nats):
+        stats = StepStats.from_tensor(stats_tensor)
+        if not math.isfinite(stats.nats):
             raise Diverged(
-                f"the loss is {tally.nats} at step {progress.step + 1} (epoch {progress.epoch + 1}): "
-                "lower optimizer.learning_rate or set optimizer.grad_clip_norm"
+                f"the loss is {stats.nats} at step {progress.step + 1} (epoch {progress.epoch + 1})",
+                "lower optimizer.learning_rate or set optimizer.grad_clip_norm",
             )
         progress.window += 1
         progress.step += 1
         progress.tokens += stream.tokens_per_step
-        progress.epoch_mean.add(tally.nats, stream.tokens_per_step)
-        progress.report_mean.add(tally.nats, stream.tokens_per_step)
+        progress.epoch_mean.add(stats.nats, stream.tokens_per_step)
+        progress.report_mean.add(stats.nats, stream.tokens_per_step)
         ends_epoch = progress.window == num_windows
         ends_run = is_done(progress, config.train) or (ends_epoch and progress.epoch + 1 >= config.train.epochs)
-        yield StepResult(tally, rate, ends_epoch, ends_run)
+        yield StepResult(stats, ends_epoch, ends_run)
 
 
-def _next_batch(train_state: TrainState, config: Config, signals: ControlFlags) -> Batch:
-    progress, lanes = train_state.progress, train_state.share.lanes
+def _next_batch(train_state: TrainState, config: Config, flags: ControlFlags) -> Batch:
+    progress, lanes = train_state.progress, train_state.assignment.lanes
     inputs_TB, targets_TB = train_state.stream.read_window(progress.epoch, progress.window, lanes)
-    layers = config.model.num_layers if train_state.share.dropout else 0
-    dropout_keys_LB = dropout_keys(config.run.seed, progress.step, layers, lanes)
-    return Batch(inputs_TB, targets_TB, torch.tensor(signals, dtype=torch.float32), dropout_keys_LB)
+    num_layers = config.model.num_layers if config.model.dropout else 0
+    dropout_keys_LB = dropout_keys(config.run.seed, progress.step, num_layers, lanes)
+    return Batch(inputs_TB, targets_TB, torch.tensor(flags, dtype=torch.float32), dropout_keys_LB)
 
 
 def end_epoch(train_state: TrainState) -> LossSum:
-    """Closes the epoch whose windows are all taken; gives its mean. The next starts from zero state."""
+    """Advances the progress to the next epoch, which starts from a zero state; returns the loss of this one."""
     progress = train_state.progress
-    mean, progress.epoch_mean = progress.epoch_mean, LossSum()
+    loss, progress.epoch_mean = progress.epoch_mean, LossSum()
     progress.epoch += 1
     progress.window = 0
-    progress.last_epoch_nats = mean.nats_per_token
-    train_state.state = None
-    return mean
+    progress.last_epoch_nats = loss.nats_per_token
+    train_state.lane_state = None
+    return loss
 
 
 @torch.no_grad()
 def evaluate_lanes(
     model: LanguageModel,
     tokens: np.ndarray,
-    lanes: Sequence[range],
+    groups: Sequence[range],
     num_lanes: int,
     num_steps: int,
     autocast: torch.dtype | None = None,
 ) -> list[float]:
-    """Nats, summed over the targets, of each of some groups of successive lanes of a text.
+    """Evaluates lanes of a text.
 
-    The text's targets (all tokens but the first) are cut into ``num_lanes`` contiguous lanes whose
-    lengths differ by one at most, so that each is counted once; the state is zero at a lane's start
-    and carried to its end, ``num_steps`` at a time.
+    The targets (all tokens but the first) are split into ``num_lanes`` contiguous lanes whose lengths differ by at
+    most one, so that each target counts once. The state is zero at the start of a lane and carried to its end.
+
+    Args:
+        model: the model
+        tokens: token ids of the whole text (N,)
+        groups: groups of successive lane numbers to evaluate
+        num_lanes: lanes of the whole text
+        num_steps: steps per window
+        autocast: dtype of matrix products, None if it is that of the weights
+
+    Returns:
+        The loss of each group in nats, summed over its targets.
     """
-    cuts = split_evenly(len(tokens) - 1, num_lanes)
+    lanes = split_evenly(len(tokens) - 1, num_lanes)
     was_training = model.training
     model.eval()
-    sums = [_evaluate_group(model, tokens, cuts[group.start : group.stop], num_steps, autocast) for group in lanes]
+    sums = [_evaluate_group(model, tokens, lanes[group.start : group.stop], num_steps, autocast) for group in groups]
     model.train(was_training)
     return sums
 
 
 def _evaluate_group(
-    model: LanguageModel, tokens: np.ndarray, cuts: list[range], num_steps: int, autocast: torch.dtype | None
+    model: LanguageModel, tokens: np.ndarray, lanes: list[range], num_steps: int, autocast: torch.dtype | None
 ) -> float:
     device = next(model.parameters()).device
-    longest = len(cuts[0])
-    # Lanes may lack the last step; there they read a token that no target scores.
-    rows_BT = np.full((len(cuts), longest + 1), -1, np.int64)
-    for row, lease in zip(rows_BT, cuts, strict=True):
-        row[: len(lease) + 1] = tokens[lease.start : lease.stop + 1]
-    rows_TB = torch.from_numpy(rows_BT.T.copy()).to(device)
+    longest = len(lanes[0])
+    # Shorter lanes are padded by one token, whose target -1 is ignored.
+    tokens_BT = np.full((len(lanes), longest + 1), -1, np.int64)
+    for row, lane in zip(tokens_BT, lanes, strict=True):
+        row[: len(lane) + 1] = tokens[lane.start : lane.stop + 1]
+    tokens_TB = torch.from_numpy(tokens_BT.T.copy()).to(device)
     state: State = None
     total = torch.zeros((), dtype=torch.float64, device=device)
     for start in range(0, longest, num_steps):
         stop = min(start + num_steps, longest)
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            logits_TBV, state = model(rows_TB[start:stop].clamp(min=0), state)
-        total += _cross_entropy_sum(logits_TBV, rows_TB[start + 1 : stop + 1])
+            logits_TBV, state = model(tokens_TB[start:stop].clamp(min=0), state)
+        total += _cross_entropy_sum(logits_TBV, tokens_TB[start + 1 : stop + 1])
     return float(total)
 
 
 def _cross_entropy_sum(logits_TBV: Tensor, targets_TB: Tensor) -> Tensor:
-    logits = logits_TBV if logits_TBV.dtype == torch.float64 else logits_TBV.float()
-    return F.cross_entropy(logits.flatten(0, 1), targets_TB.flatten(), ignore_index=-1, reduction="sum")
+    logits_TBV = logits_TBV if logits_TBV.dtype == torch.float64 else logits_TBV.float()
+    return F.cross_entropy(logits_TBV.flatten(0, 1), targets_TB.flatten(), ignore_index=-1, reduction="sum")

@@ -1,4 +1,4 @@
-"""How far a run has come, and the loss as a sum and a count."""
+"""How far a run has come, and its loss."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,13 +6,13 @@ from dataclasses import dataclass, field
 
 @dataclass
 class LossSum:
-    """A loss as the pair of which its mean and perplexity are made."""
+    """A loss as a sum and a count, from which mean and perplexity are computed."""
 
-    nats: float = 0.0
+    nats: float = 0.0  # summed over the tokens
     tokens: int = 0
 
     def add(self, nats: float, tokens: int) -> None:
-        """Takes more tokens in."""
+        """Adds the summed loss of more tokens."""
         self.nats += nats
         self.tokens += tokens
 
@@ -23,23 +23,26 @@ class LossSum:
 
 
 def perplexity(nats_per_token: float) -> float:
-    """exp(nats), held below the largest float."""
+    """Returns exp(nats_per_token), limited so that it does not overflow."""
     return math.exp(min(nats_per_token, 700.0))
 
 
 @dataclass
 class Progress:
-    """Where a run is: all that, with weights, optimizer and state, makes it go on exactly."""
+    """The position and history of a run: with weights, optimizer and lane state, all that is needed to resume.
 
-    epoch: int = 0  # epochs completed
-    window: int = 0  # windows taken in the epoch that runs
-    step: int = 0  # updates
+    The field names are those of a checkpoint's ``progress.json``.
+    """
+
+    epoch: int = 0  # completed epochs
+    window: int = 0  # completed windows of the current epoch
+    step: int = 0
     tokens: int = 0
-    seconds: float = 0.0  # spent in the loop
-    restarts: int = 0  # times that the run went on from a checkpoint
-    epoch_mean: LossSum = field(default_factory=LossSum)
-    report_mean: LossSum = field(default_factory=LossSum)
-    last_epoch_nats: float | None = None
+    seconds: float = 0.0  # spent training
+    restarts: int = 0  # times that the run was resumed from a checkpoint
+    epoch_mean: LossSum = field(default_factory=LossSum)  # of the current epoch so far
+    report_mean: LossSum = field(default_factory=LossSum)  # since the last metrics row
+    last_epoch_nats: float | None = None  # mean per token, like the following
     last_validation_nats: float | None = None
     validated_step: int = -1
     best_validation_nats: float | None = None

@@ -1,4 +1,4 @@
-"""What all workers of a run share."""
+"""The specification of a run, shared by all workers."""
 
 from dataclasses import dataclass
 
@@ -14,4 +14,4 @@ class RunSpec:
     config: Config
     dataset: Dataset
     checkpoints: Folder
-    init: bytes | None  # a safetensors file with the first weights
+    init: bytes | None  # content of model.init: a safetensors file with the initial weights

@@ -1,4 +1,4 @@
-"""One update of the weights: the global gradient, its clip, and the optimizer's step."""
+"""One optimizer step: the global gradient, its clipping, and the update of the weights."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,33 +11,31 @@ from job.distributed.gradient_sync import AllReduceGradients, Batch, Determinist
 from job.nn.state import State
 from job.training.optimizer import clip_gradient
 
-# Takes a window, the state before it and the learning rate; gives what ``Tally.of`` reads, and the state after.
+# From a batch, the lanes' state before it and the learning rate, to the statistics that StepStats.from_tensor reads
+# and the state after it.
 TrainStep = Callable[[Batch, State, float], tuple[Tensor, State]]
 
 
 @dataclass(frozen=True)
 class EagerTrainStep:
-    """An update as Python leads through it, one operation after the other.
-
-    The optimizer has one group of weights, which are clipped together.
-    """
+    """A step that launches one operation after the other. All parameters of the optimizer are clipped together."""
 
     gradients: AllReduceGradients | DeterministicGradients
     optimizer: torch.optim.Optimizer
-    grad_clip_norm: float
+    grad_clip_norm: float  # 0: no clipping
     device: torch.device
 
-    def __call__(self, window: Batch, state: State, rate: float | Tensor) -> tuple[Tensor, State]:
-        """As ``Update``; the rate may be a tensor on the device.
+    def __call__(self, batch: Batch, state: State, learning_rate: float | Tensor) -> tuple[Tensor, State]:
+        """Takes the step; a learning rate on the device must be a tensor of the weights' dtype.
 
-        It has the weights' precision, as a tensor for them would: a captured update is to be this one.
+        A float is rounded to the weights' dtype, so that eager and CUDA-graph steps give identical results.
         """
-        found, state = self.gradients(window.on(self.device), state)
-        if isinstance(rate, float) and found.dtype == torch.float32:
-            rate = float(np.float32(rate))
+        stats, state = self.gradients(batch.to(self.device), state)
+        if isinstance(learning_rate, float) and stats.dtype == torch.float32:
+            learning_rate = float(np.float32(learning_rate))
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = learning_rate
             if self.grad_clip_norm:
                 clip_gradient(group["params"], self.grad_clip_norm)
         self.optimizer.step()
-        return found, state
+        return stats, state

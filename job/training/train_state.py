@@ -1,0 +1,97 @@
+"""Everything that changes while a worker trains, and how it is built."""
+
+from dataclasses import dataclass
+
+import torch
+
+from job.data.stream import Stream
+from job.distributed.context import Precision, World, resolve_precision
+from job.distributed.gradient_sync import (
+    AllReduceGradients,
+    DeterministicGradients,
+    LaneAssignment,
+    LossModule,
+    assign_lanes,
+)
+from job.distributed.shared_memory import SharedMemoryGroup, create_group
+from job.nn.language_model import LanguageModel, build_model, load_weights
+from job.nn.state import State, map_state
+from job.training.checkpoint import LoadedCheckpoint, load_lane_state, parse_safetensors
+from job.training.cuda_graph import CudaGraphTrainStep, supports_cuda_graph
+from job.training.optimizer import build_optimizer, load_optimizer_tensors
+from job.training.progress import Progress
+from job.training.run_spec import RunSpec
+from job.training.train_step import EagerTrainStep, TrainStep
+
+
+@dataclass
+class TrainState:
+    """One worker's model, optimizer, lanes and progress."""
+
+    model: LanguageModel
+    optimizer: torch.optim.Optimizer
+    train_step: TrainStep
+    stream: Stream
+    total_steps: int  # of the whole run
+    assignment: LaneAssignment
+    shared_memory: SharedMemoryGroup | None  # of all workers, if they run on CPUs of one machine
+    precision: Precision
+    learning_rate: float  # of the last step
+    progress: Progress
+    lane_state: State = None
+
+    @property
+    def is_epoch_done(self) -> bool:
+        """Whether all windows of the current epoch are processed."""
+        return self.progress.window == self.stream.partition(self.progress.epoch).num_windows
+
+
+def build_train_state(
+    spec: RunSpec, world: World, precision_name: str, loaded: LoadedCheckpoint | None = None
+) -> TrainState:
+    """Builds a worker's training state; all workers of a run must call it.
+
+    Args:
+        spec: the run
+        world: this worker's place among the workers
+        precision_name: precision of the run; a resumed run must keep that of its checkpoint
+        loaded: the checkpoint to resume from; None starts a new run
+
+    Raises:
+        UserError: the first weights do not match the model, or a custom cell cannot be used
+        CorruptCheckpoint: the checkpoint has no valid state of this worker's lanes
+    """
+    config, device = spec.config, world.device
+    stream = Stream(spec.dataset.train_tokens, config.stream, config.run.seed)
+    precision = resolve_precision(precision_name, device)
+    model = build_model(config.model, len(spec.dataset.vocabulary), config.run.seed).to(device, precision.weights)
+    optimizer = build_optimizer(config.optimizer, model)
+    num_groups = config.train.lane_groups if config.train.reproducible else 0
+    assignment = assign_lanes(config.stream.batch_size, num_groups, world.rank, world.size)
+    progress, lane_state = Progress(), None
+    if loaded:
+        load_weights(model, loaded.weights, str(loaded.checkpoint.path))
+        load_optimizer_tensors(optimizer, model, loaded.optimizer)
+        progress = loaded.progress
+        progress.restarts += 1
+        lane_state = map_state(lambda tensor: tensor.to(device), load_lane_state(loaded.checkpoint, assignment.lanes))
+    elif spec.init:
+        load_weights(model, parse_safetensors(spec.init), config.model.init)
+    shared_memory = create_group(config.scale.hang_timeout) if world.size > 1 and device.type == "cpu" else None
+    loss_module = LossModule(model, stream.tokens_per_step, config.model.dropout, precision.autocast)
+    gradients_class = DeterministicGradients if config.train.reproducible else AllReduceGradients
+    gradients = gradients_class(loss_module, assignment, shared_memory)
+    eager_step = EagerTrainStep(gradients, optimizer, config.optimizer.grad_clip_norm, device)
+    return TrainState(
+        model,
+        optimizer,
+        CudaGraphTrainStep(eager_step) if supports_cuda_graph(model, world.size) else eager_step,
+        stream,
+        stream.total_steps(config.train),
+        assignment,
+        shared_memory,
+        precision,
+        config.optimizer.learning_rate,
+        progress,
+        lane_state,
+    )
