@@ -165,13 +165,13 @@ def test_a_full_disk_stops_the_run_and_more_room_lets_it_go_on(prose, tmp_path):
         ended = job(*flags(prose, disk, *more))
         assert ended.status == 1
         assert "No space left" in ended.err
-        assert "is kept" in ended.err
+        assert "saved at step" in ended.err
         assert ended.err.count("\n") == 1
         loaded, _ = find_latest_valid(Folder(str(disk / "run" / "checkpoints")))
         assert loaded
         subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
         again = job(*flags(prose, disk, *more))
-        assert f"goes on from step {loaded.checkpoint.step} of" in again.out
+        assert f"resuming from step {loaded.checkpoint.step} of" in again.out
         assert again.status == 0, again.err
         assert job(*flags(prose, tmp_path / "calm", *more)).status == 0
         assert result(disk / "run")["weights_sha256"] == result(tmp_path / "calm" / "run")["weights_sha256"]
@@ -219,7 +219,7 @@ def test_a_run_on_an_object_store_is_the_same_run(bucket, prose, tmp_path):
     assert stopped.status == 0, stopped.err
     ended = job(*flags(prose, bucket("runs"), *more))
     assert ended.status == 0, ended.err
-    assert "goes on from step 33" in ended.out
+    assert "resuming from step 33" in ended.out
     folder = Folder.resolve(bucket("runs")) / "run"
     found, expected = read_result(folder), result(tmp_path / "run")
     assert found["weights_sha256"] == expected["weights_sha256"]
@@ -243,7 +243,7 @@ def owner_of(folder, **changes):
 def test_a_living_driver_keeps_its_run(tmp_path):
     folder = Folder(str(tmp_path / "run"))
     mine = lease.acquire_lease(folder)
-    with pytest.raises(UserError, match=rf"this run is alive, driven by process {os.getpid()} on "):
+    with pytest.raises(UserError, match=rf"this run is in use by process {os.getpid()} on "):
         lease.acquire_lease(folder)
     mine.check()
     mine.release()
@@ -253,7 +253,12 @@ def test_a_living_driver_keeps_its_run(tmp_path):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"pid": 2**22 - 1}, {"born": "1"}, {"boot": "another"}, {"host": "elsewhere", "beat": time.time() - 100}],
+    [
+        {"pid": 2**22 - 1},
+        {"started_at": "1"},
+        {"boot": "another"},
+        {"host": "elsewhere", "heartbeat": time.time() - 100},
+    ],
 )
 def test_a_dead_drivers_run_is_taken_at_once(tmp_path, changes):
     folder = Folder(str(tmp_path / "run"))
@@ -264,7 +269,7 @@ def test_a_dead_drivers_run_is_taken_at_once(tmp_path, changes):
 def test_a_driver_elsewhere_is_given_time(tmp_path):
     folder = Folder(str(tmp_path / "run"))
     owner_of(folder, host="elsewhere")
-    with pytest.raises(UserError, match="if that is dead, start again in"):
+    with pytest.raises(UserError, match="if it is dead, retry in"):
         lease.acquire_lease(folder)
 
 
@@ -275,13 +280,13 @@ def test_a_driver_elsewhere_is_listened_to(tmp_path, monkeypatch):
     owner_of(folder, host="elsewhere")
     lease.wait_until_expired(folder, said.append)
     assert len(said) == 1
-    assert "waiting for a sign of life" in said[0]
+    assert "waiting for a heartbeat" in said[0]
     owner_of(folder, host="elsewhere")
     place = tmp_path / "run" / "owner.json"
-    beat = {**json.loads(place.read_text()), "beat": time.time() + 1}
+    beat = {**json.loads(place.read_text()), "heartbeat": time.time() + 1}
     timer = threading.Timer(0.7, folder.write, ("owner.json", json.dumps(beat).encode()))
     timer.start()
-    with pytest.raises(UserError, match="this run is alive"):
+    with pytest.raises(UserError, match="this run is in use"):
         lease.wait_until_expired(folder, said.append)
     timer.join()
 
@@ -335,12 +340,12 @@ def test_a_killed_driver_is_replaced_at_once_and_nothing_is_lost(prose, tmp_path
         time.sleep(0.02)
     refused = job(*words)
     assert (refused.status, refused.err.count("\n")) == (2, 1)
-    assert "this run is alive" in refused.err
+    assert "this run is in use" in refused.err
     first.send_signal(signal.SIGKILL)
     first.wait()
     again = job(*words)
     assert again.status == 0, again.err
-    assert "goes on from step" in again.out
+    assert "resuming from step" in again.out
     assert job(*flags(prose, tmp_path / "calm", *more)).status == 0
     assert result(tmp_path / "run")["weights_sha256"] == result(tmp_path / "calm" / "run")["weights_sha256"]
     found, expected = (rows(place / "run", "train") for place in (tmp_path, tmp_path / "calm"))
@@ -355,7 +360,7 @@ def test_the_golden_checkpoint_opens():
     said = job("generate", GOLDEN, "--generate.prefix", "the", "--generate.length", 20)
     assert said.status == 0, said.err
     assert said.out == (GOLDEN.parent / "said.txt").read_text()
-    loaded = open_checkpoint(str(GOLDEN))
+    loaded = open_checkpoint(Folder(str(GOLDEN)))
     assert weights_sha256(loaded.weights) == GOLDEN_WEIGHTS
     assert (loaded.checkpoint.step, loaded.progress.step, loaded.progress.window) == (30, 30, 30)
     hidden, memory = load_lane_state(loaded.checkpoint, range(3, 7))

@@ -326,7 +326,7 @@ def test_import_checkpoint_copies_all_files_and_keeps_the_new_learning_rate(pros
         file: read_checkpoint_file(exported, file) for file in exported.files
     }
     ended = job("train", *flags, "--run.name", "loser", "--optimizer.learning_rate", 0.005)
-    assert f"goes on from step {exported.step}" in ended.out
+    assert f"resuming from step {exported.step}" in ended.out
     assert job("train", *flags, "--run.name", "winner", "--optimizer.learning_rate", 0.01).status == 0
     metrics, winner_metrics = (
         {row["step"]: row for row in rows(tmp_path / name, "train")} for name in ("loser", "winner")
@@ -348,7 +348,7 @@ def test_tune_while_another_driver_holds_the_lease_raises_user_error(prose, tmp_
     ended = job(*search_command(prose, tmp_path, "kept", RATES))
     lease.release()
     assert (ended.status, ended.err.count("\n")) == (2, 1)
-    assert "this run is alive" in ended.err
+    assert "this run is in use" in ended.err
 
 
 @pytest.fixture

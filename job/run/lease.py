@@ -1,9 +1,9 @@
-"""Who may write into a run's folder: one living driver.
+"""The lease of a run: only one live driver may write into its folder.
 
-``owner.json`` names the driver (host, machine, boot, process, and a word of its own) and when it last showed
-a sign of life. A driver is provably dead when its process is gone from the host we are on, or that
-host has been started anew; of one elsewhere only a long silence tells. Before each commit the
-driver looks whether the file still names it.
+``owner.json`` names the driver (host, machine, boot, process, and a random fencing token) and the time of its last
+heartbeat. A driver is provably dead if its process is gone from this host, or if this host has been rebooted. One on
+another host counts as dead once it has missed its heartbeats for ``LEASE_TIMEOUT_S``. Before each commit the driver
+checks that the file still contains its token.
 """
 
 import contextlib
@@ -22,44 +22,51 @@ from job.errors import RunFailed, UserError
 from job.storage import Folder
 
 OWNER_FILE = "owner.json"
-HEARTBEAT_INTERVAL_S = 10.0  # seconds between two signs of life
-LEASE_TIMEOUT_S = 60.0  # seconds of silence after which a driver on another host is taken for dead
+HEARTBEAT_INTERVAL_S = 10.0
+LEASE_TIMEOUT_S = 60.0  # without a heartbeat
+_MAX_OWNER_BYTES = 4096
+_OWNER_TYPES = {
+    "host": str, "machine": str, "boot": str, "pid": int, "started_at": str, "token": str, "heartbeat": float
+}  # fmt: skip
+_OLD_KEYS = {"born": "started_at", "word": "token", "beat": "heartbeat"}  # as version 0.1 wrote them
 
 
 class Lease:
-    """The right to write into a run's folder, until it is released or taken."""
+    """The right to write into a run's folder, until it is released or another driver takes it over."""
 
     def __init__(self, folder: Folder, owner: dict[str, Any]) -> None:
         self.folder = folder
         self.owner = owner
-        self.checked = time.time()
+        self.checked_at = 0.0  # by time.time
         self.released = threading.Event()
-        self.thread = threading.Thread(target=self._beat, daemon=True)
-        self.thread.start()
+        self.thread = threading.Thread(target=self._send_heartbeats, daemon=True)
 
-    def _beat(self) -> None:
+    def _send_heartbeats(self) -> None:
         while not self.released.wait(HEARTBEAT_INTERVAL_S):
-            with contextlib.suppress(OSError, RunFailed):  # the next commit tells, if it lasts
+            with contextlib.suppress(OSError, RunFailed):  # if it lasts, the next commit raises it
                 self.check()
-                _write(self.folder, self.owner)
+                _write_owner(self.folder, self.owner)
 
     def check(self) -> None:
-        """RunFailed where another driver has taken the run over; OSError where that cannot be read."""
+        """Raises RunFailed if another driver has taken the run over, and OSError if that cannot be read."""
         try:
-            found = _parsed(self.folder.read(OWNER_FILE, 4096))
+            owner = _parse_owner(self.folder.read(OWNER_FILE, _MAX_OWNER_BYTES))
         except FileNotFoundError:
-            found = None
-        if found is None or found["word"] != self.owner["word"]:
-            raise RunFailed(f"{self.folder}: another driver has taken this run over; this one writes no more")
-        self.checked = time.time()
+            owner = None
+        if owner is None or owner["token"] != self.owner["token"]:
+            raise RunFailed(f"{self.folder}: another driver has taken this run over; this one stops writing")
+        self.checked_at = time.time()
 
     def check_if_stale(self) -> None:
-        """``check``, unless it was done within two signs of life; by the wall's clock, which runs on in sleep."""
-        if abs(time.time() - self.checked) > 2 * HEARTBEAT_INTERVAL_S:
+        """Like ``check``, unless it was done within the last two heartbeats.
+
+        Uses wall-clock time, because the monotonic clock may stop while the machine is suspended.
+        """
+        if abs(time.time() - self.checked_at) > 2 * HEARTBEAT_INTERVAL_S:
             self.check()
 
     def release(self) -> None:
-        """Gives the run back, so that the next driver need not ask."""
+        """Gives the lease up, so that the next driver can acquire it at once."""
         self.released.set()
         self.thread.join()
         with contextlib.suppress(OSError, RunFailed):
@@ -67,58 +74,65 @@ class Lease:
             self.folder.remove(OWNER_FILE)
 
 
+def acquire_lease(folder: Folder) -> Lease:
+    """Acquires the lease of the run in a folder. Raises UserError if a live driver holds it."""
+    owner = {
+        "host": socket.gethostname(),
+        "machine": _machine_id(),
+        "boot": _boot_id(),
+        "pid": os.getpid(),
+        "started_at": _process_start_time(os.getpid()),
+        "token": uuid.uuid4().hex,
+    }
+    with _flock(folder):
+        raise_if_held(folder)
+        _write_owner(folder, owner)
+    lease = Lease(folder, owner)
+    lease.check()
+    lease.thread.start()
+    return lease
+
+
 def raise_if_held(folder: Folder) -> None:
-    """UserError where a living driver has the run."""
-    owner = _read(folder)
+    """Raises UserError if a live driver holds the lease."""
+    owner = _read_owner(folder)
     if owner is None or _is_dead(owner):
         return
-    silent = max(0.0, time.time() - owner["beat"])
-    here = owner["host"] == socket.gethostname()
-    remedy = "stop it first" if here else f"if that is dead, start again in {max(1, LEASE_TIMEOUT_S - silent):.0f} s"
+    age_s = max(0.0, time.time() - owner["heartbeat"])
+    if _is_local(owner):
+        remedy = "stop it or choose another run.name"
+    else:
+        remedy = f"if it is dead, retry in {max(1, LEASE_TIMEOUT_S - age_s):.0f} s, or choose another run.name"
     raise UserError(
-        f"{folder}: this run is alive, driven by process {owner['pid']} on {owner['host']} (last sign of life "
-        f"{silent:.0f} s ago)",
-        f"{remedy}, or choose another run.name",
+        f"{folder}: this run is in use by process {owner['pid']} on {owner['host']} (last heartbeat {age_s:.0f} s ago)",
+        remedy,
     )
 
 
-def wait_until_expired(folder: Folder, tell: Callable[[str], None]) -> None:
-    """As ``refuse_if_alive``, but that a driver on another host is listened to: it may have died a moment ago."""
-    first, told = _read(folder), False
+def wait_until_expired(folder: Folder, notify: Callable[[str], None]) -> None:
+    """Like ``raise_if_held``, but if the holder is on another host, first waits for a missed heartbeat.
+
+    Args:
+        folder: the run's folder
+        notify: called once with a message if it has to wait
+    """
+    first, is_notified = _read_owner(folder), False
     while True:
         try:
             return raise_if_held(folder)
         except UserError:
-            owner = _read(folder)
-            if owner and (owner["host"] == socket.gethostname() or owner != first):
+            owner = _read_owner(folder)
+            if owner and (_is_local(owner) or owner != first):
                 raise
-        if not told:
-            tell(f"waiting for a sign of life of {folder}'s driver on {first['host'] if first else 'another host'}")
-            told = True
+        if not is_notified:
+            notify(f"waiting for a heartbeat of {folder}'s driver on {first['host'] if first else 'another host'}")
+            is_notified = True
         time.sleep(0.5)
-
-
-def acquire_lease(folder: Folder) -> Lease:
-    """Takes the run; UserError where a living driver has it."""
-    owner = {
-        "host": socket.gethostname(),
-        "machine": _machine(),
-        "boot": _boot(),
-        "pid": os.getpid(),
-        "born": _process_start_time(os.getpid()),
-        "word": uuid.uuid4().hex,
-    }
-    with _flock(folder):
-        raise_if_held(folder)
-        _write(folder, owner)
-    lease = Lease(folder, owner)
-    lease.check()
-    return lease
 
 
 @contextlib.contextmanager
 def _flock(folder: Folder) -> Iterator[None]:
-    """Keeps drivers on one disk from taking a run at the same moment."""
+    """Keeps two drivers on one disk from acquiring the lease at the same moment."""
     if folder.local_path is None:
         yield
         return
@@ -132,34 +146,37 @@ def _flock(folder: Folder) -> Iterator[None]:
         os.close(handle)
 
 
-def _read(folder: Folder) -> dict[str, Any] | None:
+def _read_owner(folder: Folder) -> dict[str, Any] | None:
     try:
-        return _parsed(folder.read(OWNER_FILE, 4096))
+        return _parse_owner(folder.read(OWNER_FILE, _MAX_OWNER_BYTES))
     except OSError:
         return None
 
 
-def _parsed(data: bytes) -> dict[str, Any] | None:
+def _parse_owner(data: bytes) -> dict[str, Any] | None:
     try:
-        owner = json.loads(data)
-        types = {"host": str, "machine": str, "boot": str, "pid": int, "born": str, "word": str, "beat": float}
-        return owner if all(type(owner[key]) is kind for key, kind in types.items()) else None
-    except (ValueError, LookupError, TypeError):
+        owner = {_OLD_KEYS.get(key, key): value for key, value in json.loads(data).items()}
+        return owner if all(type(owner[key]) is cls for key, cls in _OWNER_TYPES.items()) else None
+    except (ValueError, LookupError, TypeError, AttributeError):
         return None
 
 
-def _write(folder: Folder, owner: dict[str, Any]) -> None:
-    folder.write(OWNER_FILE, json.dumps({**owner, "beat": time.time()}).encode())
+def _write_owner(folder: Folder, owner: dict[str, Any]) -> None:
+    folder.write(OWNER_FILE, json.dumps({**owner, "heartbeat": time.time()}).encode())
+
+
+def _is_local(owner: dict[str, Any]) -> bool:
+    return bool(owner["host"] == socket.gethostname())
 
 
 def _is_dead(owner: dict[str, Any]) -> bool:
-    if owner["host"] == socket.gethostname() and owner["machine"] == _machine():
-        return bool(owner["boot"] != _boot() or owner["born"] != _process_start_time(owner["pid"]))
-    return bool(time.time() - owner["beat"] > LEASE_TIMEOUT_S)
+    if _is_local(owner) and owner["machine"] == _machine_id():
+        return bool(owner["boot"] != _boot_id() or owner["started_at"] != _process_start_time(owner["pid"]))
+    return bool(time.time() - owner["heartbeat"] > LEASE_TIMEOUT_S)
 
 
-def _machine() -> str:
-    """Which machine, and which container on it: only there does a process's number tell anything."""
+def _machine_id() -> str:
+    """Identifies the machine and the container, within which alone a process id means anything."""
     with contextlib.suppress(OSError):
         return f"{Path('/etc/machine-id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
     with contextlib.suppress(OSError):
@@ -167,22 +184,22 @@ def _machine() -> str:
     return ""
 
 
-def _boot() -> str:
-    """A word that changes when the host is started anew."""
+def _boot_id() -> str:
+    """Identifies the boot: changes when the host is restarted."""
     with contextlib.suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return ""
 
 
 def _process_start_time(pid: int) -> str:
-    """When a process was born, so that a later one of its number is not taken for it; '' if it is gone."""
+    """When a process started, which tells it from a later one with the same id. Empty if it has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
         state, *fields = stat[stat.rindex(")") + 2 :].split()
         return "" if state in "ZX" else fields[18]
     except (OSError, ValueError, IndexError):
         pass
-    try:  # no /proc: a process of that number is taken for the driver
+    try:  # without /proc, any process with this id is taken for the driver
         os.kill(pid, 0)
         return "alive" if not Path("/proc/self").exists() else ""
     except OSError:
