@@ -79,7 +79,7 @@ def recovery_times() -> dict[str, float]:
         for line in process.stdout:
             if line.startswith("warning: worker") and "noticed" not in results:
                 results["noticed"] = time.monotonic() - died
-            if line.startswith("goes on from"):
+            if line.startswith("resuming from"):
                 results["new workers running"] = time.monotonic() - died
                 break
         _wait(lambda: _step(metrics) > before)

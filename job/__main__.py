@@ -65,8 +65,9 @@ def _generate(line: CommandLine) -> int:
     """Continue a text with a trained model. The configuration of its run overrides the defaults."""
     from job.inference.generate import generate_text
     from job.run.run_dir import open_checkpoint
+    from job.storage import Folder
 
-    loaded = open_checkpoint(line.checkpoint())
+    loaded = open_checkpoint(Folder.resolve(line.checkpoint()))
     print(generate_text(loaded, override_config(loaded.config, parse_flags(line.flags))))
     return 0
 
@@ -75,12 +76,13 @@ def _evaluate(line: CommandLine) -> int:
     """Compute the perplexity of a text under a trained model. The configuration of its run overrides the defaults."""
     from job.inference.evaluate import evaluate_text
     from job.run.run_dir import open_checkpoint
+    from job.storage import Folder
     from job.training.progress import perplexity
 
     values = parse_flags(line.flags)
     if "corpus.source" in line.flags:  # another text is evaluated whole, however the training text was cut
         values["corpus"].setdefault("max_tokens", 0)
-    loaded = open_checkpoint(line.checkpoint())
+    loaded = open_checkpoint(Folder.resolve(line.checkpoint()))
     corpus_config = override_config(loaded.config, values).corpus
     result = evaluate_text(loaded, corpus_config)
     unit = "byte" if loaded.vocabulary.kind == "byte" else "character"

@@ -60,7 +60,7 @@ def test_a_run_leaves_what_the_contract_says(run):
     assert {"model.safetensors", "optimizer.safetensors", "progress.json", "vocabulary.json", "config.toml"} < {
         path.name for path in last.iterdir()
     }
-    loaded = open_checkpoint(str(run))
+    loaded = open_checkpoint(Folder(str(run)))
     assert found["weights_sha256"] == weights_sha256(loaded.weights)
     assert found["perplexity"] == rows(run, "epoch")[-1]["perplexity"]
     assert (run / "sample.txt").read_text() == found["generated"] + "\n"
@@ -76,7 +76,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(prose, tmp_path, cell, stop):
     first = job("train", *flags(prose, tmp_path / "parts", *more, "--train.max_steps", stop))
     assert first.status == 0, first.err
     second = job("train", *flags(prose, tmp_path / "parts", *more))
-    assert f"goes on from step {stop} of" in second.out
+    assert f"resuming from step {stop} of" in second.out
     whole, parts = tmp_path / "whole" / "run", tmp_path / "parts" / "run"
     assert result(whole)["weights_sha256"] == result(parts)["weights_sha256"]
     assert result(whole)["generated"] == result(parts)["generated"]
@@ -106,7 +106,7 @@ def test_state_follows_its_lane(prose, tmp_path, workers):
     for rank, lanes in enumerate(split_evenly(32, workers)):
         state = tuple(part[:, lanes.start : lanes.stop] for part in whole)
         files = serialize_lane_state(lanes, state)
-        loaded = open_checkpoint(str(tmp_path / "run"))
+        loaded = open_checkpoint(Folder(str(tmp_path / "run")))
         progress = None if rank else loaded.progress
         receipts.append(write_part(folder, "step-000030-abcdef", files, workers, progress))
     again = commit_checkpoint(folder, "step-000030-abcdef", receipts)
@@ -137,7 +137,7 @@ def test_a_damaged_checkpoint_is_told_and_passed_over(prose, tmp_path):
     ended = job("train", *flags(prose, tmp_path, "--model.cell", "lstm", "--train.max_steps", 40))
     assert "warning: " in ended.out
     assert "damaged: its checksum differs from the manifest's; the one before it is used" in ended.out
-    assert "goes on from step 10" in ended.out
+    assert "resuming from step 10" in ended.out
     assert ended.status == 0
 
 
@@ -189,7 +189,7 @@ def test_a_store_that_does_not_answer_costs_no_checkpoint(prose, tmp_path, monke
     assert ended.status == 1
     assert "no answer in time" in ended.err
     assert sorted(path for path in place.rglob("*") if path.is_file()) == before
-    assert "goes on from step 30" in job("train", *words).out
+    assert "resuming from step 30" in job("train", *words).out
 
 
 def test_where_all_is_damaged_nothing_is_begun_over_it(prose, tmp_path):
@@ -201,7 +201,7 @@ def test_where_all_is_damaged_nothing_is_begun_over_it(prose, tmp_path):
     ended = job("train", *flags(prose, tmp_path, "--model.cell", "lstm", "--train.max_steps", 40))
     assert (ended.status, ended.err.count("\n")) == (1, 1)
     assert "no valid checkpoint" in ended.err
-    assert "goes on" not in ended.err
+    assert "Resume:" not in ended.err
     assert result(tmp_path / "run") == before
     assert len(list(place.glob("*/manifest.json"))) == 3
 
@@ -215,7 +215,7 @@ def test_workers_that_see_another_storage_remove_nothing(run):
     before = sorted(run.glob("checkpoints/*/manifest.json"))
     recorder.handle(Started("abcdef", 0, 0, 1, "cpu", "fp32", 1, 100, ()))
     mine.release()
-    assert "do not see step-" in recorder.failed.problem
+    assert "do not see step-" in recorder.status.failed.problem
     assert sorted(run.glob("checkpoints/*/manifest.json")) == before
 
 
@@ -247,8 +247,8 @@ def test_a_part_that_is_there_before_its_group_is_kept_for_it(prose, tmp_path):
     recorder.handle(PartWritten("abcdef", ours))
     recorder.handle(Finished("abcdef", False, progress, ours.checkpoint, 2))
     mine.release()
-    assert recorder.over
-    assert not recorder.failed
+    assert recorder.is_done
+    assert not recorder.status.failed
 
 
 def test_fewer_steps_than_are_taken_end_the_run_where_it_is(prose, tmp_path):
@@ -297,7 +297,7 @@ def test_readers_survive_any_bytes(files, tmp_path, data):
         )
         commit_checkpoint(Folder(str(tmp_path)), place.name, [receipt])
     try:
-        loaded = open_checkpoint(str(place))
+        loaded = open_checkpoint(Folder(str(place)))
         load_lane_state(loaded.checkpoint, range(4))
         load_model(loaded)
     except (UserError, CorruptCheckpoint):

@@ -68,7 +68,7 @@ def test_submitted_job_with_relative_storage_fails(job_server, prose):
     """Relative storage would be in the job's own folder, which is deleted with it."""
     ended = job_server.submit("relative", *train_flags(prose, "runs", "run"))
     assert ended.returncode != 0
-    assert "error: run.storage = runs: lies in this job's session folder" in ended.stdout + ended.stderr
+    assert "error: run.storage = runs: is in this job's session folder" in ended.stdout + ended.stderr
     assert job_server.status("relative") == "failed"
 
 
@@ -84,7 +84,7 @@ def test_stopped_job_resumes_when_submitted_again(job_server, prose, tmp_path):
     assert list(tmp_path.glob(f"run/checkpoints/step-{steps:06d}-*/manifest.json"))
     again = job_server.submit("again", *command, "--train.max_steps", steps + 3)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert f"goes on from step {steps:,}" in again.stdout
+    assert f"resuming from step {steps:,}" in again.stdout
     assert load_library() is None or "without the compiled kernel" not in again.stdout
     assert [row["step"] for row in rows(tmp_path / "run", "train")] == list(range(1, steps + 4))
     # The log has no control characters.

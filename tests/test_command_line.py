@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from job.__main__ import VERBS
 from job.inference.load import load_model
 from job.run.run_dir import open_checkpoint
+from job.storage import Folder
 from job.training.loop import evaluate_lanes
 
 SMALL = ["--scale.workers", 0, "--model.hidden_size", 16, "--train.epochs", 2, "--generate.prefix", "the"]
@@ -80,7 +81,7 @@ def test_train_error_in_custom_cell_names_last_checkpoint(prose, tmp_path):
     ended = job("train", *SMALL, *arguments, "--run.name", "run", "--train.checkpoint_every", 3)
     assert (ended.status, ended.err.count("\n")) == (1, 1)
     assert "ValueError: no more" in ended.err
-    assert "step 6 is kept" in ended.err
+    assert "saved at step 6" in ended.err
 
 
 def test_train_generate_length_0_writes_the_prefix(prose, tmp_path):
@@ -228,7 +229,7 @@ def test_evaluate_equals_loop_over_single_tokens(storage, prose, tmp_path):
     (tmp_path / "part.txt").write_text(text)
     output = job("evaluate", storage / "run", "--corpus.source", tmp_path / "part.txt").out
 
-    loaded = open_checkpoint(str(storage / "run"))
+    loaded = open_checkpoint(Folder(str(storage / "run")))
     model = load_model(loaded)
     ids = torch.tensor(loaded.vocabulary.encode([text])).long()
     state, nats = None, 0.0
@@ -247,7 +248,7 @@ def test_train_validation_equals_evaluation_of_its_lanes(prose, tmp_path):
     arguments += ["--corpus.validation_fraction", 0.05, "--train.precision", "fp64"]
     assert job("train", *arguments).status == 0
 
-    loaded = open_checkpoint(str(tmp_path / "run"))
+    loaded = open_checkpoint(Folder(str(tmp_path / "run")))
     model = load_model(loaded)
     tokens = loaded.vocabulary.encode([prose.read_text()])
     validation_tokens = tokens[len(tokens) - round(len(tokens) * 0.05) :]
@@ -264,7 +265,7 @@ def test_train_nan_loss_fails_and_keeps_finite_checkpoint(prose, tmp_path):
     ended = job("train", *arguments, "--model.cell", "cells:DivergingCell", "--train.checkpoint_every", 3)
     assert ended.status == 1
     assert ended.err.startswith("error: the loss is nan at step 8 (epoch 1): lower optimizer.learning_rate")
-    assert "step 6 is kept" in ended.err
+    assert "saved at step 6" in ended.err
     assert ended.err.count("\n") == 1
     assert job("generate", tmp_path / "run", "--generate.prefix", "the").status == 0
 
@@ -285,12 +286,12 @@ def test_train_interrupted_saves_and_same_command_resumes(prose, tmp_path):
     out, err = process.communicate(timeout=20)
     assert (process.returncode, err) == (130, "")
     assert "stopped at step" in out
-    assert "goes on" in out
+    assert "Resume:" in out
     steps = [row["step"] for row in rows(tmp_path / "run", "train")]
     assert steps == list(range(1, len(steps) + 1))
     longer_arguments = ["--train.epochs", 2000, "--train.max_steps", len(steps) + 3, "--stream.num_steps", 400]
     resumed = job(*arguments, *longer_arguments, "--train.log_every", 1)
-    assert f"goes on from step {len(steps)}" in resumed.out
+    assert f"resuming from step {len(steps)}" in resumed.out
     assert result(tmp_path / "run")["steps"] == len(steps) + 3
 
 

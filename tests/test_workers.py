@@ -67,7 +67,7 @@ def test_custom_cell_with_nan_loss_stops_on_workers_at_same_step_as_without(pros
     ended = job(*train_flags(prose, tmp_path, "bomb", *more, "--scale.workers", 3))
     assert (ended.status, ended.err.count("\n")) == (1, 1)
     assert "the loss is nan at step 8" in ended.err
-    assert "step 6 is kept" in ended.err
+    assert "saved at step 6" in ended.err
     one, three = ([row["nats"] for row in rows(tmp_path / name, "train")] for name in ("alone", "bomb"))
     assert len(one) == 7
     np.testing.assert_allclose(three, one, rtol=1e-9)
@@ -122,13 +122,13 @@ def test_interrupt_on_workers_saves_and_leaves_no_process(prose, tmp_path):
     out, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (130, "")
     steps = len(rows(tmp_path / "run", "train"))
-    assert f"stopped at step {steps:,}; step {steps:,} is kept" in out
+    assert f"stopped at step {steps:,}; saved at step {steps:,}." in out
     deadline = time.monotonic() + 30  # Ray's agents end after their node
     while processes := marked_processes(mark):
         assert time.monotonic() < deadline, [command_line(process) for process in processes]
         time.sleep(0.2)
     again = job(*command, "--scale.workers", 0, "--train.max_steps", steps + 2)
-    assert f"goes on from step {steps:,}" in again.out
+    assert f"resuming from step {steps:,}" in again.out
 
 
 @pytest.mark.long
@@ -144,7 +144,7 @@ def test_chaos_run_gives_result_of_undisturbed_run(prose, tmp_path):
 @pytest.mark.slow
 def test_workers_that_always_die_fail_the_run(prose, tmp_path, on_cluster, monkeypatch):
     """Even if they are killed before they can report an error."""
-    monkeypatch.setattr("job.run.recorder.MAX_CONSECUTIVE_FAILURES", 2)
+    monkeypatch.setattr("job.run.run_status.MAX_CONSECUTIVE_FAILURES", 2)
     ended = job(*train_flags(prose, tmp_path, "run", "--scale.workers", 1, "--model.cell", "cells:ExitingCell"))
     assert (ended.status, ended.err.count("\n")) == (1, 1)
     assert "the workers failed 2 times without reaching a checkpoint" in ended.err

@@ -88,24 +88,24 @@ class RayLauncher:
     def _handle_events(self, event_channel: Any, recorder: Recorder, stop_request: StopRequest) -> None:
         assert self.placement
         assert self.fit
-        notice, stop_sent = WaitingNotice(self.placement, recorder.console), False
-        while not recorder.over:
+        notice, stop_sent = WaitingNotice(self.placement, recorder.status.console), False
+        while not recorder.is_done:
             events = _poll_events(event_channel)
             for event in events:
                 recorder.handle(event)
             if stop_request.pop_checkpoint_request():
                 ray.get(event_channel.send_command.remote(dumps(ControlFlags(checkpoint=True))))
-            if stop_request.exit_code and not recorder.standing:
+            if stop_request.exit_code and not recorder.status.has_workers:
                 raise KeyboardInterrupt  # no worker is running that could save anything
             if stop_request.exit_code and not stop_sent:
                 ray.get(event_channel.send_command.remote(dumps(ControlFlags(stop=True))))
                 stop_sent = True
-            if not self.fit.is_alive() and not events and not recorder.over:
+            if not self.fit.is_alive() and not events and not recorder.is_done:
                 raise RunFailed(
                     f"Ray Train ended: {one_line(self.fit.error) if self.fit.error else 'without an error'}"
                 )
-            notice.poll(has_workers=recorder.standing)
-        if recorder.failed:  # receipts of parts written before may still be on their way
+            notice.poll(has_workers=recorder.status.has_workers)
+        if recorder.status.failed:  # receipts of parts written before may still be on their way
             for event in _poll_events(event_channel):
                 recorder.handle(event)
 

@@ -11,13 +11,20 @@ from job.errors import RunFailed, UserError
 from job.inference.generate import generate_text
 from job.run.lease import acquire_lease, wait_until_expired
 from job.run.metrics import plot_perplexity
-from job.run.recorder import RESULT_FILE, Recorder
-from job.run.run_dir import CONFIG_FILE, check_config_unchanged, check_same_text, open_checkpoint, resolve_run
+from job.run.recorder import Recorder
+from job.run.run_dir import (
+    CONFIG_FILE,
+    RESULT_FILE,
+    check_config_unchanged,
+    check_same_text,
+    open_checkpoint,
+    resolve_run,
+)
 from job.run.setup import build_run_spec
 from job.run.signals import StopRequest
 from job.storage import Folder
 from job.training.checkpoint import find_latest_valid, list_checkpoints, weights_sha256
-from job.training.events import EventSink
+from job.training.events import EventSink, Finished
 from job.training.progress import perplexity
 from job.training.run_spec import RunSpec
 
@@ -54,36 +61,33 @@ def run_training(
         console: shows progress and the result
         launcher: starts the workers; closed at the end
         stop_request: lets the caller stop the run; signals do so anyway
-        on_event: called after each event of the current attempt, and after each commit of a checkpoint
+        on_event: called after each event that was recorded, and after each commit of a checkpoint
 
     Returns:
-        The exit status: 0, or 128 + the signal's number if the run was stopped.
+        the exit status: 0, or 128 + the signal's number if the run was stopped
 
     Raises:
         UserError: the input is invalid; nothing was started
         RunFailed: the run failed; the error says what was saved
     """
-    folder, config, previous = resolve_run(config, default_name)
-    if previous and previous.is_finished(config):
-        assert previous.result
-        bound = "train.epochs" if previous.result["epochs"] >= config.train.epochs else "train.max_steps"
-        console.print(f"{folder} is finished; to train longer, raise {bound}")
-        _print_result(previous.result, folder, console)
+    folder, config, existing = resolve_run(config, default_name)
+    if existing and existing.result and existing.is_finished(config):
+        limit = "train.epochs" if existing.result["epochs"] >= config.train.epochs else "train.max_steps"
+        console.print(f"{folder} is finished; to train longer, raise {limit}")
+        _print_result(existing.result, folder, console)
         return 0
     wait_until_expired(folder, console.print)
     stop_request = stop_request or StopRequest()
     with stop_request.installed():
-        spec = build_run_spec(config, folder)
-        check_same_text(spec.checkpoints, spec.dataset.metadata)
+        spec = build_run_spec(config, replace(folder, retry=True))
+        check_same_text(folder / "checkpoints", spec.dataset.metadata)
         folder.check_writable()
         if stop_request.exit_code:
             return stop_request.exit_code
-        folder = replace(folder, retry=True)
-        spec = replace(spec, checkpoints=folder / spec.checkpoints.name)
         console.print(_run_banner(spec, config.corpus.source))
         try:
             launcher.connect(spec.config, console)
-            return _run(launcher, spec, folder, stop_request, console, on_event)
+            return _run(launcher, spec, replace(folder, retry=True), stop_request, console, on_event)
         finally:
             launcher.close()
 
@@ -99,56 +103,56 @@ def _run(
     lease = acquire_lease(folder)
     recorder = None
     try:
-        check_config_unchanged(folder, spec.config)  # between the look at it and the lease
+        check_config_unchanged(folder, spec.config)  # it may have changed before the lease was acquired
         folder.write(CONFIG_FILE, config_to_toml(spec.config).encode())
         recorder = Recorder(folder, spec.config, lease, console, on_event)
         launcher.run(spec, recorder, stop_request)
-        if recorder.failed:
-            raise recorder.failed
-        if not recorder.finished:
-            raise RunFailed("the workers ended without a word")
-        if recorder.finished.stopped:
-            console.print(f"stopped at step {recorder.finished.progress.step:,}; {_describe_last_checkpoint(folder)}")
+        if recorder.status.failed:
+            raise recorder.status.failed
+        finished = recorder.status.finished
+        if not finished:
+            raise RunFailed("the workers exited without reporting a result")
+        if finished.stopped:
+            console.print(f"stopped at step {finished.progress.step:,}; {_describe_last_checkpoint(folder)}")
             return stop_request.exit_code
         lease.check()
-        _print_result(_finish(spec, recorder, folder), folder, console)
+        _print_result(_finish(spec, recorder, finished), folder, console)
         return 0
     except KeyboardInterrupt:
         console.print(f"stopped; {_describe_last_checkpoint(folder)}")
         return stop_request.exit_code
     except RunFailed as error:
-        remedies = (error.remedy, _describe_last_checkpoint(folder, closely=True))
+        remedies = (error.remedy, _describe_last_checkpoint(folder, verify=True))
         raise type(error)(error.problem, "; ".join(filter(None, remedies))) from error.__cause__
     except OSError as error:
-        raise RunFailed(f"{folder}: cannot be read or written: {error}; {_describe_last_checkpoint(folder)}") from None
+        raise RunFailed(f"{folder}: cannot be read or written: {error}", _describe_last_checkpoint(folder)) from None
     finally:
         if recorder:
             recorder.close()
         lease.release()
 
 
-def _finish(spec: RunSpec, recorder: Recorder, folder: Folder) -> dict[str, Any]:
-    """Lets the model speak, draws the curve, and writes the result, which marks the run as finished."""
-    assert recorder.finished
-    done = recorder.finished
-    loaded = open_checkpoint((recorder.checkpoints / done.checkpoint).address)
+def _finish(spec: RunSpec, recorder: Recorder, finished: Finished) -> dict[str, Any]:
+    """Generates a sample, draws the curve, and writes the result, which marks the run as finished."""
+    folder, progress, best = recorder.folder, finished.progress, recorder.committer.best
+    loaded = open_checkpoint(recorder.committer.folder / finished.checkpoint)
     text = generate_text(loaded, spec.config)
     folder.write("sample.txt", (text + "\n").encode())
-    folder.write("perplexity.png", plot_perplexity(recorder.rows(), spec.config.run.name))
-    nats = done.progress.last_epoch_nats
+    folder.write("perplexity.png", plot_perplexity(recorder.metrics.rows(), spec.config.run.name))
+    nats = progress.last_epoch_nats
     assert nats is not None
     result: dict[str, Any] = {"perplexity": perplexity(nats), "nats": nats}
-    if done.progress.last_validation_nats is not None and recorder.best:
-        result["validation_perplexity"] = perplexity(done.progress.last_validation_nats)
-        result["best_validation_perplexity"] = perplexity(recorder.best.validation_nats or 0.0)
-        result["best_checkpoint"] = f"checkpoints/{recorder.best.name}"
+    if progress.last_validation_nats is not None and best:
+        result["validation_perplexity"] = perplexity(progress.last_validation_nats)
+        result["best_validation_perplexity"] = perplexity(best.validation_nats or 0.0)
+        result["best_checkpoint"] = f"checkpoints/{best.name}"
     result |= {
-        "epochs": done.progress.epoch,
-        "steps": done.progress.step,
-        "tokens": done.progress.tokens,
-        "seconds": round(done.progress.seconds, 3),
-        "workers": done.workers,
-        "restarts": max(done.progress.restarts, recorder.starts - 1),
+        "epochs": progress.epoch,
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "seconds": round(progress.seconds, 3),
+        "workers": finished.workers,
+        "restarts": max(progress.restarts, len(recorder.status.attempts) - 1),
         "checkpoint": f"checkpoints/{loaded.checkpoint.name}",
         "weights_sha256": weights_sha256(loaded.weights),
         "generated": text,
@@ -158,35 +162,39 @@ def _finish(spec: RunSpec, recorder: Recorder, folder: Folder) -> dict[str, Any]
     return result
 
 
-def _run_banner(spec: RunSpec, asked: str) -> str:
-    metadata, options = spec.dataset.metadata, spec.config
+def _run_banner(spec: RunSpec, requested_source: str) -> str:
+    metadata, config = spec.dataset.metadata, spec.config
     source = metadata["source"]
-    if source == "embedded" and asked == "auto":
-        source = "the text embedded in Python (The Time Machine is neither cached nor to be had within seconds)"
-    unit = "bytes" if options.vocabulary.kind == "byte" else "characters"
+    if source == "embedded" and requested_source == "auto":
+        source = "Python's built-in help text (The Time Machine is not cached and could not be downloaded)"
+    unit = "bytes" if config.vocabulary.kind == "byte" else "characters"
     return (
-        f"run {options.run.name}: {source}, {metadata['characters']:,} {unit}, "
-        f"{metadata['tokens']:,} tokens of {len(spec.dataset.vocabulary):,} kinds"
+        f"run {config.run.name}: {source}, {metadata['characters']:,} {unit}, "
+        f"{metadata['tokens']:,} tokens, {len(spec.dataset.vocabulary):,} distinct"
     )
 
 
-def _describe_last_checkpoint(folder: Folder, closely: bool = False) -> str:
-    """The last checkpoint, by its manifest, or by every byte; empty where all are damaged."""
-    place = folder / "checkpoints"
+def _describe_last_checkpoint(folder: Folder, verify: bool = False) -> str:
+    """Describes what was saved and how to resume it. Empty if all checkpoints are corrupt.
+
+    Args:
+        folder: the run's folder
+        verify: check every byte of the checkpoint, not only that it has a manifest
+    """
     try:
-        if closely:
-            loaded, damaged = find_latest_valid(place)
-            found = loaded.checkpoint if loaded else None
+        if verify:
+            loaded, corrupt = find_latest_valid(folder / "checkpoints")
+            checkpoint = loaded.checkpoint if loaded else None
         else:
-            checkpoints, _ = list_checkpoints(place)
-            found, damaged = (checkpoints[-1] if checkpoints else None), ()
+            checkpoints, _ = list_checkpoints(folder / "checkpoints")
+            checkpoint, corrupt = (checkpoints[-1] if checkpoints else None), ()
     except (OSError, UserError) as error:
         return f"the checkpoints cannot be read now: {error}"
-    if not found:
-        return "" if damaged else "no checkpoint was written yet: the same command starts anew"
+    if not checkpoint:
+        return "" if corrupt else "no checkpoint was written: the same command starts over"
     return (
-        f"step {found.step:,} is kept: the same command with --run.name {folder.name} "
-        f"goes on, {python_command()} -m job generate {folder.shell_quoted} lets it speak"
+        f"saved at step {checkpoint.step:,}. Resume: the same command with --run.name {folder.name}. "
+        f"Sample: {python_command()} -m job generate {folder.shell_quoted}"
     )
 
 

@@ -1,18 +1,88 @@
-"""A run's metrics to a picture."""
+"""A run's metrics: the rows of ``metrics.jsonl``, the same for TensorBoard, and the curve."""
 
 import io
 import json
+import os
+import shutil
+import tempfile
+from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-MAX_PLOTTED_PERPLEXITY = 1e6  # a perplexity beyond it is drawn there
+from job.run.tensorboard import TensorBoardWriter
+from job.storage import Folder
+
+METRICS_FILE = "metrics.jsonl"
+MAX_PLOTTED_PERPLEXITY = 1e6  # larger ones are drawn there
+
+
+class MetricsLog:
+    """Appends rows to ``metrics.jsonl`` and to the TensorBoard events.
+
+    If the storage cannot append, both files grow in a local folder and ``sync`` uploads them.
+
+    Args:
+        folder: the run's folder
+    """
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+
+    @cached_property
+    def local_dir(self) -> Path:
+        """Where the files grow."""
+        return self.folder.local_path or Path(tempfile.mkdtemp(prefix="lanes-"))
+
+    @cached_property
+    def tensorboard(self) -> TensorBoardWriter:
+        """The same rows for TensorBoard."""
+        return TensorBoardWriter(self.local_dir / "tensorboard")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Reads all rows."""
+        path = self.local_dir / METRICS_FILE
+        if path.exists():
+            return parse_rows(path.read_bytes())
+        return parse_rows(self.folder.read(METRICS_FILE)) if self.folder.has(METRICS_FILE) else []
+
+    def truncate(self, step: int) -> None:
+        """Removes the rows after a step, since workers that resume there report them again."""
+        rows = [row for row in self.rows() if row["step"] <= step]
+        lines = [f"{json.dumps(row)}\n" for row in rows]
+        Folder(str(self.local_dir)).write(METRICS_FILE, "".join(lines).encode())
+        if self.folder.local_path is None:  # the new events file has another name
+            self.folder.remove("tensorboard")
+        self.tensorboard.rewrite(rows)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Appends a row to both files."""
+        with (self.local_dir / METRICS_FILE).open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.tensorboard.add(row)
+
+    def sync(self) -> None:
+        """Makes all rows durable: on the disk, or in the storage if it cannot append."""
+        self.tensorboard.flush()
+        path = self.local_dir / METRICS_FILE
+        if path.exists():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if self.folder.local_path is None:
+            self.folder.upload(self.local_dir)
+
+    def close(self) -> None:
+        """Closes the files and removes local copies."""
+        self.tensorboard.close()
+        if self.folder.local_path is None:
+            shutil.rmtree(self.local_dir, ignore_errors=True)
 
 
 def parse_rows(data: bytes) -> list[dict[str, Any]]:
-    """The rows of ``metrics.jsonl``; a last line that a crash cut short is left out."""
+    """Parses ``metrics.jsonl``. Ignores what follows a line that a crash has cut off."""
     rows = []
     for line in data.splitlines():
         try:
@@ -23,15 +93,14 @@ def parse_rows(data: bytes) -> list[dict[str, Any]]:
 
 
 def plot_perplexity(rows: list[dict[str, Any]], title: str) -> bytes:
-    """Perplexity over epochs as a PNG: a line for each split that was measured."""
+    """Draws perplexity over epochs, a line for each of training and validation. Returns a PNG file."""
     figure, (axes,) = new_figure(1)
-    named = {"epoch": "training", "validation": "validation"}
-    for split, name in named.items():
+    for split, label in (("epoch", "training"), ("validation", "validation")):
         points = [
             (row["epoch"], min(row["perplexity"], MAX_PLOTTED_PERPLEXITY)) for row in rows if row["split"] == split
         ]
         if points:
-            axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 25 else None, markersize=4, label=name)
+            axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 25 else None, markersize=4, label=label)
             epoch, last = points[-1]
             axes.annotate(f"{last:.2f}", (epoch, last), xytext=(0, 6), textcoords="offset points", ha="right")
     axes.set(title=title, xlabel="epoch", ylabel="perplexity")

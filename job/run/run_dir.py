@@ -1,4 +1,4 @@
-"""Runs that exist: which one is meant, and what it holds."""
+"""A run's folder: which run a configuration means, and what the folder contains."""
 
 import json
 import os
@@ -10,7 +10,6 @@ from typing import Any
 from job.config.schema import Config, config_differences
 from job.config.toml import config_from_toml
 from job.errors import UserError
-from job.run.recorder import RESULT_FILE
 from job.storage import Folder, expand_env, is_uri
 from job.training.checkpoint import (
     MANIFEST,
@@ -26,45 +25,76 @@ from job.training.loop import is_done
 from job.training.progress import Progress
 
 CONFIG_FILE = "config.toml"
-SEARCH_FILE = "search.toml"  # of a search: its configuration, as it was resolved
-_MAX_FILE_BYTES = 1 << 20  # bytes of a result or a configuration
+RESULT_FILE = "result.json"  # its presence marks a run as finished
+SEARCH_FILE = "search.toml"  # the resolved configuration of a search
+_MAX_FILE_BYTES = 1 << 20  # of a result or a configuration
 
 
 @dataclass(frozen=True)
 class ExistingRun:
-    """What an earlier start of a run left."""
+    """A run that an earlier command has started."""
 
     config: Config
-    result: dict[str, Any] | None
+    result: dict[str, Any] | None  # None until the run is finished
 
     def is_finished(self, config: Config) -> bool:
-        """Whether it has already done all that the configuration asks for."""
+        """Whether the run has done all the epochs and steps that a configuration asks for."""
         if self.result is None:
             return False
-        done = Progress(epoch=self.result["epochs"], step=self.result["steps"])
-        return is_done(done, config.train)
+        progress = Progress(epoch=self.result["epochs"], step=self.result["steps"])
+        return is_done(progress, config.train)
+
+    def can_resume(self, config: Config) -> bool:
+        """Whether the run is unfinished and a configuration may continue it."""
+        same = not config_differences(self.config, with_resolved_corpus(config, self.config))
+        return same and not self.is_finished(config)
 
 
-def resolve_run(config: Config, stem: str) -> tuple[Folder, Config, ExistingRun | None]:
-    """The run's folder, its configuration, and what is there already.
+def resolve_run(config: Config, default_name: str) -> tuple[Folder, Config, ExistingRun | None]:
+    """Finds the run that a configuration means: an existing one to resume, or a new one.
 
-    What an earlier start resolved (``corpus.source = auto``) stays resolved. UserError where the
-    name is taken by another configuration, or ``run.resume`` does not allow what is found.
+    Args:
+        config: as the user gave it
+        default_name: the name, without its number, of a run whose ``run.name`` is empty
+
+    Returns:
+        the run's folder; the configuration with the run's name and, if the run exists, with its source and cleaning
+        in place of ``auto``; and the existing run or None
+
+    Raises:
+        UserError: the run exists with another configuration, or ``run.resume`` forbids to resume or to start it
     """
     check_storage_outlives_job(config.run.storage)
     storage = Folder.resolve(config.run.storage)
-    name = config.run.name or _default_name(storage, config, stem)
+    if config.run.name:
+        name, existing = config.run.name, read_existing_run(storage / config.run.name)
+    else:
+        name, existing = _last_or_next_run(storage, config, slugify(default_name))
     config = replace(config, run=replace(config.run, name=name))
     folder = storage / name
     if folder.has(SEARCH_FILE):
         raise UserError(f"{folder}: is a search and not a run", "choose another run.name")
-    previous = read_existing_run(folder)
-    check_resume(config.run.resume, folder, "run", exists=previous is not None)
-    if previous is None:
+    check_resume(config.run.resume, folder, "run", exists=existing is not None)
+    if existing is None:
         return folder, config, None
-    config = with_resolved_corpus(config, previous.config)
-    check_config_unchanged(folder, config)
-    return folder, config, previous
+    config = with_resolved_corpus(config, existing.config)
+    _check_same_config(folder, existing, config)
+    return folder, config, existing
+
+
+def _last_or_next_run(storage: Folder, config: Config, stem: str) -> tuple[str, ExistingRun | None]:
+    """The last of the runs ``stem-1``, ``stem-2``, … if this configuration can resume it, otherwise the next one."""
+    try:
+        names = storage.names()
+    except OSError as error:
+        raise UserError(f"run.storage = {storage}: cannot be read: {error}") from None
+    numbers = [int(m[1]) for m in (re.fullmatch(rf"{re.escape(stem)}-(\d+)", name) for name in names) if m]
+    last = max(numbers, default=0)
+    if last and config.run.resume != "never":
+        existing = read_existing_run(storage / f"{stem}-{last}")
+        if existing and existing.can_resume(config):
+            return f"{stem}-{last}", existing
+    return f"{stem}-{last + 1}", None
 
 
 def check_resume(resume: str, folder: Folder, kind: str, *, exists: bool) -> None:
@@ -76,21 +106,24 @@ def check_resume(resume: str, folder: Folder, kind: str, *, exists: bool) -> Non
 
 
 def check_config_unchanged(folder: Folder, config: Config) -> None:
-    """UserError where another run has come to be in the folder."""
-    found = read_existing_run(folder)
-    differing = config_differences(found.config, config) if found else []
-    if differing:
+    """Raises UserError if the folder contains a run with another configuration."""
+    if existing := read_existing_run(folder):
+        _check_same_config(folder, existing, config)
+
+
+def _check_same_config(folder: Folder, existing: ExistingRun, config: Config) -> None:
+    if differences := config_differences(existing.config, config):
         raise UserError(
-            f"{folder}: exists with another configuration: {', '.join(differing)}", "choose another run.name"
+            f"{folder}: exists with another configuration: {', '.join(differences)}", "choose another run.name"
         )
 
 
 def check_storage_outlives_job(storage: str) -> None:
-    """UserError for a relative path inside ``ray job submit``, whose working directory goes with it."""
-    place = expand_env(storage)
-    if not is_uri(place) and not Path(place).is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+    """Raises UserError for a relative path inside ``ray job submit``, whose working directory is temporary."""
+    path = expand_env(storage)
+    if not is_uri(path) and not Path(path).is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         raise UserError(
-            f"run.storage = {storage}: lies in this job's session folder and would be lost with it",
+            f"run.storage = {storage}: is in this job's session folder and would be lost with it",
             "give an absolute path that all nodes see, or an object store",
         )
 
@@ -114,78 +147,69 @@ def read_config_text(folder: Folder, name: str) -> str | None:
 
 
 def read_result(folder: Folder) -> dict[str, Any] | None:
-    """A finished run's result."""
+    """Reads the result of a finished run. Returns None if there is none or it is damaged."""
     try:
-        found = json.loads(folder.read(RESULT_FILE, _MAX_FILE_BYTES))
-        return found if type(found["epochs"]) is int and type(found["steps"]) is int else None
+        result = json.loads(folder.read(RESULT_FILE, _MAX_FILE_BYTES))
+        return result if type(result["epochs"]) is int and type(result["steps"]) is int else None
     except (OSError, ValueError, LookupError, TypeError):
         return None
 
 
-def slugify(stem: str) -> str:
-    """A name for a folder."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "-", stem).strip("-._") or "run"
+def slugify(name: str) -> str:
+    """Returns a name that is safe for a folder."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "run"
 
 
-def _default_name(storage: Folder, config: Config, stem: str) -> str:
-    """The stem and a number: the last one if it can go on with this configuration, else the next."""
-    stem = slugify(stem)
-    try:
-        names = storage.names()
-    except OSError as error:
-        raise UserError(f"run.storage = {storage}: cannot be read: {error}") from None
-    taken = [int(m[1]) for m in (re.fullmatch(rf"{re.escape(stem)}-(\d+)", name) for name in names) if m]
-    last = max(taken, default=0)
-    if last and config.run.resume != "never":
-        previous = read_existing_run(storage / f"{stem}-{last}")
-        if previous and not previous.is_finished(config):
-            same = not config_differences(previous.config, with_resolved_corpus(config, previous.config))
-            if same:
-                return f"{stem}-{last}"
-    return f"{stem}-{last + 1}"
-
-
-def with_resolved_corpus(config: Config, earlier: Config) -> Config:
-    """The configuration with what is ``auto`` of the corpus as it was resolved before."""
+def with_resolved_corpus(config: Config, old_config: Config) -> Config:
+    """Replaces ``auto`` in the corpus section by what it was resolved to before."""
     corpus = config.corpus
     if corpus.source == "auto":
-        corpus = replace(corpus, source=earlier.corpus.source)
-    if corpus.cleaning == "auto" and corpus.source == earlier.corpus.source:
-        corpus = replace(corpus, cleaning=earlier.corpus.cleaning)
+        corpus = replace(corpus, source=old_config.corpus.source)
+    if corpus.cleaning == "auto" and corpus.source == old_config.corpus.source:
+        corpus = replace(corpus, cleaning=old_config.corpus.cleaning)
     return replace(config, corpus=corpus)
 
 
 def check_same_text(checkpoints: Folder, corpus: dict[str, Any]) -> None:
-    """UserError where the run with these checkpoints began on another text."""
+    """Raises UserError if the run with these checkpoints was started on another text.
+
+    Args:
+        checkpoints: the run's ``checkpoints`` folder
+        corpus: the metadata of the dataset
+    """
     valid, _ = list_checkpoints(checkpoints)
     for checkpoint in reversed(valid):
         try:
             _, metadata = read_progress(checkpoint)
-            before = metadata["corpus"]
+            old_corpus = metadata["corpus"]
         except (CorruptCheckpoint, LookupError):
             continue
-        if before["sha256"] != corpus["sha256"]:
+        if old_corpus["sha256"] != corpus["sha256"]:
             raise UserError(
-                f"corpus.source = {corpus['source']}: the text is not the one this run began with "
-                f"({before['tokens']:,} tokens then, {corpus['tokens']:,} now, or others): "
-                "bring it back or choose another run.name"
+                f"corpus.source = {corpus['source']}: is not the text that this run was started with "
+                f"({old_corpus['tokens']:,} tokens then, {corpus['tokens']:,} now)",
+                "restore the text or choose another run.name",
             )
         return
 
 
-def open_checkpoint(address: str) -> LoadedCheckpoint:
-    """Loads the checkpoint in a folder, or the last valid one of the run in it; raises UserError if there is none."""
-    folder = Folder.resolve(address)
+def open_checkpoint(folder: Folder) -> LoadedCheckpoint:
+    """Loads a checkpoint and verifies every byte of it.
+
+    Args:
+        folder: a checkpoint's folder, or a run's, whose last valid checkpoint is loaded
+
+    Raises:
+        UserError: there is no valid checkpoint, or it cannot be read
+    """
     try:
         if folder.has(MANIFEST):
             return verify_checkpoint(read_manifest(folder.parent, folder.name))
         loaded, corrupt = find_latest_valid(folder / "checkpoints")
-        if corrupt and not loaded:
-            raise corrupt[0]
     except CorruptCheckpoint as error:
         raise UserError(str(error)) from None
     except OSError as error:
         raise UserError(f"{folder}: cannot be read: {error}") from None
     if not loaded:
-        raise UserError(f"{folder}: neither a run with a checkpoint nor a checkpoint")
+        raise UserError(str(corrupt[0]) if corrupt else f"{folder}: neither a run with a checkpoint nor a checkpoint")
     return loaded

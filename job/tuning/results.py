@@ -37,7 +37,7 @@ def write_results(trials: Trials) -> None:
     if winner is None or checkpoint is None:
         reasons = [f": trial {trial.number}: {trial.reason}" for trial in trials if trial.reason]
         raise RunFailed(f"{folder}: no trial produced a result{''.join(reasons[:1])}")
-    loaded = open_checkpoint(checkpoint.path.address)
+    loaded = open_checkpoint(checkpoint.path)
     run = read_existing_run(trial_folder(folder, winner.number))
     assert run
     config = replace(

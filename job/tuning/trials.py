@@ -13,8 +13,7 @@ from typing import Any
 from job.config.schema import Config
 from job.config.search_space import METRIC_SPLITS, Params, SearchConfig
 from job.errors import UserError
-from job.run.metrics import parse_rows
-from job.run.recorder import METRICS_FILE
+from job.run.metrics import METRICS_FILE, parse_rows
 from job.run.run_dir import read_existing_run
 from job.storage import Folder
 from job.training.checkpoint import Checkpoint, list_checkpoints

@@ -1,0 +1,82 @@
+"""Commits checkpoints whose parts are complete, and removes old ones."""
+
+import time
+
+from job.storage import Folder
+from job.training.checkpoint import (
+    Checkpoint,
+    PartReceipt,
+    commit_checkpoint,
+    discard_after,
+    list_checkpoints,
+    remove_checkpoint,
+)
+from job.training.events import Started
+
+COMMIT_VISIBILITY_S = 60.0  # longest time between a worker group's search for checkpoints and its Started event
+
+
+class CheckpointCommitter:
+    """Collects the receipts of written parts, commits complete checkpoints, and keeps the last few and the best.
+
+    Args:
+        folder: the run's ``checkpoints``
+        num_kept: how many of the last checkpoints to keep
+    """
+
+    def __init__(self, folder: Folder, num_kept: int) -> None:
+        self.folder = folder
+        self.num_kept = num_kept
+        self.checkpoints: list[Checkpoint] = []  # committed and not removed, in the order of their steps
+        self.committed_at: dict[str, float] = {}  # by time.monotonic
+        self.receipts: dict[str, list[PartReceipt]] = {}  # of incomplete checkpoints, by name
+
+    def find_unseen(self, event: Started) -> str:
+        """Returns the name of a checkpoint that a new worker group should have loaded or skipped and did not.
+
+        A group may miss what was committed while it was searching. Empty if there is none.
+        """
+        skipped = {corrupt.name for corrupt in event.skipped_checkpoints}
+        checkpoints, _ = list_checkpoints(self.folder)
+        for checkpoint in checkpoints:
+            age_s = time.monotonic() - self.committed_at.get(checkpoint.name, 0.0)
+            if checkpoint.step > event.step and checkpoint.name not in skipped and age_s > COMMIT_VISIBILITY_S:
+                return checkpoint.name
+        return ""
+
+    def resume(self, step: int, attempt: str) -> None:
+        """Discards what earlier attempts wrote after the step at which a new one starts."""
+        discard_after(self.folder, step, attempt)
+        self.checkpoints, _ = list_checkpoints(self.folder)
+
+    def add(self, receipt: PartReceipt) -> bool:
+        """Adds a part's receipt. Returns whether the checkpoint is now complete.
+
+        A part may arrive before its group's Started event, since each worker has its own connection. The checkpoint
+        cannot be complete by then: rank 0 sends both that event and a part, in this order.
+        """
+        receipts = self.receipts.setdefault(receipt.checkpoint, [])
+        receipts.append(receipt)
+        return len(receipts) == receipt.workers
+
+    def commit(self, name: str) -> Checkpoint:
+        """Commits a complete checkpoint and removes those that are no longer to be kept."""
+        checkpoint = commit_checkpoint(self.folder, name, self.receipts.pop(name))
+        self.committed_at[name] = time.monotonic()
+        self.checkpoints.append(checkpoint)
+        kept = [*self.checkpoints[-self.num_kept :], self.best]
+        for old in self.checkpoints:
+            if old not in kept:
+                remove_checkpoint(old)
+        self.checkpoints = [old for old in self.checkpoints if old in kept]
+        return checkpoint
+
+    def has(self, name: str) -> bool:
+        """Whether a checkpoint is committed."""
+        return any(checkpoint.name == name for checkpoint in self.checkpoints)
+
+    @property
+    def best(self) -> Checkpoint | None:
+        """The checkpoint with the lowest validation loss, or None if none has one."""
+        scored = [checkpoint for checkpoint in self.checkpoints if checkpoint.validation_nats is not None]
+        return min(scored, key=lambda checkpoint: checkpoint.validation_nats or 0.0, default=None)

@@ -1,0 +1,88 @@
+"""Whether a run's workers are running and whether the run has ended, and what the console shows of it."""
+
+from typing import Any
+
+from job.config.schema import Config
+from job.console import Console, format_duration
+from job.errors import UnrecoverableError
+from job.training.events import Event, Finished, Started
+from job.training.progress import perplexity
+
+MAX_CONSECUTIVE_FAILURES = 6
+
+
+class RunStatus:
+    """The state of a run's worker groups; reports its changes on the console."""
+
+    def __init__(self, config: Config, console: Console) -> None:
+        self.config, self.console = config, console
+        self.attempts: list[str] = []
+        self.started: Started | None = None
+        self.finished: Finished | None = None
+        self.failed: UnrecoverableError | None = None
+        self.has_workers = False
+        self.failure_reported = False  # by one of the current workers
+        self.consecutive_failures = 0  # of worker groups, without a checkpoint in between
+
+    def is_stale(self, event: Event) -> bool:
+        """Whether an event is from workers that have been replaced."""
+        return event.attempt in self.attempts[:-1]
+
+    def start_attempt(self, event: Started) -> None:
+        """Makes a new worker group the current one."""
+        self.attempts.append(event.attempt)
+        self.started, self.finished, self.has_workers, self.failure_reported = event, None, True, False
+
+    def report_crash(self, message: str) -> None:
+        """Shows the error of a worker."""
+        self.failure_reported = True
+        self.console.warn(message)
+
+    def end_attempt(self, message: str) -> None:
+        """Notes that no worker group is running. Fails the run after too many failures without a checkpoint.
+
+        Args:
+            message: what failed; empty if the group was only resized. It is shown unless a worker has reported
+                its error, which a killed worker cannot.
+        """
+        if message and not self.failure_reported:
+            self.console.warn(message)
+        self.has_workers = self.failure_reported = False
+        self.consecutive_failures += bool(message)
+        if self.consecutive_failures >= MAX_CONSECUTIVE_FAILURES:
+            self.failed = UnrecoverableError(
+                f"the workers failed {MAX_CONSECUTIVE_FAILURES} times without reaching a checkpoint; last: {message}"
+            )
+
+    def print_start(self) -> None:
+        """Shows the model and the workers, and the step at which they resume."""
+        assert self.started
+        event, config = self.started, self.config
+        workers = f"{event.workers} worker{'s' * (event.workers != 1)}"
+        if len(self.attempts) > 1:
+            return self.console.print(f"resuming from step {event.step:,} on {workers}")
+        layers = f"{config.model.num_layers} × " if config.model.num_layers > 1 else ""
+        self.console.print(
+            f"{config.model.cell} {layers}{config.model.hidden_size}, {event.num_weights:,} weights; "
+            f"{config.stream.batch_size} lanes × {config.stream.num_steps} steps; "
+            f"{workers} on {event.device}, {event.precision}"
+        )
+        if event.step:
+            self.console.print(f"resuming from step {event.step:,} of {event.total_steps:,}")
+
+    def show_row(self, row: dict[str, Any]) -> None:
+        """Shows the row of an epoch or a validation."""
+        if row["split"] != "train":
+            label = "validation " if row["split"] == "validation" else ""
+            self.show_progress(row["epoch"], row["step"], row["nats"], row["tokens_per_second"], label)
+
+    def show_progress(self, epoch: int, step: int, nats: float, tokens_per_second: float, label: str = "") -> None:
+        """Shows where the run is, and the time that is left at this speed."""
+        assert self.started
+        tokens_per_step = self.config.stream.batch_size * self.config.stream.num_steps
+        seconds_left = (self.started.total_steps - step) * tokens_per_step / max(tokens_per_second, 1.0)
+        self.console.progress(
+            f"epoch {epoch}/{self.config.train.epochs}  step {step:,}/{self.started.total_steps:,}  "
+            f"{label}perplexity {perplexity(nats):.2f}  {tokens_per_second:,.0f} tokens/s  "
+            f"{format_duration(seconds_left)} left"
+        )
