@@ -17,6 +17,8 @@ from job.config.schema import (
 )
 from job.config.toml import FILE_FIELDS, config_from_toml, config_to_toml, parse_flags
 from job.errors import UserError
+from job.run.run_dir import read_existing_run
+from job.storage import Folder
 
 
 @settings(deadline=None)  # a loaded machine is slow
@@ -137,3 +139,19 @@ def test_config_differences_longer_offset_list_is_compatible():
     other = Config(stream=StreamConfig(offset=(1, 3)), train=TrainConfig(epochs=2))
     assert config_differences(old, longer) == []
     assert config_differences(old, other) == ["stream.offset ([1, 2] → [1, 3])"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
+@pytest.mark.parametrize("prefix", ["", "file://"])
+def test_load_config_with_byte_order_mark_equals_without(tmp_path, encoding, prefix):
+    mark = "\ufeff" if encoding == "utf-16-be" else ""  # Python adds that of the other two itself
+    path = tmp_path / "config.toml"
+    path.write_bytes(f'{mark}[generate]\r\nprefix = "über"\r\n'.encode(encoding))
+    assert load_config(f"{prefix}{path}", {}).generate.prefix == "über"
+
+
+def test_read_existing_run_with_byte_order_mark_equals_without(tmp_path):
+    (tmp_path / "config.toml").write_bytes(b"\xef\xbb\xbf" + config_to_toml(Config()).encode())
+    existing = read_existing_run(Folder(str(tmp_path)))
+    assert existing
+    assert existing.config == Config()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from job.config.schema import Config
 from job.config.search_space import SearchConfig
-from job.config.toml import FILE_SECTIONS, ConfigValues, build_sections, parse_flags, parse_toml
+from job.config.toml import FILE_SECTIONS, ConfigValues, build_sections, decode_toml, parse_flags, parse_toml
 from job.errors import UserError, error_origin
 from job.storage import Folder, is_uri
 
@@ -42,8 +42,8 @@ def _read_text(path: str) -> str:
     try:
         if is_uri(path):  # for example a search's best.toml
             file = Folder.resolve(path)
-            return file.parent.read(file.name).decode()
-        return Path(path).read_text(encoding="utf-8")
+            return decode_toml(file.parent.read(file.name))
+        return decode_toml(Path(path).read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
     except (OSError, UnicodeDecodeError) as error:

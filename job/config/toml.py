@@ -1,5 +1,6 @@
 """TOML and command-line flags to a configuration, and back."""
 
+import codecs
 import tomllib
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,6 +24,12 @@ def check_field(name: str) -> None:
     same_key = [field for field in FILE_FIELDS if field.endswith(f".{key or section}")]
     same_section = [field for field in FILE_FIELDS if field.startswith(f"{section}.")]
     raise unknown_name("field", name, same_key[:1] or same_section or FILE_FIELDS)
+
+
+def decode_toml(data: bytes) -> str:
+    """Returns a configuration file's text: UTF-8, or UTF-16 with a byte order mark; editors on Windows write both."""
+    is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    return data.decode("utf-16" if is_utf16 else "utf-8-sig")
 
 
 def parse_toml(text: str) -> ConfigValues:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from job.config.schema import Config, config_differences
-from job.config.toml import config_from_toml
+from job.config.toml import config_from_toml, decode_toml
 from job.errors import UserError
 from job.storage import Folder, expand_env, is_uri
 from job.training.checkpoint import (
@@ -139,7 +139,7 @@ def read_existing_run(folder: Folder) -> ExistingRun | None:
 def read_config_text(folder: Folder, name: str) -> str | None:
     """The text of a stored configuration, or None if the file does not exist."""
     try:
-        return folder.read(name, _MAX_FILE_BYTES).decode()
+        return decode_toml(folder.read(name, _MAX_FILE_BYTES))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, UnicodeDecodeError) as error:
