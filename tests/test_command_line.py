@@ -272,7 +272,7 @@ def test_train_nan_loss_fails_and_keeps_finite_checkpoint(prose, tmp_path):
 
 def test_train_interrupted_saves_and_same_command_resumes(prose, tmp_path):
     arguments = ["train", "--corpus.source", prose, *SMALL, "--run.storage", tmp_path, "--run.name", "run"]
-    process = start_job(*arguments, "--train.epochs", 2000, "--train.log_every", 1, "--stream.num_steps", 400)
+    process = start_job(*arguments, "--train.epochs", 10**8, "--train.log_every", 1, "--stream.num_steps", 400)
     metrics = tmp_path / "run" / "metrics.jsonl"
     while not (metrics.exists() and metrics.stat().st_size):
         assert process.poll() is None
@@ -289,7 +289,7 @@ def test_train_interrupted_saves_and_same_command_resumes(prose, tmp_path):
     assert "Resume:" in out
     steps = [row["step"] for row in rows(tmp_path / "run", "train")]
     assert steps == list(range(1, len(steps) + 1))
-    longer_arguments = ["--train.epochs", 2000, "--train.max_steps", len(steps) + 3, "--stream.num_steps", 400]
+    longer_arguments = ["--train.epochs", 10**8, "--train.max_steps", len(steps) + 3, "--stream.num_steps", 400]
     resumed = job(*arguments, *longer_arguments, "--train.log_every", 1)
     assert f"resuming from step {len(steps)}" in resumed.out
     assert result(tmp_path / "run")["steps"] == len(steps) + 3

@@ -1,5 +1,8 @@
 """Windows of a stream: equal to the d2l book's, for any division of the lanes."""
 
+import math
+import time
+
 import numpy as np
 import pytest
 
@@ -45,3 +48,30 @@ def test_check_enough_tokens_raises_if_an_epoch_may_have_no_window(offset, num_r
     Stream(np.zeros(num_required, np.int32), stream_config, 0).check_enough_tokens(train_config)
     with pytest.raises(UserError, match=f"need {num_required} tokens"):
         Stream(np.zeros(num_required - 1, np.int32), stream_config, 0).check_enough_tokens(train_config)
+
+
+@pytest.mark.parametrize("offset", ["random", 3, (0, 5, 2)])
+@pytest.mark.parametrize("max_steps", [0, 7])
+def test_total_steps_equals_sum_over_epochs(offset, max_steps):
+    stream = Stream(np.zeros(103, np.int32), StreamConfig(batch_size=2, num_steps=5, offset=offset), 0)
+    num_windows = [stream.partition(epoch).num_windows for epoch in range(3)]
+    total = stream.total_steps(TrainConfig(epochs=3, max_steps=max_steps))
+    assert total == min(sum(num_windows), max_steps or math.inf)
+
+
+@pytest.mark.parametrize(("epochs", "offset"), [(10**8, "random"), (10**8, 3), (10**30, "random")])
+def test_stream_of_any_number_of_epochs_is_checked_and_counted_within_a_second(epochs, offset):
+    stream = Stream(np.zeros(103, np.int32), StreamConfig(batch_size=2, num_steps=5, offset=offset), 0)
+    started_at = time.process_time()
+    stream.check_enough_tokens(TrainConfig(epochs=epochs))
+    total = stream.total_steps(TrainConfig(epochs=epochs))
+    assert time.process_time() - started_at < 1
+    assert total / epochs == pytest.approx(9.5, abs=0.5)
+    assert stream.total_steps(TrainConfig(epochs=epochs, max_steps=12)) == 12
+
+
+def test_total_steps_beyond_the_counted_epochs_is_near_their_sum(monkeypatch):
+    stream = Stream(np.zeros(103, np.int32), StreamConfig(batch_size=2, num_steps=5), 0)
+    exact = stream.total_steps(TrainConfig(epochs=15_000))
+    monkeypatch.setattr("job.data.stream.MAX_COUNTED_EPOCHS", 5000)
+    assert stream.total_steps(TrainConfig(epochs=15_000)) == pytest.approx(exact, rel=2e-3)

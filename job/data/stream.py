@@ -14,6 +14,8 @@ from job.config.schema import StreamConfig, TrainConfig
 from job.data.lanes import Partition, sequential_partition
 from job.errors import UserError
 
+MAX_COUNTED_EPOCHS = 20_000  # so that a run of any length starts at once
+
 
 @dataclass(frozen=True)
 class Stream:
@@ -49,13 +51,14 @@ class Stream:
         return self.config.batch_size * self.config.num_steps
 
     def total_steps(self, train_config: TrainConfig) -> int:
-        """Returns the number of windows in all epochs, at most ``train.max_steps``."""
-        steps = 0
-        for epoch in range(train_config.epochs):
-            steps += self.partition(epoch).num_windows
-            if train_config.max_steps and steps >= train_config.max_steps:
-                return train_config.max_steps
-        return steps
+        """Returns the number of windows in all epochs, at most ``train.max_steps``.
+
+        Of more than ``MAX_COUNTED_EPOCHS`` epochs with offsets that differ, the mean of the first ones is taken for all.
+        """
+        epochs = train_config.epochs
+        num_counted = 1 if isinstance(self.config.offset, int) else min(epochs, MAX_COUNTED_EPOCHS)
+        steps = sum(self.partition(epoch).num_windows for epoch in range(num_counted)) * epochs // num_counted
+        return min(steps, train_config.max_steps or steps)
 
     def read_window(self, epoch: int, window: int, lanes: range) -> tuple[Tensor, Tensor]:
         """Reads one window of successive lanes.
@@ -80,8 +83,10 @@ class Stream:
     def check_enough_tokens(self, train_config: TrainConfig) -> None:
         """Raises UserError if an epoch may have no window."""
         num_lanes, num_steps = self.config.batch_size, self.config.num_steps
-        is_random = self.config.offset == "random"
-        largest_offset = num_steps if is_random else max(map(self.offset, range(train_config.epochs)))
+        offset = self.config.offset
+        if isinstance(offset, tuple):
+            offset = max(offset[: train_config.epochs])
+        largest_offset = num_steps if isinstance(offset, str) else offset
         num_required = self.tokens_per_step + largest_offset + 1
         if len(self.tokens) < num_required:
             sizes = f"stream.batch_size = {num_lanes} and stream.num_steps = {num_steps}"
