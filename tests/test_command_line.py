@@ -301,3 +301,31 @@ def test_metrics_rows_have_documented_fields(storage):
         "split", "epoch", "step", "tokens", "nats", "perplexity", "learning_rate", "tokens_per_second", "workers"
     }  # fmt: skip
     assert json.loads((storage / "run" / "result.json").read_text())["epochs"] == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        (lambda text: text + " the end", "8,000 tokens then, 8,008 now"),
+        (lambda text: text[::-1], "8,000 tokens then, as many, but others, now"),
+        (lambda text: text.replace("e", "ë"), "8,000 tokens then, as many, but others, now"),  # the token ids are equal
+    ],
+)
+def test_train_resume_with_changed_text_is_an_error(prose, tmp_path, change, difference):
+    corpus = tmp_path / "corpus.txt"
+    corpus.write_text(prose.read_text()[:8000])
+    arguments = ["train", *SMALL, "--corpus.source", corpus, "--run.storage", tmp_path / "runs", "--run.name", "run"]
+    assert job(*arguments, "--train.max_steps", 2).status == 0
+    corpus.write_text(change(corpus.read_text()))
+    assert_user_error(job(*arguments, "--generate.prefix", "a"), f"corpus.source = {corpus}: is not", difference)
+
+
+@pytest.mark.parametrize(("old", "new"), [("a.txt", "b.txt"), ("embedded", "a.txt"), ("a.txt", "embedded")])
+def test_train_resume_with_another_source_names_only_the_source(prose, tmp_path, monkeypatch, old, new):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(prose.read_text()[:8000])
+    arguments = ["train", *SMALL, "--run.name", "run", "--train.max_steps"]
+    assert job(*arguments, 2, "--corpus.source", old).status == 0
+    differences = f'exists with another configuration: corpus.source ("{old}" → "{new}"); choose'
+    assert_user_error(job(*arguments, 3, "--corpus.source", new), differences)

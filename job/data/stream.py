@@ -53,7 +53,7 @@ class Stream:
     def total_steps(self, train_config: TrainConfig) -> int:
         """Returns the number of windows in all epochs, at most ``train.max_steps``.
 
-        Of more than ``MAX_COUNTED_EPOCHS`` epochs with offsets that differ, the mean of the first ones is taken for all.
+        Of more than ``MAX_COUNTED_EPOCHS`` epochs with different offsets, the mean of the first is taken for all.
         """
         epochs = train_config.epochs
         num_counted = 1 if isinstance(self.config.offset, int) else min(epochs, MAX_COUNTED_EPOCHS)

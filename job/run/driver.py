@@ -80,7 +80,7 @@ def run_training(
     stop_request = stop_request or StopRequest()
     with stop_request.installed():
         spec = build_run_spec(config, replace(folder, retry=True))
-        check_same_text(folder / "checkpoints", spec.dataset.metadata)
+        check_same_text(folder / "checkpoints", spec.dataset)
         folder.check_writable()
         if stop_request.exit_code:
             return stop_request.exit_code

@@ -9,6 +9,8 @@ from typing import Any
 
 from job.config.schema import Config, config_differences
 from job.config.toml import config_from_toml, decode_toml
+from job.data.dataset import Dataset
+from job.data.vocabulary import vocabulary_from_json
 from job.errors import UserError
 from job.storage import Folder, expand_env, is_uri
 from job.training.checkpoint import (
@@ -17,6 +19,7 @@ from job.training.checkpoint import (
     LoadedCheckpoint,
     find_latest_valid,
     list_checkpoints,
+    read_checkpoint_file,
     read_manifest,
     read_progress,
     verify_checkpoint,
@@ -165,29 +168,28 @@ def with_resolved_corpus(config: Config, old_config: Config) -> Config:
     corpus = config.corpus
     if corpus.source == "auto":
         corpus = replace(corpus, source=old_config.corpus.source)
-    if corpus.cleaning == "auto" and corpus.source == old_config.corpus.source:
+    if corpus.cleaning == "auto":  # of another source too, so that only the source is reported as changed
         corpus = replace(corpus, cleaning=old_config.corpus.cleaning)
     return replace(config, corpus=corpus)
 
 
-def check_same_text(checkpoints: Folder, corpus: dict[str, Any]) -> None:
-    """Raises UserError if the run with these checkpoints was started on another text.
-
-    Args:
-        checkpoints: the run's ``checkpoints`` folder
-        corpus: the metadata of the dataset
-    """
+def check_same_text(checkpoints: Folder, dataset: Dataset) -> None:
+    """Raises UserError if the run whose ``checkpoints`` folder is given was started on another text."""
+    corpus = dataset.metadata
     valid, _ = list_checkpoints(checkpoints)
     for checkpoint in reversed(valid):
         try:
             _, metadata = read_progress(checkpoint)
             old_corpus = metadata["corpus"]
-        except (CorruptCheckpoint, LookupError):
+            vocabulary = vocabulary_from_json(read_checkpoint_file(checkpoint, "vocabulary.json"), "vocabulary.json")
+        except (CorruptCheckpoint, LookupError, UserError):
             continue
-        if old_corpus["sha256"] != corpus["sha256"]:
+        if (old_corpus["sha256"], vocabulary) != (corpus["sha256"], dataset.vocabulary):
+            has_same_length = old_corpus["tokens"] == corpus["tokens"]
+            difference = "as many, but others, now" if has_same_length else f"{corpus['tokens']:,} now"
             raise UserError(
                 f"corpus.source = {corpus['source']}: is not the text that this run was started with "
-                f"({old_corpus['tokens']:,} tokens then, {corpus['tokens']:,} now)",
+                f"({old_corpus['tokens']:,} tokens then, {difference})",
                 "restore the text or choose another run.name",
             )
         return

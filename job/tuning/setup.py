@@ -65,7 +65,7 @@ def check_search(base: Config, search: SearchConfig, folder: Folder) -> Config:
     spec = build_run_spec(base, folder)
     base = spec.config
     if not any(name.startswith(("corpus.", "vocabulary.")) for name in search.space.domains):
-        check_same_text(trial_folder(folder, 0) / "checkpoints", spec.dataset.metadata)
+        check_same_text(trial_folder(folder, 0) / "checkpoints", spec.dataset)
     for endpoint in search.space.endpoints:
         _check_params(base, search, endpoint, folder)
     for number in range(search.num_trials):
