@@ -1,9 +1,7 @@
 """Checkpoints: whole or not there, whatever happened to their bytes."""
 
-import io
 import json
 import pickle
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -11,17 +9,13 @@ from conftest import job, result, rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from job.console import Console
 from job.data.lanes import split_evenly
 from job.errors import UserError
 from job.inference.load import load_model
-from job.run.lease import acquire_lease
-from job.run.recorder import Recorder
-from job.run.run_dir import open_checkpoint, read_existing_run
+from job.run.run_dir import open_checkpoint
 from job.storage import Folder
 from job.training.checkpoint import (
     CorruptCheckpoint,
-    PartReceipt,
     Progress,
     _digest,
     commit_checkpoint,
@@ -31,7 +25,6 @@ from job.training.checkpoint import (
     weights_sha256,
     write_part,
 )
-from job.training.events import Crashed, Finished, PartWritten, Started, WorkerGroupEnded
 
 
 def flags(prose, storage, *more):
@@ -204,51 +197,6 @@ def test_where_all_is_damaged_nothing_is_begun_over_it(prose, tmp_path):
     assert "Resume:" not in ended.err
     assert result(tmp_path / "run") == before
     assert len(list(place.glob("*/manifest.json"))) == 3
-
-
-def test_workers_that_see_another_storage_remove_nothing(run):
-    """On a node without the mount the folder is empty, and they would begin anew."""
-
-    options = read_existing_run(Folder(str(run))).config
-    mine = acquire_lease(Folder(str(run)))
-    recorder = Recorder(Folder(str(run)), options, mine, Console(io.StringIO()))
-    before = sorted(run.glob("checkpoints/*/manifest.json"))
-    recorder.handle(Started("abcdef", 0, 0, 1, "cpu", "fp32", 1, 100, ()))
-    mine.release()
-    assert "do not see step-" in recorder.status.failed.problem
-    assert sorted(run.glob("checkpoints/*/manifest.json")) == before
-
-
-def test_why_a_group_ended_is_told_once(run):
-    """By the worker that failed, or, where it was killed, by Ray."""
-
-    console = io.StringIO()
-    mine = acquire_lease(Folder(str(run)))
-    recorder = Recorder(Folder(str(run)), read_existing_run(Folder(str(run))).config, mine, Console(console))
-    recorder.handle(Crashed("one", "worker 1 of 2 ended: so it said"))
-    recorder.handle(WorkerGroupEnded("", "worker 1: what Ray says of it"))
-    recorder.handle(WorkerGroupEnded("", "worker 0: it died"))
-    recorder.handle(WorkerGroupEnded("", ""))
-    mine.release()
-    assert console.getvalue() == "warning: worker 1 of 2 ended: so it said\nwarning: worker 0: it died\n"
-
-
-def test_a_part_that_is_there_before_its_group_is_kept_for_it(prose, tmp_path):
-    """A group that has nothing left to do saves at once, and its second worker's letter may be the first."""
-
-    stopped_inside(prose, tmp_path)
-    place = Folder(str(tmp_path / "run"))
-    options, mine = read_existing_run(place).config, acquire_lease(place)
-    recorder = Recorder(place, options, mine, Console(io.StringIO()))
-    progress = Progress(step=30)
-    ours = PartReceipt("step-000030-abcdef", 2, {"model.safetensors": (1, "0")}, asdict(progress))
-    recorder.handle(PartWritten("abcdef", PartReceipt(ours.checkpoint, 2, {}, None)))
-    recorder.handle(Started("abcdef", 30, 0, 2, "cpu", "fp32", 1, 100, ()))
-    recorder.handle(PartWritten("abcdef", ours))
-    recorder.handle(Finished("abcdef", False, progress, ours.checkpoint, 2))
-    mine.release()
-    assert recorder.is_done
-    assert not recorder.status.failed
 
 
 def test_fewer_steps_than_are_taken_end_the_run_where_it_is(prose, tmp_path):

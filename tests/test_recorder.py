@@ -1,0 +1,166 @@
+"""What the driver records: metrics, committed checkpoints, and the status of the workers."""
+
+import io
+import json
+from dataclasses import asdict
+
+import pytest
+
+from job.config.schema import Config, RunConfig
+from job.console import Console
+from job.run.checkpoint_committer import CheckpointCommitter
+from job.run.lease import acquire_lease
+from job.run.metrics import METRICS_FILE, MetricsLog
+from job.run.recorder import Recorder
+from job.run.run_status import MAX_CONSECUTIVE_FAILURES, RunStatus
+from job.storage import Folder
+from job.training.checkpoint import PartReceipt, checkpoint_name, list_checkpoints, write_part
+from job.training.events import (
+    CheckpointCommitted,
+    Crashed,
+    Finished,
+    MetricsRow,
+    PartWritten,
+    ProgressUpdate,
+    Started,
+    WorkerGroupEnded,
+)
+from job.training.progress import Progress
+
+CONFIG = Config(run=RunConfig(name="run"))
+
+
+def started(attempt: str, step: int = 0, workers: int = 1) -> Started:
+    return Started(attempt, step, 0, workers, "cpu", "fp32", 1, 100, ())
+
+
+def row(step: int, split: str = "train") -> dict[str, object]:
+    numbers = {"nats": 1.0, "perplexity": 2.7, "learning_rate": 0.1, "tokens_per_second": 9.0}
+    return {"split": split, "epoch": 1, "step": step, **numbers}
+
+
+def written_part(checkpoints: Folder, step: int, attempt: str, nats: float | None = None) -> PartReceipt:
+    progress = Progress(step=step, last_validation_nats=nats, validated_step=step)
+    return write_part(checkpoints, checkpoint_name(step, attempt), {"model.safetensors": b"w"}, 1, progress)
+
+
+@pytest.fixture
+def recorder(tmp_path):
+    """A recorder of a new run; its events and its console's text are in ``events`` and ``output``."""
+    folder = Folder(str(tmp_path / "run"))
+    lease = acquire_lease(folder)
+    output, events = io.StringIO(), []
+    recorder = Recorder(folder, CONFIG, lease, Console(output), events.append)
+    recorder.output, recorder.events = output, events
+    yield recorder
+    recorder.close()
+    lease.release()
+
+
+def test_metrics_log_truncate_removes_rows_after_step(tmp_path):
+    log = MetricsLog(Folder(str(tmp_path)))
+    log.truncate(0)
+    for step in (1, 2, 3):
+        log.append(row(step))
+    log.truncate(2)
+    log.append(row(3, "epoch"))
+    log.sync()
+    assert [(row["split"], row["step"]) for row in log.rows()] == [("train", 1), ("train", 2), ("epoch", 3)]
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+    log.close()
+
+
+def test_metrics_log_rows_ignores_a_line_cut_off_by_a_crash(tmp_path):
+    (tmp_path / METRICS_FILE).write_text(json.dumps(row(1)) + "\n" + json.dumps(row(2))[:20])
+    assert [row["step"] for row in MetricsLog(Folder(str(tmp_path))).rows()] == [1]
+
+
+def test_committer_keeps_the_last_and_the_best_checkpoint(tmp_path):
+    folder = Folder(str(tmp_path))
+    committer = CheckpointCommitter(folder, 1)
+    for step, nats in ((10, 2.0), (20, 1.0), (30, 3.0), (40, 2.0)):
+        receipt = written_part(folder, step, "abcdef", nats)
+        assert committer.add(receipt)
+        committer.commit(receipt.checkpoint)
+    assert [checkpoint.step for checkpoint in committer.checkpoints] == [20, 40]
+    assert committer.checkpoints == list_checkpoints(folder)[0]
+    assert committer.best and committer.best.step == 20
+
+
+def test_committer_resume_discards_later_checkpoints(tmp_path):
+    folder = Folder(str(tmp_path))
+    committer = CheckpointCommitter(folder, 3)
+    for step in (10, 20):
+        receipt = written_part(folder, step, "abcdef")
+        committer.add(receipt)
+        committer.commit(receipt.checkpoint)
+    committer.resume(10, "fedcba")
+    assert [checkpoint.step for checkpoint in committer.checkpoints] == [10]
+
+
+def test_status_fails_after_consecutive_failures_without_checkpoint():
+    status = RunStatus(CONFIG, Console(io.StringIO()))
+    for _ in range(MAX_CONSECUTIVE_FAILURES - 1):
+        status.end_attempt("worker 0: it died")
+    assert not status.failed
+    status.end_attempt("worker 0: it died")
+    assert "without reaching a checkpoint; last: worker 0: it died" in status.failed.problem
+
+
+def test_status_shows_failure_of_group_once():
+    """By the worker that failed, or, if it was killed, by Ray."""
+    output = io.StringIO()
+    status = RunStatus(CONFIG, Console(output))
+    status.report_crash("worker 1 of 2 ended: an error")
+    status.end_attempt("worker 1: what Ray reports")
+    status.end_attempt("worker 0: it died")
+    status.end_attempt("")
+    assert output.getvalue() == "warning: worker 1 of 2 ended: an error\nwarning: worker 0: it died\n"
+
+
+def test_recorder_dispatches_crash_and_end_of_group(recorder):
+    recorder.handle(Crashed("one", "worker 1 of 2 ended: an error"))
+    recorder.handle(WorkerGroupEnded("", "worker 1: what Ray reports"))
+    assert recorder.output.getvalue() == "warning: worker 1 of 2 ended: an error\n"
+    assert recorder.status.consecutive_failures == 1
+
+
+def test_recorder_ignores_events_of_replaced_workers(recorder):
+    recorder.handle(started("aaaaaa"))
+    recorder.handle(MetricsRow("aaaaaa", row(1)))
+    recorder.handle(started("bbbbbb", 1))
+    recorder.handle(MetricsRow("aaaaaa", row(2)))
+    recorder.handle(ProgressUpdate("aaaaaa", 1, 2, 1.0, 9.0))
+    assert [row["step"] for row in recorder.metrics.rows()] == [1]
+    assert [event.attempt for event in recorder.events] == ["aaaaaa", "aaaaaa", "bbbbbb"]
+
+
+def test_recorder_commit_posts_event_and_clears_failures(recorder):
+    recorder.handle(started("abcdef"))
+    recorder.handle(WorkerGroupEnded("", "worker 0: it died"))
+    recorder.handle(PartWritten("abcdef", written_part(recorder.committer.folder, 10, "abcdef")))
+    committed = [event.checkpoint.step for event in recorder.events if isinstance(event, CheckpointCommitted)]
+    assert committed == [10]
+    assert recorder.status.consecutive_failures == 0
+
+
+def test_recorder_when_workers_see_another_storage_fails_and_removes_nothing(recorder):
+    """On a node without the mount the folder is empty, and the workers would start over."""
+    receipt = written_part(recorder.committer.folder, 10, "aaaaaa")
+    recorder.committer.add(receipt)
+    recorder.committer.commit(receipt.checkpoint)
+    recorder.committer.committed_at.clear()  # by an earlier driver
+    recorder.handle(started("bbbbbb"))
+    assert "do not see step-000010-aaaaaa" in recorder.status.failed.problem
+    assert [checkpoint.step for checkpoint in list_checkpoints(recorder.committer.folder)[0]] == [10]
+
+
+def test_recorder_commits_part_that_arrived_before_its_group_started(recorder):
+    """A group that has nothing left to do saves at once, and its second worker's event may be the first."""
+    name, progress = "step-000030-abcdef", Progress(step=30)
+    recorder.handle(PartWritten("abcdef", PartReceipt(name, 2, {}, None)))
+    recorder.handle(started("abcdef", 30, workers=2))
+    recorder.handle(PartWritten("abcdef", PartReceipt(name, 2, {"model.safetensors": (1, "0")}, asdict(progress))))
+    recorder.handle(Finished("abcdef", False, progress, name, 2))
+    assert recorder.is_done
+    assert not recorder.status.failed
