@@ -90,11 +90,8 @@ class TrialTrainable(tune.Trainable):
     def load_checkpoint(self, checkpoint_dir: str) -> None:  # type: ignore[override]
         """Makes the run resume from a checkpoint, which may be another trial's. Called by Ray Tune."""
         wait_until_free(self.run_folder, lambda: self.stop_requested)  # a previous actor may still be writing
-        lease = acquire_lease(self.run_folder)
-        try:
+        with acquire_lease(self.run_folder):
             import_checkpoint(Folder(checkpoint_dir), self.run_folder, self.run_config)
-        finally:
-            lease.release()
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Ends this trial's run, so that the actor can be reused. Called by Ray Tune."""

@@ -84,24 +84,20 @@ def run_search(config: Config, search: SearchConfig, default_name: str, console:
             return stop_request.exit_code
         if search.searcher == "optuna":
             import_optuna()  # fails before a cluster is started
-        with _connected(base, search, console) as (cluster_base, resources):
-            lease = acquire_lease(folder)
-            try:
-                folder.write(SEARCH_FILE, search_config_to_toml(base, search).encode())
-                folder.remove(BEST_FILE)
-                trials = load_trials(folder, cluster_base, search)
-                if trials.num_pending:
-                    _run_trials(trials, resources, lease, stop_request, console)
-                if stop_request.exit_code:
-                    console.print(f"stopped; the same command resumes {folder}")
-                    return stop_request.exit_code
-                lease.check()
-                trials = load_trials(folder, base, search)  # what the files say
-                write_results(trials)
-                print_results(trials, console)
-                return 0
-            finally:
-                lease.release()
+        with _connected(base, search, console) as (cluster_base, resources), acquire_lease(folder) as lease:
+            folder.write(SEARCH_FILE, search_config_to_toml(base, search).encode())
+            folder.remove(BEST_FILE)
+            trials = load_trials(folder, cluster_base, search)
+            if trials.num_pending:
+                _run_trials(trials, resources, lease, stop_request, console)
+            if stop_request.exit_code:
+                console.print(f"stopped; the same command resumes {folder}")
+                return stop_request.exit_code
+            lease.check()
+            trials = load_trials(folder, base, search)  # what the files say
+            write_results(trials)
+            print_results(trials, console)
+            return 0
 
 
 @contextmanager

@@ -71,10 +71,6 @@ class CheckpointCommitter:
         self.checkpoints = [old for old in self.checkpoints if old in kept]
         return checkpoint
 
-    def has(self, name: str) -> bool:
-        """Whether a checkpoint is committed."""
-        return any(checkpoint.name == name for checkpoint in self.checkpoints)
-
     @property
     def best(self) -> Checkpoint | None:
         """The checkpoint with the lowest validation loss, or None if none has one."""

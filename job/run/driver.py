@@ -1,6 +1,7 @@
 """Starts a run's workers through a launcher, waits for them, and finishes the run."""
 
 import json
+from contextlib import closing
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -15,9 +16,10 @@ from job.run.recorder import Recorder
 from job.run.run_dir import (
     CONFIG_FILE,
     RESULT_FILE,
-    check_config_unchanged,
+    check_same_config,
     check_same_text,
     open_checkpoint,
+    read_existing_run,
     resolve_run,
 )
 from job.run.setup import build_run_spec
@@ -85,27 +87,23 @@ def run_training(
         if stop_request.exit_code:
             return stop_request.exit_code
         console.print(_run_banner(spec, config.corpus.source))
-        try:
+        folder = replace(folder, retry=True)
+        with closing(launcher):
             launcher.connect(spec.config, console)
-            return _run(launcher, spec, replace(folder, retry=True), stop_request, console, on_event)
-        finally:
-            launcher.close()
+            with (
+                acquire_lease(folder) as lease,
+                closing(Recorder(folder, spec.config, lease, console, on_event)) as recorder,
+            ):
+                return _run(launcher, spec, recorder, stop_request)
 
 
-def _run(
-    launcher: Launcher,
-    spec: RunSpec,
-    folder: Folder,
-    stop_request: StopRequest,
-    console: Console,
-    on_event: EventSink | None,
-) -> int:
-    lease = acquire_lease(folder)
-    recorder = None
+def _run(launcher: Launcher, spec: RunSpec, recorder: Recorder, stop_request: StopRequest) -> int:
+    """Runs the workers under the lease and finishes the run. Returns the exit status."""
+    folder, console = recorder.folder, recorder.status.console
     try:
-        check_config_unchanged(folder, spec.config)  # it may have changed before the lease was acquired
+        # Another driver may have changed it before the lease was acquired.
+        check_same_config(folder, read_existing_run(folder), spec.config)
         folder.write(CONFIG_FILE, config_to_toml(spec.config).encode())
-        recorder = Recorder(folder, spec.config, lease, console, on_event)
         launcher.run(spec, recorder, stop_request)
         if recorder.status.failed:
             raise recorder.status.failed
@@ -115,7 +113,7 @@ def _run(
         if finished.stopped:
             console.print(f"stopped at step {finished.progress.step:,}; {_describe_last_checkpoint(folder)}")
             return stop_request.exit_code
-        lease.check()
+        recorder.lease.check()
         _print_result(_finish(spec, recorder, finished), folder, console)
         return 0
     except KeyboardInterrupt:
@@ -126,10 +124,6 @@ def _run(
         raise type(error)(error.problem, "; ".join(filter(None, remedies))) from error.__cause__
     except OSError as error:
         raise RunFailed(f"{folder}: cannot be read or written: {error}", _describe_last_checkpoint(folder)) from None
-    finally:
-        if recorder:
-            recorder.close()
-        lease.release()
 
 
 def _finish(spec: RunSpec, recorder: Recorder, finished: Finished) -> dict[str, Any]:

@@ -32,7 +32,10 @@ _OLD_KEYS = {"born": "started_at", "word": "token", "beat": "heartbeat"}  # as v
 
 
 class Lease:
-    """The right to write into a run's folder, until it is released or another driver takes it over."""
+    """The right to write into a run's folder, until it is released or another driver takes it over.
+
+    As a context manager it is released at the end of the block.
+    """
 
     def __init__(self, folder: Folder, owner: dict[str, Any]) -> None:
         self.folder = folder
@@ -64,6 +67,12 @@ class Lease:
         """
         if abs(time.time() - self.checked_at) > 2 * HEARTBEAT_INTERVAL_S:
             self.check()
+
+    def __enter__(self) -> "Lease":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
 
     def release(self) -> None:
         """Gives the lease up, so that the next driver can acquire it at once."""
@@ -99,13 +108,10 @@ def raise_if_held(folder: Folder) -> None:
     if owner is None or _is_dead(owner):
         return
     age_s = max(0.0, time.time() - owner["heartbeat"])
-    if _is_local(owner):
-        remedy = "stop it or choose another run.name"
-    else:
-        remedy = f"if it is dead, retry in {max(1, LEASE_TIMEOUT_S - age_s):.0f} s, or choose another run.name"
+    retry = f"if it is dead, retry in {max(1, LEASE_TIMEOUT_S - age_s):.0f} s"
     raise UserError(
         f"{folder}: this run is in use by process {owner['pid']} on {owner['host']} (last heartbeat {age_s:.0f} s ago)",
-        remedy,
+        f"{'stop it' if _is_local(owner) else retry}, or choose another run.name",
     )
 
 

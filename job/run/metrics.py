@@ -1,5 +1,6 @@
 """A run's metrics: the rows of ``metrics.jsonl``, the same for TensorBoard, and the curve."""
 
+import contextlib
 import io
 import json
 import os
@@ -12,8 +13,9 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from tensorboardX.event_file_writer import EventsWriter
 
-from job.run.tensorboard import TensorBoardWriter
+from job.run.tensorboard import add_row, create_events
 from job.storage import Folder
 
 METRICS_FILE = "metrics.jsonl"
@@ -31,16 +33,12 @@ class MetricsLog:
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
+        self.events: EventsWriter | None = None  # since the first call of truncate
 
     @cached_property
     def local_dir(self) -> Path:
         """Where the files grow."""
         return self.folder.local_path or Path(tempfile.mkdtemp(prefix="lanes-"))
-
-    @cached_property
-    def tensorboard(self) -> TensorBoardWriter:
-        """The same rows for TensorBoard."""
-        return TensorBoardWriter(self.local_dir / "tensorboard")
 
     def rows(self) -> list[dict[str, Any]]:
         """Reads all rows."""
@@ -50,23 +48,29 @@ class MetricsLog:
         return parse_rows(self.folder.read(METRICS_FILE)) if self.folder.has(METRICS_FILE) else []
 
     def truncate(self, step: int) -> None:
-        """Removes the rows after a step, since workers that resume there report them again."""
+        """Removes the rows after a step, since workers that resume there report them again.
+
+        Called whenever a worker group starts, before any row is appended.
+        """
         rows = [row for row in self.rows() if row["step"] <= step]
         lines = [f"{json.dumps(row)}\n" for row in rows]
         Folder(str(self.local_dir)).write(METRICS_FILE, "".join(lines).encode())
         if self.folder.local_path is None:  # the new events file has another name
             self.folder.remove("tensorboard")
-        self.tensorboard.rewrite(rows)
+        self._close_events()
+        self.events = create_events(self.local_dir / "tensorboard", rows)
 
     def append(self, row: dict[str, Any]) -> None:
         """Appends a row to both files."""
         with (self.local_dir / METRICS_FILE).open("a") as file:
             file.write(json.dumps(row) + "\n")
-        self.tensorboard.add(row)
+        if self.events:
+            add_row(self.events, row)
 
     def sync(self) -> None:
         """Makes all rows durable: on the disk, or in the storage if it cannot append."""
-        self.tensorboard.flush()
+        if self.events:
+            self.events.flush()
         path = self.local_dir / METRICS_FILE
         if path.exists():
             with path.open("rb") as file:
@@ -76,9 +80,14 @@ class MetricsLog:
 
     def close(self) -> None:
         """Closes the files and removes local copies."""
-        self.tensorboard.close()
+        self._close_events()
         if self.folder.local_path is None:
             shutil.rmtree(self.local_dir, ignore_errors=True)
+
+    def _close_events(self) -> None:
+        if self.events:
+            with contextlib.suppress(OSError):  # all that matters was flushed with the last checkpoint
+                self.events.close()
 
 
 def parse_rows(data: bytes) -> list[dict[str, Any]]:

@@ -44,7 +44,8 @@ class Recorder:
     def is_done(self) -> bool:
         """Whether the run has failed, or has finished and its last checkpoint is committed."""
         finished = self.status.finished
-        return self.status.failed is not None or bool(finished and self.committer.has(finished.checkpoint))
+        names = [checkpoint.name for checkpoint in self.committer.checkpoints]
+        return self.status.failed is not None or (finished is not None and finished.checkpoint in names)
 
     def handle(self, event: Event) -> None:
         """Records an event, unless its workers have been replaced. Raises RunFailed if the folder cannot be written."""

@@ -78,10 +78,9 @@ def resolve_run(config: Config, default_name: str) -> tuple[Folder, Config, Exis
     if folder.has(SEARCH_FILE):
         raise UserError(f"{folder}: is a search and not a run", "choose another run.name")
     check_resume(config.run.resume, folder, "run", exists=existing is not None)
-    if existing is None:
-        return folder, config, None
-    config = with_resolved_corpus(config, existing.config)
-    _check_same_config(folder, existing, config)
+    if existing:
+        config = with_resolved_corpus(config, existing.config)
+        check_same_config(folder, existing, config)
     return folder, config, existing
 
 
@@ -108,14 +107,9 @@ def check_resume(resume: str, folder: Folder, kind: str, *, exists: bool) -> Non
         raise UserError(f"run.resume = never: {folder} exists", "choose another run.name or remove it")
 
 
-def check_config_unchanged(folder: Folder, config: Config) -> None:
-    """Raises UserError if the folder contains a run with another configuration."""
-    if existing := read_existing_run(folder):
-        _check_same_config(folder, existing, config)
-
-
-def _check_same_config(folder: Folder, existing: ExistingRun, config: Config) -> None:
-    if differences := config_differences(existing.config, config):
+def check_same_config(folder: Folder, existing: ExistingRun | None, config: Config) -> None:
+    """Raises UserError if a configuration does not match that of the existing run in the folder."""
+    if existing and (differences := config_differences(existing.config, config)):
         raise UserError(
             f"{folder}: exists with another configuration: {', '.join(differences)}", "choose another run.name"
         )
