@@ -1,5 +1,6 @@
 """The command line: ``python -m job VERB [CONFIG.toml | RUN] [--section.field VALUE …]``."""
 
+import io
 import os
 import signal
 import sys
@@ -86,7 +87,7 @@ def _evaluate(line: CommandLine) -> int:
     corpus_config = override_config(loaded.config, values).corpus
     result = evaluate_text(loaded, corpus_config)
     unit = "byte" if loaded.vocabulary.kind == "byte" else "character"
-    print(
+    Console().print(
         f"perplexity {perplexity(result.loss.nats_per_token):.6g}, {result.bits_per_character:.4f} bits per {unit}, "
         f"{result.loss.nats_per_token:.6f} nats per token over {result.loss.tokens:,} targets "
         f"(step {loaded.checkpoint.step:,}, {corpus_config.source})"
@@ -231,6 +232,9 @@ def main(arguments: Sequence[str]) -> int:
 def command() -> int:
     """Runs the command line of this process. Reports an error as one line; returns the exit status."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115  None if the process was started without one
+    for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace")):
+        if isinstance(stream, io.TextIOWrapper):  # the terminal may lack characters of the text, whatever its encoding
+            stream.reconfigure(errors=errors)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)  # by default it ends the process; a run installs its own handler
     try:
         status = main(sys.argv[1:])

@@ -4,10 +4,12 @@ import contextlib
 import os
 import shutil
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import TextIO
 
+LARGEST_COUNT = 10**300  # that a float can hold, rounded
 PLAIN_INTERVAL_S = 10.0  # seconds between two lines of progress if the stream is no terminal
 
 
@@ -20,8 +22,14 @@ class Console:
         self.last_plain_at = 0.0
         self.num_drawn = 0  # lines that the next write replaces
 
-    def print(self, text: str = "") -> None:
-        """Prints a line that stays."""
+    def print(self, text: str = "", *, wrap: bool = True) -> None:
+        """Prints a line that stays.
+
+        Args:
+            text: the line; on a terminal it is wrapped to the terminal's width
+            wrap: False for what may not change, such as a sample or a command to copy
+        """
+        text = "\n".join(_wrap(text)) if wrap and self.is_tty else text
         self._write(f"{self._clear_sequence()}{text}\n")
         self.num_drawn = 0
 
@@ -33,7 +41,7 @@ class Console:
             milestone: print it also if no line has been printed yet
         """
         if self.is_tty:
-            self.redraw([text])
+            self.redraw(_wrap(text))
         elif time.monotonic() - self.last_plain_at >= PLAIN_INTERVAL_S or (milestone and not self.last_plain_at):
             self.last_plain_at = time.monotonic()
             self.print(text)
@@ -57,16 +65,31 @@ class Console:
         self.print(f"warning: {text}")
 
     def _write(self, text: str) -> None:
+        encoding = getattr(self.stream, "encoding", None) or "utf-8"
         try:
-            self.stream.write(text)
+            self.stream.write(text.encode(encoding, "replace").decode(encoding))
             self.stream.flush()
         except (OSError, ValueError):  # the terminal is gone; the run continues
             self.is_tty = False
 
 
+def _wrap(text: str) -> list[str]:
+    """Returns the lines of a text that fit the terminal's width; a longer word, such as a path, is not broken."""
+    width = max(1, shutil.get_terminal_size().columns - 1)
+    wrapper = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
+    return wrapper.wrap(text) or [""]
+
+
+def format_count(count: int) -> str:
+    """Formats a number of at most ten characters: ``12,345``, ``1.23e+12``."""
+    return f"{count:,}" if count < 1e8 else f"{float(min(count, LARGEST_COUNT)):.3g}"
+
+
 def format_duration(seconds: float) -> str:
-    """Formats seconds: ``42 s``, ``3:05``, ``1:02:03``."""
+    """Formats seconds: ``42 s``, ``3:05``, ``1:02:03``, ``1,234 days``."""
     whole = round(seconds)
+    if whole >= 100 * 3600:
+        return f"{format_count(whole // 86400)} days"
     if whole < 60:
         return f"{whole} s"
     minutes, seconds_left = divmod(whole, 60)

@@ -76,7 +76,7 @@ def run_training(
     if existing and existing.result and existing.is_finished(config):
         limit = "train.epochs" if existing.result["epochs"] >= config.train.epochs else "train.max_steps"
         console.print(f"{folder} is finished; to train longer, raise {limit}")
-        _print_result(existing.result, folder, console)
+        print_result(existing.result, folder, console)
         return 0
     wait_until_expired(folder, console.print)
     stop_request = stop_request or StopRequest()
@@ -114,7 +114,7 @@ def _run(launcher: Launcher, spec: RunSpec, recorder: Recorder, stop_request: St
             console.print(f"stopped at step {finished.progress.step:,}; {_describe_last_checkpoint(folder)}")
             return stop_request.exit_code
         recorder.lease.check()
-        _print_result(_finish(spec, recorder, finished), folder, console)
+        print_result(_finish(spec, recorder, finished), folder, console)
         return 0
     except KeyboardInterrupt:
         console.print(f"stopped; {_describe_last_checkpoint(folder)}")
@@ -192,10 +192,11 @@ def _describe_last_checkpoint(folder: Folder, verify: bool = False) -> str:
     )
 
 
-def _print_result(result: dict[str, Any], folder: Folder, console: Console) -> None:
+def print_result(result: dict[str, Any], folder: Folder, console: Console) -> None:
+    """Prints the result of a finished run: its perplexity, the sample and the paths."""
     workers = f"{result['workers']} worker{'s' * (result['workers'] != 1)}"
     console.print(
-        f"perplexity {result['perplexity']:.4g} after {result['epochs']} epochs, {result['steps']:,} steps, "
+        f"perplexity {result['perplexity']:.4g} after {result['epochs']:,} epochs, {result['steps']:,} steps, "
         f"{format_duration(result['seconds'])} on {workers}"
     )
     if "validation_perplexity" in result:
@@ -204,8 +205,9 @@ def _print_result(result: dict[str, Any], folder: Folder, console: Console) -> N
             f"in {folder / result['best_checkpoint']}"
         )
     console.print()
-    console.print(f"    {result['generated']}")
+    console.print(f"    {result['generated']}", wrap=False)
     console.print()
     for name, file in (("curve", "perplexity.png"), ("metrics", "metrics.jsonl"), ("checkpoint", result["checkpoint"])):
-        console.print(f"{name:<11}{folder / file}")
-    console.print(f"{'continue':<11}{python_command()} -m job generate {folder.shell_quoted} --generate.prefix '…'")
+        console.print(f"{name:<11}{folder / file}", wrap=False)
+    command = f"{python_command()} -m job generate {folder.shell_quoted} --generate.prefix '…'"
+    console.print(f"{'continue':<11}{command}", wrap=False)

@@ -3,7 +3,7 @@
 from typing import Any
 
 from job.config.schema import Config
-from job.console import Console, format_duration
+from job.console import LARGEST_COUNT, Console, format_count, format_duration
 from job.errors import UnrecoverableError
 from job.training.events import Event, Finished, Started
 from job.training.progress import perplexity
@@ -68,7 +68,7 @@ class RunStatus:
             f"{workers} on {event.device}, {event.precision}"
         )
         if event.step:
-            self.console.print(f"resuming from step {event.step:,} of {event.total_steps:,}")
+            self.console.print(f"resuming from step {event.step:,} of {format_count(event.total_steps)}")
 
     def show_row(self, row: dict[str, Any]) -> None:
         """Shows the row of an epoch or a validation."""
@@ -80,9 +80,16 @@ class RunStatus:
         """Shows where the run is, and the time that is left at this speed."""
         assert self.started
         tokens_per_step = self.config.stream.batch_size * self.config.stream.num_steps
-        seconds_left = (self.started.total_steps - step) * tokens_per_step / max(tokens_per_second, 1.0)
+        tokens_left = min((self.started.total_steps - step) * tokens_per_step, LARGEST_COUNT)
+        seconds_left = tokens_left / max(tokens_per_second, 1.0)
         self.console.progress(
-            f"epoch {epoch}/{self.config.train.epochs}  step {step:,}/{self.started.total_steps:,}  "
-            f"{label}perplexity {perplexity(nats):.2f}  {tokens_per_second:,.0f} tokens/s  "
+            f"epoch {format_count(epoch)}/{format_count(self.config.train.epochs)}  "
+            f"step {format_count(step)}/{format_count(self.started.total_steps)}  "
+            f"{label}perplexity {_format_perplexity(nats)}  {format_count(round(tokens_per_second))} tokens/s  "
             f"{format_duration(seconds_left)} left"
         )
+
+
+def _format_perplexity(nats: float) -> str:
+    value = perplexity(nats)
+    return f"{value:.2f}" if value < 1e6 else f"{value:.3g}"

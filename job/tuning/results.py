@@ -111,4 +111,4 @@ def print_results(trials: Trials, console: Console) -> None:
     lines += [f"{name:<11}{folder / file}" for name, file in files]
     lines.append(f"{'checkpoint':<11}{checkpoint.path}")
     lines.append(f"{'train':<11}{python_command()} -m job train {(folder / BEST_FILE).shell_quoted}")
-    console.print("\n".join(lines))
+    console.print("\n".join(lines), wrap=False)

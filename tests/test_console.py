@@ -1,0 +1,114 @@
+"""What a terminal shows: lines of its width, in its encoding."""
+
+import io
+import math
+
+import pytest
+from conftest import job, start_job
+
+from job.config.config_file import load_config
+from job.console import Console, format_count, format_duration
+from job.run.driver import print_result
+from job.run.run_status import RunStatus
+from job.storage import Folder
+from job.training.events import Started
+
+
+class Terminal(io.TextIOWrapper):
+    """A terminal that keeps the bytes that it is sent."""
+
+    def __init__(self, encoding="utf-8"):
+        super().__init__(io.BytesIO(), encoding)
+
+    def isatty(self):
+        return True
+
+    @property
+    def lines(self):
+        return self.buffer.getvalue().decode(self.encoding).replace("\r", "").replace("\x1b[J", "").splitlines()
+
+
+NUMBERS = [
+    (50, 12_000, 8, 2.1, 250_000.0),
+    (10**8, 10**12, 10**11, 699.0, 12_345_678.0),
+    (10**400, 10**402, 10**401, math.inf, 0.0),
+]
+
+
+@pytest.mark.parametrize("columns", [40, 80, 200])
+@pytest.mark.parametrize(("epochs", "total_steps", "step", "nats", "speed"), NUMBERS, ids=["usual", "large", "huge"])
+def test_show_progress_of_any_numbers_fits_the_terminal(monkeypatch, columns, epochs, total_steps, step, nats, speed):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    terminal = Terminal()
+    status = RunStatus(load_config(None, {"train.epochs": str(epochs)}), Console(terminal))
+    status.started = Started("attempt", 0, 0, 1, "CPU", "fp32", 1000, total_steps, ())
+    status.show_progress(1, step, nats, speed, "validation ")
+    assert max(map(len, terminal.lines)) < columns
+    assert " ".join(terminal.lines).endswith("left")
+
+
+@pytest.mark.parametrize("columns", [40, 80])
+@pytest.mark.parametrize(("epochs", "total_steps", "step", "nats", "speed"), NUMBERS[:2], ids=["usual", "large"])
+def test_print_result_of_any_numbers_fits_the_terminal(monkeypatch, columns, epochs, total_steps, step, nats, speed):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    terminal = Terminal()
+    perplexity = math.exp(nats)
+    result = {"perplexity": perplexity, "epochs": epochs, "steps": total_steps, "seconds": 1e12, "workers": 10**6}
+    result |= {"generated": "a  b" * 30, "checkpoint": "checkpoints/step-1", "restarts": 0}
+    print_result(result, Folder("/runs/run-1"), Console(terminal))
+    numbers = terminal.lines[: terminal.lines.index("")]
+    assert max(map(len, numbers)) < columns
+    assert " ".join(numbers).endswith(" workers")
+    assert f"    {'a  b' * 30}" in terminal.lines  # neither wrapped nor changed
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_print_replaces_what_the_stream_cannot_encode(encoding):
+    terminal = Terminal(encoding)
+    console = Console(terminal)
+    console.print("→ 中 ü")
+    console.print("next")
+    replaced = {"ascii": "? ? ?", "latin-1": "? ? ü", "utf-8": "→ 中 ü"}
+    assert terminal.lines == [replaced[encoding], "next"]
+    assert console.is_tty
+
+
+def test_format_count_has_at_most_ten_characters():
+    assert format_count(12_345) == "12,345"
+    assert max(len(format_count(10**power - 1)) for power in range(320)) <= 10
+
+
+def test_format_duration_of_any_length_is_short():
+    assert [format_duration(seconds) for seconds in (42, 185, 3723)] == ["42 s", "3:05", "1:02:03"]
+    assert format_duration(1e8) == "1,157 days"
+    assert format_duration(1e300) == "1.16e+295 days"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "ascii:strict", "ascii:ignore"])
+def test_commands_replace_what_the_terminal_cannot_encode(tmp_path, encoding):
+    env = {"PYTHONIOENCODING": encoding}
+    arguments = ["--scale.workers", 0, "--model.hidden_size", 8, "--stream.batch_size", 4, "--train.max_steps", 2]
+    corpus = tmp_path / "naïve 中.txt"
+    corpus.write_text("die Straße, 中文 → ü " * 300, encoding="utf-8")
+    folder = ["--run.storage", tmp_path, "--run.name", "run", "--generate.prefix", "ü"]
+    trained = start_job("train", "--corpus.source", corpus, *folder, *arguments, env=env)
+    out, err = trained.communicate(timeout=120)
+    assert (trained.returncode, err) == (0, "")
+    for beginning in ("run run: ", "rnn 8, ", "perplexity ", "curve ", "continue "):
+        assert f"\n{beginning}" in f"\n{out}"
+    generated = start_job("generate", tmp_path / "run", "--generate.prefix", "ü中", env=env)
+    out, err = generated.communicate(timeout=120)
+    assert (generated.returncode, err) == (0, "")
+    assert out.startswith("??")
+    failed = start_job("train", "--run.resume", "中", env=env)
+    _, err = failed.communicate(timeout=120)
+    assert (failed.returncode, err.count("\n")) == (2, 1)
+    assert "\\u4e2d" in err
+
+
+def test_help_in_ascii_shows_all_lines():
+    ended = start_job("train", "--help", env={"PYTHONIOENCODING": "ascii"})
+    out, err = ended.communicate(timeout=60)
+    assert (ended.returncode, err) == (0, "")
+    assert out.splitlines()[1:] == job("train", "--help").out.encode("ascii", "replace").decode().splitlines()[1:]
+    assert "?" in out
