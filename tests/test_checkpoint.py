@@ -80,6 +80,40 @@ def test_a_resumed_run_is_the_uninterrupted_one(prose, tmp_path, cell, stop):
         assert [(row["step"], row["nats"]) for row in found] == [(row["step"], row["nats"]) for row in expected]
 
 
+@pytest.mark.parametrize(
+    ("schedule", "first", "rest"),
+    [
+        (["--optimizer.schedule", "cosine"], ["--train.max_steps", 30], []),
+        (["--optimizer.schedule", "cosine", "--optimizer.warmup_steps", 9], ["--train.max_steps", 7], []),
+        (["--optimizer.schedule", "cosine", "--optimizer.schedule_steps", 20], ["--train.max_steps", 12], []),
+        (["--optimizer.schedule", "cosine", "--optimizer.schedule_steps", 36], ["--train.epochs", 2], []),
+        (["--optimizer.warmup_steps", 16], ["--train.epochs", 1], ["--train.epochs", 3, "--train.max_steps", 9999]),
+    ],
+)
+def test_train_stopped_within_a_schedule_and_resumed_gives_uninterrupted_weights(
+    prose, tmp_path, schedule, first, rest
+):
+    schedule = [*schedule, "--corpus.max_tokens", 8000]  # 12 steps per epoch
+    for storage, stages in (("whole", [rest]), ("parts", [first, rest])):
+        for stage in stages:
+            ended = job("train", *flags(prose, tmp_path / storage, *schedule, *stage))
+            assert ended.status == 0, ended.err
+    whole, parts = tmp_path / "whole" / "run", tmp_path / "parts" / "run"
+    assert result(whole)["weights_sha256"] == result(parts)["weights_sha256"]
+    rates = [row["learning_rate"] for row in rows(whole, "epoch")]
+    assert len(set(rates)) > 1
+    assert rows(whole, "epoch")[-1]["learning_rate"] == rows(parts, "epoch")[-1]["learning_rate"]
+
+
+def test_train_more_epochs_than_the_schedule_spans_is_refused(prose, tmp_path):
+    cosine = flags(prose, tmp_path, "--optimizer.schedule", "cosine", "--corpus.max_tokens", 8000)
+    assert job("train", *cosine, "--train.max_steps", 9).status == 0
+    ended = job("train", *cosine, "--train.epochs", 4)
+    assert ended.status == 2
+    assert "train.epochs (3 → 4), the schedule's length unless optimizer.schedule_steps is set" in ended.err
+    assert ended.err.count("\n") == 1
+
+
 def stopped_inside(prose, storage):
     job(
         "train", *flags(prose, storage, "--model.cell", "lstm", "--train.max_steps", 30, "--train.checkpoint_every", 10)

@@ -1,5 +1,7 @@
 """The configuration: TOML round trips, overrides, and one line per invalid value."""
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -70,6 +72,10 @@ def test_load_config_flags_override_file(tmp_path):
         ("[scale]\nworkers = 9\n[train]\nreproducible = true", "needs a lane group, and there are 8; lower it or"),
         ('[train]\ncheckpoint_every = "0s"', 'must be steps (200) or seconds ("30s")'),
         ("[run]\nname = '../x'", "run.name"),
+        (
+            "[optimizer]\nschedule = 'cosine'\nwarmup_steps = 9\nschedule_steps = 9",
+            "optimizer.schedule_steps = 9: must be more than optimizer.warmup_steps = 9",
+        ),
         ("model = 3", "model must be a section"),
         ("[model", "not TOML"),
     ],
@@ -155,3 +161,20 @@ def test_read_existing_run_with_byte_order_mark_equals_without(tmp_path):
     existing = read_existing_run(Folder(str(tmp_path)))
     assert existing
     assert existing.config == Config()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "is_compatible"),
+    [
+        (OptimizerConfig(schedule="cosine"), False),
+        (OptimizerConfig(schedule="cosine", warmup_steps=50), False),
+        (OptimizerConfig(schedule="cosine", schedule_steps=90), True),
+        (OptimizerConfig(warmup_steps=50), True),
+    ],
+)
+def test_config_differences_more_epochs_are_compatible_unless_the_schedule_spans_them(optimizer, is_compatible):
+    old = Config(optimizer=optimizer, train=TrainConfig(epochs=2))
+    longer = replace(old, train=TrainConfig(epochs=4))
+    message = "train.epochs (2 → 4), the schedule's length unless optimizer.schedule_steps is set"
+    assert config_differences(old, longer) == ([] if is_compatible else [message])
+    assert config_differences(old, replace(old, train=TrainConfig(epochs=2, max_steps=7))) == []

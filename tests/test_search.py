@@ -161,6 +161,19 @@ def test_resolve_search_where_another_search_or_run_exists_raises_user_error(tmp
         resolve_search(override_config(config, {"run": {"name": "run"}}), search, "")
 
 
+def test_resolve_search_with_more_epochs_than_a_trial_schedule_spans_raises_user_error(tmp_path):
+    config = load_config(None, {"run.storage": str(tmp_path), "run.name": "it", "train.epochs": "2"})
+    longer = override_config(config, {"train": {"epochs": 4}})
+    for values, is_refused in ((["constant", "cosine"], True), (["constant"], False)):
+        search = SearchConfig(space={"optimizer.schedule": {"choice": values}})
+        (Folder(str(tmp_path)) / "it").write(SEARCH_FILE, search_config_to_toml(config, search).encode())
+        if is_refused:
+            with pytest.raises(UserError, match=r"train\.epochs \(2 → 4\), the schedule's length unless"):
+                resolve_search(longer, search, "")
+        else:
+            assert resolve_search(longer, search, "")[1] == longer
+
+
 def test_optuna_sampler_rebuilt_by_replay_continues_identically():
     pytest.importorskip("optuna")
 

@@ -113,7 +113,19 @@ class OptimizerConfig(Section):
     weight_decay: float = config_field(0.0, "weight decay, as torch.optim.SGD or AdamW applies it", at_least(0))
     grad_clip_norm: float = config_field(0.0, "max global gradient norm; 0 disables clipping", at_least(0))
     schedule: str = choice_field("constant", "cosine", meaning="constant, or cosine (to zero)")
+    schedule_steps: int = config_field(0, "length of the schedule in steps; 0: all of train.epochs", at_least(0))
     warmup_steps: int = config_field(0, "steps of linear learning-rate warm-up", at_least(0))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.schedule != "constant" and 0 < self.schedule_steps <= self.warmup_steps:
+            problem = f"optimizer.schedule_steps = {self.schedule_steps}: must be more than optimizer.warmup_steps"
+            raise UserError(f"{problem} = {self.warmup_steps}", "raise the first or lower the second")
+
+    @property
+    def spans_epochs(self) -> bool:
+        """Whether the schedule's length is that of ``train.epochs``, which then cannot be raised."""
+        return self.schedule != "constant" and not self.schedule_steps
 
 
 @dataclass(frozen=True)
@@ -242,14 +254,17 @@ def defines_run(name: str) -> bool:
 def config_differences(old: Config, new: Config) -> list[str]:
     """Returns the fields that prevent ``new`` from resuming a run of ``old``, as ``field (old → new)``."""
     new_values = new.values()
+    notes = {"train.epochs": ", the schedule's length unless optimizer.schedule_steps is set"}
     return [
         f"{name} ({format_value(value)} → {format_value(new_values[name])})"
+        f"{notes.get(name, '') if old.optimizer.spans_epochs else ''}"
         for name, value in old.values().items()
-        if defines_run(name) and value != new_values[name] and not _only_adds_epochs(name, value, new_values[name])
+        if defines_run(name) and value != new_values[name] and not _only_adds_epochs(name, old, new)
     ]
 
 
-def _only_adds_epochs(name: str, old: Any, new: Any) -> bool:
+def _only_adds_epochs(name: str, old: Config, new: Config) -> bool:
     if name == "stream.offset":
-        return isinstance(old, tuple) and isinstance(new, tuple) and new[: len(old)] == old
-    return bool(name == "train.epochs" and new > old)
+        offset, new_offset = old.stream.offset, new.stream.offset
+        return isinstance(offset, tuple) and isinstance(new_offset, tuple) and new_offset[: len(offset)] == offset
+    return name == "train.epochs" and new.train.epochs > old.train.epochs and not old.optimizer.spans_epochs

@@ -59,7 +59,7 @@ def train_steps(
     train_state.model.train()
     while progress.window < num_windows and not is_done(progress, config.train):
         batch = _next_batch(train_state, config, control_flags())
-        train_state.learning_rate = learning_rate_at(config.optimizer, progress.step, train_state.total_steps)
+        train_state.learning_rate = learning_rate_at(config.optimizer, progress.step, train_state.schedule_steps)
         stats_tensor, train_state.lane_state = train_state.train_step(
             batch, train_state.lane_state, train_state.learning_rate
         )

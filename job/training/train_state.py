@@ -1,6 +1,6 @@
 """Everything that changes while a worker trains, and how it is built."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -32,7 +32,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     train_step: TrainStep
     stream: Stream
-    total_steps: int  # of the whole run
+    schedule_steps: int  # length of the learning rate schedule
     assignment: LaneAssignment
     shared_memory: SharedMemoryGroup | None  # of all workers, if they run on CPUs of one machine
     precision: Precision
@@ -87,7 +87,7 @@ def build_train_state(
         optimizer,
         CudaGraphTrainStep(eager_step) if supports_cuda_graph(model, world.size) else eager_step,
         stream,
-        stream.total_steps(config.train),
+        config.optimizer.schedule_steps or stream.total_steps(replace(config.train, max_steps=0)),
         assignment,
         shared_memory,
         precision,

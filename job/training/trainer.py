@@ -94,7 +94,7 @@ def _started(
         device,
         train_state.precision.name,
         num_weights,
-        train_state.total_steps,
+        train_state.stream.total_steps(config.train),
         skipped_checkpoints,
     )
 

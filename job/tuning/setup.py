@@ -43,9 +43,13 @@ def resolve_search(config: Config, search: SearchConfig, default_name: str) -> t
         return folder, config
     old_config, old_search = search_config_from_toml(text, f"{folder}/{SEARCH_FILE}")
     config = with_resolved_corpus(config, old_config)
-    differing = config_differences(old_config, config) + search_differences(old_search, search)
+    differing = search_differences(old_search, search)
+    for params in [{}, *search.space.endpoints]:  # trials may have a schedule where the configuration has none
+        differing += config_differences(with_params(old_config, params), with_params(config, params))
     if differing:
-        raise UserError(f"{folder}: is another search: {', '.join(differing)}", "choose another run.name")
+        raise UserError(
+            f"{folder}: is another search: {', '.join(dict.fromkeys(differing))}", "choose another run.name"
+        )
     return folder, config
 
 
