@@ -246,10 +246,11 @@ class Member:
         return trial_name(self.number)
 
     def is_finished(self):
-        return self.status == "TERMINATED"
+        return self.status in ("TERMINATED", "ERROR")
 
 
-def test_pbt_when_the_last_running_trial_ends_resumes_the_paused_ones(tmp_path):
+@pytest.mark.parametrize("status", ["TERMINATED", "ERROR"])
+def test_pbt_when_the_last_running_trial_ends_resumes_the_paused_ones(tmp_path, status):
     """It ended without a report. While all are paused, a requested stop ends the search."""
     space = {"optimizer.learning_rate": {"grid": [1.0, 0.1, 0.01]}}
     search = SearchConfig(scheduler="pbt", space=space)
@@ -258,8 +259,8 @@ def test_pbt_when_the_last_running_trial_ends_resumes_the_paused_ones(tmp_path):
     stopper = StopOnRequest(callback)
     scheduler = build_scheduler(trials, stopper)
     members = [Member(number) for number in range(3)]
-    controller = SimpleNamespace(search_alg=None, get_trials=lambda: members)
-    controller.get_live_trials = lambda: {member for member in members if not member.is_finished()}
+    live = set(members)
+    controller = SimpleNamespace(search_alg=None, get_trials=lambda: members, get_live_trials=lambda: live)
     for member in members:
         scheduler.on_trial_add(controller, member)
         member.config = {"trial": {"number": member.number, "params": trials.by_number[member.number].params}}
@@ -271,7 +272,11 @@ def test_pbt_when_the_last_running_trial_ends_resumes_the_paused_ones(tmp_path):
     assert scheduler.choose_trial_to_run(controller) is None
     stopper.requested = True
     assert not stopper.stop_all()
-    members[2].status = "TERMINATED"  # diverged
+    members[2].status = status
+    if status == "TERMINATED":  # diverged
+        live.discard(members[2])
+    else:
+        scheduler.on_trial_error(controller, members[2])
     assert scheduler.choose_trial_to_run(controller) is None
     assert stopper.stop_all()
     stopper.requested = False
@@ -297,6 +302,7 @@ def test_load_checkpoint_waits_for_the_lease_of_the_previous_actor(tmp_path, mon
     folder, order = Folder(str(tmp_path)), []
     monkeypatch.setattr(TrialTrainable, "run_folder", folder)
     monkeypatch.setattr(TrialTrainable, "run_config", None)
+    monkeypatch.setattr(TrialTrainable, "iteration", 1)
     monkeypatch.setattr("job.cluster.trainable.import_checkpoint", lambda *_: order.append("imported"))
     lease = acquire_lease(folder)
     timer = threading.Timer(1.0, lambda: (order.append("written"), lease.release()))

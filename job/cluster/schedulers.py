@@ -25,6 +25,9 @@ class SyncPBT(NotPickled, PopulationBasedTraining):
     it. Ray Tune compares the population when a running trial reports, and pauses the others until then. If the
     last running trial ends without a report, all others stay paused. In that case the most recent report is
     passed to the scheduler again. (on_trial_result in ray/tune/schedulers/pbt.py)
+
+    Ray Tune also keeps a failed trial among the live ones, whose reports the others wait for.
+    (_process_trial_failure in ray/tune/execution/tune_controller.py)
     """
 
     def __init__(self, stopper: StopOnRequest, **kwargs: Any) -> None:
@@ -36,6 +39,10 @@ class SyncPBT(NotPickled, PopulationBasedTraining):
         """Called by Ray Tune when a trial reports."""
         self.last_results[trial] = result
         return str(super().on_trial_result(tune_controller, trial, result))
+
+    def on_trial_error(self, tune_controller: Any, trial: RayTrial) -> None:
+        """Called by Ray Tune when a trial fails. If it is restarted, Ray Tune adds it to the live trials again."""
+        tune_controller.get_live_trials().discard(trial)
 
     def choose_trial_to_run(self, tune_controller: Any) -> RayTrial | None:
         """Called by Ray Tune whenever resources may be free."""

@@ -81,17 +81,20 @@ class TrialTrainable(tune.Trainable):
                 self.runner.request_stop()
         return self.runner.next_report()
 
+    # Ray Tune may save twice before it pauses a trial, and reuse the second directory for the trial's next
+    # checkpoint while another trial still copies it. A directory per iteration keeps them apart.
+
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Exports the checkpoint of the last report for other trials. Called by Ray Tune."""
         assert self.runner
         assert self.runner.checkpoint
-        export_checkpoint(self.runner.checkpoint, self.run_folder, Folder(checkpoint_dir))
+        export_checkpoint(self.runner.checkpoint, self.run_folder, Folder(checkpoint_dir) / str(self.iteration))
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:  # type: ignore[override]
         """Makes the run resume from a checkpoint, which may be another trial's. Called by Ray Tune."""
         wait_until_free(self.run_folder, lambda: self.stop_requested)  # a previous actor may still be writing
         with acquire_lease(self.run_folder):
-            import_checkpoint(Folder(checkpoint_dir), self.run_folder, self.run_config)
+            import_checkpoint(Folder(checkpoint_dir) / str(self.iteration), self.run_folder, self.run_config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Ends this trial's run, so that the actor can be reused. Called by Ray Tune."""

@@ -4,7 +4,7 @@ from job.config.schema import Config
 from job.config.toml import config_to_toml
 from job.run.run_dir import CONFIG_FILE, read_existing_run
 from job.storage import Folder
-from job.training.checkpoint import MANIFEST, Checkpoint, copy_checkpoint, read_manifest
+from job.training.checkpoint import MANIFEST, Checkpoint, copy_checkpoint, list_checkpoints
 
 EXCHANGED_FILE = "exchanged"  # in a run's folder: the checkpoint it last exported or imported
 
@@ -16,22 +16,22 @@ def export_checkpoint(checkpoint: Checkpoint, run_folder: Folder, target: Folder
 
 
 def import_checkpoint(source: Folder, run_folder: Folder, config: Config) -> None:
-    """Makes the run in ``run_folder`` resume from the only checkpoint in ``source``, with ``config``.
+    """Makes the run in ``run_folder`` resume from the last checkpoint in ``source``, with ``config``.
 
     Crash-safe: at every moment the run resumes either from its own last checkpoint or from this one.
     Ray Tune may pass the checkpoint that this run last exported or imported again after the trial's
     process died. The run has continued since then, so nothing is copied.
     """
-    (name,) = source.names()
+    checkpoint = list_checkpoints(source)[0][-1]
     run = read_existing_run(run_folder)
     last_exchanged = run_folder.read(EXCHANGED_FILE, 100).decode() if run_folder.has(EXCHANGED_FILE) else ""
-    if run and run.config == config and last_exchanged == name:
+    if run and run.config == config and last_exchanged == checkpoint.name:
         return
     checkpoints = run_folder / "checkpoints"
-    copy_checkpoint(read_manifest(source, name), checkpoints)
+    copy_checkpoint(checkpoint, checkpoints)
     for other in checkpoints.names():
-        if other != name:
+        if other != checkpoint.name:
             (checkpoints / other).remove(MANIFEST)
             checkpoints.remove(other)
     run_folder.write(CONFIG_FILE, config_to_toml(config).encode())
-    run_folder.write(EXCHANGED_FILE, name.encode())
+    run_folder.write(EXCHANGED_FILE, checkpoint.name.encode())
