@@ -102,17 +102,20 @@ def parse_rows(data: bytes) -> list[dict[str, Any]]:
 
 
 def plot_perplexity(rows: list[dict[str, Any]], title: str) -> bytes:
-    """Draws perplexity over epochs, a line for each of training and validation. Returns a PNG file."""
+    """Draws perplexity, a line for each of training and validation. Returns a PNG file.
+
+    The axis is epochs. It is steps, and the rows of ``train`` are drawn, if these alone make a line.
+    """
     figure, (axes,) = new_figure(1)
-    for split, label in (("epoch", "training"), ("validation", "validation")):
-        points = [
-            (row["epoch"], min(row["perplexity"], MAX_PLOTTED_PERPLEXITY)) for row in rows if row["split"] == split
-        ]
+    splits = [row["split"] for row in rows]
+    has_steps_only = splits.count("epoch") < 2 <= splits.count("train")
+    x, train_split = ("step", "train") if has_steps_only else ("epoch", "epoch")
+    for split, label in ((train_split, "training"), ("validation", "validation")):
+        points = [(row[x], min(row["perplexity"], MAX_PLOTTED_PERPLEXITY)) for row in rows if row["split"] == split]
         if points:
             axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 25 else None, markersize=4, label=label)
-            epoch, last = points[-1]
-            axes.annotate(f"{last:.2f}", (epoch, last), xytext=(0, 6), textcoords="offset points", ha="right")
-    axes.set(title=title, xlabel="epoch", ylabel="perplexity")
+            axes.annotate(f"{points[-1][1]:.2f}", points[-1], xytext=(0, 6), textcoords="offset points", ha="right")
+    axes.set(title=title, xlabel=x, ylabel="perplexity")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")

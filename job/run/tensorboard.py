@@ -28,6 +28,7 @@ def create_events(folder: Path, rows: Iterable[dict[str, Any]]) -> EventsWriter:
 
 def add_row(events: EventsWriter, row: dict[str, Any]) -> None:
     """Adds a row of ``metrics.jsonl``; its split becomes the last part of each curve's name."""
+    wall_time = row.get("time") or time.time()  # rows of earlier versions have no time
     for name in CURVES:
         summary = scalar(f"{name}/{row['split']}", row[name])
-        events.write_event(Event(wall_time=time.time(), step=row["step"], summary=summary))
+        events.write_event(Event(wall_time=wall_time, step=row["step"], summary=summary))

@@ -85,5 +85,6 @@ class Reporter:
             "learning_rate": self.train_state.learning_rate,
             "tokens_per_second": round(tokens_per_second, 1),
             "workers": self.world.size,
+            "time": round(time.time(), 3),
         }
         self.post(MetricsRow(self.world.attempt, row))

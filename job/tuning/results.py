@@ -23,7 +23,7 @@ from job.run.run_dir import open_checkpoint, read_existing_run
 from job.tuning.params import baseline_params, trial_folder, trial_name
 from job.tuning.plots import plot_curves, plot_score_by_param
 from job.tuning.report import display_name, format_params, format_table
-from job.tuning.trials import Trial, Trials
+from job.tuning.trials import Trial, Trials, read_score_rows
 
 # In the search's folder. ``best.toml`` is written last: it marks the search as finished.
 BEST_FILE, SAMPLE_FILE = "best.toml", "sample.txt"
@@ -81,11 +81,13 @@ def _write_tensorboard(trials: Trials, trial: Trial) -> None:
     metric, score = trials.search.metric, trials.score(trial)
     params = {name: value if isinstance(value, int | float) else str(value) for name, value in trial.params.items()}
     events = [Event(summary=summary) for summary in hparams(params, {metric: math.nan if score is None else score})]
-    events += [Event(step=epoch, summary=scalar(metric, value)) for epoch, value in trial.scores]
+    for row in read_score_rows(trial_folder(trials.folder, trial.number), metric):
+        summary = scalar(metric, row["perplexity"])
+        events.append(Event(wall_time=row.get("time"), step=row["epoch"], summary=summary))
     with tempfile.TemporaryDirectory() as directory:
         writer = EventsWriter(f"{directory}/events")
         for event in events:
-            event.wall_time = time.time()
+            event.wall_time = event.wall_time or time.time()  # rows of earlier versions have no time
             writer.write_event(event)
         writer.close()
         (file,) = Path(directory).iterdir()
