@@ -124,7 +124,7 @@ class ChaosRun:
             self.cluster.remove_node(node, allow_graceful=fault == "node leaves")
 
     def announce_preemption(self, node_id: str, seconds: int) -> None:
-        """Tells Ray that a spot node will be taken away, as a cloud's agent does."""
+        """Announces to Ray that a spot node will be taken away, as a cloud's agent does."""
         ray = Path(sys.executable).parent / "ray"
         command = [str(ray), "drain-node", "--address", self.cluster.address, "--node-id", node_id]
         command += ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
