@@ -15,7 +15,8 @@ from job.config.schema import SECTIONS
 from job.config.section import format_value, unknown_name
 from job.config.toml import FILE_SECTIONS, check_field, override_config, parse_flags
 from job.console import Console
-from job.errors import RunFailed, UserError
+from job.errors import RunFailed, UserError, error_origin
+from job.paths import check_no_credentials, expand_path, mask_credentials
 
 NO_BREAK = "\xa0"  # a space at which textwrap does not break a line
 DEBUG_FLAG = {"debug": "show the traceback of an error"}
@@ -152,7 +153,9 @@ def _parse_arguments(verb_name: str, arguments: Sequence[str]) -> CommandLine:
         elif target is not None:
             raise UserError(f"{argument}: {target} is given already", f"{verb_name} takes one file or folder")
         else:
-            target = argument
+            check_no_credentials(VERBS[verb_name].arguments, argument)
+            with error_origin(argument):
+                target = expand_path(argument)
     return CommandLine(target, flags)
 
 
@@ -246,11 +249,11 @@ def command() -> int:
         return 1
     except Exception as error:
         if "--debug" in sys.argv:
-            traceback.print_exception(error)
+            print(mask_credentials("".join(traceback.format_exception(error))), file=sys.stderr)
         else:
             expected = isinstance(error, UserError | RunFailed)
             message = str(error) if expected else f"{type(error).__name__}: {error} (--debug shows where)"
-            print(f"error: {' '.join(message.split())}", file=sys.stderr)
+            print(f"error: {mask_credentials(' '.join(message.split()))}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
 
 

@@ -14,29 +14,15 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
+from urllib.parse import quote
 
 import pyarrow
 from pyarrow import fs
 
 from job.errors import UserError
+from job.paths import check_no_credentials, escape_dollars, is_uri
 
-
-def is_uri(source: str) -> bool:
-    """Returns whether the text is a URI (``s3://bucket/runs``) and not a local path."""
-    return "://" in source
-
-
-def expand_env(source: str) -> str:
-    """Expands ``~`` and ``$NAME``, so that a cluster can set where runs are stored: ``run.storage = $RUNS``.
-
-    Raises:
-        UserError: if a variable is not set
-    """
-    for name in re.findall(r"\$\{?(\w+)", source):
-        if name not in os.environ:
-            raise UserError(f"{source}: the environment variable {name} is not set", "set it, or write the path itself")
-    return os.path.expanduser(os.path.expandvars(source))
-
+_URI_CHARACTERS = "%/:?#[]@!$&'()*+,;=~"  # have a meaning in a URI; others, such as blanks, are percent-encoded
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 
@@ -87,15 +73,18 @@ class Folder:
 
     @classmethod
     def resolve(cls, source: str) -> "Folder":
-        """Returns the folder that a user's path or URI names; a relative path becomes absolute.
+        """Returns the folder of a path or URI; a relative path becomes absolute.
 
         Raises:
-            UserError: if a variable in it is not set, or the URI cannot be opened
+            UserError: if the URI contains credentials or cannot be opened
         """
-        source = expand_env(source)
         if not is_uri(source):
-            return cls(str(Path(source).absolute()))
-        address = source.rstrip("/")
+            path = str(Path(source).absolute())
+            if re.search("[\ud800-\udfff]", path):
+                raise UserError(f"{path!a}: contains bytes that are not UTF-8", "choose another folder")
+            return cls(path)
+        check_no_credentials("storage", source)
+        address = quote(source.rstrip("/"), safe=_URI_CHARACTERS)
         return cls(address, location=_open_location(address))
 
     @cached_property
@@ -105,13 +94,20 @@ class Folder:
     @property
     def name(self) -> str:
         """The last component of the path."""
-        return self.address.partition("?")[0].rpartition("/")[2]
+        return self._location[1].rpartition("/")[2]
 
     @property
     def parent(self) -> "Folder":
         """The folder that contains this one."""
-        base, mark, query = self.address.partition("?")
-        return Folder(f"{base.rpartition('/')[0]}{mark}{query}", self.retry)
+        base, query = self._base_and_query
+        file_system, path = self._location
+        return replace(self, address=base.rpartition("/")[0] + query, location=(file_system, path.rpartition("/")[0]))
+
+    @property
+    def _base_and_query(self) -> tuple[str, str]:
+        """The address without and its query, which only a URI has: in a path, a question mark is literal."""
+        base, mark, query = self.address.partition("?") if is_uri(self.address) else (self.address, "", "")
+        return base, mark + query
 
     @property
     def local_path(self) -> Path | None:
@@ -120,15 +116,16 @@ class Folder:
         return Path(path) if isinstance(file_system, fs.LocalFileSystem) else None
 
     def __truediv__(self, name: str) -> "Folder":
-        base, mark, query = self.address.partition("?")
+        base, query = self._base_and_query
         file_system, path = self._location  # shared: a new connection costs requests
-        return replace(self, address=f"{base}/{name}{mark}{query}", location=(file_system, f"{path}/{name}"))
+        component = quote(name) if is_uri(self.address) else name
+        return replace(self, address=f"{base}/{component}{query}", location=(file_system, f"{path}/{name}"))
 
     def __str__(self) -> str:
         """For messages: a local path relative to the working directory if below it, a URI without its query."""
         path = self.local_path
         if path is None:
-            return self.address.partition("?")[0]
+            return self._base_and_query[0]
         with contextlib.suppress(ValueError, OSError):  # the working directory may have been deleted
             return str(path.relative_to(Path.cwd()))
         return str(path)
@@ -136,7 +133,7 @@ class Folder:
     @property
     def shell_quoted(self) -> str:
         """The path or the whole URI as a shell argument."""
-        return shlex.quote(str(self) if self.local_path else self.address)
+        return shlex.quote(str(self) if self.local_path else escape_dollars(self.address))
 
     @_retried
     def read(self, name: str, max_bytes: int | None = None) -> bytes:

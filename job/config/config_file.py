@@ -5,9 +5,18 @@ from pathlib import Path
 
 from job.config.schema import Config
 from job.config.search_space import SearchConfig
-from job.config.toml import FILE_SECTIONS, ConfigValues, build_sections, decode_toml, parse_flags, parse_toml
+from job.config.toml import (
+    FILE_SECTIONS,
+    ConfigValues,
+    build_sections,
+    decode_toml,
+    expand_paths,
+    parse_flags,
+    parse_toml,
+)
 from job.errors import UserError, error_origin
-from job.storage import Folder, is_uri
+from job.paths import is_uri
+from job.storage import Folder
 
 
 def load_config(path: str | None, flags: Mapping[str, str]) -> Config:
@@ -29,7 +38,7 @@ def load_search_config(path: str | None, flags: Mapping[str, str]) -> tuple[Conf
     if path is not None:
         text = _read_text(path)
         with error_origin(path):
-            values = parse_toml(text)
+            values = expand_paths(parse_toml(text))
             build_sections(values)
     overrides = parse_flags(flags)
     with error_origin("command line"):

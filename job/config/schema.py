@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
-from job.config.section import Check, Section, at_least, choice_field, config_field, format_value
+from job.config.section import Check, Section, at_least, choice_field, config_field, format_value, path_field
 from job.errors import UserError
 
 BUILTIN_CELLS = ("rnn", "gru", "lstm")
@@ -55,7 +55,7 @@ class RunConfig(Section):
     """The run's name and storage."""
 
     name: str = config_field("", "folder of the run; empty: the configuration's name and a number", _check_name)
-    storage: str = config_field("runs", "where runs are stored: a folder or a URI; $NAME is expanded")
+    storage: str = path_field("runs", "where runs are stored: a folder or a URI; $NAME is expanded")
     seed: int = config_field(0, "random seed", _less_than(2**63))
     resume: str = choice_field("auto", "never", "must", meaning="resume the run: auto (if it exists), never or must")
 
@@ -64,7 +64,7 @@ class RunConfig(Section):
 class CorpusConfig(Section):
     """The text."""
 
-    source: str = config_field("auto", "auto (The Time Machine), time-machine, embedded, a path, a glob or a URI")
+    source: str = path_field("auto", "auto (The Time Machine), time-machine, embedded, a path, a glob or a URI")
     cleaning: str = choice_field(
         "auto", "d2l", "none", meaning="normalization: d2l (lower-case letters), none, or auto (d2l for built-in texts)"
     )
@@ -101,7 +101,7 @@ class ModelConfig(Section):
     num_layers: int = config_field(1, "recurrent layers", at_least(1))
     embedding_size: int = config_field(0, "embedding size; 0: one-hot input", at_least(0))
     dropout: float = config_field(0.0, "dropout between layers and before the output layer", _less_than(1))
-    init: str = config_field("", "initial weights: a .safetensors file; empty: random")
+    init: str = path_field("", "initial weights: a .safetensors file; empty: random")
 
 
 @dataclass(frozen=True)

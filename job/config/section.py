@@ -10,6 +10,7 @@ from dataclasses import Field, dataclass, field, fields
 from typing import Any, ClassVar, get_args
 
 from job.errors import UserError
+from job.paths import escape_dollars
 
 Check = Callable[[Any], str | None]  # returns what is wrong with a value, None if it is valid
 
@@ -45,6 +46,11 @@ def config_field(default: Any, meaning: str, check: Check | None = None) -> Any:
         check: applied to the converted value
     """
     return field(default=default, metadata={"meaning": meaning, "check": check})
+
+
+def path_field(default: str, meaning: str) -> Any:
+    """Returns a field for a path or URI, in which ``$NAME`` and ``~`` are expanded when it is read from the user."""
+    return field(default=default, metadata={"meaning": meaning, "check": None, "is_path": True})
 
 
 def choice_field(default: str, *others: str, meaning: str = "") -> Any:
@@ -87,8 +93,12 @@ class Section:
 
     def to_toml(self) -> str:
         """Returns the section as TOML."""
-        values = "".join(f"{name.partition('.')[2]} = {format_value(value)}\n" for name, value in self.values().items())
-        return f"[{self.section_name}]\n{values}"
+        lines = [f"[{self.section_name}]\n"]
+        for option in self.config_fields().values():
+            value = getattr(self, option.name)
+            text = escape_dollars(value) if option.metadata.get("is_path") else value
+            lines.append(f"{option.name} = {format_value(text)}\n")
+        return "".join(lines)
 
 
 def _convert(value: Any, hint: Any, name: str) -> Any:

@@ -2,18 +2,50 @@
 
 import codecs
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from job.config.schema import SECTIONS, Config
 from job.config.search_space import SearchConfig
 from job.config.section import Section, unknown_name
 from job.errors import UserError, error_origin
+from job.paths import check_no_credentials, expand_path, unescape_stored
 
 ConfigValues = dict[str, dict[str, Any]]  # sections, as tomllib returns them
 FILE_SECTIONS: dict[str, type[Section]] = {**SECTIONS, "search": SearchConfig}
 FILE_FIELDS = {name: option for cls in FILE_SECTIONS.values() for name, option in cls.config_fields().items()}
+
+
+PATH_FIELDS = [name for name, option in FILE_FIELDS.items() if option.metadata.get("is_path")]
+
+
+def _map_text(value: Any, function: Callable[[str, str], str], name: str = "") -> Any:
+    """Applies a function of name and text to each text in nested values."""
+    if isinstance(value, Mapping):
+        return {key: _map_text(inner, function, f"{name}.{key}" if name else key) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_map_text(inner, function, name) for inner in value]
+    return function(name, value) if isinstance(value, str) else value
+
+
+def expand_paths(values: ConfigValues) -> ConfigValues:
+    """Returns values that a user wrote with ``$NAME`` and ``~`` expanded in paths, those in search.space included.
+
+    Raises:
+        UserError: if a variable is not set, or a text other than the prefix contains a URI with credentials
+    """
+
+    def expand(name: str, text: str) -> str:
+        if name.startswith("generate."):
+            return text
+        check_no_credentials(name, text)
+        with error_origin(f"{name} = {text}" if "$" in text else name):
+            path = expand_path(text) if any(field in name for field in PATH_FIELDS) else text
+        check_no_credentials(name, path)
+        return path
+
+    return cast(ConfigValues, _map_text(values, expand))
 
 
 def check_field(name: str) -> None:
@@ -64,7 +96,7 @@ def parse_flags(flags: Mapping[str, str]) -> ConfigValues:
         check_field(name)
         section, _, key = name.partition(".")
         values.setdefault(section, {})[key] = text if FILE_FIELDS[name].type is str else _parse_value(text)
-    return values
+    return expand_paths(values)
 
 
 def _parse_value(text: str) -> Any:
@@ -114,6 +146,7 @@ def search_config_from_toml(text: str, origin: str) -> tuple[Config, SearchConfi
         UserError: if it is invalid
     """
     with error_origin(origin):
-        sections = build_sections(parse_toml(text))
+        values = _map_text(parse_toml(text), lambda name, text: unescape_stored(text) if name in PATH_FIELDS else text)
+        sections = build_sections(values)
         search = sections.pop("search")
         return Config(**sections), search

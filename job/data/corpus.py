@@ -14,7 +14,8 @@ import pyarrow
 from job.config.schema import CorpusConfig
 from job.data.download import TIME_MACHINE_LENGTH, download_text, download_time_machine
 from job.errors import UserError
-from job.storage import Folder, is_uri
+from job.paths import check_no_credentials, is_uri
+from job.storage import Folder
 
 AUTO_DOWNLOAD_TIMEOUT_S = 5.0  # before `auto` falls back to the embedded text
 
@@ -50,6 +51,7 @@ def read_corpus(corpus_config: CorpusConfig, vocabulary_kind: str) -> Corpus:
     Raises:
         UserError: the source cannot be read, is not UTF-8 text, or has no text after cleaning
     """
+    check_no_credentials("corpus.source", corpus_config.source)
     try:
         source, data = _read_source(corpus_config.source)
         cleaning = corpus_config.cleaning
@@ -124,10 +126,13 @@ def _embedded_text() -> bytes:
 
 def _read_files(pattern: str) -> bytes:
     """Returns the concatenated files that a path or glob names, in the order of their names."""
-    path = os.path.expanduser(pattern)
+    path = folder = os.path.expanduser(pattern)
     paths = [path]
     if glob.has_magic(path) and not os.path.exists(path):
-        paths = [name for name in sorted(glob.glob(path, recursive=True)) if not os.path.isdir(name)]
+        while folder and not os.path.exists(folder):  # the part of the path that exists is literal
+            folder = os.path.dirname(folder)
+        names = glob.glob(glob.escape(folder) + path[len(folder) :], recursive=True)
+        paths = [name for name in sorted(names) if not os.path.isdir(name)]
     if not paths:
         raise UserError("no file matches")
     try:

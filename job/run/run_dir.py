@@ -12,7 +12,8 @@ from job.config.toml import config_from_toml, decode_toml
 from job.data.dataset import Dataset
 from job.data.vocabulary import vocabulary_from_json
 from job.errors import UserError
-from job.storage import Folder, expand_env, is_uri
+from job.paths import is_uri
+from job.storage import Folder
 from job.training.checkpoint import (
     MANIFEST,
     CorruptCheckpoint,
@@ -117,8 +118,7 @@ def check_same_config(folder: Folder, existing: ExistingRun | None, config: Conf
 
 def check_storage_outlives_job(storage: str) -> None:
     """Raises UserError for a relative path inside ``ray job submit``, whose working directory is temporary."""
-    path = expand_env(storage)
-    if not is_uri(path) and not Path(path).is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
+    if not is_uri(storage) and not Path(storage).is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         raise UserError(
             f"run.storage = {storage}: is in this job's session folder and would be lost with it",
             "give an absolute path that all nodes see, or an object store",

@@ -18,7 +18,7 @@ def plot_curves(trials: Trials) -> bytes:
         points = [(epoch, min(value, _clip_at(trials))) for epoch, value in trial.scores]
         if points:
             color, width, alpha = ("C3", 2.2, 1.0) if trial is winner else ("C0", 1.0, 0.45)
-            label = format_params(trial) if trial is winner else None
+            label = _escape_math(format_params(trial)) if trial is winner else None
             axes.plot(*zip(*points, strict=True), color=color, linewidth=width, alpha=alpha, label=label)
             axes.plot(*points[-1], marker=_marker(trial), markersize=5, color=color)
     axes.set(title=trials.base.run.name, xlabel="epoch")
@@ -37,7 +37,7 @@ def plot_score_by_param(trials: Trials) -> bytes:
         for trial in trials:
             score = trials.score(trial)
             if score is not None:
-                value = trial.params[name] if isinstance(domain, Range) else str(trial.params[name])
+                value = trial.params[name] if isinstance(domain, Range) else _escape_math(str(trial.params[name]))
                 color, size = ("C3", 60) if trial is winner else ("C0", 25)
                 axes.scatter(value, min(score, _clip_at(trials)), c=color, s=size, marker=_marker(trial))
         if domain.distribution == "loguniform":
@@ -46,6 +46,11 @@ def plot_score_by_param(trials: Trials) -> bytes:
         axes.set_xlabel(name)
         _format_score_axis(axes, trials)
     return to_png(figure)
+
+
+def _escape_math(text: str) -> str:
+    """Returns a text whose dollars matplotlib shows as they are, such as those of a path."""
+    return text.replace("$", r"\$")
 
 
 def _marker(trial: Trial) -> str:
