@@ -211,6 +211,7 @@ def trace(request, tmp_path) -> Trace:
     init = tmp_path / "init.safetensors"
     weights = {name[5:]: torch.from_numpy(array) for name, array in arrays.items() if name.startswith("init.")}
     save_file(weights, str(init))
+    (tmp_path / "vocabulary.json").write_text(json.dumps({"kind": "char", "tokens": meta["vocab"]}))
     return Trace(meta, arrays, _trace_arguments(meta, arrays["offsets"], corpus, init))
 
 

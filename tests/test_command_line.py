@@ -112,7 +112,8 @@ def test_train_unwritable_storage_is_an_error(prose, tmp_path):
 
 
 def test_train_init_from_other_model_is_an_error(prose, tmp_path):
-    save_file({"linear.weight": torch.zeros(3, 3)}, str(tmp_path / "w.safetensors"))
+    save_file({"linear.weight": torch.zeros(3, 16)}, str(tmp_path / "w.safetensors"))
+    (tmp_path / "vocabulary.json").write_text('{"kind": "char", "tokens": ["<unk>", "a", "b"]}')
     arguments = ["--corpus.source", prose, "--model.init", tmp_path / "w.safetensors"]
     assert_user_error(
         train_without_trace(tmp_path, *arguments), "weights do not match the model: linear.bias is missing"

@@ -101,7 +101,7 @@ class ModelConfig(Section):
     num_layers: int = config_field(1, "recurrent layers", at_least(1))
     embedding_size: int = config_field(0, "embedding size; 0: one-hot input", at_least(0))
     dropout: float = config_field(0.0, "dropout between layers and before the output layer", _less_than(1))
-    init: str = path_field("", "initial weights: a .safetensors file; empty: random")
+    init: str = path_field("", "initial weights: a run, a checkpoint or a .safetensors file; empty: random")
 
 
 @dataclass(frozen=True)

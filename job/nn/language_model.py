@@ -3,6 +3,8 @@
 Axes: T steps, B lanes, E input features, H hidden units, V tokens of the vocabulary, L layers.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -129,3 +131,37 @@ def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> N
             mismatch = f"{name} is {shapes.get(name, 'missing')}, expected {expected.get(name, 'no such tensor')}"
             raise UserError(f"{source}: weights do not match the model: {mismatch}")
     model.load_state_dict({name: weights[name].to(tensor.dtype) for name, tensor in state_dict.items()})
+
+
+def place_by_token(
+    weights: dict[str, Tensor],
+    old_tokens: Sequence[str],
+    model: nn.Module,
+    model_config: ModelConfig,
+    tokens: Sequence[str],
+) -> dict[str, Tensor]:
+    """Returns weights for another vocabulary: rows of embedding and output, columns of one-hot inputs, by token.
+
+    Args:
+        weights: all tensors of a model with the same configuration and ``old_tokens``, by name
+        old_tokens: the token of each id in ``weights``
+        model: gives the tokens that are not in ``old_tokens`` their weights
+        model_config: the configuration of both
+        tokens: the token of each id in ``model``
+
+    Raises:
+        UserError: a custom cell has weights that depend on the vocabulary in another way
+    """
+    larger = build_model(model_config, len(tokens) + 1, 0).state_dict()  # shows which axes are those of tokens
+    old_ids = {token: index for index, token in enumerate(old_tokens)}
+    pairs = [(index, old_ids[token]) for index, token in enumerate(tokens) if token in old_ids]
+    targets, sources = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    placed = dict(weights)
+    for name, initial in model.state_dict().items():
+        axes = [axis for axis, size in enumerate(initial.shape) if size != larger[name].shape[axis]]
+        if len(axes) > 1 or any(initial.shape[axis] != len(tokens) for axis in axes):
+            raise UserError(f"{name}: cannot be placed by token", "use a corpus with the vocabulary of these weights")
+        for axis in axes:
+            known = weights[name].index_select(axis, sources)
+            placed[name] = initial.to(known.dtype).index_copy(axis, targets, known)
+    return placed

@@ -1,18 +1,24 @@
 """A configuration to what training needs: text, vocabulary, tokens, first weights; all checked."""
 
 from dataclasses import replace
-from pathlib import Path
+
+from safetensors.torch import save as save_safetensors
+from torch import Tensor
 
 from job.config.schema import Config
 from job.data.corpus import read_corpus
 from job.data.dataset import build_dataset
 from job.data.stream import Stream
-from job.errors import UserError
+from job.data.vocabulary import Vocabulary, vocabulary_from_json
+from job.errors import UserError, error_origin
 from job.inference.generate import encode_prefix
-from job.nn.language_model import build_model, load_weights
+from job.nn.language_model import build_model, load_weights, place_by_token
+from job.run.run_dir import open_checkpoint
 from job.storage import Folder
 from job.training.checkpoint import parse_safetensors
 from job.training.run_spec import RunSpec
+
+VOCABULARY_FILE = "vocabulary.json"
 
 
 def build_run_spec(config: Config, folder: Folder) -> RunSpec:
@@ -39,24 +45,52 @@ def build_run_spec(config: Config, folder: Folder) -> RunSpec:
             f"too few for stream.batch_size = {config.stream.batch_size} lanes: raise it or give more text"
         )
     encode_prefix(config.generate.prefix, config.corpus.cleaning, dataset.vocabulary)
-    return RunSpec(config, dataset, folder / "checkpoints", _read_init(config, len(dataset.vocabulary)))
+    return RunSpec(config, dataset, folder / "checkpoints", _read_init(config, dataset.vocabulary))
 
 
-def _read_init(config: Config, vocabulary_size: int) -> bytes | None:
-    """Reads the file that ``model.init`` names. Builds a model to check both the file and the cell."""
+def _read_init(config: Config, vocabulary: Vocabulary) -> bytes | None:
+    """Reads the weights that ``model.init`` names, for this vocabulary. Builds a model to check them and the cell."""
     try:
-        model = build_model(config.model, vocabulary_size, config.run.seed)
+        model = build_model(config.model, len(vocabulary), config.run.seed)
     except (RuntimeError, MemoryError, TypeError, OverflowError) as error:  # torch's allocator, or sizes beyond all
         raise UserError(f"model: does not fit into memory: {str(error).splitlines()[0]}", "make it smaller") from None
-    name = config.model.init
-    if not name:
+    if not config.model.init:
         return None
+    origin = f"model.init = {config.model.init}"
+    with error_origin(origin):
+        weights, old = _read_weights(config.model.init)
+        if old.kind != vocabulary.kind:
+            raise UserError(f"is a model of vocabulary.kind = {old.kind}, not {vocabulary.kind}", "set the same kind")
+    if old == vocabulary:
+        load_weights(model, weights, origin)
+    else:
+        load_weights(build_model(config.model, len(old), 0), weights, origin)
+        with error_origin(origin):
+            weights = place_by_token(weights, old.tokens, model, config.model, vocabulary.tokens)
+    return save_safetensors(weights)
+
+
+def _read_weights(source: str) -> tuple[dict[str, Tensor], Vocabulary]:
+    """Reads the weights and the vocabulary of a run, of a checkpoint, or of a file next to its ``vocabulary.json``."""
+    path = Folder.resolve(source)
+    folder = path.parent
     try:
-        data = Path(name).expanduser().read_bytes()
-        weights = parse_safetensors(data)
-    except ValueError as error:
-        raise UserError(f"model.init = {name}: {error}") from None
+        if not folder.has(path.name):
+            raise UserError("cannot be read: no such file or folder")
+        try:
+            data = folder.read(path.name)
+        except FileNotFoundError:  # a folder
+            loaded = open_checkpoint(path)
+            return loaded.weights, loaded.vocabulary
+        if not folder.has(VOCABULARY_FILE):
+            raise UserError(
+                f"its tokens are unknown: {folder / VOCABULARY_FILE} is missing, and there is no vocabulary.file",
+                f"copy the {VOCABULARY_FILE} of its run next to it, or give the run's folder",
+            )
+        vocabulary = vocabulary_from_json(folder.read(VOCABULARY_FILE), str(folder / VOCABULARY_FILE))
     except OSError as error:
-        raise UserError(f"model.init = {name}: cannot be read: {error.strerror}") from None
-    load_weights(model, weights, f"model.init = {name}")
-    return data
+        raise UserError(f"cannot be read: {error.strerror or error}") from None
+    try:
+        return parse_safetensors(data), vocabulary
+    except ValueError as error:
+        raise UserError(str(error)) from None
