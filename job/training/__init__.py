@@ -1,1 +1,1 @@
-"""One worker's training; knows no Ray."""
+"""One worker's training; does not import Ray."""

@@ -1,1 +1,1 @@
-"""A search's directory; knows no Ray."""
+"""A search's directory; does not import Ray."""
