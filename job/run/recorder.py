@@ -80,7 +80,7 @@ class Recorder:
                 self.status.finished = event
 
     def _start(self, event: Started) -> None:
-        """Makes a new worker group the current one and discards what lies after the step at which it starts."""
+        """Makes a worker group the current one; discards what earlier ones wrote after its first step."""
         self.lease.check()
         self.status.start_attempt(event)
         if unseen := self.committer.find_unseen(event):
