@@ -148,6 +148,53 @@ def test_check_search_with_invalid_params_raises_user_error(prose, tmp_path, spa
     assert list(tmp_path.iterdir()) == []
 
 
+LEARNING_RATE = {"optimizer.learning_rate": {"loguniform": [0.01, 4]}}
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "flags", "space", "message"),
+    [
+        ("asha", {"train.epochs": "1"}, {}, "after epoch 1 and train.epochs = 1 ends them in epoch 1"),
+        ("asha", {"train.max_steps": "5"}, {}, "after epoch 10 and train.max_steps = 5 ends them in epoch 1"),
+        ("asha", {"train.max_steps": "90"}, {}, "after epoch 10 and train.max_steps = 90 ends them in epoch 4"),
+        ("asha", {}, {"train.epochs": {"choice": [1]}}, "train.epochs = 1 ends them in epoch 1"),
+        ("asha", {"train.max_steps": "9"}, {"stream.num_steps": {"choice": [9, 20]}}, "train.max_steps = 9 ends them"),
+        ("asha", {"search.trials": "1"}, {}, "there is only one trial"),
+        ("pbt", {"train.epochs": "1"}, {}, "train.epochs = 1 ends them in epoch 1"),
+        ("pbt", {"train.max_steps": "5"}, {}, "after epoch 5 and train.max_steps = 5 ends them in epoch 1"),
+        ("pbt", {"search.trials": "1"}, {}, "there is only one trial"),
+        ("none", {"train.epochs": "1"}, {}, ""),
+        ("none", {"search.trials": "1"}, {}, ""),
+        ("asha", {"train.epochs": "2"}, {}, ""),
+        ("asha", {"train.epochs": "1"}, {"train.epochs": {"choice": [1, 2]}}, ""),
+        ("asha", {"train.epochs": "4", "train.max_steps": "40"}, {}, ""),
+        ("asha", {"train.epochs": "4", "train.max_steps": "9"}, {"stream.num_steps": {"choice": [20, 120]}}, ""),
+        ("pbt", {"train.epochs": "2"}, {}, ""),
+    ],
+)
+def test_check_search_with_a_scheduler_without_effect_raises_user_error(
+    prose, tmp_path, scheduler, flags, space, message
+):
+    defaults = {"train.epochs": "40", "corpus.max_tokens": "5000", "stream.batch_size": "8", "stream.num_steps": "20"}
+    flags = {
+        **defaults,
+        "corpus.source": str(prose),
+        "corpus.validation_fraction": "0.1",
+        "model.hidden_size": "8",
+        **flags,
+    }
+    trials = int(flags.pop("search.trials", 0))
+    search = SearchConfig(scheduler=scheduler, trials=trials, space={**LEARNING_RATE, **space})
+    config = load_config(None, {**flags, "generate.prefix": "the"})
+    if not message:
+        check_search(config, search, Folder(str(tmp_path / "search")))
+        return
+    with pytest.raises(UserError) as error:
+        check_search(config, search, Folder(str(tmp_path / "search")))
+    assert str(error.value).startswith(f'search.scheduler = "{scheduler}": has no effect, as ')
+    assert message in str(error.value)
+
+
 def test_resolve_search_where_another_search_or_run_exists_raises_user_error(tmp_path):
     search = SearchConfig(space={"model.dropout": {"uniform": [0, 0.5]}})
     config = load_config(None, {"run.storage": str(tmp_path), "run.name": "it"})

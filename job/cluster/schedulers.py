@@ -10,12 +10,10 @@ from ray.tune.search import Searcher
 
 from job.cluster.tune_callbacks import NotPickled, StopOnRequest
 from job.tuning.optuna_sampler import OptunaSampler
-from job.tuning.params import with_params
+from job.tuning.rungs import first_rung, max_epochs
 from job.tuning.trials import Trial, Trials
 
-GRACE_FRACTION = 4  # ASHA stops no trial in the first 1/4 of its epochs, since fast learners may start badly
 REDUCTION_FACTOR = 3  # at each rung ASHA keeps the best 1/3
-NUM_PERTURBATIONS = 8  # how often population-based training compares trials during a run
 
 
 class SyncPBT(NotPickled, PopulationBasedTraining):
@@ -92,8 +90,8 @@ def _objective(trials: Trials, trial: Trial, state: str) -> float | None:
 def build_scheduler(trials: Trials, stopper: StopOnRequest) -> TrialScheduler:
     """The scheduler that the search names. ASHA is given the scores of trials that ended in earlier runs."""
     search = trials.search
-    epochs = max(with_params(trials.base, params).train.epochs for params in [{}, *search.space.endpoints])
-    if search.scheduler == "asha" and epochs > 1:
+    epochs = max_epochs(trials.base, search)
+    if search.scheduler == "asha":
         return _asha(trials, epochs)
     if search.scheduler == "pbt":
         return _population_based_training(trials, epochs, stopper)
@@ -106,7 +104,7 @@ def _asha(trials: Trials, epochs: int) -> ASHAScheduler:
         "score",
         "min",
         max_t=epochs - 1,  # no rung at the last epoch: a trial that reaches it ends by itself
-        grace_period=max(1, epochs // GRACE_FRACTION),
+        grace_period=first_rung("asha", epochs),
         reduction_factor=REDUCTION_FACTOR,
         stop_last_trials=False,
     )
@@ -127,5 +125,5 @@ def _population_based_training(trials: Trials, epochs: int, stopper: StopOnReque
         trial = config["trial"]
         return {"trial": {**trial, "params": space.perturb(trial["params"], rng)}}
 
-    interval = max(1, epochs // NUM_PERTURBATIONS)
+    interval = first_rung("pbt", epochs)
     return SyncPBT(stopper, perturbation_interval=interval, custom_explore_fn=explore)

@@ -21,6 +21,7 @@ from job.run.run_dir import (
 from job.run.setup import build_run_spec
 from job.storage import Folder
 from job.tuning.params import trial_folder, trial_params, with_params
+from job.tuning.rungs import check_scheduler
 
 _setup_inputs = attrgetter("corpus", "vocabulary", "stream", "model", "train.epochs")  # what build_run_spec reads
 
@@ -60,7 +61,7 @@ def check_search(base: Config, search: SearchConfig, folder: Folder) -> Config:
     trials whose parameters are known in advance are checked as configurations.
 
     Raises:
-        UserError: there is nothing to search, or some parameters do not make a valid run.
+        UserError: there is nothing to search, the scheduler has no effect, or some parameters do not make a valid run.
     """
     if not search.space.domains:
         raise UserError("search.space: is empty", 'write lines such as "model.dropout" = { uniform = [0, 0.5] } in it')
@@ -75,6 +76,7 @@ def check_search(base: Config, search: SearchConfig, folder: Folder) -> Config:
     for number in range(search.num_trials):
         if params := trial_params(base, search, number):
             _check_params(base, search, params)
+    check_scheduler(base, search, spec.dataset)
     return base
 
 
