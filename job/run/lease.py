@@ -198,7 +198,7 @@ def _boot_id() -> str:
 
 
 def _process_start_time(pid: int) -> str:
-    """When a process started, which tells it from a later one with the same id. Empty if it has ended."""
+    """When a process started, to distinguish it from a later one with the same id. Empty if it has ended."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
         state, *fields = stat[stat.rindex(")") + 2 :].split()
