@@ -27,7 +27,38 @@ def test_read_corpus_with_glob_joins_files_in_order_of_their_names(tmp_path):
     for name in ("b.txt", "a.txt", "c.md"):
         (tmp_path / name).write_text(name)
     (tmp_path / "folder.txt").mkdir()
-    assert read(tmp_path / "*.txt").lines == ["a.txtb.txt"]
+    assert read(tmp_path / "*.txt").lines == ["a.txt\nb.txt"]
+
+
+@pytest.mark.parametrize(
+    ("files", "text"),
+    [
+        ([b"\xef\xbb\xbfone last", b"\xef\xbb\xbffirst two\n"], "one last\nfirst two\n"),
+        ([b"last\n", b"first\r\n", b"second\r", b"third"], "last\nfirst\r\nsecond\rthird"),
+        ([b"", b"last", b"", b"\xef\xbb\xbf", b"first"], "last\nfirst"),
+        (["天气".encode(), "你好".encode()], "天气\n你好"),
+    ],
+)
+def test_read_corpus_with_glob_separates_files_by_a_newline_and_drops_byte_order_marks(tmp_path, files, text):
+    for number, data in enumerate(files):
+        (tmp_path / f"{number}.txt").write_bytes(data)
+    for vocabulary_kind in ("char", "word"):
+        assert read(tmp_path / "*.txt", vocabulary_kind).lines == [text]
+    assert read(tmp_path / "*.txt", "byte").lines == [b"".join(files)]
+
+
+def test_read_corpus_with_glob_and_d2l_cleaning_keeps_words_of_two_files_apart(tmp_path):
+    for number in range(2):
+        (tmp_path / f"{number}.txt").write_bytes(b"\xef\xbb\xbfone last")
+    for vocabulary_kind in ("char", "word", "byte"):
+        assert read(tmp_path / "*.txt", vocabulary_kind, cleaning="d2l").lines == ["one last", "one last"]
+
+
+def test_read_corpus_with_glob_names_the_file_that_is_not_text(tmp_path):
+    (tmp_path / "a.txt").write_bytes(b"good")
+    (tmp_path / "b.txt").write_bytes(b"abc\xff")
+    with pytest.raises(UserError, match=r"\*\.txt: .*b\.txt: not UTF-8 at byte 3"):
+        read(tmp_path / "*.txt")
 
 
 def test_read_corpus_with_uri_reads_the_file(tmp_path):

@@ -13,7 +13,7 @@ import pyarrow
 
 from job.config.schema import CorpusConfig
 from job.data.download import TIME_MACHINE_LENGTH, download_text, download_time_machine
-from job.errors import UserError
+from job.errors import UserError, error_origin
 from job.paths import check_no_credentials, is_uri
 from job.storage import Folder
 
@@ -28,7 +28,7 @@ class Corpus:
         source: ``corpus.source``, with ``auto`` replaced by the source that was read
         cleaning: ``corpus.cleaning``, with ``auto`` replaced by d2l or none
         lines: the pieces to tokenize separately, so that no word spans two lines; bytes for a byte vocabulary without
-            cleaning
+            cleaning, which are those of all files without a separator
     """
 
     source: str
@@ -53,12 +53,12 @@ def read_corpus(corpus_config: CorpusConfig, vocabulary_kind: str) -> Corpus:
     """
     check_no_credentials("corpus.source", corpus_config.source)
     try:
-        source, data = _read_source(corpus_config.source)
+        source, files = _read_source(corpus_config.source)
         cleaning = corpus_config.cleaning
         if cleaning == "auto":
             cleaning = "d2l" if source in ("time-machine", "embedded") else "none"
         is_raw = vocabulary_kind == "byte" and cleaning == "none"
-        corpus = Corpus(source, cleaning, [data] if is_raw else clean_text(_decode(data), cleaning))
+        corpus = Corpus(source, cleaning, [b"".join(files.values())] if is_raw else clean_text(_join(files), cleaning))
         if not corpus.num_characters:
             detail = " after cleaning (d2l keeps letters only)" if cleaning == "d2l" else ""
             raise UserError(f"contains no text{detail}")
@@ -78,7 +78,20 @@ def clean_text(text: str, cleaning: str) -> list[str]:
     return [re.sub("[^A-Za-z]+", " ", line).strip().lower() for line in lines]
 
 
+def _join(files: dict[str, bytes]) -> str:
+    """Returns the text of all files. A file starts on its own line, so that no word spans two files."""
+    texts: list[str] = []
+    for name, data in files.items():
+        with error_origin(name) if len(files) > 1 else contextlib.nullcontext():
+            text = _decode(data)
+        if text and texts and not texts[-1].endswith(("\n", "\r")):
+            texts.append("\n")
+        texts += [text] if text else []
+    return "".join(texts)
+
+
 def _decode(data: bytes) -> str:
+    """Returns UTF-8 text without its byte order mark."""
     remedy = "use vocabulary.kind = byte, which reads any file"
     null_index = data.find(b"\0")
     if null_index >= 0:
@@ -90,17 +103,21 @@ def _decode(data: bytes) -> str:
         raise UserError(problem, f"convert it, or {remedy}") from None
 
 
-def _read_source(source: str) -> tuple[str, bytes]:
-    """Returns the source that was read, which differs from ``source`` for ``auto``, and its bytes."""
+def _read_source(source: str) -> tuple[str, dict[str, bytes]]:
+    """Returns the source that was read, which differs from ``source`` for ``auto``, and the bytes of its files."""
     if source == "auto":
-        return _time_machine_or_embedded()
-    if source == "time-machine":
-        return source, download_time_machine()
-    if source == "embedded":
-        return source, _embedded_text()
-    if source.startswith(("http://", "https://")):
-        return source, download_text(source)
-    return source, _read_uri(source) if is_uri(source) else _read_files(source)
+        source, data = _time_machine_or_embedded()
+    elif source == "time-machine":
+        data = download_time_machine()
+    elif source == "embedded":
+        data = _embedded_text()
+    elif source.startswith(("http://", "https://")):
+        data = download_text(source)
+    elif is_uri(source):
+        data = _read_uri(source)
+    else:
+        return source, _read_files(source)
+    return source, {source: data}
 
 
 def _time_machine_or_embedded() -> tuple[str, bytes]:
@@ -124,8 +141,8 @@ def _embedded_text() -> bytes:
     return "\n".join(topics[name] for name in sorted(topics))[:TIME_MACHINE_LENGTH].encode()
 
 
-def _read_files(pattern: str) -> bytes:
-    """Returns the concatenated files that a path or glob names, in the order of their names."""
+def _read_files(pattern: str) -> dict[str, bytes]:
+    """Returns the bytes of the files that a path or glob names, in the order of their names."""
     path = folder = os.path.expanduser(pattern)
     paths = [path]
     if glob.has_magic(path) and not os.path.exists(path):
@@ -136,7 +153,7 @@ def _read_files(pattern: str) -> bytes:
     if not paths:
         raise UserError("no file matches")
     try:
-        return b"".join(Path(path).read_bytes() for path in paths)
+        return {path: Path(path).read_bytes() for path in paths}
     except FileNotFoundError:
         raise UserError("no such file", "give a file, a glob, a URL, auto, time-machine or embedded") from None
     except OSError as error:
