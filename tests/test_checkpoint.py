@@ -1,4 +1,4 @@
-"""Checkpoints: whole or not there, whatever happened to their bytes."""
+"""Checkpoints are complete or absent, whatever happens to their bytes; and the driver's handling of events."""
 
 import json
 import pickle
@@ -43,7 +43,7 @@ def run(prose, tmp_path_factory):
     return storage / "run"
 
 
-def test_a_run_leaves_what_the_contract_says(run):
+def test_finished_run_contains_the_documented_files(run):
     names = {path.name for path in run.iterdir()}
     assert names == {
         "config.toml", "metrics.jsonl", "perplexity.png", "tensorboard", "checkpoints", "sample.txt", "result.json"
@@ -61,8 +61,8 @@ def test_a_run_leaves_what_the_contract_says(run):
 
 
 @pytest.mark.parametrize(("cell", "stop"), [("rnn", 7), ("lstm", 61), ("rnn", 100)])
-def test_a_resumed_run_is_the_uninterrupted_one(prose, tmp_path, cell, stop):
-    """Bit for bit, wherever it was stopped; the rows of metrics too."""
+def test_resumed_run_equals_uninterrupted_run(prose, tmp_path, cell, stop):
+    """Weights, generated text and metrics, at whatever step the run stopped."""
     more = ["--model.cell", cell, "--model.num_layers", 2, "--model.dropout", 0.3, "--optimizer.name", "adamw"]
     more += ["--optimizer.learning_rate", 0.003, "--train.log_every", 9, "--corpus.validation_fraction", 0.1]
     assert job("train", *flags(prose, tmp_path / "whole", *more)).status == 0
@@ -123,11 +123,11 @@ def stopped_inside(prose, storage):
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 7])
-def test_state_follows_its_lane(prose, tmp_path, workers):
+def test_load_lane_state_for_any_number_of_workers_returns_same_lanes(prose, tmp_path, workers):
     found = stopped_inside(prose, tmp_path)
     whole = load_lane_state(found, range(32))
     assert whole[0].shape == (1, 32, 16)
-    # Written by so many workers, read by another number.
+    # Written by one number of workers, read by another.
     folder = Folder(str(tmp_path / "again"))
     receipts = []
     for rank, lanes in enumerate(split_evenly(32, workers)):
@@ -143,7 +143,7 @@ def test_state_follows_its_lane(prose, tmp_path, workers):
             assert torch.equal(torch.cat([part[index] for part in parts], 1), whole[index])
 
 
-def test_a_damaged_checkpoint_is_told_and_passed_over(prose, tmp_path):
+def test_find_latest_valid_skips_and_reports_corrupt_checkpoints(prose, tmp_path):
     found = stopped_inside(prose, tmp_path)
     place = tmp_path / "run" / "checkpoints"
     names = sorted(path.name for path in place.iterdir())
@@ -169,7 +169,7 @@ def test_a_damaged_checkpoint_is_told_and_passed_over(prose, tmp_path):
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "manifest.json", "vocabulary.json", "progress.json"])
-def test_generate_refuses_a_truncated_checkpoint(prose, tmp_path, file):
+def test_generate_from_truncated_checkpoint_is_an_error(prose, tmp_path, file):
     found = stopped_inside(prose, tmp_path)
     place = tmp_path / "run" / "checkpoints" / found.name
     (place / file).write_bytes((place / file).read_bytes()[:-7])
@@ -180,7 +180,7 @@ def test_generate_refuses_a_truncated_checkpoint(prose, tmp_path, file):
     assert file in ended.err or "manifest" in ended.err
 
 
-def test_a_foreign_folder_is_told(tmp_path):
+def test_generate_from_folder_that_is_no_checkpoint_is_an_error(tmp_path):
     for name in ("manifest.json", "config.toml"):
         (tmp_path / name).write_text('{"content": {"format": 99, "files": {}}, "sha256": "x"}')
     ended = job("generate", tmp_path)
@@ -190,15 +190,15 @@ def test_a_foreign_folder_is_told(tmp_path):
     assert "neither a run with a checkpoint nor a checkpoint" in ended.err
 
 
-def test_a_format_of_the_future_is_told(run, tmp_path):
+def test_generate_from_later_format_version_is_an_error(run, tmp_path):
     content = {"format": 99, "step": 1, "validation_nats": None, "files": {}}
     manifest = {"content": content, "sha256": _digest(content)}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert "has format 99, but this version reads 1" in job("generate", tmp_path).err
 
 
-def test_a_store_that_does_not_answer_costs_no_checkpoint(prose, tmp_path, monkeypatch):
-    """What cannot be read now may be sound: nothing is passed over, and nothing removed."""
+def test_storage_timeout_fails_the_run_and_removes_no_checkpoint(prose, tmp_path, monkeypatch):
+    """A checkpoint that cannot be read now may be valid, so it is neither skipped nor removed."""
     stopped_inside(prose, tmp_path)
     place = tmp_path / "run" / "checkpoints"
     before = sorted(path for path in place.rglob("*") if path.is_file())
@@ -219,7 +219,7 @@ def test_a_store_that_does_not_answer_costs_no_checkpoint(prose, tmp_path, monke
     assert "resuming from step 30" in job("train", *words).out
 
 
-def test_where_all_is_damaged_nothing_is_begun_over_it(prose, tmp_path):
+def test_run_with_only_corrupt_checkpoints_fails_and_changes_nothing(prose, tmp_path):
     stopped_inside(prose, tmp_path)
     place = tmp_path / "run" / "checkpoints"
     before = result(tmp_path / "run")
@@ -233,7 +233,7 @@ def test_where_all_is_damaged_nothing_is_begun_over_it(prose, tmp_path):
     assert len(list(place.glob("*/manifest.json"))) == 3
 
 
-def test_fewer_steps_than_are_taken_end_the_run_where_it_is(prose, tmp_path):
+def test_run_resumed_with_fewer_max_steps_finishes_at_its_step(prose, tmp_path):
     stopped_inside(prose, tmp_path)
     words = flags(prose, tmp_path, "--model.cell", "lstm", "--train.max_steps", 20)
     ended = job("train", *words)
@@ -242,22 +242,22 @@ def test_fewer_steps_than_are_taken_end_the_run_where_it_is(prose, tmp_path):
     assert [row["step"] for row in rows(tmp_path / "run", "epoch")] == [30]
 
 
-def test_numbers_without_a_dimension_are_weights_too():
+def test_weights_sha256_accepts_scalars_and_integers():
     digest = weights_sha256({"scale": torch.tensor(1.0), "table": torch.arange(3)})
     assert len(digest) == 64
 
 
 @pytest.fixture(scope="module")
 def files(run):
-    """A sound checkpoint's files, by name."""
+    """The files of a valid checkpoint, by name."""
     place = run / result(run)["checkpoint"]
     return {path.name: path.read_bytes() for path in place.iterdir()}
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_readers_survive_any_bytes(files, tmp_path, data):
-    """What a stranger made is refused, or is sound: no other error, and no reader believes sizes it is told."""
+def test_open_checkpoint_with_corrupt_bytes_raises_or_loads(files, tmp_path, data):
+    """Any change of the files raises UserError or is harmless; readers trust no size that a file states."""
     place = tmp_path / "step-000001-abcdef"
     place.mkdir(exist_ok=True)
     for path in place.iterdir():

@@ -22,7 +22,7 @@ from job.training.loop import end_epoch, train_steps
 from job.training.run_spec import RunSpec
 from job.training.train_state import build_train_state
 
-LANES, STEPS = 6, 5
+LANES, STEPS = 5, 5
 
 
 class RecordedOperations(TorchDispatchMode):
@@ -114,7 +114,7 @@ def train(config, use_graph):
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_cuda_graph_train_step_equals_eager_step(cell, reproducible, name):
     config = dataclasses.replace(
-        small_config(epochs=3, reproducible=reproducible, lane_groups=4),
+        small_config(epochs=3, reproducible=reproducible, lane_groups=2),
         model=ModelConfig(cell=cell, hidden_size=8, num_layers=2, embedding_size=4, dropout=0.3),
         optimizer=OptimizerConfig(name=name, learning_rate=0.5, grad_clip_norm=0.1, schedule="cosine", warmup_steps=2),
     )

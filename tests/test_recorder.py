@@ -2,7 +2,6 @@
 
 import io
 import json
-from dataclasses import asdict
 
 import pytest
 
@@ -160,7 +159,7 @@ def test_recorder_commits_part_that_arrived_before_its_group_started(recorder):
     name, progress = "step-000030-abcdef", Progress(step=30)
     recorder.handle(PartWritten("abcdef", PartReceipt(name, 2, {}, None)))
     recorder.handle(started("abcdef", 30, workers=2))
-    recorder.handle(PartWritten("abcdef", PartReceipt(name, 2, {"model.safetensors": (1, "0")}, asdict(progress))))
+    recorder.handle(PartWritten("abcdef", PartReceipt(name, 2, {"model.safetensors": (1, "0")}, progress)))
     recorder.handle(Finished("abcdef", False, progress, name, 2))
     assert recorder.is_done
     assert not recorder.status.failed

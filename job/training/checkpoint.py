@@ -1,13 +1,13 @@
-"""A run's progress to files and back.
+"""The checkpoint format: writing, reading and verifying.
 
-A checkpoint is a folder ``step-000350-1f3a9c`` in the run's ``checkpoints/``: ``model.safetensors``,
+A checkpoint is a folder ``step-000350-1f3a9c`` in the run's ``checkpoints/``. It contains ``model.safetensors``,
 ``optimizer.safetensors``, ``progress.json``, ``vocabulary.json``, ``config.toml``, and for each worker
-``lanes-00000-00015.safetensors`` with its lanes' state. The workers write these parts; the driver
-alone, when it has the receipts of all, writes ``manifest.json`` with their sizes and checksums.
-Without a sound manifest there is no checkpoint. The folder's last part is the attempt that wrote
-it, so that what a dead attempt left can mix with nothing.
+``lanes-00000-00015.safetensors`` with the state of its lanes. Each worker writes its part of these files. Once the
+driver has the receipts of all workers, it commits the checkpoint by writing ``manifest.json`` with the sizes and
+checksums of all files. A folder without a valid manifest is not a checkpoint. Its name ends with the attempt that
+wrote it, so that parts of different attempts never mix.
 
-Nothing that is read here is executed, and sizes and names are checked before memory is taken.
+Reading executes nothing, and checks names and sizes before it allocates memory.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from job.training.progress import LossSum, Progress
 
 FORMAT = 1
 MANIFEST = "manifest.json"
-_MAX_MANIFEST_BYTES = 16 << 20  # bytes; a hundred bytes for each worker's part
+_MAX_MANIFEST_BYTES = 16 << 20  # at some hundred bytes per worker
 _NAME = re.compile(r"step-(\d{6,})-([0-9a-f]{6,32})")
 _LANES = re.compile(r"lanes-(\d{5,})-(\d{5,})\.safetensors")
 _FILE = re.compile(r"[a-z]+[a-z0-9-]*\.(safetensors|json|toml)")
@@ -67,27 +67,27 @@ class CorruptCheckpoint(Exception):
 
 @dataclass(frozen=True)
 class PartReceipt:
-    """A part that is on the disk: file names with (bytes, SHA-256)."""
+    """A worker's part of a checkpoint that is written and waits to be committed."""
 
     checkpoint: str
-    workers: int
-    files: dict[str, tuple[int, str]]
-    progress: dict[str, Any] | None  # rank 0's alone
+    workers: int  # number of parts of the checkpoint
+    files: dict[str, tuple[int, str]]  # by name: bytes, SHA-256
+    progress: Progress | None  # of rank 0 only
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A committed checkpoint, by its manifest."""
+    """A committed checkpoint, as described by its manifest."""
 
-    folder: Folder
+    folder: Folder  # of all checkpoints
     name: str
     step: int
-    files: dict[str, tuple[int, str]]
-    validation_nats: float | None
+    files: dict[str, tuple[int, str]]  # by name: bytes, SHA-256
+    validation_nats: float | None  # mean per token with these weights, if they were validated
 
     @property
     def path(self) -> Folder:
-        """The checkpoint's folder."""
+        """The checkpoint's own folder."""
         return self.folder / self.name
 
 
@@ -101,11 +101,11 @@ class LoadedCheckpoint:
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     progress: Progress
-    metadata: dict[str, Any]  # precision, and the corpus's fingerprint
+    metadata: dict[str, Any]  # "precision" of the weights, "corpus" as in Dataset.metadata
 
 
 def checkpoint_name(step: int, attempt: str) -> str:
-    """The folder's name of a checkpoint."""
+    """Returns the name of a checkpoint's folder."""
     return f"step-{step:06d}-{attempt}"
 
 
@@ -113,14 +113,13 @@ def checkpoint_name(step: int, attempt: str) -> str:
 
 
 def serialize_lane_state(lanes: range, state: State) -> dict[str, bytes]:
-    """The file with some lanes' state; no file where the state is zero."""
+    """Returns the file with the state of these lanes; no file if the state is None, that is zero."""
     if state is None:
         return {}
-    parts = state if isinstance(state, tuple) else (state,)
-    tensors = {f"state.{index}": part.contiguous() for index, part in enumerate(parts)}
-    kind = {"kind": "tuple" if isinstance(state, tuple) else "tensor"}
+    kind, state = ("tuple", state) if isinstance(state, tuple) else ("tensor", (state,))
+    tensors = {f"state.{index}": tensor.contiguous() for index, tensor in enumerate(state)}
     name = f"lanes-{lanes.start:05d}-{lanes.stop - 1:05d}.safetensors"
-    return {name: save_safetensors(tensors, kind)}
+    return {name: save_safetensors(tensors, {"kind": kind})}
 
 
 def serialize_model(
@@ -131,7 +130,7 @@ def serialize_model(
     progress: Progress,
     metadata: dict[str, Any],
 ) -> dict[str, bytes]:
-    """The files that one worker writes for all."""
+    """Returns the files that rank 0 writes for all workers; the arguments are those of ``LoadedCheckpoint``."""
     return {
         "model.safetensors": save_safetensors(weights),
         "optimizer.safetensors": save_safetensors(optimizer),
@@ -144,28 +143,36 @@ def serialize_model(
 def write_part(
     folder: Folder, name: str, files: dict[str, bytes], workers: int, progress: Progress | None
 ) -> PartReceipt:
-    """Writes a worker's files into the checkpoint; the receipt is the driver's to commit."""
-    place = folder / name
+    """Writes a worker's part of a checkpoint, which the driver then commits by its receipt.
+
+    Args:
+        folder: the run's checkpoints
+        name: name of the checkpoint
+        files: content by name
+        workers: number of workers, each of which writes a part
+        progress: the run's progress, given by rank 0 only
+    """
     for file, data in files.items():
-        place.write(file, data)
+        (folder / name).write(file, data)
     sums = {file: (len(data), hashlib.sha256(data).hexdigest()) for file, data in files.items()}
-    return PartReceipt(name, workers, sums, asdict(progress) if progress else None)
+    return PartReceipt(name, workers, sums, progress)
 
 
 def commit_checkpoint(folder: Folder, name: str, receipts: Iterable[PartReceipt]) -> Checkpoint:
-    """Makes the parts a checkpoint, all or nothing."""
+    """Writes the manifest of a checkpoint whose parts are all written."""
     receipts = list(receipts)
-    files = {file: metadata for receipt in receipts for file, metadata in receipt.files.items()}
+    files = {file: entry for receipt in receipts for file, entry in receipt.files.items()}
     progress = next(receipt.progress for receipt in receipts if receipt.progress)
+    nats = progress.last_validation_nats if progress.validated_step == progress.step else None
     content = {
         "format": FORMAT,
-        "step": progress["step"],
-        # The validation of these very weights, if there was one.
-        "validation_nats": progress["last_validation_nats"] if progress["validated_step"] == progress["step"] else None,
+        "step": progress.step,
+        "validation_nats": nats,
         "files": {file: {"bytes": size, "sha256": digest} for file, (size, digest) in sorted(files.items())},
     }
-    (folder / name).write(MANIFEST, json.dumps({"content": content, "sha256": _digest(content)}, indent=1).encode())
-    return Checkpoint(folder, name, progress["step"], files, content["validation_nats"])
+    manifest = {"content": content, "sha256": _digest(content)}
+    (folder / name).write(MANIFEST, json.dumps(manifest, indent=1).encode())
+    return Checkpoint(folder, name, progress.step, files, nats)
 
 
 def _digest(content: Any) -> str:
@@ -173,22 +180,29 @@ def _digest(content: Any) -> str:
 
 
 def remove_checkpoint(checkpoint: Checkpoint) -> None:
-    """Removes a checkpoint, its manifest first, so that what is left is never taken for whole."""
-    checkpoint.path.remove(MANIFEST)
-    checkpoint.folder.remove(checkpoint.name)
+    """Removes a checkpoint, its manifest first, so that an interrupted removal leaves no valid checkpoint."""
+    _remove(checkpoint.folder, checkpoint.name)
+
+
+def _remove(folder: Folder, name: str) -> None:
+    (folder / name).remove(MANIFEST)
+    folder.remove(name)
 
 
 def discard_after(folder: Folder, step: int, attempt: str) -> None:
-    """Makes room for a group of workers, ``attempt``, that goes on from ``step``.
+    """Prepares the folder for a worker group that resumes from a step.
 
-    Later checkpoints go, since it writes them again, and so do the parts of those that were never
-    committed. What it has already begun to write stays.
+    Removes later checkpoints, which the group will write again, and uncommitted parts of earlier attempts.
+
+    Args:
+        folder: the run's checkpoints
+        step: the step that the group resumes from
+        attempt: the group, whose own parts remain
     """
     for name in folder.names():
         match = _NAME.fullmatch(name)
         if match and match[2] != attempt and (int(match[1]) > step or not (folder / name).has(MANIFEST)):
-            (folder / name).remove(MANIFEST)
-            folder.remove(name)
+            _remove(folder, name)
 
 
 # --- reading ----------------------------------------------------------------------------------
@@ -361,13 +375,13 @@ def _load_lane_state(checkpoint: Checkpoint, lanes: range) -> State:
 
 
 def _state_kind(data: bytes) -> str:
-    """Whether the state was a tuple; the file's header, which safetensors has checked, says so."""
+    """Returns ``tuple`` or ``tensor`` from the file's header, which safetensors has already validated."""
     size = int.from_bytes(data[:8], "little")
     return cast(str, json.loads(data[8 : 8 + size])["__metadata__"]["kind"])
 
 
 def weights_sha256(weights: dict[str, Tensor]) -> str:
-    """SHA-256 over name, shape and bytes (little-endian, row by row) of each weight, by name."""
+    """Returns the SHA-256 of the names, shapes and bytes (little-endian, row-major) of weights, in order of name."""
     digest = hashlib.sha256()
     for name in sorted(weights):
         tensor = weights[name].detach().cpu().contiguous()
@@ -377,7 +391,7 @@ def weights_sha256(weights: dict[str, Tensor]) -> str:
 
 
 def find_latest_valid(folder: Folder) -> tuple[LoadedCheckpoint | None, tuple[CorruptCheckpoint, ...]]:
-    """Finds the last checkpoint of which every byte is right.
+    """Finds and loads the last checkpoint of which every byte is valid; raises as ``list_checkpoints``.
 
     Returns:
         its content, or None if there is none; and the corrupt checkpoints after it, the latest first
@@ -390,5 +404,5 @@ def find_latest_valid(folder: Folder) -> tuple[LoadedCheckpoint | None, tuple[Co
         except CorruptCheckpoint as error:
             corrupt.append(error)
     latest_first = sorted(corrupt, key=lambda error: _step_and_name(error.name), reverse=True)
-    valid_step = loaded.checkpoint.step if loaded else -1
-    return loaded, tuple(error for error in latest_first if _step_and_name(error.name)[0] >= valid_step)
+    oldest = _step_and_name(loaded.checkpoint.name) if loaded else (-1, "")
+    return loaded, tuple(error for error in latest_first if _step_and_name(error.name) > oldest)

@@ -2,6 +2,7 @@
 
 import copy
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
 
 import torch
 
@@ -14,16 +15,16 @@ from job.training.run_spec import RunSpec
 from job.training.train_state import TrainState
 
 
+@dataclass
 class CheckpointWriter:
     """Writes this worker's parts of checkpoints in a thread, so that training only waits for a copy in memory."""
 
-    def __init__(self, spec: RunSpec, world: World, post: EventSink) -> None:
-        self.spec = spec
-        self.world = world
-        self.post = post
-        self.thread = ThreadPoolExecutor(1, "checkpoint")
-        self.pending: Future[None] | None = None
-        self.last_step = -1  # of the last save
+    spec: RunSpec
+    world: World
+    post: EventSink
+    thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
+    pending: Future[None] | None = None
+    last_step: int = -1  # of the last save
 
     def save(self, train_state: TrainState) -> None:
         """Copies the training state and starts writing it, after waiting for the previous save.

@@ -42,9 +42,7 @@ class Reporter:
     """Posts metrics rows and progress updates. All workers call it in the same way; only rank 0 posts."""
 
     def __init__(self, world: World, post: EventSink, train_state: TrainState, log_every: int) -> None:
-        self.world = world
-        self.post_event = post
-        self.train_state = train_state
+        self.world, self.post_event, self.train_state = world, post, train_state
         self.log_every = log_every  # steps; 0: once per epoch
         tokens = train_state.progress.tokens
         self.report_speed, self.progress_speed, self.epoch_speed = (Throughput(tokens) for _ in range(3))

@@ -7,13 +7,7 @@ import torch.distributed as dist
 
 from job.distributed.context import World, resolve_precision
 from job.errors import UserError
-from job.training.checkpoint import (
-    Checkpoint,
-    CorruptCheckpoint,
-    LoadedCheckpoint,
-    find_latest_valid,
-    load_checkpoint,
-)
+from job.training.checkpoint import Checkpoint, CorruptCheckpoint, LoadedCheckpoint, find_latest_valid, load_checkpoint
 from job.training.run_spec import RunSpec
 
 CHECKPOINT_SCAN_TIMEOUT_S = 1800.0  # seconds for rank 0 to verify checkpoints, which may be many parts in a slow store

@@ -1,6 +1,6 @@
 """Everything that changes while a worker trains, and how it is built."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -37,7 +37,7 @@ class TrainState:
     shared_memory: SharedMemoryGroup | None  # of all workers, if they run on CPUs of one machine
     precision: Precision
     learning_rate: float  # of the last step
-    progress: Progress
+    progress: Progress = field(default_factory=Progress)
     lane_state: State = None
 
     @property
@@ -68,13 +68,9 @@ def build_train_state(
     optimizer = build_optimizer(config.optimizer, model)
     num_groups = config.train.lane_groups if config.train.reproducible else 0
     assignment = assign_lanes(config.stream.batch_size, num_groups, world.rank, world.size)
-    progress, lane_state = Progress(), None
     if loaded:
         load_weights(model, loaded.weights, str(loaded.checkpoint.path))
         load_optimizer_tensors(optimizer, model, loaded.optimizer)
-        progress = loaded.progress
-        progress.restarts += 1
-        lane_state = map_state(lambda tensor: tensor.to(device), load_lane_state(loaded.checkpoint, assignment.lanes))
     elif spec.init:
         load_weights(model, parse_safetensors(spec.init), config.model.init)
     shared_memory = create_group(config.scale.hang_timeout) if world.size > 1 and device.type == "cpu" else None
@@ -82,16 +78,14 @@ def build_train_state(
     gradients_class = DeterministicGradients if config.train.reproducible else AllReduceGradients
     gradients = gradients_class(loss_module, assignment, shared_memory)
     eager_step = EagerTrainStep(gradients, optimizer, config.optimizer.grad_clip_norm, device)
-    return TrainState(
-        model,
-        optimizer,
-        CudaGraphTrainStep(eager_step) if supports_cuda_graph(model, world.size) else eager_step,
-        stream,
-        config.optimizer.schedule_steps or stream.total_steps(replace(config.train, max_steps=0)),
-        assignment,
-        shared_memory,
-        precision,
-        config.optimizer.learning_rate,
-        progress,
-        lane_state,
+    train_step = CudaGraphTrainStep(eager_step) if supports_cuda_graph(model, world.size) else eager_step
+    schedule_steps = config.optimizer.schedule_steps or stream.total_steps(replace(config.train, max_steps=0))
+    learning_rate = config.optimizer.learning_rate
+    train_state = TrainState(
+        model, optimizer, train_step, stream, schedule_steps, assignment, shared_memory, precision, learning_rate
     )
+    if loaded:
+        train_state.progress = replace(loaded.progress, restarts=loaded.progress.restarts + 1)
+        lane_state = load_lane_state(loaded.checkpoint, assignment.lanes)
+        train_state.lane_state = map_state(lambda tensor: tensor.to(device), lane_state)
+    return train_state

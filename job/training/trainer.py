@@ -2,9 +2,9 @@
 
 import copy
 import time
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
 
@@ -58,7 +58,7 @@ def train(spec: RunSpec, world: World, link: DriverLink) -> None:
         writer = CheckpointWriter(spec, world, link.post)
         reporter = Reporter(world, link.post, train_state, spec.config.train.log_every)
         reporter.post(_started(spec.config, world, train_state, resume_point.skipped_checkpoints))
-        Trainer(spec.config, spec.dataset.validation_tokens, world, link, train_state, writer, reporter).run()
+        Trainer(spec, world, link, train_state, writer, reporter).run()
     except UnrecoverableError as error:
         link.post(Failed(world.attempt, error))
     except UserError as error:
@@ -85,41 +85,25 @@ def _started(
         device += " in shared memory"
     if config.model.cell in BUILTIN_CELLS and (reason := kernel_unavailable_reason(world.device)):
         device += f" without the compiled kernel ({reason})"
-    num_weights = sum(weight.numel() for weight in train_state.model.parameters())
-    return Started(
-        world.attempt,
-        progress.step,
-        progress.epoch,
-        world.size,
-        device,
-        train_state.precision.name,
-        num_weights,
-        train_state.stream.total_steps(config.train),
-        skipped_checkpoints,
-    )
+    num_weights = sum(map(torch.numel, train_state.model.parameters()))
+    total_steps = train_state.stream.total_steps(config.train)
+    group = world.attempt, progress.step, progress.epoch, world.size
+    return Started(*group, device, train_state.precision.name, num_weights, total_steps, skipped_checkpoints)
 
 
+@dataclass
 class Trainer:
     """Trains epoch after epoch, validates after each, and saves checkpoints."""
 
-    def __init__(
-        self,
-        config: Config,
-        validation_tokens: np.ndarray,
-        world: World,
-        link: DriverLink,
-        train_state: TrainState,
-        writer: CheckpointWriter,
-        reporter: Reporter,
-    ) -> None:
-        self.config = config
-        self.validation_tokens = validation_tokens
-        self.world = world
-        self.link = link
-        self.train_state = train_state
-        self.writer = writer
-        self.reporter = reporter
-        self.timed_until = self.saved_at = self.preemption_polled_at = time.monotonic()
+    spec: RunSpec
+    world: World
+    link: DriverLink
+    train_state: TrainState
+    writer: CheckpointWriter
+    reporter: Reporter
+    timed_until: float = field(default_factory=time.monotonic)  # all of these by the monotonic clock
+    saved_at: float = field(default_factory=time.monotonic)
+    preemption_polled_at: float = field(default_factory=time.monotonic)
 
     @property
     def progress(self) -> Progress:
@@ -136,7 +120,7 @@ class Trainer:
         stopped = False
         try:
             self._finish_truncated_epoch()
-            while not stopped and not is_done(self.progress, self.config.train):
+            while not stopped and not is_done(self.progress, self.spec.config.train):
                 stopped = self._run_epoch()
             if self.writer.last_step != self.progress.step:
                 self._save()
@@ -155,7 +139,7 @@ class Trainer:
     def _run_epoch(self) -> bool:
         """Trains to the end of the current epoch, or until a stop is requested: then returns True."""
         stopped = False
-        for step in train_steps(self.train_state, self.config, self._control_flags):
+        for step in train_steps(self.train_state, self.spec.config, self._control_flags):
             stopped = step.stats.flags.stop
             self.reporter.report_step(step)
             if stopped or step.ends_run:
@@ -172,13 +156,13 @@ class Trainer:
         """Reports, once, an epoch that ``max_steps`` cut short."""
         progress, loss = self.progress, self.progress.epoch_mean
         is_reported = not loss.tokens or progress.last_epoch_nats == loss.nats_per_token
-        if is_done(progress, self.config.train) and not is_reported:
+        if is_done(progress, self.spec.config.train) and not is_reported:
             progress.last_epoch_nats = loss.nats_per_token
             self._report_and_validate(progress.epoch + 1, loss)
 
     def _report_and_validate(self, epoch: int, train_loss: LossSum) -> None:
         self.reporter.report_epoch(epoch, train_loss)
-        if len(self.validation_tokens) > 1:
+        if len(self.spec.dataset.validation_tokens) > 1:
             started_at = time.monotonic()
             loss = self._validate()
             seconds = time.monotonic() - started_at
@@ -190,14 +174,14 @@ class Trainer:
     def _validate(self) -> LossSum:
         """Evaluates the validation text, split into as many lanes as the stream, on all workers."""
         model, groups = self.train_state.model, self.train_state.assignment.groups
-        num_lanes, num_steps = self.config.stream.batch_size, self.config.stream.num_steps
+        num_lanes, num_steps = self.spec.config.stream.batch_size, self.spec.config.stream.num_steps
         autocast = self.train_state.precision.autocast
-        sums = evaluate_lanes(model, self.validation_tokens, groups, num_lanes, num_steps, autocast)
+        sums = evaluate_lanes(model, self.spec.dataset.validation_tokens, groups, num_lanes, num_steps, autocast)
         if self.world.size > 1:
             gathered: list[Any] = [None] * self.world.size
             dist.all_gather_object(gathered, sums)
             sums = [nats for worker_sums in gathered for nats in worker_sums]
-        return LossSum(tree_sum(sums), len(self.validation_tokens) - 1)
+        return LossSum(tree_sum(sums), len(self.spec.dataset.validation_tokens) - 1)
 
     def _control_flags(self) -> ControlFlags:
         """The driver's requests, to which rank 0 adds what is due by its clock."""
@@ -208,11 +192,11 @@ class Trainer:
         check_preemption = now - self.preemption_polled_at >= PREEMPTION_POLL_S
         if check_preemption:
             self.preemption_polled_at = now
-        is_due = now - self.saved_at >= self.config.train.checkpoint_seconds and not self.writer.is_busy
+        is_due = now - self.saved_at >= self.spec.config.train.checkpoint_seconds and not self.writer.is_busy
         return flags._replace(checkpoint=flags.checkpoint or is_due, check_preemption=check_preemption)
 
     def _is_checkpoint_due(self, flags: ControlFlags) -> bool:
-        every = self.config.train.checkpoint_steps
+        every = self.spec.config.train.checkpoint_steps
         is_due_by_step = bool(every) and self.progress.step % every == 0
         return is_due_by_step or flags.checkpoint or (flags.check_preemption and self.link.preemption_pending())
 
