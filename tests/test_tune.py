@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, job, result, rows, start_job
 
 from job.cluster.schedulers import build_scheduler
-from job.cluster.trainable import TrialTrainable
+from job.cluster.trainable import TrialRunner, TrialTrainable
 from job.cluster.tune_callbacks import StopOnRequest, TrialCallback
 from job.config.config_file import load_config
 from job.config.search_space import SearchConfig, SearchSpace
@@ -23,6 +23,7 @@ from job.run.lease import acquire_lease, raise_if_held
 from job.run.run_dir import read_existing_run
 from job.storage import Folder
 from job.training.checkpoint import copy_checkpoint, find_latest_valid, read_checkpoint_file
+from job.training.events import CheckpointCommitted, MetricsRow
 from job.tuning.exchange import import_checkpoint
 from job.tuning.params import trial_name, with_params
 from job.tuning.trials import load_trials
@@ -281,6 +282,36 @@ def test_pbt_when_the_last_running_trial_ends_resumes_the_paused_ones(tmp_path, 
     assert stopper.stop_all()
     stopper.requested = False
     assert scheduler.choose_trial_to_run(controller) in members[:2]
+
+
+def test_pbt_after_trials_missed_a_report_resumes_the_earliest(tmp_path):
+    search = SearchConfig(scheduler="pbt", space={"optimizer.learning_rate": {"grid": [1.0, 0.1]}})
+    trials = load_trials(Folder(str(tmp_path)), load_config(None, {"train.epochs": "9"}), search)
+    scheduler = build_scheduler(trials, StopOnRequest(TrialCallback(trials, max_failures=0)))
+    members = [Member(number) for number in range(2)]
+    controller = SimpleNamespace(search_alg=None, get_trials=lambda: members, get_live_trials=lambda: set(members))
+    for member in members:
+        scheduler.on_trial_add(controller, member)
+    for epoch in (1, 3):
+        for member in members:
+            scheduler.last_results[member] = {"epoch": epoch, "score": 7.0}
+            scheduler._trial_state[member].last_train_time = epoch
+            member.status = "PAUSED"
+    scheduler._next_perturbation_sync = 3
+    for member in members:
+        scheduler._trial_state[member].last_perturbation_time = 3
+    assert scheduler.choose_trial_to_run(controller) in members
+
+
+def test_trial_runner_reports_every_epoch_although_training_is_ahead_of_the_checkpoints(tmp_path):
+    runner = TrialRunner(load_config(None, {}), Folder(str(tmp_path)), SearchConfig(metric="perplexity"))
+    for step in (24, 48):
+        row = {"split": "epoch", "step": step, "epoch": step // 24, "perplexity": 5.0}
+        runner._on_event(MetricsRow("attempt", row))
+    for step in (24, 48):
+        runner.resume.release()
+        runner._on_event(CheckpointCommitted("attempt", SimpleNamespace(step=step)))
+    assert [runner.reports.get_nowait()["step"] for _ in range(2)] == [24, 48]
 
 
 def test_trial_callback_with_a_new_epoch_renews_the_failures_allowed(tmp_path):

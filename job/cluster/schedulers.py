@@ -50,7 +50,9 @@ class SyncPBT(NotPickled, PopulationBasedTraining):
             return chosen
         latest = max(live, key=lambda trial: self.last_results[trial]["epoch"])
         super().on_trial_result(tune_controller, latest, self.last_results[latest])
-        return super().choose_trial_to_run(tune_controller)
+        # Ray Tune chooses none if all trials have passed the next comparison, as after a report that was missed.
+        earliest = min(live, key=lambda trial: self.last_results[trial]["epoch"])
+        return super().choose_trial_to_run(tune_controller) or earliest
 
 
 class OptunaSearcher(NotPickled, Searcher):

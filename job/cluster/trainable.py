@@ -128,7 +128,7 @@ class TrialRunner:
         self.ending = False
         self.stop_request = StopRequest()
         self.checkpoint: Checkpoint | None = None  # the last one that was committed
-        self.pending_row: dict[str, Any] | None = None  # has a score, but no checkpoint yet
+        self.pending_rows: dict[int, dict[str, Any]] = {}  # by step; each waits for the checkpoint of its step
         self.last_reported_step = 0
         self.thread = threading.Thread(target=self._run, daemon=True)
 
@@ -190,11 +190,10 @@ class TrialRunner:
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, MetricsRow) and event.row["split"] == METRIC_SPLITS[self.search.metric]:
-            self.pending_row = event.row
+            self.pending_rows[event.row["step"]] = event.row
         if isinstance(event, CheckpointCommitted):
             self.checkpoint = event.checkpoint
-            if self.pending_row and self.pending_row["step"] == event.checkpoint.step:
-                row, self.pending_row = self.pending_row, None
+            if row := self.pending_rows.pop(event.checkpoint.step, None):
                 self._report(row)
 
     def _report(self, row: dict[str, Any]) -> None:
