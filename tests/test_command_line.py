@@ -265,7 +265,7 @@ def test_train_nan_loss_fails_and_keeps_finite_checkpoint(prose, tmp_path):
     arguments = ["--corpus.source", prose, *SMALL, "--run.storage", tmp_path, "--run.name", "run"]
     ended = job("train", *arguments, "--model.cell", "cells:DivergingCell", "--train.checkpoint_every", 3)
     assert ended.status == 1
-    assert ended.err.startswith("error: the loss is nan at step 8 (epoch 1): lower optimizer.learning_rate")
+    assert ended.err.startswith("error: the loss is nan at step 8 (epoch 1); lower optimizer.learning_rate")
     assert "saved at step 6" in ended.err
     assert ended.err.count("\n") == 1
     assert job("generate", tmp_path / "run", "--generate.prefix", "the").status == 0
