@@ -187,7 +187,9 @@ class ScaleConfig(Section):
 class GenerateConfig(Section):
     """Text generation."""
 
-    prefix: str = config_field("time traveller", "text to continue (prompt)")
+    prefix: str = config_field(
+        "time traveller", "text to continue (prompt); the default becomes the text's beginning if unknown to it"
+    )
     length: int = config_field(50, "tokens to generate", at_least(0))
     temperature: float = config_field(0.0, "sampling temperature; 0: greedy", at_least(0))
 

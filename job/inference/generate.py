@@ -9,11 +9,16 @@ from torch import Tensor
 
 from job.config.schema import Config, GenerateConfig
 from job.data.corpus import clean_text
+from job.data.dataset import Dataset
 from job.data.vocabulary import Vocabulary
 from job.errors import UserError
 from job.inference.load import load_model
 from job.nn.language_model import LanguageModel
 from job.training.checkpoint import LoadedCheckpoint
+
+# Length of a prefix that is taken from the text.
+PREFIX_CHARACTERS = 12
+PREFIX_WORDS = 3
 
 
 def generate_text(checkpoint: LoadedCheckpoint, config: Config) -> str:
@@ -30,6 +35,40 @@ def generate_text(checkpoint: LoadedCheckpoint, config: Config) -> str:
     prefix = encode_prefix(config.generate.prefix, checkpoint.config.corpus.cleaning, vocabulary)
     continuation = generate_tokens(load_model(checkpoint), prefix, config.generate, config.run.seed)
     return vocabulary.decode([*prefix.tolist(), *continuation])
+
+
+def resolve_prefix(prefix: str, cleaning: str, dataset: Dataset) -> str:
+    """Returns the prefix, or the beginning of the training text in place of a default that the text does not have.
+
+    Args:
+        prefix: ``generate.prefix``; checked unless it is the default
+        cleaning: that of the corpus
+        dataset: the vocabulary and the text
+
+    Raises:
+        UserError: none of the prefix's tokens is in the vocabulary
+    """
+    vocabulary, tokens = dataset.vocabulary, dataset.train_tokens
+    if prefix == GenerateConfig.prefix:
+        ids = vocabulary.encode(clean_text(prefix, cleaning))
+        is_known = np.isin(ids, tokens) if vocabulary.kind == "byte" else ids > 0
+        prefix = prefix if is_known.all() else _first_known_text(vocabulary, tokens) or prefix
+    encode_prefix(prefix, cleaning, vocabulary)
+    return prefix
+
+
+def _first_known_text(vocabulary: Vocabulary, tokens: np.ndarray) -> str:
+    """Returns the first known characters or words, without blanks before them. Empty if there are only blanks."""
+    is_known = tokens >= (0 if vocabulary.kind == "byte" else 1)
+    if not is_known.any():
+        problem = "vocabulary: contains no token of the training text"
+        raise UserError(problem, "raise vocabulary.size or lower vocabulary.min_frequency")
+    blank_ids = [index for index in range(len(vocabulary)) if not vocabulary.decode([index]).strip()]
+    start = int(np.argmax(is_known & ~np.isin(tokens, blank_ids)))
+    stop = start + 4 * PREFIX_CHARACTERS  # a character has up to four bytes
+    num_known = np.cumprod(is_known[start:stop]).sum()
+    text = vocabulary.decode(tokens[start : start + num_known].tolist()).lstrip()
+    return " ".join(text.split()[:PREFIX_WORDS]) if vocabulary.kind == "word" else text[:PREFIX_CHARACTERS]
 
 
 def encode_prefix(prefix: str, cleaning: str, vocabulary: Vocabulary) -> np.ndarray:

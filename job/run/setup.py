@@ -11,7 +11,7 @@ from job.data.dataset import build_dataset
 from job.data.stream import Stream
 from job.data.vocabulary import Vocabulary, vocabulary_from_json
 from job.errors import UserError, error_origin
-from job.inference.generate import encode_prefix
+from job.inference.generate import resolve_prefix
 from job.nn.language_model import build_model, load_weights, place_by_token
 from job.run.run_dir import open_checkpoint
 from job.storage import Folder
@@ -29,7 +29,8 @@ def build_run_spec(config: Config, folder: Folder) -> RunSpec:
         folder: the run's folder; nothing is written to it
 
     Returns:
-        What all workers need; its configuration has ``corpus.source`` and ``corpus.cleaning`` resolved.
+        What all workers need; its configuration has ``corpus.source``, ``corpus.cleaning`` and ``generate.prefix``
+        resolved.
 
     Raises:
         UserError: the corpus, the sizes or the first weights cannot be used as configured
@@ -44,7 +45,8 @@ def build_run_spec(config: Config, folder: Folder) -> RunSpec:
             f"corpus.validation_fraction = {config.corpus.validation_fraction} keeps {num_validation} tokens, "
             f"too few for stream.batch_size = {config.stream.batch_size} lanes: raise it or give more text"
         )
-    encode_prefix(config.generate.prefix, config.corpus.cleaning, dataset.vocabulary)
+    prefix = resolve_prefix(config.generate.prefix, config.corpus.cleaning, dataset)
+    config = replace(config, generate=replace(config.generate, prefix=prefix))
     return RunSpec(config, dataset, folder / "checkpoints", _read_init(config, dataset.vocabulary))
 
 

@@ -68,7 +68,7 @@ def check_search(base: Config, search: SearchConfig, folder: Folder) -> Config:
     if "corpus.validation_fraction" not in search.space.domains:
         _check_metric(base, search)
     spec = build_run_spec(base, folder)
-    base = spec.config
+    base = replace(spec.config, generate=base.generate)  # a trial with another vocabulary has another prefix
     if not any(name.startswith(("corpus.", "vocabulary.")) for name in search.space.domains):
         check_same_text(trial_folder(folder, 0) / "checkpoints", spec.dataset)
     for endpoint in search.space.endpoints:
