@@ -14,11 +14,10 @@ from typing import Any
 from job.config.schema import SECTIONS
 from job.config.section import format_value, unknown_name
 from job.config.toml import FILE_SECTIONS, check_field, override_config, parse_flags
-from job.console import Console
+from job.console import NO_BREAK, Console
 from job.errors import RunFailed, UserError, error_origin
 from job.paths import check_no_credentials, expand_path, mask_credentials
 
-NO_BREAK = "\xa0"  # a space at which textwrap does not break a line
 DEBUG_FLAG = {"debug": "show the traceback of an error"}
 
 

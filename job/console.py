@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from typing import TextIO
 
+NO_BREAK = "\xa0"  # a space at which textwrap does not break a line
 LARGEST_COUNT = 10**300  # that a float can hold, rounded
 PLAIN_INTERVAL_S = 10.0  # seconds between two lines of progress if the stream is no terminal
 
@@ -37,11 +38,12 @@ class Console:
         """Shows progress: redrawn in place on a terminal, elsewhere a line every ``PLAIN_INTERVAL_S``.
 
         Args:
-            text: one line
+            text: one line; a terminal that is too narrow breaks it between fields, which two spaces separate
             milestone: print it also if no line has been printed yet
         """
         if self.is_tty:
-            self.redraw(_wrap(text))
+            fields = text.replace(" ", NO_BREAK).replace(2 * NO_BREAK, "  ")
+            self.redraw([line.replace(NO_BREAK, " ") for line in _wrap(fields)])
         elif time.monotonic() - self.last_plain_at >= PLAIN_INTERVAL_S or (milestone and not self.last_plain_at):
             self.last_plain_at = time.monotonic()
             self.print(text)

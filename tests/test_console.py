@@ -45,6 +45,7 @@ def test_show_progress_of_any_numbers_fits_the_terminal(monkeypatch, columns, ep
     status.show_progress(1, step, nats, speed, "validation ")
     assert max(map(len, terminal.lines)) < columns
     assert " ".join(terminal.lines).endswith("left")
+    assert not any(line.endswith(("epoch", "step", "perplexity")) for line in terminal.lines)  # breaks between fields
 
 
 @pytest.mark.parametrize("columns", [40, 80])
