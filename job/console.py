@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shlex
 import shutil
 import sys
 import textwrap
@@ -102,5 +103,5 @@ def format_duration(seconds: float) -> str:
 def python_command() -> str:
     """Returns the command that starts this Python, relative to the working directory if it is below it."""
     with contextlib.suppress(ValueError, OSError):
-        return str(Path(sys.executable).relative_to(Path.cwd()))
+        return shlex.quote(str(Path(sys.executable).relative_to(Path.cwd())))
     return "python"

@@ -1,6 +1,7 @@
 """Paths and URIs as users write them: any character, variables, and no credentials."""
 
 import os
+import shlex
 from pathlib import Path
 from urllib.parse import quote
 
@@ -10,6 +11,7 @@ from conftest import job, result
 from job.config.config_file import load_config, load_search_config
 from job.config.schema import Config, CorpusConfig, ModelConfig, RunConfig
 from job.config.toml import config_from_toml, config_to_toml, search_config_from_toml, search_config_to_toml
+from job.console import python_command
 from job.data.corpus import read_corpus
 from job.errors import UserError
 from job.paths import expand_path, is_uri
@@ -230,3 +232,13 @@ def test_uri_without_credentials_is_accepted(uri):
 
 def test_prefix_may_contain_anything():
     assert load_config(None, {"generate.prefix": SECRETS[0]}).generate.prefix == SECRETS[0]
+
+
+@pytest.mark.parametrize("name", ["a b", "my$project", "it's"])
+def test_printed_commands_are_quoted_for_the_shell(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.executable", str(tmp_path / name / "python"))
+    assert shlex.split(python_command()) == [f"{name}/python"]
+    (tmp_path / name).mkdir()
+    (path,) = shlex.split(Folder.resolve(name).shell_quoted)
+    assert Folder.resolve(expand_path(path)) == Folder(str(tmp_path / name))
