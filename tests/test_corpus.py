@@ -1,5 +1,11 @@
 """Reading a corpus from files, globs, URIs and the embedded text."""
 
+import bz2
+import codecs
+import gzip
+import lzma
+
+import pyarrow
 import pytest
 from conftest import BOOK
 
@@ -93,6 +99,45 @@ def test_read_corpus_of_invalid_file_raises(tmp_path, data, problem):
     path.write_bytes(data)
     with pytest.raises(UserError, match=f"corpus.source = {path}: {problem}"):
         read(path, cleaning="d2l")
+
+
+LINES = "One line and\nanother one.\n" * 50
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (gzip.compress(LINES.encode()), "compressed with gzip; decompress it"),
+        (bz2.compress(LINES.encode()), "compressed with bzip2; decompress it"),
+        (lzma.compress(LINES.encode()), "compressed with xz; decompress it"),
+        (pyarrow.compress(LINES.encode(), "zstd", asbytes=True), "compressed with zstd; decompress it"),
+        (b"PK\x03\x04\x14\0\0\xff", r"a zip archive \(.*\); extract the text"),
+        (b"%PDF-1.7\n%\xe2\xe3\xcf\xd3\n", "a PDF file; extract the text"),
+        (LINES.encode("utf-16"), "UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8"),
+        (codecs.BOM_UTF16_BE + "今天天气".encode("utf-16-be"), "UTF-16 text; convert it: iconv -f UTF-16 -t UTF-8"),
+        (LINES.encode("utf-32"), "UTF-32 text; convert it: iconv -f UTF-32 -t UTF-8"),
+        (LINES.encode("utf-16-le"), "UTF-16LE text"),
+        (LINES.encode("utf-16-be"), "UTF-16BE text"),
+        (LINES.encode("utf-32-le"), "UTF-32LE text"),
+        (LINES.encode("utf-32-be"), "UTF-32BE text"),
+        (b"hello\0world\n", "not text, byte 5 is NUL; use vocabulary.kind = byte"),
+        (bytes(1000), "not text, byte 0 is NUL; use vocabulary.kind = byte"),
+        (bytes(range(256)), "not text, byte 0 is NUL; use vocabulary.kind = byte"),
+        ("na\xefve".encode("latin-1"), "not UTF-8 at byte 2 .*; convert it to UTF-8, or use vocabulary.kind = byte"),
+    ],
+)
+def test_read_corpus_of_another_format_names_it(tmp_path, data, message):
+    (tmp_path / "data").write_bytes(data)
+    for kind, cleaning in (("char", "none"), ("word", "none"), ("byte", "d2l")):
+        with pytest.raises(UserError, match=f"data: {message}"):
+            read(tmp_path / "data", kind, cleaning=cleaning)
+    assert read(tmp_path / "data", "byte").lines == [data]
+
+
+@pytest.mark.parametrize("text", ["BZh is no archive", "PK\x03\x04", "%PDF- starts a PDF"])
+def test_read_corpus_of_text_that_begins_like_another_format_reads_it(tmp_path, text):
+    (tmp_path / "data").write_text(text)
+    assert read(tmp_path / "data").lines == [text]
 
 
 @pytest.mark.parametrize(

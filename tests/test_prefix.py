@@ -67,6 +67,21 @@ def test_build_run_spec_prefix_of_the_user_is_checked(tmp_path, text, prefix, fl
         resolve(tmp_path, text, **flags, **{"generate.prefix": prefix})
 
 
+@pytest.mark.parametrize(
+    ("prefix", "flags", "message"),
+    [
+        ("", {}, "generate.prefix is empty; give a text to continue"),
+        ("", {"vocabulary.kind": "word"}, "generate.prefix is empty; give a text to continue"),
+        ("", {"vocabulary.kind": "byte"}, "generate.prefix is empty; give a text to continue"),
+        (" ", {"vocabulary.kind": "word"}, "generate.prefix = ' ': contains no words"),
+        ("1234", {"corpus.cleaning": "d2l"}, "generate.prefix = '1234': contains no letters from A to Z"),
+    ],
+)
+def test_build_run_spec_prefix_without_tokens_raises(tmp_path, prefix, flags, message):
+    with pytest.raises(UserError, match=message):
+        resolve(tmp_path, "one two three four " * 200, **flags, **{"generate.prefix": prefix})
+
+
 @pytest.mark.parametrize("flags", [{"vocabulary.size": "1"}, {"vocabulary.min_frequency": "100000"}])
 def test_build_run_spec_vocabulary_without_tokens_raises(tmp_path, flags):
     with pytest.raises(UserError, match="vocabulary: contains no token of the training text"):
@@ -88,6 +103,23 @@ def test_generate_continues_the_prefix_that_the_run_took_from_its_text(tmp_path,
     assert result(run)["generated"].startswith(prefix)
     generated = job("generate", run)
     assert (generated.status, generated.out) == (0, result(run)["generated"] + "\n")
+    generated = job("generate", run, "--generate.prefix", "")
+    assert (generated.status, generated.err) == (2, "error: generate.prefix is empty; give a text to continue\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "hint"),
+    [
+        ("今天天气很好我们去公园散步" * 200, {}, "set vocabulary.kind = char: .* 2,600 characters"),
+        (CHINESE[:64], {"corpus.validation_fraction": "0.5"}, "set vocabulary.kind = char"),
+        ("ACGT" * 500, {}, "set vocabulary.kind = char"),
+        ("วันนี้อากาศดีมาก เราไปเดินเล่น ", {}, "set vocabulary.kind = char"),
+        ("three short words", {}, "lower them or give more text"),
+    ],
+)
+def test_build_run_spec_with_too_few_words_names_the_cause(tmp_path, text, flags, hint):
+    with pytest.raises(UserError, match=f"; {hint}"):
+        resolve(tmp_path, text, **{"vocabulary.kind": "word", **flags})
 
 
 def test_check_search_leaves_the_default_prefix_to_the_trials(tmp_path):

@@ -13,6 +13,7 @@ import pyarrow
 
 from job.config.schema import CorpusConfig
 from job.data.download import TIME_MACHINE_LENGTH, download_text, download_time_machine
+from job.data.file_format import describe_file_format
 from job.errors import UserError, error_origin
 from job.paths import check_no_credentials, is_uri
 from job.storage import Folder
@@ -92,15 +93,17 @@ def _join(files: dict[str, bytes]) -> str:
 
 def _decode(data: bytes) -> str:
     """Returns UTF-8 text without its byte order mark."""
-    remedy = "use vocabulary.kind = byte, which reads any file"
     null_index = data.find(b"\0")
-    if null_index >= 0:
-        raise UserError(f"not text, byte {null_index} is NUL", remedy)
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        problem = f"not UTF-8 at byte {error.start} (0x{data[error.start]:02x})"
-        raise UserError(problem, f"convert it, or {remedy}") from None
+    problem = f"not text, byte {null_index} is NUL"
+    if null_index < 0:
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            problem = f"not UTF-8 at byte {error.start} (0x{data[error.start]:02x})"
+    if description := describe_file_format(data):
+        raise UserError(*description)
+    remedy = "use vocabulary.kind = byte, which reads any file"
+    raise UserError(problem, remedy if null_index >= 0 else f"convert it to UTF-8, or {remedy}")
 
 
 def _read_source(source: str) -> tuple[str, dict[str, bytes]]:

@@ -38,7 +38,8 @@ def evaluate_text(checkpoint: LoadedCheckpoint, corpus_config: CorpusConfig) -> 
     tokens = vocabulary.encode(corpus.lines)[: corpus_config.max_tokens or None]
     if len(tokens) < 2:
         problem = f"corpus.source = {corpus_config.source}: {len(tokens)} tokens, and evaluation needs two"
-        raise UserError(problem, "give more text")
+        blanks = " with blanks between its words" if vocabulary.kind == "word" else ""
+        raise UserError(problem, f"give more text{blanks}")
     (nats,) = evaluate_lanes(load_model(checkpoint), tokens, [range(1)], 1, WINDOW_STEPS)
     return Evaluation(LossSum(nats, len(tokens) - 1), _count_characters(corpus, vocabulary.kind, len(tokens)))
 

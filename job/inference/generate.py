@@ -75,9 +75,14 @@ def encode_prefix(prefix: str, cleaning: str, vocabulary: Vocabulary) -> np.ndar
     """Returns the token ids (N,) of a prefix, cleaned as the corpus was.
 
     Raises:
-        UserError: none of its tokens is in the vocabulary
+        UserError: it is empty, or none of its tokens is in the vocabulary
     """
     ids = vocabulary.encode(clean_text(prefix, cleaning))
+    if not prefix:
+        raise UserError("generate.prefix is empty", "give a text to continue")
+    if not len(ids):
+        reason = "letters from A to Z, and corpus.cleaning = d2l keeps only those" if cleaning == "d2l" else "words"
+        raise UserError(f"generate.prefix = {prefix!r}: contains no {reason}", "choose another prefix")
     if not vocabulary.contains_known_token(ids):
         problem = f"generate.prefix = {prefix!r}: none of its tokens is in the vocabulary"
         raise UserError(problem, "choose another prefix")

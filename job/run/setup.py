@@ -6,8 +6,8 @@ from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from job.config.schema import Config
-from job.data.corpus import read_corpus
-from job.data.dataset import build_dataset
+from job.data.corpus import Corpus, read_corpus
+from job.data.dataset import Dataset, build_dataset
 from job.data.stream import Stream
 from job.data.vocabulary import Vocabulary, vocabulary_from_json
 from job.errors import UserError, error_origin
@@ -19,6 +19,7 @@ from job.training.checkpoint import parse_safetensors
 from job.training.run_spec import RunSpec
 
 VOCABULARY_FILE = "vocabulary.json"
+MAX_MEAN_WORD_LENGTH = 12  # characters; of languages that separate words by blanks
 
 
 def build_run_spec(config: Config, folder: Folder) -> RunSpec:
@@ -38,16 +39,36 @@ def build_run_spec(config: Config, folder: Folder) -> RunSpec:
     corpus = read_corpus(config.corpus, config.vocabulary.kind)
     config = replace(config, corpus=replace(config.corpus, source=corpus.source, cleaning=corpus.cleaning))
     dataset = build_dataset(corpus, config.corpus, config.vocabulary)
+    try:
+        _check_sizes(dataset, config)
+    except UserError as error:
+        raise UserError(error.problem, _remedy_for_long_words(corpus, config.vocabulary.kind) or error.remedy) from None
+    prefix = resolve_prefix(config.generate.prefix, config.corpus.cleaning, dataset)
+    config = replace(config, generate=replace(config.generate, prefix=prefix))
+    return RunSpec(config, dataset, folder / "checkpoints", _read_init(config, dataset.vocabulary))
+
+
+def _check_sizes(dataset: Dataset, config: Config) -> None:
+    """Raises UserError if there are too few tokens for a window of all lanes, or for the validation."""
     Stream(dataset.train_tokens, config.stream, config.run.seed).check_enough_tokens(config.train)
     num_validation = len(dataset.validation_tokens)
     if config.corpus.validation_fraction and num_validation <= config.stream.batch_size:
         raise UserError(
             f"corpus.validation_fraction = {config.corpus.validation_fraction} keeps {num_validation} tokens, "
-            f"too few for stream.batch_size = {config.stream.batch_size} lanes: raise it or give more text"
+            f"too few for stream.batch_size = {config.stream.batch_size} lanes",
+            "raise it or give more text",
         )
-    prefix = resolve_prefix(config.generate.prefix, config.corpus.cleaning, dataset)
-    config = replace(config, generate=replace(config.generate, prefix=prefix))
-    return RunSpec(config, dataset, folder / "checkpoints", _read_init(config, dataset.vocabulary))
+
+
+def _remedy_for_long_words(corpus: Corpus, vocabulary_kind: str) -> str:
+    """Returns the remedy for too few words of a text with few blanks, such as Chinese. Empty for another text."""
+    if vocabulary_kind != "word":
+        return ""
+    lengths = [len(word) for line in corpus.lines for word in line.split()]
+    mean_length = sum(lengths) // max(len(lengths), 1)
+    if mean_length <= MAX_MEAN_WORD_LENGTH:
+        return ""
+    return f"set vocabulary.kind = char: blanks separate words, which have {mean_length:,} characters here on average"
 
 
 def _read_init(config: Config, vocabulary: Vocabulary) -> bytes | None:

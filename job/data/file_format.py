@@ -1,0 +1,46 @@
+"""Recognizes files that are not UTF-8 text by their first bytes, for messages."""
+
+import codecs
+
+_DECOMPRESS, _EXTRACT = "decompress it", "extract the text"
+_SIGNATURES = {
+    b"\x1f\x8b": ("compressed with gzip", _DECOMPRESS),
+    b"\x1f\x9d": ("compressed with compress (.Z)", _DECOMPRESS),
+    b"\x28\xb5\x2f\xfd": ("compressed with zstd", _DECOMPRESS),
+    b"\x04\x22\x4d\x18": ("compressed with lz4", _DECOMPRESS),
+    b"BZh": ("compressed with bzip2", _DECOMPRESS),
+    b"\xfd7zXZ\0": ("compressed with xz", _DECOMPRESS),
+    b"PK\x03\x04": ("a zip archive (.docx, .epub and .odt files are, too)", _EXTRACT),
+    b"7z\xbc\xaf\x27\x1c": ("a 7z archive", _EXTRACT),
+    b"%PDF-": ("a PDF file", _EXTRACT),
+}
+_BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+_SAMPLE_BYTES = 4096
+
+
+def describe_file_format(data: bytes) -> tuple[str, str] | None:
+    """Returns what a file is that is not UTF-8 text, and the remedy. None if its format is not recognized."""
+    for signature, description in _SIGNATURES.items():
+        if data.startswith(signature):
+            return description
+    marked = (name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark))
+    encoding = next(marked, None) or _unmarked_encoding(data[:_SAMPLE_BYTES])
+    return (f"{encoding} text", f"convert it: iconv -f {encoding} -t UTF-8") if encoding else None
+
+
+def _unmarked_encoding(sample: bytes) -> str | None:
+    """Returns the encoding without a byte order mark by which most characters of a sample are printable Latin ones."""
+    for encoding in ("UTF-32LE", "UTF-32BE", "UTF-16LE", "UTF-16BE"):
+        try:
+            text = codecs.getincrementaldecoder(encoding)().decode(sample)
+        except UnicodeDecodeError:
+            continue
+        latin = [character for character in text if character < "\u0100"]
+        if 2 * len(latin) > len(text) and "".join("".join(latin).split()).isprintable():
+            return encoding
+    return None
