@@ -17,7 +17,7 @@ from job.errors import UserError
 from job.run.run_dir import SEARCH_FILE, read_existing_run
 from job.storage import Folder
 from job.training.checkpoint import find_latest_valid
-from job.tuning.exchange import export_checkpoint, import_checkpoint
+from job.tuning.exchange import export_checkpoint, forget_exchange, import_checkpoint
 from job.tuning.optuna_sampler import OptunaSampler
 from job.tuning.params import baseline_params, trial_params, with_params
 from job.tuning.report import display_name
@@ -269,6 +269,9 @@ def test_import_checkpoint_last_exchanged_does_not_rewind_the_run(prose, tmp_pat
     assert job("train", *flags, "--train.max_steps", 20).status == 0
     import_checkpoint(exchange, run, read_existing_run(run).config)
     assert find_latest_valid(run / "checkpoints")[0].checkpoint.step == 20
+    forget_exchange(run)
+    import_checkpoint(exchange, run, read_existing_run(run).config)
+    assert find_latest_valid(run / "checkpoints")[0].checkpoint.step == 10
     perturbed = with_params(read_existing_run(run).config, {"optimizer.learning_rate": 0.5})
     import_checkpoint(exchange, run, perturbed)
     assert find_latest_valid(run / "checkpoints")[0].checkpoint.step == 10

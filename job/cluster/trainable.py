@@ -25,7 +25,7 @@ from job.run.signals import StopRequest
 from job.storage import Folder
 from job.training.checkpoint import Checkpoint
 from job.training.events import CheckpointCommitted, Event, MetricsRow
-from job.tuning.exchange import export_checkpoint, import_checkpoint
+from job.tuning.exchange import export_checkpoint, forget_exchange, import_checkpoint
 from job.tuning.params import trial_config, trial_folder
 from job.tuning.trials import read_score_rows
 
@@ -197,8 +197,14 @@ class TrialRunner:
                 self._report(row)
 
     def _report(self, row: dict[str, Any]) -> None:
-        """Passes a score to Ray Tune, once per step, and pauses the run."""
-        if row["step"] > self.last_reported_step and not self.ending:
+        """Passes a score to Ray Tune, once per step, and pauses the run.
+
+        Training continues during the pause until its next checkpoint, so it may complete another epoch before the
+        run ends. Ray Tune does not learn of that epoch, so the run must restart from the one that was reported.
+        """
+        if self.ending:
+            forget_exchange(self.folder)
+        elif row["step"] > self.last_reported_step:
             self.last_reported_step = row["step"]
             self.reports.put({"epoch": row["epoch"], "step": row["step"], "score": row["perplexity"]})
             self.resume.acquire()

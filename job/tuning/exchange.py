@@ -20,7 +20,7 @@ def import_checkpoint(source: Folder, run_folder: Folder, config: Config) -> Non
 
     Crash-safe: at every moment the run resumes either from its own last checkpoint or from this one.
     Ray Tune may pass the checkpoint that this run last exported or imported again after the trial's
-    process died. The run has continued since then, so nothing is copied.
+    process died. The run has continued since then, so nothing is copied, unless ``forget_exchange`` was called.
     """
     checkpoint = list_checkpoints(source)[0][-1]
     run = read_existing_run(run_folder)
@@ -35,3 +35,8 @@ def import_checkpoint(source: Folder, run_folder: Folder, config: Config) -> Non
             checkpoints.remove(other)
     run_folder.write(CONFIG_FILE, config_to_toml(config).encode())
     run_folder.write(EXCHANGED_FILE, checkpoint.name.encode())
+
+
+def forget_exchange(run_folder: Folder) -> None:
+    """Makes the next ``import_checkpoint`` copy its checkpoint even if the run exchanged it last."""
+    run_folder.remove(EXCHANGED_FILE)
