@@ -189,7 +189,7 @@ def _format_verb_help(verb_name: str) -> str:
     for section_name, section in FILE_SECTIONS.items():
         fields = {name: option for name, option in section.config_fields().items() if verb.accepts(name)}
         if fields:
-            table = {f"--{name}": _format_meaning(option) for name, option in fields.items()}
+            table = {f"--{name}": _field_help(option) for name, option in fields.items()}
             tables[f"[{section_name}] {section.__doc__}"] = table
     tables["Other flags"] = {f"--{name}": meaning for name, meaning in {**verb.flags, **DEBUG_FLAG}.items()}
     column = max(len(flag) for table in tables.values() for flag in table)
@@ -197,7 +197,7 @@ def _format_verb_help(verb_name: str) -> str:
     return "\n\n".join([usage, textwrap.fill(str(verb.run.__doc__), 80), *blocks])
 
 
-def _format_meaning(option: Field[Any]) -> str:
+def _field_help(option: Field[Any]) -> str:
     default = f"(default: {format_value(option.default)})".replace(" ", NO_BREAK)
     return f"{option.metadata['meaning']} {default}"
 

@@ -1,4 +1,4 @@
-"""What the terminal shows of a run: a line redrawn in place on a TTY, plain lines elsewhere."""
+"""Terminal output of a run: a line redrawn in place on a TTY, plain lines elsewhere."""
 
 import contextlib
 import os

@@ -22,7 +22,7 @@ TCP_TIMEOUT_S, INIT_TIMEOUT_S = 10.0, 60.0
 
 
 class BackgroundTask(threading.Thread):
-    """Runs a function in a daemon thread and keeps what it raises."""
+    """Runs a function in a daemon thread and stores its exception."""
 
     def __init__(self, function: Callable[[], object]) -> None:
         super().__init__(target=function, daemon=True)
@@ -60,7 +60,7 @@ def connect_for_trials(scale: ScaleConfig, concurrent: int) -> tuple[Placement, 
     Args:
         scale: the workers of one run
         concurrent: the largest number of runs at the same time; 0: as many as the cluster can hold,
-            including nodes that an autoscaler is known to be able to add
+            including the nodes that an autoscaler can add, if its limits are known
 
     Returns:
         the placement of one run, and the number of runs at the same time
@@ -69,7 +69,7 @@ def connect_for_trials(scale: ScaleConfig, concurrent: int) -> tuple[Placement, 
         placement, autoscaler = _join_and_place(scale)
         if concurrent and not autoscaler.limits_known:
             return placement, concurrent
-        capacity = placement.capacity(living_nodes()) + placement.autoscaled_capacity(autoscaler)
+        capacity = placement.capacity(node_resources()) + placement.autoscaled_capacity(autoscaler)
         num_runs = max(1, capacity // placement.max_workers)
         return placement, min(num_runs, concurrent or num_runs)
     gpus = torch.cuda.device_count()
@@ -86,7 +86,7 @@ def _join_and_place(scale: ScaleConfig) -> tuple[Placement, Autoscaler]:
     join_cluster(ray_address())
     try:
         autoscaler = query_autoscaler()
-        return cluster_placement(scale, living_nodes(), autoscaler), autoscaler
+        return cluster_placement(scale, node_resources(), autoscaler), autoscaler
     except UserError:
         ray.shutdown()
         raise
@@ -167,6 +167,6 @@ def _suppress_stderr() -> Iterator[None]:
         os.close(saved)
 
 
-def living_nodes() -> list[Resources]:
-    """The resources of each node that is alive, free or not."""
+def node_resources() -> list[Resources]:
+    """The total resources of each node that is alive."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]

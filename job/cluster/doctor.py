@@ -12,7 +12,7 @@ import ray
 import torch
 
 from job.cluster.autoscaler import query_autoscaler
-from job.cluster.connection import join_cluster, living_nodes, ray_address
+from job.cluster.connection import join_cluster, node_resources, ray_address
 from job.cluster.node_probe import (
     VERSIONS,
     NodeReport,
@@ -140,11 +140,11 @@ def _cluster_checks(config: Config, folder: Folder) -> Iterator[CheckResult]:
             with suppress(UserError):  # the storage check has reported it
                 marker = stack.enter_context(folder.probe_file())
             nodes = probe_nodes(folder.address, marker, (config.model.cell,), True)
-        answering = [node for node in nodes if not node.error]
-        with_package = [node for node in answering if node.metadata["package"]]
+        reachable = [node for node in nodes if not node.error]
+        with_package = [node for node in reachable if node.metadata["package"]]
         yield _run_check("nodes", lambda: _check_all_versions(nodes, probe(".")))
         yield _run_check("storage of nodes", lambda: _check_all_storage(with_package, folder))
-        yield _run_check("GPUs", lambda: _check_gpus(answering))
+        yield _run_check("GPUs", lambda: _check_gpus(reachable))
         if config.scale.max_workers:
             yield _run_check("workers", lambda: _check_cluster_placement(config.scale))
     finally:
@@ -171,7 +171,7 @@ def _check_auth_token() -> str:
 def _join() -> str:
     join_cluster(ray_address())
     autoscaler = "an autoscaler adds more" if query_autoscaler().can_add_nodes else "no autoscaler"
-    return f"{ray_address()}: {len(living_nodes())} nodes, {autoscaler}"
+    return f"{ray_address()}: {len(node_resources())} nodes, {autoscaler}"
 
 
 def _raise_first(errors: Iterable[UserError | None]) -> None:
@@ -206,10 +206,10 @@ def _check_gpus(nodes: list[NodeReport]) -> str:
 
 
 def _check_cluster_placement(scale: ScaleConfig) -> str:
-    placement = cluster_placement(scale, living_nodes(), query_autoscaler())
+    placement = cluster_placement(scale, node_resources(), query_autoscaler())
     if placement.capacity(free_resources()) >= placement.min_workers:
         when = "can be placed now"
-    elif placement.capacity(living_nodes()) >= placement.min_workers:
+    elif placement.capacity(node_resources()) >= placement.min_workers:
         when = "can be placed once other jobs have ended"
     else:
         when = "can be placed once the autoscaler has added nodes"

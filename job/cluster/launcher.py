@@ -9,7 +9,7 @@ import ray
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from job.cluster.connection import BackgroundTask, connect, living_nodes, ray_address
+from job.cluster.connection import BackgroundTask, connect, node_resources, ray_address
 from job.cluster.event_channel import EventChannel, dumps, loads
 from job.cluster.node_probe import check_nodes
 from job.cluster.ray_extensions import (
@@ -64,7 +64,7 @@ class RayLauncher:
     def run(self, spec: RunSpec, recorder: Recorder, stop_request: StopRequest) -> None:
         """Runs Ray Train in a thread and passes its workers' events to the recorder until the run is over.
 
-        Raises RunFailed if Ray ends the run before.
+        Raises RunFailed if Ray or Ray Train ends before the run is over.
         """
         assert self.placement
         ray_folder = recorder.folder / RAY_FOLDER
@@ -129,7 +129,7 @@ class TrialLauncher(RayLauncher):
     """Starts the workers of a search's trial, whose process already belongs to a cluster that can place them."""
 
     def _connect(self, config: Config, console: Console) -> Placement:
-        return cluster_placement(config.scale, living_nodes(), UNKNOWN_AUTOSCALER)
+        return cluster_placement(config.scale, node_resources(), UNKNOWN_AUTOSCALER)
 
     def _disconnect(self) -> None:
         pass  # the connection is that of the trial's process
@@ -176,7 +176,7 @@ def _build_trainer(spec: RunSpec, placement: Placement, folder: Folder, event_ch
         run_config=RunConfig(
             name=RAY_FOLDER,
             storage_path=folder.address,
-            failure_config=FailureConfig(max_failures=-1),
+            failure_config=FailureConfig(max_failures=-1),  # always restart the workers; RunStatus limits it
             logging_config=LoggingConfig(log_level="ERROR"),
             callbacks=[WorkerGroupFailureCallback(event_channel)],
         ),

@@ -44,12 +44,12 @@ class NodeReport:
 
 def probe_nodes(*arguments: Any) -> list[NodeReport]:
     """Runs ``probe`` with these arguments on all nodes at the same time. Omits nodes that die meanwhile."""
-    calls = {node_id: _start_probe(node_id, arguments) for node_id in _living_nodes()}
+    calls = {node_id: _start_probe(node_id, arguments) for node_id in _alive_nodes()}
     ray.wait([*calls.values()], num_returns=len(calls), timeout=PROBE_TIMEOUT_S)
-    return [_node_report(node, calls[node_id]) for node_id, node in _living_nodes().items() if node_id in calls]
+    return [_node_report(node, calls[node_id]) for node_id, node in _alive_nodes().items() if node_id in calls]
 
 
-def _living_nodes() -> dict[str, dict[str, Any]]:
+def _alive_nodes() -> dict[str, dict[str, Any]]:
     return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
 
 

@@ -122,7 +122,7 @@ class WorkerGroupFailureCallback(ControllerCallback):
         self.sequence = itertools.count()
 
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
-        """Called by Ray at each change of the controller's state."""
+        """Called by Ray at each change of the controller's state. Posts an event if the worker group ended."""
         if isinstance(current_state, RestartingState | ReschedulingState | ResizingState):
             error = getattr(current_state, "training_failed_error", None)  # a resize has none
             event = WorkerGroupEnded("", _describe_failure(error))
@@ -130,7 +130,7 @@ class WorkerGroupFailureCallback(ControllerCallback):
 
 
 def _describe_failure(error: Exception | None) -> str:
-    """What failed. Empty after a resize, and if resources for the workers were not free in time."""
+    """The cause of a failure. Empty after a resize, and if resources for the workers were not free in time."""
     if isinstance(error, WorkerGroupError) and error.worker_failures:
         rank, failure = min(error.worker_failures.items())
         if isinstance(

@@ -65,7 +65,7 @@ class _RayDriverLink:
 
 
 def train_worker(task: dict[str, Any]) -> None:
-    """Trains on one worker of the group; Ray Train calls it.
+    """Trains on one worker of the group. Called by Ray Train, again after each restart; ``train`` then resumes.
 
     Args:
         task: ``spec`` (a reference to the RunSpec in the object store), ``event_channel`` (the actor) and
@@ -81,7 +81,7 @@ def train_worker(task: dict[str, Any]) -> None:
         threading.Thread(target=link.receive_commands, daemon=True).start()
     attempt = ""
     try:
-        attempt = _broadcast_attempt(world_size)
+        attempt = _broadcast_attempt_id(world_size)
         world = World(rank, world_size, ray.train.torch.get_device(), task["threads"], attempt)
         spec: RunSpec = ray.get(task["spec"])
         train(spec, world, link)
@@ -99,9 +99,9 @@ def one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {message.partition('. This is')[0]}"[:200]
 
 
-def _broadcast_attempt(world_size: int) -> str:
-    """A name for this worker group, different from those of earlier groups."""
-    name = [uuid.uuid4().hex[:8]]
+def _broadcast_attempt_id(world_size: int) -> str:
+    """Returns a new ID for this attempt, drawn by rank 0 and sent to all workers."""
+    attempt_id = [uuid.uuid4().hex[:8]]
     if world_size > 1:
-        dist.broadcast_object_list(name)
-    return name[0]
+        dist.broadcast_object_list(attempt_id)
+    return attempt_id[0]

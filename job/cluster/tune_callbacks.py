@@ -1,4 +1,4 @@
-"""What Ray Tune calls in the driver of a search: the callback for trial events and the stopper."""
+"""Callbacks of Ray Tune in the driver of a search: for trial events, and to stop the search."""
 
 import contextlib
 import queue
@@ -26,7 +26,7 @@ class NotPickled:
 
 
 def trial_number(ray_trial: RayTrial) -> int:
-    """The number in a trial's name. Its configuration may be a copy of another trial's."""
+    """A trial's number, from its name: population-based training may replace its config by another trial's."""
     return int(str(ray_trial))
 
 
@@ -53,7 +53,7 @@ class TrialCallback(NotPickled, tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[RayTrial], trial: RayTrial, result: dict[str, Any], **info: Any
     ) -> None:
-        """Called by Ray Tune when a trial reports."""
+        """Called by Ray Tune when a trial reports a result. Records its score."""
         self.last_result_at = time.monotonic()
         if "score" in result and self.trials.report(trial_number(trial), result["epoch"], result["score"]):
             # Ray Tune limits the failures of a trial in total; here only those without progress in between count.
@@ -66,7 +66,7 @@ class TrialCallback(NotPickled, tune.Callback):
 
     def on_trial_error(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         """Called by Ray Tune when a trial has failed too often."""
-        self._end(trial, "failed", _last_line(trial.error_file))
+        self._end(trial, "failed", _failure_reason(trial.error_file))
 
     def _end(self, ray_trial: RayTrial, state: str, reason: str) -> None:
         if state != "interrupted":
@@ -80,8 +80,8 @@ class TrialCallback(NotPickled, tune.Callback):
             console.print(format_trial(self.trials, self.ended.get()))
 
 
-def _last_line(error_file: str | None) -> str:
-    """The last line of the traceback that Ray Tune wrote."""
+def _failure_reason(error_file: str | None) -> str:
+    """The last line of the traceback in Ray Tune's error file. Without a traceback, the process died."""
     with contextlib.suppress(OSError, TypeError, IndexError):
         return [line for line in Path(str(error_file)).read_text().splitlines() if line.strip()][-1].strip()[:200]
     return "its process died"

@@ -206,7 +206,7 @@ class DeterministicGradients:
             partial_sums = reduce_adjacent([*partial_sums, (range(number, number + 1), gradient)], num_groups)
             states.append(group_state)
         [(_, gradient)] = reduce_adjacent(self._gather(partial_sums), num_groups)
-        self._assign(gradient)
+        self._assign_gradients(gradient)
         return self.loss_module.reduced_stats, cat_states(states)
 
     def _group_gradient(self, batch: Batch, state: State) -> tuple[Tensor, State]:
@@ -242,7 +242,7 @@ class DeterministicGradients:
         workers = zip(self.subtrees, gathered, strict=True)
         return [partial_sum for spans, rows in workers for partial_sum in zip(spans, rows, strict=False)]
 
-    def _assign(self, gradient: Tensor) -> None:
+    def _assign_gradients(self, gradient: Tensor) -> None:
         """Splits a gradient vector into ``grad`` of the parameters, None for those that no lane group used."""
         *gradients, flags = gradient.split([*(parameter.numel() for parameter in self.parameters), self.num_used_flags])
         is_used = flags.tolist() if self.num_used_flags else [1] * len(gradients)

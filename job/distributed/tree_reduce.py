@@ -32,7 +32,7 @@ def reduce_adjacent(partial_sums: Sequence[PartialSum[Value]], num_groups: int) 
     while size < num_groups:
         nodes, merged = merged, []
         for span, value in nodes:
-            if merged and _have_common_parent(merged[-1][0], span, size, num_groups):
+            if merged and _are_siblings(merged[-1][0], span, size, num_groups):
                 left_span, left_value = merged[-1]
                 merged[-1] = range(left_span.start, span.stop), left_value + value
             else:
@@ -55,7 +55,7 @@ def tree_sum(values: Sequence[float]) -> float:
     return reduce_adjacent([(range(i, i + 1), value) for i, value in enumerate(values)], len(values))[0][1]
 
 
-def _have_common_parent(left: range, right: range, size: int, num_groups: int) -> bool:
-    """Whether two nodes of that size are the children of one node; only the last node may be shorter."""
+def _are_siblings(left: range, right: range, size: int, num_groups: int) -> bool:
+    """Whether two nodes of ``size`` lane groups are children of the same node; only the last node may be shorter."""
     adjacent = left.stop == right.start and left.start % (2 * size) == 0
     return adjacent and len(left) == size and right.stop == min(right.start + size, num_groups)

@@ -28,7 +28,7 @@ class KernelUnavailable(Exception):
 
 
 def load_library() -> ctypes.CDLL | None:
-    """Returns the kernels, or None if they are unavailable. The first call on a machine compiles them in seconds."""
+    """Returns the kernels, or None if they are unavailable. The first call compiles them, which takes seconds."""
     return _load_or_explain()[0]
 
 
@@ -46,6 +46,7 @@ def _load_or_explain() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def _load() -> ctypes.CDLL:
+    """Loads the compiled library; compiles it first if it is not cached. Raises if it is unavailable."""
     if os.environ.get(KERNEL_ENV_VAR) == "off":
         raise KernelUnavailable(f"{KERNEL_ENV_VAR} is off")
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)

@@ -160,10 +160,10 @@ def _rnn_layer_cudnn_autocast(
     cell: str, dtype: torch.dtype, inputs_TBE: Tensor, state: LayerState, weights: list[Tensor]
 ) -> tuple[Tensor, LayerState]:
     """Runs cuDNN in the autocast dtype; torch's own autocast always runs cuDNN layers in float16."""
-    low_state = tuple(tensor.to(dtype) for tensor in state)
+    cast_state = tuple(tensor.to(dtype) for tensor in state)
     with torch.autocast("cuda", enabled=False):
         hidden_TBH, last_state = _rnn_layer_torch(
-            cell, inputs_TBE.to(dtype), low_state, _flatten_weights(weights, dtype)
+            cell, inputs_TBE.to(dtype), cast_state, _flatten_weights(weights, dtype)
         )
     return hidden_TBH, tuple(last.to(first.dtype) for last, first in zip(last_state, state, strict=True))
 

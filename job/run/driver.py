@@ -127,7 +127,7 @@ def _run(launcher: Launcher, spec: RunSpec, recorder: Recorder, stop_request: St
 
 
 def _finish(spec: RunSpec, recorder: Recorder, finished: Finished) -> dict[str, Any]:
-    """Generates a sample, draws the curve, and writes the result, which marks the run as finished."""
+    """Generates a sample, plots the perplexity, and writes the result, which marks the run as finished."""
     folder, progress, best = recorder.folder, finished.progress, recorder.committer.best
     loaded = open_checkpoint(recorder.committer.folder / finished.checkpoint)
     text = generate_text(loaded, spec.config)

@@ -1,4 +1,4 @@
-"""Whether a run's workers are running and whether the run has ended, and what the console shows of it."""
+"""Whether a run's workers are running and whether the run has ended; shows its progress on the console."""
 
 from typing import Any
 
@@ -39,7 +39,7 @@ class RunStatus:
         self.console.warn(message)
 
     def end_attempt(self, message: str) -> None:
-        """Notes that no worker group is running. Fails the run after too many failures without a checkpoint.
+        """Records that no worker group is running. Fails the run after too many failures without a checkpoint.
 
         Args:
             message: what failed; empty if the group was only resized. It is shown unless a worker has reported

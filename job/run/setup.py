@@ -1,4 +1,4 @@
-"""A configuration to what training needs: text, vocabulary, tokens, first weights; all checked."""
+"""Builds the RunSpec of a configuration: reads and checks text, vocabulary, tokens and initial weights."""
 
 from dataclasses import replace
 
@@ -30,11 +30,11 @@ def build_run_spec(config: Config, folder: Folder) -> RunSpec:
         folder: the run's folder; nothing is written to it
 
     Returns:
-        What all workers need; its configuration has ``corpus.source``, ``corpus.cleaning`` and ``generate.prefix``
+        The input of all workers; its configuration has ``corpus.source``, ``corpus.cleaning`` and ``generate.prefix``
         resolved.
 
     Raises:
-        UserError: the corpus, the sizes or the first weights cannot be used as configured
+        UserError: the corpus, the sizes or the initial weights cannot be used as configured
     """
     corpus = read_corpus(config.corpus, config.vocabulary.kind)
     config = replace(config, corpus=replace(config.corpus, source=corpus.source, cleaning=corpus.cleaning))

@@ -63,7 +63,7 @@ class CheckpointWriter:
 
     @property
     def is_busy(self) -> bool:
-        """Whether a save is being written."""
+        """Whether a checkpoint is being written."""
         return bool(self.pending and not self.pending.done())
 
     def finish(self) -> None:

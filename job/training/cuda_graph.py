@@ -108,12 +108,12 @@ class _Graph:
 
 def _copy_state_(destination: State, source: State) -> None:
     """Copies a state, or zeros if it is None, into the tensors of another state."""
-    for index, tensor in enumerate(_tensors(destination)):
+    for index, tensor in enumerate(_state_tensors(destination)):
         if source is None:
             tensor.zero_()
         else:
-            tensor.copy_(_tensors(source)[index])
+            tensor.copy_(_state_tensors(source)[index])
 
 
-def _tensors(state: State) -> tuple[Tensor, ...]:
+def _state_tensors(state: State) -> tuple[Tensor, ...]:
     return (state,) if isinstance(state, Tensor) else state or ()

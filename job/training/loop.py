@@ -134,6 +134,7 @@ def evaluate_lanes(
 def _evaluate_group(
     model: LanguageModel, tokens: np.ndarray, lanes: list[range], num_steps: int, autocast: torch.dtype | None
 ) -> float:
+    """Returns the loss of some lanes in nats, summed over their targets. The first lane is a longest one."""
     device = next(model.parameters()).device
     longest = len(lanes[0])
     # Shorter lanes are padded by one token, whose target -1 is ignored.

@@ -58,7 +58,7 @@ def build_train_state(
         loaded: the checkpoint to resume from; None starts a new run
 
     Raises:
-        UserError: the first weights do not match the model, or a custom cell cannot be used
+        UserError: the initial weights do not match the model, or a custom cell cannot be used
         CorruptCheckpoint: the checkpoint has no valid state of this worker's lanes
     """
     config, device = spec.config, world.device

@@ -15,7 +15,7 @@ def plot_curves(trials: Trials) -> bytes:
     figure, (axes,) = new_figure(1)
     winner = trials.winner
     for trial in sorted(trials, key=lambda trial: trial is winner):  # the winner on top of all others
-        points = [(epoch, min(value, _clip_at(trials))) for epoch, value in trial.scores]
+        points = [(epoch, min(value, _score_limit(trials))) for epoch, value in trial.scores]
         if points:
             color, width, alpha = ("C3", 2.2, 1.0) if trial is winner else ("C0", 1.0, 0.45)
             label = _escape_math(format_params(trial)) if trial is winner else None
@@ -39,7 +39,7 @@ def plot_score_by_param(trials: Trials) -> bytes:
             if score is not None:
                 value = trial.params[name] if isinstance(domain, Range) else _escape_math(str(trial.params[name]))
                 color, size = ("C3", 60) if trial is winner else ("C0", 25)
-                axes.scatter(value, min(score, _clip_at(trials)), c=color, s=size, marker=_marker(trial))
+                axes.scatter(value, min(score, _score_limit(trials)), c=color, s=size, marker=_marker(trial))
         if domain.distribution == "loguniform":
             axes.set_xscale("log")
             _format_log_axis(axes.xaxis, domain.endpoints[0], domain.endpoints[-1])
@@ -57,14 +57,14 @@ def _marker(trial: Trial) -> str:
     return {"finished": "o", "diverged": "x", "failed": "x"}.get(trial.state, "|")
 
 
-def _clip_at(trials: Trials) -> float:
-    """The highest score that is drawn to scale: 8 times the winner's."""
+def _score_limit(trials: Trials) -> float:
+    """Higher scores are clipped to this one: 8 times the winner's."""
     best = trials.score(trials.winner) if trials.winner else None
     return min(MAX_PLOTTED_PERPLEXITY, 8 * best) if best else MAX_PLOTTED_PERPLEXITY
 
 
 def _format_score_axis(axes: Axes, trials: Trials) -> None:
-    scores = [min(value, _clip_at(trials)) for trial in trials for _, value in trial.scores]
+    scores = [min(value, _score_limit(trials)) for trial in trials for _, value in trial.scores]
     axes.set_ylabel(display_name(trials.search.metric))
     axes.set_yscale("log")
     _format_log_axis(axes.yaxis, min(scores), max(scores))

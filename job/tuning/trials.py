@@ -101,7 +101,7 @@ class Trials:
     # --- the best trial ---
 
     @property
-    def keeps_best(self) -> bool:
+    def uses_best_checkpoint(self) -> bool:
         """Whether a trial's result is its best checkpoint rather than its last.
 
         False for population-based training: a trial that copied another's weights no longer has the
@@ -114,7 +114,7 @@ class Trials:
         values = [value for _, value in trial.scores]
         if not values:
             return None
-        return min(values) if self.keeps_best else values[-1]
+        return min(values) if self.uses_best_checkpoint else values[-1]
 
     def ranked(self) -> list[Trial]:
         """The trials, best first, those without a score last."""
@@ -130,7 +130,7 @@ class Trials:
         """The checkpoint of a trial's result, or None if it has written none."""
         checkpoints, _ = list_checkpoints(trial_folder(self.folder, trial.number) / "checkpoints")
         validated = [checkpoint for checkpoint in checkpoints if checkpoint.validation_nats is not None]
-        if self.keeps_best and validated:
+        if self.uses_best_checkpoint and validated:
             return min(validated, key=lambda checkpoint: checkpoint.validation_nats or 0.0)
         return checkpoints[-1] if checkpoints else None
 
@@ -176,7 +176,7 @@ def _load_trial(folder: Folder, base: Config, search: SearchConfig, number: int,
 
 
 def read_score_rows(run_folder: Folder, metric: str) -> list[dict[str, Any]]:
-    """The rows of a run's metrics with the metric of a search. Empty if there are none or they cannot be read."""
+    """The rows of a run's ``metrics.jsonl`` for the split of a search's metric. Empty if they cannot be read."""
     try:
         rows = parse_rows(run_folder.read(METRICS_FILE))
     except OSError:
