@@ -199,6 +199,7 @@ def test_train_with_cell_missing_on_node_is_refused(head, prose, tmp_path):
     assert "cannot import model.cell = mine:Cell" in err
 
 
+@pytest.mark.long
 def test_train_on_cluster_of_another_version_is_refused(prose, tmp_path):
     nodes = RayNodes("--num-cpus=1", "--include-dashboard=false")
     try:
@@ -229,6 +230,7 @@ CAN_MOUNT = succeeds("unshare", "--mount", "true")
 CAN_ADD_NETWORK_NAMESPACES = succeeds("ip", "netns", "add", "lanes-try") and succeeds("ip", "netns", "del", "lanes-try")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not CAN_MOUNT, reason="this machine allows no mount namespaces")
 def test_train_with_storage_missing_on_node_is_refused(prose, tmp_path):
     """The other node has its own disk mounted there."""
@@ -276,6 +278,7 @@ def ip(*command: str) -> None:
     subprocess.run(["ip", *command], check=True)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not CAN_ADD_NETWORK_NAMESPACES, reason="this machine allows no network namespaces")
 def test_train_across_hosts_survives_interrupted_network_and_equals_one_process(prose, tmp_path):
     command = train_flags(

@@ -70,6 +70,18 @@ def test_allowed_skips_name_existing_tests_and_allowed_reasons():
             assert f"def {name.partition('[')[0]}(" in (ROOT / path).read_text(), line
 
 
+def test_tests_with_same_module_fixture_run_in_one_process(pytester, suite):
+    (suite / "test_it.py").write_text(
+        "import pytest\n\n"
+        f"@pytest.fixture(scope='module')\ndef shared(): open({str(suite / 'set-ups')!r}, 'a').write('one ')\n\n"
+        "@pytest.mark.parametrize('number', range(6))\ndef test_with_fixture(shared, number): pass\n\n"
+        "@pytest.mark.parametrize('number', range(6))\ndef test_without_fixture(number): pass\n"
+    )
+    arguments = ["--numprocesses=2", "--dist=loadgroup", f"--rootdir={suite.parent}", suite]
+    assert pytester.runpytest_subprocess(*arguments).ret == pytest.ExitCode.OK
+    assert (suite / "set-ups").read_text() == "one "
+
+
 def test_words_check_reports_replaced_word_with_its_line(tmp_path):
     text = tmp_path / "text.md"
     text.write_text("A worker starts again.\nThe driver is TOLD; `refuse_if_alive` runs.\nA story is tolden.\n")

@@ -22,7 +22,7 @@ pytestmark = pytest.mark.cluster
 
 @pytest.mark.parametrize(
     ("trace", "workers"),
-    [("portable-rnn", 1), ("portable-gru", 2), ("portable-lstm", 3)],
+    [pytest.param("portable-rnn", 1, marks=pytest.mark.long), ("portable-gru", 2), ("portable-lstm", 3)],
     indirect=["trace"],
 )
 def test_train_on_workers_reproduces_reference_trace(trace, workers, tmp_path, on_cluster):
