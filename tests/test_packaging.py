@@ -55,9 +55,10 @@ def test_installed_wheel_trains_with_compiled_kernel(wheel, prose, tmp_path):
     venv.create(environment, with_pip=False)
     python = environment / "bin" / "python"
     site_packages = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip())
-    run(*PIP, "--python", python, "install", "--no-deps", "--no-index", wheel)
-    (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
+    # With the checkout on its path, pip would find the package there and install nothing.
     env = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    run(*PIP, "--python", python, "install", "--no-deps", "--no-index", wheel, cwd=tmp_path, env=env)
+    (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     location = run(python, "-c", "import job; print(job.__file__)", cwd=tmp_path, env=env)
     assert Path(location.strip()).is_relative_to(environment)
     arguments = ["--corpus.source", prose, "--corpus.max_tokens", 3000, "--train.epochs", 1, "--scale.workers", 0]
