@@ -11,14 +11,12 @@ from dataclasses import Field, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from job.config.schema import SECTIONS
+from job.config.schema import SECTIONS, Config
 from job.config.section import format_value, unknown_name
-from job.config.toml import FILE_SECTIONS, check_field, override_config, parse_flags
+from job.config.toml import FILE_SECTIONS, ConfigValues, check_field, override_config, parse_flags
 from job.console import NO_BREAK, Console
 from job.errors import RunFailed, UserError, error_origin
 from job.paths import check_no_credentials, expand_path, mask_credentials
-
-DEBUG_FLAG = {"debug": "show the traceback of an error"}
 
 
 @dataclass(frozen=True)
@@ -27,12 +25,6 @@ class CommandLine:
 
     target: str | None
     flags: dict[str, str]
-
-    def checkpoint(self) -> str:
-        """Returns the target, for a verb that needs a run or checkpoint."""
-        if self.target is None:
-            raise UserError("the folder of a run or checkpoint is missing", "give one, such as runs/seed-1")
-        return self.target
 
 
 def _train(line: CommandLine) -> int:
@@ -65,34 +57,39 @@ def _tune(line: CommandLine) -> int:
 def _generate(line: CommandLine) -> int:
     """Continue a text with a trained model. The configuration of its run overrides the defaults."""
     from job.inference.generate import generate_text
-    from job.run.run_dir import open_checkpoint
-    from job.storage import Folder
 
-    loaded = open_checkpoint(Folder.resolve(line.checkpoint()))
-    print(generate_text(loaded, override_config(loaded.config, parse_flags(line.flags))))
+    print(generate_text(*_open(line.target, parse_flags(line.flags))))
     return 0
 
 
 def _evaluate(line: CommandLine) -> int:
     """Compute the perplexity of a text under a trained model. The configuration of its run overrides the defaults."""
     from job.inference.evaluate import evaluate_text
-    from job.run.run_dir import open_checkpoint
-    from job.storage import Folder
     from job.training.progress import perplexity
 
     values = parse_flags(line.flags)
     if "corpus.source" in line.flags:  # another text is evaluated whole, however the training text was cut
-        values["corpus"].setdefault("max_tokens", 0)
-    loaded = open_checkpoint(Folder.resolve(line.checkpoint()))
-    corpus_config = override_config(loaded.config, values).corpus
-    result = evaluate_text(loaded, corpus_config)
+        values.setdefault("corpus.max_tokens", 0)
+    loaded, config = _open(line.target, values)
+    result = evaluate_text(loaded, config.corpus)
     unit = "byte" if loaded.vocabulary.kind == "byte" else "character"
     Console().print(
         f"perplexity {perplexity(result.loss.nats_per_token):.6g}, {result.bits_per_character:.4f} bits per {unit}, "
         f"{result.loss.nats_per_token:.6f} nats per token over {result.loss.tokens:,} targets "
-        f"(step {loaded.checkpoint.step:,}, {corpus_config.source})"
+        f"(step {loaded.checkpoint.step:,}, {config.corpus.source})"
     )
     return 0
+
+
+def _open(target: str | None, values: ConfigValues) -> tuple[Any, Config]:
+    """Returns the LoadedCheckpoint that a verb needs, and its configuration, overridden by values."""
+    from job.run.run_dir import open_checkpoint
+    from job.storage import Folder
+
+    if target is None:
+        raise UserError("the folder of a run or checkpoint is missing", "give one, such as runs/seed-1")
+    loaded = open_checkpoint(Folder.resolve(target))
+    return loaded, override_config(loaded.config, values)
 
 
 def _doctor(line: CommandLine) -> int:
@@ -191,7 +188,8 @@ def _format_verb_help(verb_name: str) -> str:
         if fields:
             table = {f"--{name}": _field_help(option) for name, option in fields.items()}
             tables[f"[{section_name}] {section.__doc__}"] = table
-    tables["Other flags"] = {f"--{name}": meaning for name, meaning in {**verb.flags, **DEBUG_FLAG}.items()}
+    flags = {**verb.flags, "debug": "show the traceback of an error"}
+    tables["Other flags"] = {f"--{name}": meaning for name, meaning in flags.items()}
     column = max(len(flag) for table in tables.values() for flag in table)
     blocks = (f"{heading}\n{_format_table(table, column)}" for heading, table in tables.items())
     return "\n\n".join([usage, textwrap.fill(str(verb.run.__doc__), 80), *blocks])

@@ -35,17 +35,16 @@ class Console:
         self._write(f"{self._clear_sequence()}{text}\n")
         self.num_drawn = 0
 
-    def progress(self, text: str, *, milestone: bool = False) -> None:
+    def progress(self, text: str) -> None:
         """Shows progress: redrawn in place on a terminal, elsewhere a line every ``PLAIN_INTERVAL_S``.
 
         Args:
             text: one line; a terminal that is too narrow breaks it between fields, which two spaces separate
-            milestone: print it also if no line has been printed yet
         """
         if self.is_tty:
             fields = text.replace(" ", NO_BREAK).replace(2 * NO_BREAK, "  ")
             self.redraw([line.replace(NO_BREAK, " ") for line in _wrap(fields)])
-        elif time.monotonic() - self.last_plain_at >= PLAIN_INTERVAL_S or (milestone and not self.last_plain_at):
+        elif time.monotonic() - self.last_plain_at >= PLAIN_INTERVAL_S:
             self.last_plain_at = time.monotonic()
             self.print(text)
 

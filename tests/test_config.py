@@ -118,10 +118,10 @@ def test_load_config_invalid_value_names_its_origin(tmp_path):
 def test_parse_flags_unquoted_text_is_a_string():
     flags = {"run.name": "7", "model.hidden_size": "7", "stream.offset": "random", "train.checkpoint_every": "30s"}
     assert parse_flags(flags) == {
-        "run": {"name": "7"},
-        "model": {"hidden_size": 7},
-        "stream": {"offset": "random"},
-        "train": {"checkpoint_every": "30s"},
+        "run.name": "7",
+        "model.hidden_size": 7,
+        "stream.offset": "random",
+        "train.checkpoint_every": "30s",
     }
 
 

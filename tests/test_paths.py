@@ -10,7 +10,7 @@ from conftest import job, result
 
 from job.config.config_file import load_config, load_search_config
 from job.config.schema import Config, CorpusConfig, ModelConfig, RunConfig
-from job.config.toml import config_from_toml, config_to_toml, search_config_from_toml, search_config_to_toml
+from job.config.toml import config_from_toml, config_to_toml, search_config_from_toml
 from job.console import python_command
 from job.data.corpus import read_corpus
 from job.errors import UserError
@@ -142,7 +142,7 @@ def test_search_space_paths_are_expanded_once(tmp_path, monkeypatch):
     (tmp_path / "a.toml").write_text('[search.space]\ncorpus.source = { grid = ["$DATA/1", "$DATA/2"] }\n')
     config, search = load_search_config(str(tmp_path / "a.toml"), {})
     assert search.space.domains["corpus.source"].values == ("/a$b/1", "/a$b/2")
-    assert search_config_from_toml(search_config_to_toml(config, search), "") == (config, search)
+    assert search_config_from_toml(config_to_toml(config, search), "") == (config, search)
 
 
 def test_is_uri_needs_a_scheme():

@@ -6,11 +6,11 @@ from conftest import job, result
 from job.config.config_file import load_config
 from job.config.schema import GenerateConfig
 from job.config.search_space import SearchConfig
+from job.config.toml import override_config
 from job.errors import UserError
 from job.run.run_dir import read_existing_run
 from job.run.setup import build_run_spec
 from job.storage import Folder
-from job.tuning.params import with_params
 from job.tuning.setup import check_search
 
 CHINESE = "今天天气很好，我们去公园散步。\n" * 200
@@ -127,6 +127,6 @@ def test_check_search_leaves_the_default_prefix_to_the_trials(tmp_path):
     search = SearchConfig(metric="perplexity", space={"vocabulary.kind": {"grid": ["char", "word", "byte"]}})
     base = check_search(config, search, Folder(str(tmp_path / "search")))
     assert base.generate == config.generate
-    trials = (with_params(base, {"vocabulary.kind": kind}) for kind in ("char", "word", "byte"))
+    trials = (override_config(base, {"vocabulary.kind": kind}) for kind in ("char", "word", "byte"))
     prefixes = [build_run_spec(trial, Folder(str(tmp_path))).config.generate.prefix for trial in trials]
     assert prefixes == ["31 41 59 26 ", "31 41 59", "31 41 59 26 "]

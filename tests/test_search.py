@@ -11,7 +11,7 @@ from pyarrow import parquet
 
 from job.config.config_file import load_config, load_search_config
 from job.config.search_space import SearchConfig, search_differences
-from job.config.toml import override_config, search_config_from_toml, search_config_to_toml
+from job.config.toml import config_to_toml, override_config, search_config_from_toml
 from job.console import Console
 from job.errors import UserError
 from job.run.run_dir import SEARCH_FILE, read_existing_run
@@ -19,7 +19,7 @@ from job.storage import Folder
 from job.training.checkpoint import find_latest_valid
 from job.tuning.exchange import export_checkpoint, forget_exchange, import_checkpoint
 from job.tuning.optuna_sampler import OptunaSampler
-from job.tuning.params import baseline_params, trial_params, with_params
+from job.tuning.params import baseline_params, trial_params
 from job.tuning.report import display_name
 from job.tuning.results import to_parquet
 from job.tuning.setup import check_search, resolve_search
@@ -44,7 +44,7 @@ def test_sample_is_a_pure_function_with_values_in_the_space(seed, number):
     assert params["model.hidden_size"] in range(8, 33)
     assert params["optimizer.name"] in ("sgd", "adamw")
     assert params["model.cell"] == ("rnn", "gru", "lstm")[number % 3]
-    config = with_params(load_config(None, {}), params)
+    config = override_config(load_config(None, {}), params)
     assert config.model.cell == params["model.cell"]
     assert config.optimizer.learning_rate == params["optimizer.learning_rate"]
 
@@ -72,7 +72,7 @@ def test_num_trials_is_the_grid_size_or_16_unless_given():
 def test_search_to_toml_reads_back_to_the_same_search():
     search = SearchConfig(trials=7, scheduler="asha", space=SPACE)
     base = load_config(None, {"model.cell": "gru"})
-    text = search_config_to_toml(base, search)
+    text = config_to_toml(base, search)
     assert search_config_from_toml(text, "here") == (base, search)
     assert search_differences(search, SearchConfig(trials=9, scheduler="asha", space=SPACE)) == []
     other = SearchConfig(trials=7, space={**SPACE, "model.dropout": {"uniform": [0, 0.9]}})
@@ -199,21 +199,21 @@ def test_resolve_search_where_another_search_or_run_exists_raises_user_error(tmp
     search = SearchConfig(space={"model.dropout": {"uniform": [0, 0.5]}})
     config = load_config(None, {"run.storage": str(tmp_path), "run.name": "it"})
     folder, resolved = resolve_search(config, search, "")
-    folder.write(SEARCH_FILE, search_config_to_toml(resolved, search).encode())
+    folder.write(SEARCH_FILE, config_to_toml(resolved, search).encode())
     assert resolve_search(config, search, "") == (folder, resolved)
     with pytest.raises(UserError, match=r"is another search: optimizer\.name"):
-        resolve_search(override_config(config, {"optimizer": {"name": "adamw"}}), search, "")
+        resolve_search(override_config(config, {"optimizer.name": "adamw"}), search, "")
     Folder(str(tmp_path / "run")).write("config.toml", b"")
     with pytest.raises(UserError, match="is a run, not a search"):
-        resolve_search(override_config(config, {"run": {"name": "run"}}), search, "")
+        resolve_search(override_config(config, {"run.name": "run"}), search, "")
 
 
 def test_resolve_search_with_more_epochs_than_a_trial_schedule_spans_raises_user_error(tmp_path):
     config = load_config(None, {"run.storage": str(tmp_path), "run.name": "it", "train.epochs": "2"})
-    longer = override_config(config, {"train": {"epochs": 4}})
+    longer = override_config(config, {"train.epochs": 4})
     for values, is_refused in ((["constant", "cosine"], True), (["constant"], False)):
         search = SearchConfig(space={"optimizer.schedule": {"choice": values}})
-        (Folder(str(tmp_path)) / "it").write(SEARCH_FILE, search_config_to_toml(config, search).encode())
+        (Folder(str(tmp_path)) / "it").write(SEARCH_FILE, config_to_toml(config, search).encode())
         if is_refused:
             with pytest.raises(UserError, match=r"train\.epochs \(2 → 4\), the schedule's length unless"):
                 resolve_search(longer, search, "")
@@ -229,7 +229,7 @@ def test_optuna_sampler_rebuilt_by_replay_continues_identically():
     trial_params = [first.ask(number) for number in range(12)]
     assert trial_params[0] == OptunaSampler(space, 3).ask(0)
     for number, params in enumerate(trial_params):
-        with_params(load_config(None, {}), params)
+        override_config(load_config(None, {}), params)
         first.tell(number, None if number == 3 else params["model.dropout"])
     rebuilt = OptunaSampler(space, 3)
     for number, params in enumerate(trial_params):
@@ -272,7 +272,7 @@ def test_import_checkpoint_last_exchanged_does_not_rewind_the_run(prose, tmp_pat
     forget_exchange(run)
     import_checkpoint(exchange, run, read_existing_run(run).config)
     assert find_latest_valid(run / "checkpoints")[0].checkpoint.step == 10
-    perturbed = with_params(read_existing_run(run).config, {"optimizer.learning_rate": 0.5})
+    perturbed = override_config(read_existing_run(run).config, {"optimizer.learning_rate": 0.5})
     import_checkpoint(exchange, run, perturbed)
     assert find_latest_valid(run / "checkpoints")[0].checkpoint.step == 10
     assert read_existing_run(run).config == perturbed

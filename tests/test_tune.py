@@ -18,14 +18,14 @@ from job.cluster.trainable import TrialRunner, TrialTrainable
 from job.cluster.tune_callbacks import StopOnRequest, TrialCallback
 from job.config.config_file import load_config
 from job.config.search_space import SearchConfig, SearchSpace
-from job.config.toml import config_from_toml
+from job.config.toml import config_from_toml, override_config
 from job.run.lease import acquire_lease, raise_if_held
 from job.run.run_dir import read_existing_run
 from job.storage import Folder
 from job.training.checkpoint import copy_checkpoint, find_latest_valid, read_checkpoint_file
 from job.training.events import CheckpointCommitted, MetricsRow
 from job.tuning.exchange import import_checkpoint
-from job.tuning.params import trial_name, with_params
+from job.tuning.params import trial_name
 from job.tuning.trials import load_trials
 
 pytestmark = pytest.mark.cluster
@@ -355,7 +355,7 @@ def test_import_checkpoint_copies_all_files_and_keeps_the_new_learning_rate(pros
     exported = find_latest_valid(winner / "checkpoints")[0].checkpoint
     copy_checkpoint(exported, Folder(str(tmp_path / "exchange")))
     (tmp_path / "loser" / "result.json").unlink()
-    perturbed = with_params(read_existing_run(loser).config, {"optimizer.learning_rate": 0.005})
+    perturbed = override_config(read_existing_run(loser).config, {"optimizer.learning_rate": 0.005})
     import_checkpoint(Folder(str(tmp_path / "exchange")), loser, perturbed)
     imported = find_latest_valid(loser / "checkpoints")[0].checkpoint
     assert imported.name == exported.name

@@ -30,7 +30,7 @@ from job.cluster.tune_callbacks import StopOnRequest, TrialCallback
 from job.cluster.waiting import WaitingNotice
 from job.config.schema import Config
 from job.config.search_space import SearchConfig
-from job.config.toml import search_config_to_toml
+from job.config.toml import config_to_toml
 from job.console import Console
 from job.distributed.gradient_sync import ControlFlags
 from job.errors import RunFailed
@@ -85,7 +85,7 @@ def run_search(config: Config, search: SearchConfig, default_name: str, console:
         if search.searcher == "optuna":
             import_optuna()  # fails before a cluster is started
         with _connected(base, search, console) as (cluster_base, resources), acquire_lease(folder) as lease:
-            folder.write(SEARCH_FILE, search_config_to_toml(base, search).encode())
+            folder.write(SEARCH_FILE, config_to_toml(base, search).encode())
             folder.remove(BEST_FILE)
             trials = load_trials(folder, cluster_base, search)
             if trials.num_pending:
@@ -112,7 +112,7 @@ def _connected(base: Config, search: SearchConfig, console: Console) -> Iterator
             console.print(placement.notice)
         if ray_address():
             cells = search.space.domains.get("model.cell")
-            check_nodes(placement, base.run.storage, *(cells.endpoints if cells else [base.model.cell]))
+            check_nodes(placement, base.run.storage, *(cells.values if cells else [base.model.cell]))
         per_trial = placement.resources
         if scale.max_workers:
             if placement.max_workers < scale.max_workers:

@@ -5,15 +5,7 @@ from pathlib import Path
 
 from job.config.schema import Config
 from job.config.search_space import SearchConfig
-from job.config.toml import (
-    FILE_SECTIONS,
-    ConfigValues,
-    build_sections,
-    decode_toml,
-    expand_paths,
-    parse_flags,
-    parse_toml,
-)
+from job.config.toml import ConfigValues, build_sections, decode_toml, expand_paths, parse_flags, parse_toml
 from job.errors import UserError, error_origin
 from job.paths import is_uri
 from job.storage import Folder
@@ -42,9 +34,8 @@ def load_search_config(path: str | None, flags: Mapping[str, str]) -> tuple[Conf
             build_sections(values)
     overrides = parse_flags(flags)
     with error_origin("command line"):
-        sections = build_sections({name: {**values.get(name, {}), **overrides.get(name, {})} for name in FILE_SECTIONS})
-    search = sections.pop("search")
-    return Config(**sections), search
+        sections, search = build_sections(values | overrides)
+    return Config(*sections), search
 
 
 def _read_text(path: str) -> str:

@@ -22,29 +22,36 @@ _RESAMPLE_PROBABILITY = 0.25
 
 
 @dataclass(frozen=True)
-class Range:
-    """Values from ``low`` to ``high``, both included, uniform or log-uniform."""
+class _Domain:
+    """The values that a field may have.
 
-    distribution: str  # uniform, loguniform, randint
-    low: float
-    high: float
+    Args:
+        distribution: uniform, loguniform or randint: of a range; choice or grid: of a list
+        values: the two ends of a range, between which a run is possible if it is with both; or all values of a list
+    """
 
-    @property
-    def endpoints(self) -> tuple[Any, ...]:
-        """The two ends. If a run is possible with both, it is with all values between."""
-        return (self.low, self.high)
+    distribution: str
+    values: tuple[Any, ...]
+
+    def __str__(self) -> str:
+        return format_value({self.distribution: self.values})
+
+
+class Range(_Domain):
+    """Values from a lower to an upper end, both included, uniform or log-uniform."""
 
     def sample(self, rng: random.Random) -> Any:
         """Returns a random value, rounded to four digits so that a person can read and type it."""
+        low, high = self.values
         if self.distribution == "randint":
-            return rng.randint(int(self.low), int(self.high))
+            return rng.randint(low, high)
         if self.distribution == "loguniform":
-            return self._round(math.exp(rng.uniform(math.log(self.low), math.log(self.high))))
-        return self._round(rng.uniform(self.low, self.high))
+            return self._round(math.exp(rng.uniform(math.log(low), math.log(high))))
+        return self._round(rng.uniform(low, high))
 
     def contains(self, value: Any) -> bool:
         """Returns whether a value is in the range."""
-        return isinstance(value, int | float) and self.low <= value <= self.high
+        return isinstance(value, int | float) and self.values[0] <= value <= self.values[1]
 
     def perturb(self, value: Any, rng: random.Random) -> Any:
         """Returns a value near another, or sometimes a new sample."""
@@ -53,24 +60,12 @@ class Range:
         return self._round(value * rng.choice(_PERTURBATION_FACTORS))
 
     def _round(self, value: float) -> float:
-        clipped = min(max(float(f"{value:.4g}"), self.low), self.high)
+        clipped = min(max(float(f"{value:.4g}"), self.values[0]), self.values[1])
         return round(clipped) if self.distribution == "randint" else clipped
 
-    def __str__(self) -> str:
-        return format_value({self.distribution: self.endpoints})
 
-
-@dataclass(frozen=True)
-class Choice:
+class Choice(_Domain):
     """A list of values: of a ``grid`` each is tried, of a ``choice`` one is sampled."""
-
-    distribution: str  # choice, grid
-    values: tuple[Any, ...]
-
-    @property
-    def endpoints(self) -> tuple[Any, ...]:
-        """All values, since each may be invalid by itself."""
-        return self.values
 
     def sample(self, rng: random.Random) -> Any:
         """Returns a random value."""
@@ -84,9 +79,6 @@ class Choice:
         """Returns the value before or after another."""
         index = self.values.index(value) + rng.choice((-1, 1))
         return self.values[min(max(index, 0), len(self.values) - 1)]
-
-    def __str__(self) -> str:
-        return format_value({self.distribution: self.values})
 
 
 Domain = Range | Choice
@@ -119,7 +111,7 @@ def _parse_range(distribution: str, values: Any, field_value: str) -> Range:
         raise UserError(f"{field_value}: the range is empty or not finite", "write the lower end first")
     if distribution == "loguniform" and low <= 0:
         raise UserError(f"{field_value}: the lower end of a log-uniform range must be greater than 0")
-    return Range(distribution, low, high)
+    return Range(distribution, (low, high))
 
 
 @dataclass(frozen=True)
@@ -149,7 +141,7 @@ class SearchSpace:
     @property
     def grid_size(self) -> int:
         """The number of combinations of the grids' values."""
-        return math.prod(len(domain.endpoints) for domain in self.domains.values() if domain.distribution == "grid")
+        return math.prod(len(domain.values) for domain in self.domains.values() if domain.distribution == "grid")
 
     @property
     def is_sampled(self) -> bool:
@@ -159,15 +151,15 @@ class SearchSpace:
     @property
     def endpoints(self) -> list[Params]:
         """Each endpoint of each field by itself, to check that trials are possible."""
-        return [{name: value} for name, domain in self.domains.items() for value in domain.endpoints]
+        return [{name: value} for name, domain in self.domains.items() for value in domain.values]
 
     def sample(self, seed: int, number: int) -> Params:
         """Returns the parameters of trial ``number``, a pure function of it and the seed."""
         params, quotient = Params(), number
         for name, domain in reversed(self.domains.items()):
             if domain.distribution == "grid":  # mixed-radix digits of the number: the last grid changes fastest
-                quotient, index = divmod(quotient, len(domain.endpoints))
-                params[name] = domain.endpoints[index]
+                quotient, index = divmod(quotient, len(domain.values))
+                params[name] = domain.values[index]
             else:
                 params[name] = domain.sample(random.Random(f"{seed} {number} {name}"))
         return {name: params[name] for name in self.domains}

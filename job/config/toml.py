@@ -12,18 +12,16 @@ from job.config.section import Section, unknown_name
 from job.errors import UserError, error_origin
 from job.paths import check_no_credentials, expand_path, unescape_stored
 
-ConfigValues = dict[str, dict[str, Any]]  # sections, as tomllib returns them
+ConfigValues = dict[str, Any]  # by full field name, such as model.cell
 FILE_SECTIONS: dict[str, type[Section]] = {**SECTIONS, "search": SearchConfig}
 FILE_FIELDS = {name: option for cls in FILE_SECTIONS.values() for name, option in cls.config_fields().items()}
-
-
 PATH_FIELDS = [name for name, option in FILE_FIELDS.items() if option.metadata.get("is_path")]
 
 
-def _map_text(value: Any, function: Callable[[str, str], str], name: str = "") -> Any:
-    """Applies a function of name and text to each text in nested values."""
+def _map_text(value: Any, function: Callable[[str, str], str], name: str) -> Any:
+    """Applies a function of name and text to each text in the value of this name, which may be nested."""
     if isinstance(value, Mapping):
-        return {key: _map_text(inner, function, f"{name}.{key}" if name else key) for key, inner in value.items()}
+        return {key: _map_text(inner, function, f"{name}.{key}") for key, inner in value.items()}
     if isinstance(value, list):
         return [_map_text(inner, function, name) for inner in value]
     return function(name, value) if isinstance(value, str) else value
@@ -45,7 +43,7 @@ def expand_paths(values: ConfigValues) -> ConfigValues:
         check_no_credentials(name, path)
         return path
 
-    return cast(ConfigValues, _map_text(values, expand))
+    return {name: _map_text(value, expand, name) for name, value in values.items()}
 
 
 def check_field(name: str) -> None:
@@ -74,15 +72,16 @@ def parse_toml(text: str) -> ConfigValues:
         document = tomllib.loads(text)
     except ValueError as error:
         raise UserError(f"not TOML: {error}") from None
-    for section, values in document.items():
+    for section, table in document.items():
         if section not in FILE_SECTIONS:
             raise unknown_name("section", section, FILE_SECTIONS)
-        if not isinstance(values, dict):
+        if not isinstance(table, dict):
             raise UserError(f"{section} must be a section, written [{section}]")
-        for name in values:
-            if f"{section}.{name}" != "search.space":
-                check_field(f"{section}.{name}")
-    return document
+    values = {f"{section}.{key}": value for section, table in document.items() for key, value in table.items()}
+    for name in values:
+        if name != "search.space":
+            check_field(name)
+    return values
 
 
 def parse_flags(flags: Mapping[str, str]) -> ConfigValues:
@@ -94,8 +93,7 @@ def parse_flags(flags: Mapping[str, str]) -> ConfigValues:
     values: ConfigValues = {}
     for name, text in flags.items():
         check_field(name)
-        section, _, key = name.partition(".")
-        values.setdefault(section, {})[key] = text if FILE_FIELDS[name].type is str else _parse_value(text)
+        values[name] = text if FILE_FIELDS[name].type is str else _parse_value(text)
     return expand_paths(values)
 
 
@@ -107,27 +105,30 @@ def _parse_value(text: str) -> Any:
 
 
 def override_config(config: Config, values: ConfigValues) -> Config:
-    """Returns the configuration with some values replaced."""
-    return replace(config, **{name: replace(getattr(config, name), **section) for name, section in values.items()})
+    """Returns the configuration with some values replaced. Raises UserError if a value is invalid."""
+    sections: list[Any] = [replace(section, **_values_of(section, values)) for section in config.sections()]
+    return Config(*sections)
 
 
-def build_sections(values: ConfigValues) -> dict[str, Any]:
-    """Returns all sections of a file, with defaults for what is not in ``values``.
+def build_sections(values: ConfigValues) -> tuple[list[Any], SearchConfig]:
+    """Returns the sections of ``Config`` and the search, with defaults for what is not in ``values``.
 
     Raises:
         UserError: if a value is invalid
     """
-    return {name: cls(**values.get(name, {})) for name, cls in FILE_SECTIONS.items()}
+    *sections, search = [cls(**_values_of(cls, values)) for cls in FILE_SECTIONS.values()]
+    return sections, cast(SearchConfig, search)
 
 
-def config_to_toml(config: Config) -> str:
-    """Returns the configuration as TOML that ``config_from_toml`` reads."""
-    return "\n".join(section.to_toml() for section in config.sections())
+def _values_of(section: Section | type[Section], values: ConfigValues) -> dict[str, Any]:
+    """Returns the values of one section, by field name without the section."""
+    prefix = f"{section.section_name}."
+    return {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
 
 
-def search_config_to_toml(config: Config, search: SearchConfig) -> str:
-    """Returns the configuration and the search as TOML that ``search_config_from_toml`` reads."""
-    return f"{config_to_toml(config)}\n{search.to_toml()}"
+def config_to_toml(config: Config, *search: SearchConfig) -> str:
+    """Returns the configuration, and a search if it is given, as TOML that ``search_config_from_toml`` reads."""
+    return "\n".join(section.to_toml() for section in [*config.sections(), *search])
 
 
 def config_from_toml(text: str, origin: str) -> Config:
@@ -146,7 +147,8 @@ def search_config_from_toml(text: str, origin: str) -> tuple[Config, SearchConfi
         UserError: if it is invalid
     """
     with error_origin(origin):
-        values = _map_text(parse_toml(text), lambda name, text: unescape_stored(text) if name in PATH_FIELDS else text)
-        sections = build_sections(values)
-        search = sections.pop("search")
-        return Config(**sections), search
+        values = parse_toml(text)
+        for name in values.keys() & PATH_FIELDS:
+            values[name] = _map_text(values[name], lambda _, text: unescape_stored(text), name)
+        sections, search = build_sections(values)
+        return Config(*sections), search

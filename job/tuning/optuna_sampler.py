@@ -53,8 +53,8 @@ class OptunaSampler:
         if not isinstance(domain, Range):
             return distributions.CategoricalDistribution(range(len(domain.values)))
         if domain.distribution == "randint":
-            return distributions.IntDistribution(int(domain.low), int(domain.high))
-        return distributions.FloatDistribution(domain.low, domain.high, log=domain.distribution == "loguniform")
+            return distributions.IntDistribution(*domain.values)
+        return distributions.FloatDistribution(*domain.values, log=domain.distribution == "loguniform")
 
     def _encode(self, name: str, value: Any) -> Any:
         domain = self.space.domains[name]

@@ -5,7 +5,7 @@ from operator import attrgetter
 
 from job.config.schema import Config
 from job.config.search_space import Params, SearchConfig
-from job.config.toml import ConfigValues, override_config
+from job.config.toml import override_config
 from job.storage import Folder
 
 TRIALS_DIR = "trials"  # in a search's folder: one run per trial
@@ -19,15 +19,6 @@ def trial_name(number: int) -> str:
 def trial_folder(search_folder: Folder, number: int) -> Folder:
     """The folder of a trial's run."""
     return search_folder / TRIALS_DIR / trial_name(number)
-
-
-def with_params(base: Config, params: Params) -> Config:
-    """The configuration with these parameters. Raises UserError if a value is invalid."""
-    values: ConfigValues = {}
-    for name, value in params.items():
-        section, key = name.split(".")
-        values.setdefault(section, {})[key] = value
-    return override_config(base, values)
 
 
 def params_of(config: Config, search: SearchConfig) -> Params:
@@ -52,4 +43,4 @@ def trial_config(base: Config, search_folder: Folder, number: int, params: Param
     """The configuration of a trial's run."""
     storage = (search_folder / TRIALS_DIR).address
     run = replace(base.run, name=trial_name(number), storage=storage, resume="auto")
-    return with_params(replace(base, run=run), params)
+    return override_config(replace(base, run=run), params)

@@ -42,7 +42,7 @@ def plot_score_by_param(trials: Trials) -> bytes:
                 axes.scatter(value, min(score, _score_limit(trials)), c=color, s=size, marker=_marker(trial))
         if domain.distribution == "loguniform":
             axes.set_xscale("log")
-            _format_log_axis(axes.xaxis, domain.endpoints[0], domain.endpoints[-1])
+            _format_log_axis(axes.xaxis, domain.values[0], domain.values[-1])
         axes.set_xlabel(name)
         _format_score_axis(axes, trials)
     return to_png(figure)

@@ -18,7 +18,7 @@ _EPOCH_DIVISORS = {"asha": 4, "pbt": 8}
 def max_epochs(base: Config, search: SearchConfig) -> int:
     """Returns the largest ``train.epochs`` of a trial."""
     domain = search.space.domains.get("train.epochs")
-    return max(domain.endpoints) if domain else base.train.epochs
+    return max(domain.values) if domain else base.train.epochs
 
 
 def first_rung(scheduler: str, epochs: int) -> int:
@@ -55,8 +55,8 @@ def _max_epochs_of_steps(base: Config, search: SearchConfig, dataset: Dataset) -
         return math.inf
     lanes, steps = domains.get("stream.batch_size"), domains.get("stream.num_steps")
     sizes = product(
-        lanes.endpoints if lanes else [stream_config.batch_size],
-        steps.endpoints if steps else [stream_config.num_steps],
+        lanes.values if lanes else [stream_config.batch_size],
+        steps.values if steps else [stream_config.num_steps],
     )
     configs = [replace(stream_config, batch_size=num_lanes, num_steps=num_steps) for num_lanes, num_steps in sizes]
     num_windows = min(

@@ -6,7 +6,7 @@ from operator import attrgetter
 from job.config.schema import Config, config_differences
 from job.config.search_space import Params, SearchConfig, search_differences
 from job.config.section import format_value
-from job.config.toml import search_config_from_toml
+from job.config.toml import override_config, search_config_from_toml
 from job.errors import UserError
 from job.run.run_dir import (
     CONFIG_FILE,
@@ -20,7 +20,7 @@ from job.run.run_dir import (
 )
 from job.run.setup import build_run_spec
 from job.storage import Folder
-from job.tuning.params import trial_folder, trial_params, with_params
+from job.tuning.params import trial_folder, trial_params
 from job.tuning.rungs import check_scheduler
 
 _setup_inputs = attrgetter("corpus", "vocabulary", "stream", "model", "train.epochs")  # what build_run_spec reads
@@ -46,7 +46,7 @@ def resolve_search(config: Config, search: SearchConfig, default_name: str) -> t
     config = with_resolved_corpus(config, old_config)
     differing = search_differences(old_search, search)
     for params in [{}, *search.space.endpoints]:  # trials may have a schedule where the configuration has none
-        differing += config_differences(with_params(old_config, params), with_params(config, params))
+        differing += config_differences(override_config(old_config, params), override_config(config, params))
     if differing:
         raise UserError(
             f"{folder}: is another search: {', '.join(dict.fromkeys(differing))}", "choose another run.name"
@@ -83,7 +83,7 @@ def check_search(base: Config, search: SearchConfig, folder: Folder) -> Config:
 def _check_params(base: Config, search: SearchConfig, params: Params, folder: Folder | None = None) -> None:
     """Raises UserError if there can be no run with these parameters; builds the text and model if given a folder."""
     try:
-        config = with_params(base, params)
+        config = override_config(base, params)
         _check_metric(config, search)
         if folder and _setup_inputs(config) != _setup_inputs(base):
             build_run_spec(config, folder)
