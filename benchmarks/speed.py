@@ -30,7 +30,7 @@ def without_kernel(name: str) -> contextlib.AbstractContextManager[object]:
     """Disables the compiled kernel for variants whose name says so."""
     if "no compiler" not in name:
         return contextlib.nullcontext()
-    return mock.patch("job.nn.dispatch.supports_dtype", lambda dtype: False)
+    return mock.patch("job.kernels.ops.supports_dtype", lambda dtype: False)
 
 
 def milliseconds(run: Callable[[], object], times: int) -> float:

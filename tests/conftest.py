@@ -217,7 +217,7 @@ def trace(request, tmp_path) -> Trace:
 
 def disable_kernel(monkeypatch):
     """Makes the model use torch's operators, as on a machine without a compiler."""
-    monkeypatch.setattr("job.nn.dispatch.supports_dtype", lambda dtype: False)
+    monkeypatch.setattr("job.kernels.ops.supports_dtype", lambda dtype: False)
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from job.data.lanes import split_evenly
 from job.errors import UserError
-from job.inference.load import load_model
+from job.inference.generate import load_model
 from job.run.run_dir import open_checkpoint
 from job.storage import Folder
 from job.training.checkpoint import (

@@ -15,7 +15,7 @@ from conftest import ROOT, job, result, rows, start_job
 from safetensors.torch import save_file
 
 from job.__main__ import VERBS
-from job.inference.load import load_model
+from job.inference.generate import load_model
 from job.run.run_dir import open_checkpoint
 from job.storage import Folder
 from job.training.loop import evaluate_lanes

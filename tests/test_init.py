@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from job.config.config_file import load_config
 from job.errors import UserError
-from job.inference.load import load_model
+from job.inference.generate import load_model
 from job.nn.language_model import build_model, load_weights
 from job.run.run_dir import open_checkpoint
 from job.run.setup import build_run_spec

@@ -11,8 +11,7 @@ from job.inference.generate import generate_batch, generate_tokens
 from job.kernels import ops
 from job.kernels.build import load_library, unavailable_reason
 from job.nn.dropout import Dropout, dropout_keys
-from job.nn.language_model import build_model
-from job.nn.loss import linear_cross_entropy
+from job.nn.language_model import build_model, linear_cross_entropy
 from job.nn.rnn import _flatten_weights, rnn_layer
 from job.nn.rnn_fallback import gru_layer, tanh_layer
 

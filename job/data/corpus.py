@@ -53,7 +53,7 @@ def read_corpus(corpus_config: CorpusConfig, vocabulary_kind: str) -> Corpus:
         UserError: the source cannot be read, is not UTF-8 text, or has no text after cleaning
     """
     check_no_credentials("corpus.source", corpus_config.source)
-    try:
+    with error_origin(f"corpus.source = {corpus_config.source}"):
         source, files = _read_source(corpus_config.source)
         cleaning = corpus_config.cleaning
         if cleaning == "auto":
@@ -64,8 +64,6 @@ def read_corpus(corpus_config: CorpusConfig, vocabulary_kind: str) -> Corpus:
             detail = " after cleaning (d2l keeps letters only)" if cleaning == "d2l" else ""
             raise UserError(f"contains no text{detail}")
         return corpus
-    except UserError as error:
-        raise UserError(f"corpus.source = {corpus_config.source}: {error.problem}", error.remedy) from None
 
 
 def clean_text(text: str, cleaning: str) -> list[str]:

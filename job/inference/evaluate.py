@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from job.config.schema import CorpusConfig
 from job.data.corpus import Corpus, read_corpus
 from job.errors import UserError
-from job.inference.load import load_model
+from job.inference.generate import load_model
 from job.training.checkpoint import LoadedCheckpoint
 from job.training.loop import evaluate_lanes
 from job.training.progress import LossSum

@@ -1,4 +1,4 @@
-"""Generates the continuation of a prefix.
+"""Loads a checkpoint's model and generates the continuation of a prefix.
 
 Axes: N tokens of the prefix, T steps, B lanes, V tokens of the vocabulary.
 """
@@ -12,13 +12,21 @@ from job.data.corpus import clean_text
 from job.data.dataset import Dataset
 from job.data.vocabulary import Vocabulary
 from job.errors import UserError
-from job.inference.load import load_model
-from job.nn.language_model import LanguageModel
+from job.nn.language_model import LanguageModel, build_model, load_weights
 from job.training.checkpoint import LoadedCheckpoint
 
 # Length of a prefix that is taken from the text.
 PREFIX_CHARACTERS = 12
 PREFIX_WORDS = 3
+
+
+def load_model(checkpoint: LoadedCheckpoint) -> LanguageModel:
+    """Returns the checkpoint's model on the CPU, in the dtype of its weights."""
+    config = checkpoint.config
+    model = build_model(config.model, len(checkpoint.vocabulary), config.run.seed)
+    model = model.to(next(weight.dtype for weight in checkpoint.weights.values() if weight.is_floating_point()))
+    load_weights(model, checkpoint.weights, "checkpoint")
+    return model
 
 
 def generate_text(checkpoint: LoadedCheckpoint, config: Config) -> str:
@@ -109,8 +117,6 @@ def generate_batch(model: LanguageModel, prefixes_NB: Tensor, generate_config: G
         Token ids (length, B), int64.
     """
     length, temperature = generate_config.length, generate_config.temperature
-    if not length:
-        return prefixes_NB.new_empty(0, prefixes_NB.shape[1])
     model.eval()
     device = next(model.parameters()).device
     generator = torch.Generator(device).manual_seed(seed)
@@ -122,12 +128,12 @@ def generate_batch(model: LanguageModel, prefixes_NB: Tensor, generate_config: G
         if greedy_TB is not None:
             return greedy_TB
         inputs_TB = inputs_TB[-1:]
-    generated: list[Tensor] = []
+    generated = [inputs_TB[:0]]
     for _ in range(length):
         logits_TBV, state = model(inputs_TB, state)
-        generated.append(_sample(logits_TBV[-1], temperature, generator))
-        inputs_TB = generated[-1][None]
-    return torch.stack(generated)
+        inputs_TB = _sample(logits_TBV[-1], temperature, generator)[None]
+        generated.append(inputs_TB)
+    return torch.cat(generated)
 
 
 def _sample(logits_BV: Tensor, temperature: float, generator: torch.Generator) -> Tensor:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import Linear
+from torch.nn import Linear, RNNBase
 from torch.nn import functional as F
 
 from job.kernels.abi import FUNCTIONS, STRUCTS
@@ -29,6 +29,17 @@ NO_COLUMNS = range(0)
 def kernel_unavailable_reason(device: torch.device) -> str:
     """Returns why the kernels are unavailable on this device. Empty if they are available or it is not a CPU."""
     return (unavailable_reason() or "") if device.type == "cpu" else ""
+
+
+def compute_dtype(weight: Tensor) -> torch.dtype:
+    """Returns the autocast dtype if autocast is enabled on the weight's device, else the weight's dtype."""
+    device_type = weight.device.type
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else weight.dtype
+
+
+def can_use_kernel(weight: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a kernel can compute in ``dtype`` with this weight, which must be float32 on the CPU."""
+    return weight.device.type == "cpu" and weight.dtype == torch.float32 and supports_dtype(dtype)
 
 
 @functools.cache
@@ -109,7 +120,7 @@ def _token_projection(weight_GE: Tensor, embedding_VE: Tensor | None, bias_G: Te
         return F.linear(embedding_VE, weight_GE, bias_G)
 
 
-def _empty_states(initial_BH: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
+def empty_states(initial_BH: Tensor, steps: int, dtype: torch.dtype) -> Tensor:
     """Returns memory for the states of all steps, (T + 1, B, H), of which the first is the initial state."""
     states = torch.empty(steps + 1, *initial_BH.shape, dtype=dtype)
     states[0] = initial_BH
@@ -127,11 +138,9 @@ class _FusedRnn(torch.autograd.Function):
         embedding_VE: Tensor | None,
         h0_BH: Tensor,
         c0_BH: Tensor | None,
-        weight_GE: Tensor,
-        weight_GH: Tensor,
-        bias_ih_G: Tensor,
-        bias_hh_G: Tensor,
+        *weights: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
+        weight_GE, weight_GH, bias_ih_G, bias_hh_G = weights
         (steps, lanes), (width, units) = inputs.shape[:2], weight_GH.shape
         bias_G, bias_H = combine_biases(cell, bias_ih_G, bias_hh_G)
         tokens_TB = None if inputs.is_floating_point() else inputs
@@ -140,10 +149,10 @@ class _FusedRnn(torch.autograd.Function):
             input_projection = _linear(inputs, weight_GE, torch.empty(steps * lanes, width), bias_G)
         else:
             input_projection = _token_projection(weight_GE, embedding_VE, bias_G)
-        hidden, carry, gates = _empty_states(h0_BH, steps, dtype), None, None
+        hidden, carry, gates = empty_states(h0_BH, steps, dtype), None, None
         if cell != "RNN_TANH":
             shared = cell == "GRU" and dtype == torch.float32
-            carry = hidden if shared else _empty_states(h0_BH if c0_BH is None else c0_BH, steps, torch.float32)
+            carry = hidden if shared else empty_states(h0_BH if c0_BH is None else c0_BH, steps, torch.float32)
             gates = torch.empty(steps, lanes, 4 * units, dtype=dtype) if needs_grad else None
         _call(
             "rnn_forward", cell=CELL_CODES[cell], is_bf16=_is_bf16(hidden), steps=steps, lanes=lanes, units=units,
@@ -267,19 +276,12 @@ def fused_linear_cross_entropy(hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Te
 
 @torch.no_grad()
 def generate_greedy(
-    cell: str,
-    layers: list[Weights],
-    embedding_VE: Tensor | None,
-    head: Linear,
-    state: StateTensors,
-    first_B: Tensor,
-    length: int,
+    rnn: RNNBase, embedding_VE: Tensor | None, head: Linear, state: StateTensors, first_B: Tensor, length: int
 ) -> Tensor:
     """Greedy decoding in float32, many steps per kernel call.
 
     Args:
-        cell: ``RNN_TANH``, ``GRU`` or ``LSTM``
-        layers: each layer's weights, in torch's order
+        rnn: the recurrent layers, of mode ``RNN_TANH``, ``GRU`` or ``LSTM``
         embedding_VE: the tokens' features; None: one-hot
         head: the output layer (V, H)
         state: tensors (L, B, H), before ``first_B``
@@ -294,19 +296,19 @@ def generate_greedy(
     tokens[0] = first_B
     bias_V = F.pad(head.bias, (0, -vocabulary_size % VECTOR_WIDTH))
     decoder_layers = []
-    for number, (weight_GE, weight_GH, *biases) in enumerate(layers):
-        bias_G, bias_H = combine_biases(cell, *biases)
+    for number, (weight_GE, weight_GH, *biases) in enumerate(rnn.all_weights):
+        bias_G, bias_H = combine_biases(rnn.mode, *biases)
         inputs = torch.empty(lanes, len(bias_G)) if number else _token_projection(weight_GE, embedding_VE, bias_G)
         hidden, carry = (torch.stack([part[number]] * 2).contiguous() for part in (state[0], state[-1]))
-        rnn = STRUCTS["RnnArgs"](
-            cell=CELL_CODES[cell], steps=1, lanes=lanes, units=units, table_rows=len(inputs), num_threads=1,
-            inputs=inputs, weight=weight_GH, bias=bias_H, hidden=hidden, carry=carry if cell == "LSTM" else hidden,
+        step = STRUCTS["RnnArgs"](
+            cell=CELL_CODES[rnn.mode], steps=1, lanes=lanes, units=units, table_rows=len(inputs), num_threads=1,
+            inputs=inputs, weight=weight_GH, bias=bias_H, hidden=hidden, carry=carry if rnn.mode == "LSTM" else hidden,
         )  # fmt: skip
-        decoder_layers.append(STRUCTS["DecoderLayer"](rnn=rnn, weight=weight_GE, bias=bias_G))
+        decoder_layers.append(STRUCTS["DecoderLayer"](rnn=step, weight=weight_GE, bias=bias_G))
     for start in range(0, length, GREEDY_CHUNK):
         _call(
-            "generate_greedy", num_layers=len(layers), vocabulary_size=vocabulary_size, tokens=tokens[start:],
+            "generate_greedy", num_layers=rnn.num_layers, vocabulary_size=vocabulary_size, tokens=tokens[start:],
             length=min(GREEDY_CHUNK, length - start), weight=head.weight, bias=bias_V,
-            layers=(STRUCTS["DecoderLayer"] * len(layers))(*decoder_layers),
+            layers=(STRUCTS["DecoderLayer"] * rnn.num_layers)(*decoder_layers),
         )  # fmt: skip
     return tokens[1:]

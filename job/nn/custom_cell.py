@@ -3,8 +3,10 @@
 Axes: T steps, B lanes, E input features, H hidden units.
 """
 
+import contextlib
 import importlib
 import inspect
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -26,22 +28,23 @@ def build_custom_cell(model_config: ModelConfig, input_size: int) -> nn.Module:
         UserError: the class cannot be imported or instantiated, or is no ``torch.nn.Module``
     """
     module_name, _, class_name = model_config.cell.partition(":")
-    try:
+    with _user_code(model_config, "cannot be imported"):
         cell_class = getattr(importlib.import_module(module_name), class_name)  # the name is known only at run time
-    except Exception as error:  # the user's module may raise anything
-        raise UserError(f"model.cell = {model_config.cell}: cannot be imported: {_summarize(error)}", REMEDY) from None
     if not (inspect.isclass(cell_class) and issubclass(cell_class, nn.Module)):
         raise UserError(f"model.cell = {model_config.cell}: not a torch.nn.Module", REMEDY)
     arguments = (input_size, model_config.hidden_size, model_config.num_layers)
-    try:
+    with _user_code(model_config, f"{class_name}(input_size, hidden_size, num_layers) failed with {arguments}"):
         return cell_class(*arguments)
+
+
+@contextlib.contextmanager
+def _user_code(model_config: ModelConfig, problem: str) -> Iterator[None]:
+    """Reports any exception of the user's code in the block as a UserError."""
+    try:
+        yield
     except Exception as error:
-        problem = f"{class_name}(input_size, hidden_size, num_layers) failed with {arguments}: {_summarize(error)}"
-        raise UserError(f"model.cell = {model_config.cell}: {problem}", REMEDY) from None
-
-
-def _summarize(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        summary = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise UserError(f"model.cell = {model_config.cell}: {problem}: {summary}", REMEDY) from None
 
 
 def check_state_protocol(cell: nn.Module, model_config: ModelConfig, input_size: int) -> None:
@@ -58,17 +61,12 @@ def check_state_protocol(cell: nn.Module, model_config: ModelConfig, input_size:
     inputs_TBE = torch.zeros(3, 2, input_size)
     was_training = cell.training
     cell.eval()
-    try:
-        with torch.no_grad():
-            outputs, state = cell(inputs_TBE, None)
-            cell(inputs_TBE, state)
+    with _user_code(model_config, "does not implement outputs, state = cell(inputs, state)"), torch.no_grad():
+        outputs, state = cell(inputs_TBE, None)
+        cell(inputs_TBE, state)
         if not isinstance(outputs, Tensor) or outputs.shape != (3, 2, model_config.hidden_size):
             raise ValueError(f"outputs must be a tensor (steps, lanes, {model_config.hidden_size})")
         tensors = state if isinstance(state, tuple) else (state,)
         if not all(isinstance(tensor, Tensor) and tensor.dim() >= 2 and tensor.shape[1] == 2 for tensor in tensors):
             raise ValueError("state must be a tensor or a tuple of tensors with the lane on axis 1")
-    except Exception as error:
-        problem = f"does not implement outputs, state = cell(inputs, state): {_summarize(error)}"
-        raise UserError(f"model.cell = {model_config.cell}: {problem}", REMEDY) from None
-    finally:
-        cell.train(was_training)
+    cell.train(was_training)

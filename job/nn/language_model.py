@@ -1,6 +1,6 @@
 """The recurrent language model: tokens and state in, logits and state out.
 
-Axes: T steps, B lanes, E input features, H hidden units, V tokens of the vocabulary, L layers.
+Axes: T steps, B lanes, H hidden units, E input features, H hidden units, V tokens of the vocabulary, L layers.
 """
 
 from collections.abc import Sequence
@@ -11,11 +11,9 @@ from torch.nn import functional as F
 
 from job.config.schema import BUILTIN_CELLS, ModelConfig
 from job.errors import UserError
-from job.kernels.ops import VECTOR_WIDTH, generate_greedy
+from job.kernels.ops import VECTOR_WIDTH, can_use_kernel, compute_dtype, fused_linear_cross_entropy, generate_greedy
 from job.nn.custom_cell import build_custom_cell, check_state_protocol
-from job.nn.dispatch import can_use_kernel
 from job.nn.dropout import Dropout
-from job.nn.loss import linear_cross_entropy
 from job.nn.rnn import RecurrentLayers
 from job.nn.state import State
 
@@ -84,9 +82,8 @@ class LanguageModel(nn.Module):
             return None
         if not can_use_kernel(weight_VH, weight_VH.dtype):
             return None
-        layers: list[list[Tensor]] = [[*weights] for weights in rnn.all_weights]
         state_LBH = rnn.state_tensors(state, len(first_B))
-        return generate_greedy(rnn.mode, layers, self._embedding_weight, self.linear, state_LBH, first_B, length)
+        return generate_greedy(rnn, self._embedding_weight, self.linear, state_LBH, first_B, length)
 
     def _hidden_states(self, tokens_TB: Tensor, state: State, dropout: Dropout | None) -> tuple[Tensor, State]:
         if isinstance(self.rnn, RecurrentLayers):
@@ -97,6 +94,28 @@ class LanguageModel(nn.Module):
             one_hot_TBV = F.one_hot(tokens_TB, self.linear.out_features).to(self.linear.weight.dtype)
             hidden_TBH, state = self.rnn(one_hot_TBV, state)
         return (hidden_TBH if dropout is None else dropout(hidden_TBH, 0)), state
+
+
+def linear_cross_entropy(hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_TB: Tensor) -> Tensor:
+    """Returns the summed cross-entropy, in nats, of targets under a linear output layer.
+
+    Args:
+        hidden_TBH: hidden states
+        weight_VH: weight of the output layer
+        bias_V: bias of the output layer
+        targets_TB: token ids, int64
+
+    Returns:
+        A scalar of the weight's dtype. Autocast affects only the matrix product.
+
+    Raises:
+        IndexError: a target is not in the vocabulary (compiled kernel only)
+    """
+    dtype = compute_dtype(weight_VH)
+    if hidden_TBH.shape[2] % VECTOR_WIDTH == 0 and can_use_kernel(weight_VH, dtype):
+        return fused_linear_cross_entropy(hidden_TBH.to(dtype), weight_VH, bias_V, targets_TB)
+    logits_TBV = F.linear(hidden_TBH, weight_VH, bias_V).to(weight_VH.dtype)
+    return F.cross_entropy(logits_TBV.flatten(0, 1), targets_TB.flatten(), reduction="sum")
 
 
 def build_model(model_config: ModelConfig, vocabulary_size: int, seed: int) -> LanguageModel:

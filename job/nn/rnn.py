@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from job.kernels.ops import VECTOR_WIDTH, combine_biases, fused_rnn
-from job.nn.dispatch import can_use_kernel, compute_dtype
+from job.kernels.ops import VECTOR_WIDTH, can_use_kernel, combine_biases, compute_dtype, fused_rnn
 from job.nn.dropout import Dropout
 from job.nn.rnn_fallback import gru_layer, tanh_layer
 from job.nn.state import State

@@ -13,16 +13,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from job.kernels.ops import empty_states
+
 # Gradients of the pre-activation, from the gradient of the activation and the activation itself.
 _tanh_backward = torch.ops.aten.tanh_backward.grad_input
 _sigmoid_backward = torch.ops.aten.sigmoid_backward.grad_input
-
-
-def _allocate_hidden(h0_BH: Tensor, steps: int) -> Tensor:
-    """Allocates the hidden states of all steps, after the initial one: (T + 1, B, H)."""
-    hidden = h0_BH.new_empty(steps + 1, *h0_BH.shape)
-    hidden[0] = h0_BH
-    return hidden
 
 
 def _weight_gradient(dpreacts_TBG: Tensor, hidden: Tensor) -> Tensor:
@@ -32,7 +27,7 @@ def _weight_gradient(dpreacts_TBG: Tensor, hidden: Tensor) -> Tensor:
 class _Tanh(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, preacts_TBH: Tensor, h0_BH: Tensor, weight_HH: Tensor) -> Tensor:
-        hidden, weight_t = _allocate_hidden(h0_BH, len(preacts_TBH)), weight_HH.t()
+        hidden, weight_t = empty_states(h0_BH, len(preacts_TBH), h0_BH.dtype), weight_HH.t()
         h = hidden.unbind()
         for t, preact in enumerate(preacts_TBH.unbind()):
             torch.addmm(preact, h[t], weight_t, out=h[t + 1]).tanh_()
@@ -56,7 +51,8 @@ class _Tanh(torch.autograd.Function):
 class _GRU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input_preacts_TBG: Tensor, h0_BH: Tensor, weight_GH: Tensor, bias_new_H: Tensor) -> Tensor:
-        hidden, weight_t, units = _allocate_hidden(h0_BH, len(input_preacts_TBG)), weight_GH.t(), h0_BH.shape[1]
+        hidden = empty_states(h0_BH, len(input_preacts_TBG), h0_BH.dtype)
+        weight_t, units = weight_GH.t(), h0_BH.shape[1]
         # Reset and update gate: input plus hidden part. New state: the hidden part alone, which the reset gate scales.
         preacts_TBG = input_preacts_TBG.clone()
         preacts_TBG[..., 2 * units :] = bias_new_H
