@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import tempfile
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +32,8 @@ class MetricsLog:
 
     def __init__(self, folder: Folder) -> None:
         self.folder = folder
+        self.local_dir = folder.local_path or Path(tempfile.mkdtemp(prefix="lanes-"))  # where the files grow
         self.events: EventsWriter | None = None  # since the first call of truncate
-
-    @cached_property
-    def local_dir(self) -> Path:
-        """Where the files grow."""
-        return self.folder.local_path or Path(tempfile.mkdtemp(prefix="lanes-"))
 
     def rows(self) -> list[dict[str, Any]]:
         """Reads all rows."""
@@ -93,11 +88,9 @@ class MetricsLog:
 def parse_rows(data: bytes) -> list[dict[str, Any]]:
     """Parses ``metrics.jsonl``. Ignores what follows a line that a crash has cut off."""
     rows = []
-    for line in data.splitlines():
-        try:
+    with contextlib.suppress(ValueError):
+        for line in data.splitlines():
             rows.append(json.loads(line))
-        except ValueError:
-            break
     return rows
 
 
@@ -115,8 +108,7 @@ def plot_perplexity(rows: list[dict[str, Any]], title: str) -> bytes:
         if points:
             axes.plot(*zip(*points, strict=True), marker="o" if len(points) < 25 else None, markersize=4, label=label)
             axes.annotate(f"{points[-1][1]:.2f}", points[-1], xytext=(0, 6), textcoords="offset points", ha="right")
-    axes.set(title=title, xlabel=x, ylabel="perplexity")
-    axes.set_yscale("log")
+    axes.set(title=title, xlabel=x, ylabel="perplexity", yscale="log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
     axes.tick_params(axis="y", which="minor", labelsize=7)

@@ -43,10 +43,8 @@ class ExistingRun:
 
     def is_finished(self, config: Config) -> bool:
         """Whether the run has done all the epochs and steps that a configuration asks for."""
-        if self.result is None:
-            return False
-        progress = Progress(epoch=self.result["epochs"], step=self.result["steps"])
-        return is_done(progress, config.train)
+        result = self.result
+        return bool(result and is_done(Progress(epoch=result["epochs"], step=result["steps"]), config.train))
 
     def can_resume(self, config: Config) -> bool:
         """Whether the run is unfinished and a configuration may continue it."""
@@ -159,22 +157,17 @@ def slugify(name: str) -> str:
 
 def with_resolved_corpus(config: Config, old_config: Config) -> Config:
     """Replaces ``auto`` in the corpus section by what it was resolved to before."""
-    corpus = config.corpus
-    if corpus.source == "auto":
-        corpus = replace(corpus, source=old_config.corpus.source)
-    if corpus.cleaning == "auto":  # of another source too, so that only the source is reported as changed
-        corpus = replace(corpus, cleaning=old_config.corpus.cleaning)
-    return replace(config, corpus=corpus)
+    fields = ("source", "cleaning")  # cleaning of another source too, so that only the source is reported as changed
+    resolved = {name: getattr(old_config.corpus, name) for name in fields if getattr(config.corpus, name) == "auto"}
+    return replace(config, corpus=replace(config.corpus, **resolved))
 
 
 def check_same_text(checkpoints: Folder, dataset: Dataset) -> None:
     """Raises UserError if the run whose ``checkpoints`` folder is given was started on another text."""
     corpus = dataset.metadata
-    valid, _ = list_checkpoints(checkpoints)
-    for checkpoint in reversed(valid):
+    for checkpoint in reversed(list_checkpoints(checkpoints)[0]):
         try:
-            _, metadata = read_progress(checkpoint)
-            old_corpus = metadata["corpus"]
+            old_corpus = read_progress(checkpoint)[1]["corpus"]
             vocabulary = vocabulary_from_json(read_checkpoint_file(checkpoint, "vocabulary.json"), "vocabulary.json")
         except (CorruptCheckpoint, LookupError, UserError):
             continue

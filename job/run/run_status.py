@@ -82,14 +82,11 @@ class RunStatus:
         tokens_per_step = self.config.stream.batch_size * self.config.stream.num_steps
         tokens_left = min((self.started.total_steps - step) * tokens_per_step, LARGEST_COUNT)
         seconds_left = tokens_left / max(tokens_per_second, 1.0)
+        value = perplexity(nats)
+        value_text = f"{value:.2f}" if value < 1e6 else f"{value:.3g}"
         self.console.progress(
             f"epoch {format_count(epoch)}/{format_count(self.config.train.epochs)}  "
             f"step {format_count(step)}/{format_count(self.started.total_steps)}  "
-            f"{label}perplexity {_format_perplexity(nats)}  {format_count(round(tokens_per_second))} tokens/s  "
+            f"{label}perplexity {value_text}  {format_count(round(tokens_per_second))} tokens/s  "
             f"{format_duration(seconds_left)} left"
         )
-
-
-def _format_perplexity(nats: float) -> str:
-    value = perplexity(nats)
-    return f"{value:.2f}" if value < 1e6 else f"{value:.3g}"

@@ -84,10 +84,8 @@ def _read_init(config: Config, vocabulary: Vocabulary) -> bytes | None:
         weights, old = _read_weights(config.model.init)
         if old.kind != vocabulary.kind:
             raise UserError(f"is a model of vocabulary.kind = {old.kind}, not {vocabulary.kind}", "set the same kind")
-    if old == vocabulary:
-        load_weights(model, weights, origin)
-    else:
-        load_weights(build_model(config.model, len(old), 0), weights, origin)
+    load_weights(model if old == vocabulary else build_model(config.model, len(old), 0), weights, origin)
+    if old != vocabulary:
         with error_origin(origin):
             weights = place_by_token(weights, old.tokens, model, config.model, vocabulary.tokens)
     return save_safetensors(weights)
@@ -98,11 +96,9 @@ def _read_weights(source: str) -> tuple[dict[str, Tensor], Vocabulary]:
     path = Folder.resolve(source)
     folder = path.parent
     try:
-        if not folder.has(path.name):
-            raise UserError("cannot be read: no such file or folder")
         try:
             data = folder.read(path.name)
-        except FileNotFoundError:  # a folder
+        except FileNotFoundError:  # a folder, or nothing
             loaded = open_checkpoint(path)
             return loaded.weights, loaded.vocabulary
         if not folder.has(VOCABULARY_FILE):
@@ -113,7 +109,4 @@ def _read_weights(source: str) -> tuple[dict[str, Tensor], Vocabulary]:
         vocabulary = vocabulary_from_json(folder.read(VOCABULARY_FILE), str(folder / VOCABULARY_FILE))
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror or error}") from None
-    try:
-        return parse_safetensors(data), vocabulary
-    except ValueError as error:
-        raise UserError(str(error)) from None
+    return parse_safetensors(data), vocabulary

@@ -292,11 +292,11 @@ def copy_checkpoint(checkpoint: Checkpoint, folder: Folder) -> Checkpoint:
 
 
 def parse_safetensors(data: bytes) -> dict[str, Tensor]:
-    """Returns the tensors of a safetensors file by name; raises ValueError if it is not one."""
+    """Returns the tensors of a safetensors file by name; raises UserError if it is not one."""
     try:
         return load_safetensors(data)
     except (SafetensorError, ValueError, KeyError, OverflowError) as error:
-        raise ValueError(f"not a safetensors file: {error}") from None
+        raise UserError(f"not a safetensors file: {error}") from None
 
 
 def load_checkpoint(checkpoint: Checkpoint) -> LoadedCheckpoint:
@@ -327,7 +327,7 @@ def verify_checkpoint(checkpoint: Checkpoint) -> LoadedCheckpoint:
 def _parse_tensors(checkpoint: Checkpoint, file: str, data: bytes) -> dict[str, Tensor]:
     try:
         return parse_safetensors(data)
-    except ValueError as error:
+    except UserError as error:
         raise CorruptCheckpoint(checkpoint.path, f"{file}: {error}") from None
 
 
