@@ -16,8 +16,7 @@ import pytest
 import yaml
 from conftest import ROOT, job
 
-from job.cluster.autoscaler import parse_cluster_config
-from job.cluster.resources import UNKNOWN_AUTOSCALER
+from job.cluster.resources import UNKNOWN_AUTOSCALER, parse_cluster_config
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RAY = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]

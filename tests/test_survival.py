@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pickle
 import shutil
 import signal
 import socket
@@ -342,3 +343,40 @@ def test_event_channel_orders_events_of_one_worker():
         return await channel.poll_events(1.0)
 
     assert asyncio.run(post_out_of_order()) == [b"\0", b"\1", b"\2", b"\3"]
+
+
+def test_event_channel_of_long_run_has_bounded_memory(monkeypatch):
+    """Each restart adds workers, and a worker that was killed may leave a gap in the numbers of its events."""
+    import asyncio
+
+    monkeypatch.setattr("job.cluster.event_channel.MAX_SENDERS", 4)
+
+    async def restart_often():
+        channel = EventChannel.__ray_metadata__.modified_class()
+        for attempt in range(100):
+            await channel.post(f"worker {attempt}", 0, b"first")
+            await channel.post(f"worker {attempt}", 2, b"third")
+            await channel.post("controller", attempt, b"ended")
+            await channel.request(checkpoint=True)
+            assert await channel.wait_for_requests((attempt, 0)) == (attempt + 1, 0)
+            await channel.poll_events(1.0)
+        return channel
+
+    monkeypatch.setattr("job.cluster.event_channel.BATCH_DELAY_S", 0)
+    assert len(pickle.dumps(asyncio.run(restart_often()).senders)) < 1000
+
+
+def test_event_channel_request_reaches_worker_that_starts_later():
+    import asyncio
+
+    async def request_first():
+        channel = EventChannel.__ray_metadata__.modified_class()
+        await channel.request(stop=True)
+        assert await channel.wait_for_requests((0, 0)) == (0, 1)
+        waiting = asyncio.create_task(channel.wait_for_requests((0, 1)))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        await channel.request(checkpoint=True)
+        assert await waiting == (1, 1)
+
+    asyncio.run(request_first())

@@ -1,4 +1,4 @@
-"""Joins a Ray cluster or starts one, and determines how many workers it can hold."""
+"""Joins a Ray cluster or starts one, and determines the resources that it has and those that it can add."""
 
 import contextlib
 import os
@@ -12,13 +12,22 @@ import ray
 import torch
 
 from job.cluster import NODE_ENV_DEFAULTS
-from job.cluster.autoscaler import query_autoscaler
-from job.cluster.resources import Autoscaler, Placement, Resources, cluster_placement, local_placement
+from job.cluster.ray_extensions import is_autoscaled, read_cluster_config
+from job.cluster.resources import (
+    NO_AUTOSCALER,
+    UNKNOWN_AUTOSCALER,
+    Autoscaler,
+    Placement,
+    Resources,
+    cluster_placement,
+    local_placement,
+    parse_cluster_config,
+)
 from job.config.schema import ScaleConfig
 from job.distributed.context import available_cpus
 from job.errors import UserError
 
-TCP_TIMEOUT_S, INIT_TIMEOUT_S = 10.0, 60.0
+TCP_TIMEOUT_S, INIT_TIMEOUT_S, QUERY_TIMEOUT_S = 10.0, 60.0, 30.0
 
 
 class BackgroundTask(threading.Thread):
@@ -42,20 +51,8 @@ def ray_address() -> str:
     return "" if address == "local" else address
 
 
-def connect(scale: ScaleConfig) -> Placement:
+def connect(scale: ScaleConfig, concurrent: int = 0) -> tuple[Placement, int]:
     """Connects to the cluster at ``RAY_ADDRESS``, or starts one on this machine.
-
-    Returns the workers' placement. Raises UserError if the cluster can never hold them.
-    """
-    if ray_address():
-        return _join_and_place(scale)[0]
-    placement = local_placement(scale, available_cpus(), torch.cuda.device_count())
-    _start_cluster(max(available_cpus(), placement.max_workers * placement.cpus_per_worker))
-    return placement
-
-
-def connect_for_trials(scale: ScaleConfig, concurrent: int) -> tuple[Placement, int]:
-    """Connects like ``connect``, for several runs at the same time.
 
     Args:
         scale: the workers of one run
@@ -64,61 +61,54 @@ def connect_for_trials(scale: ScaleConfig, concurrent: int) -> tuple[Placement, 
 
     Returns:
         the placement of one run, and the number of runs at the same time
+
+    Raises:
+        UserError: the cluster can never hold the workers of one run
     """
     if ray_address():
-        placement, autoscaler = _join_and_place(scale)
-        if concurrent and not autoscaler.limits_known:
-            return placement, concurrent
-        capacity = placement.capacity(node_resources()) + placement.autoscaled_capacity(autoscaler)
-        num_runs = max(1, capacity // placement.max_workers)
-        return placement, min(num_runs, concurrent or num_runs)
-    gpus = torch.cuda.device_count()
-    placement = local_placement(scale, available_cpus(), gpus)
+        return _join_and_place(scale, concurrent)
+    cores, gpus = available_cpus(), torch.cuda.device_count()
+    placement = local_placement(scale, cores, gpus)
     cpus_per_run = placement.max_workers * placement.cpus_per_worker
-    num_runs = concurrent or max(1, available_cpus() // cpus_per_run)
+    num_runs = concurrent or max(1, cores // cpus_per_run)
     if placement.use_gpu:
         num_runs = min(num_runs, gpus // placement.max_workers)
-    _start_cluster(cpus_per_run * num_runs)
+    _start_cluster(cpus_per_run * num_runs if concurrent else max(cores, cpus_per_run))
     return placement, num_runs
 
 
-def _join_and_place(scale: ScaleConfig) -> tuple[Placement, Autoscaler]:
+def _join_and_place(scale: ScaleConfig, concurrent: int) -> tuple[Placement, int]:
     join_cluster(ray_address())
     try:
-        autoscaler = query_autoscaler()
-        return cluster_placement(scale, node_resources(), autoscaler), autoscaler
+        nodes, autoscaler = node_resources(), query_autoscaler()
+        placement = cluster_placement(scale, nodes, autoscaler)
     except UserError:
         ray.shutdown()
         raise
+    if concurrent and not autoscaler.limits_known:
+        return placement, concurrent
+    capacity = placement.capacity(nodes) + placement.autoscaled_capacity(autoscaler)
+    num_runs = max(1, capacity // placement.max_workers)
+    return placement, min(num_runs, concurrent or num_runs)
 
 
-@contextlib.contextmanager
-def _keep_sigterm_handler() -> Iterator[None]:
-    """Restores the handler after ``ray.init``: Ray installs one that prints a stack trace or ends the process."""
+def _start_cluster(num_cpus: int) -> None:
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        yield
+        ray.init(
+            address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="error"
+        )
     finally:
-        signal.signal(signal.SIGTERM, handler)
+        signal.signal(signal.SIGTERM, handler)  # Ray installs one that prints a stack trace or ends the process
 
 
-@_keep_sigterm_handler()
-def _start_cluster(num_cpus: int) -> None:
-    ray.init(address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="error")
-
-
-@_keep_sigterm_handler()
 def join_cluster(address: str) -> None:
     """Connects to the cluster at an address. Raises UserError if that fails or takes too long."""
     if address != "auto":
         _check_port(address)
+    environment = {"env_vars": NODE_ENV_DEFAULTS}
     init = BackgroundTask(
-        lambda: ray.init(
-            address=address,
-            log_to_driver=False,
-            logging_level="error",
-            runtime_env={"env_vars": NODE_ENV_DEFAULTS},
-        )
+        lambda: ray.init(address=address, log_to_driver=False, logging_level="error", runtime_env=environment)
     )
     with _suppress_stderr():
         init.start()
@@ -170,3 +160,20 @@ def _suppress_stderr() -> Iterator[None]:
 def node_resources() -> list[Resources]:
     """The total resources of each node that is alive."""
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def query_autoscaler() -> Autoscaler:
+    """Determines how many nodes of which types this cluster's autoscaler may add.
+
+    Nodes that it has already added count again, because Ray's report of them lags. If capacity is overestimated,
+    a run waits with a notice; if it were underestimated, the run would be refused.
+    """
+    if is_autoscaled() is False:
+        return NO_AUTOSCALER
+    try:
+        cluster_config = read_cluster_config(QUERY_TIMEOUT_S)
+        if cluster_config is None:
+            return UNKNOWN_AUTOSCALER if is_autoscaled() else NO_AUTOSCALER
+        return parse_cluster_config(cluster_config)
+    except (ray.exceptions.RayError, LookupError, TypeError, ValueError):
+        return UNKNOWN_AUTOSCALER

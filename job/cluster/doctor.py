@@ -2,25 +2,18 @@
 
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import ray
 import torch
 
-from job.cluster.autoscaler import query_autoscaler
-from job.cluster.connection import join_cluster, node_resources, ray_address
-from job.cluster.node_probe import (
-    VERSIONS,
-    NodeReport,
-    probe,
-    probe_nodes,
-    storage_problem,
-    version_problem,
-)
+from job.cluster.connection import join_cluster, node_resources, query_autoscaler, ray_address
+from job.cluster.node_probe import VERSIONS, NodeReport, probe, probe_nodes, storage_problem, version_problem
 from job.cluster.ray_extensions import free_resources
 from job.cluster.resources import cluster_placement, local_placement
 from job.config.schema import Config, ScaleConfig
@@ -35,46 +28,40 @@ from job.training.run_spec import RunSpec
 MAX_GPU_USE = 0.1  # share of a GPU's memory that other processes may use
 
 
-@dataclass(frozen=True)
-class CheckResult:
-    """A row of the table: what was checked, what was found, and the fix if that is a problem."""
+class _Table:
+    """The rows of the checks, each printed when its check has run."""
 
-    subject: str
-    text: str
-    failed: bool = False
-    remedy: str = ""
+    def __init__(self, console: Console) -> None:
+        self.console, self.failures = console, 0
+
+    def check(self, subject: str, function: Callable[..., str], *arguments: Any) -> bool:
+        """Calls a function that returns what it found, or raises UserError. Returns whether there is no problem."""
+        try:
+            status, text, remedy = "ok", function(*arguments), ""
+        except UserError as error:
+            status, text, remedy = "FAIL", error.problem, error.remedy
+            self.failures += 1
+        self.console.print(f"{status:<6}{subject:<20}{text}")
+        if remedy:
+            self.console.print(f"{'':<26}→ {remedy}")
+        return status == "ok"
 
 
 def run_doctor(config: Config, console: Console) -> int:
     """Prints a row for each check as it completes. Returns the exit status: 1 if a check failed."""
-    failures = 0
-    for result in _run_checks(config):
-        console.print(f"{'FAIL' if result.failed else 'ok':<6}{result.subject:<20}{result.text}")
-        if result.remedy:
-            console.print(f"{'':<26}→ {result.remedy}")
-        failures += result.failed
+    table, folder = _Table(console), Folder.resolve(config.run.storage)
+    build_spec = cache(lambda: build_run_spec(config, folder))
+    table.check("versions", _describe_versions)
+    if table.check("text", lambda: _describe_text(build_spec())):
+        table.check("storage", lambda: _check_disk_space(folder, build_spec()))
+    if ray_address():
+        _check_cluster(table, config, folder)
+    else:
+        _check_this_machine(table, config.scale)
+    failures = table.failures
     console.print()
     console.print(f"{failures} problem{'s' * (failures > 1)} to fix" if failures else "all checks passed")
     return int(failures > 0)
-
-
-def _run_checks(config: Config) -> Iterator[CheckResult]:
-    folder = Folder.resolve(config.run.storage)
-    build_spec = cache(lambda: build_run_spec(config, folder))
-    yield _run_check("versions", _describe_versions)
-    text = _run_check("text", lambda: _describe_text(build_spec()))
-    yield text
-    if not text.failed:
-        yield _run_check("storage", lambda: _check_disk_space(folder, build_spec()))
-    yield from _cluster_checks(config, folder) if ray_address() else _local_checks(config.scale)
-
-
-def _run_check(subject: str, check: Callable[[], str]) -> CheckResult:
-    """Runs a check, which returns what it found or raises UserError."""
-    try:
-        return CheckResult(subject, check())
-    except UserError as error:
-        return CheckResult(subject, error.problem, failed=True, remedy=error.remedy)
 
 
 def _describe_versions() -> str:
@@ -109,14 +96,13 @@ def _check_disk_space(folder: Folder, spec: RunSpec) -> str:
 # --- this machine ---
 
 
-def _local_checks(scale: ScaleConfig) -> Iterator[CheckResult]:
+def _check_this_machine(table: _Table, scale: ScaleConfig) -> None:
     gpus = torch.cuda.device_count()
-    yield CheckResult("cluster", f"starts one on this machine: {available_cpus()} cores, {gpus} GPUs")
+    table.check("cluster", lambda: f"starts one on this machine: {available_cpus()} cores, {gpus} GPUs")
     if scale.max_workers or scale.gpu_requirement:
-        yield _run_check("workers", lambda: _check_local_placement(scale, gpus))
+        table.check("workers", _check_local_placement, scale, gpus)
     if gpus:
-        this_machine = NodeReport("this machine", {}, probe(".", gpus=True))
-        yield _run_check("GPUs", lambda: _check_gpus([this_machine]))
+        table.check("GPUs", _check_gpus, [NodeReport("this machine", {}, probe(".", gpus=True))])
 
 
 def _check_local_placement(scale: ScaleConfig, gpus: int) -> str:
@@ -128,11 +114,9 @@ def _check_local_placement(scale: ScaleConfig, gpus: int) -> str:
 # --- a cluster ---
 
 
-def _cluster_checks(config: Config, folder: Folder) -> Iterator[CheckResult]:
-    yield _run_check("token", _check_auth_token)
-    joined = _run_check("cluster", _join)
-    yield joined
-    if joined.failed:
+def _check_cluster(table: _Table, config: Config, folder: Folder) -> None:
+    table.check("token", _check_auth_token)
+    if not table.check("cluster", _join):
         return
     try:
         with ExitStack() as stack:
@@ -141,12 +125,11 @@ def _cluster_checks(config: Config, folder: Folder) -> Iterator[CheckResult]:
                 marker = stack.enter_context(folder.probe_file())
             nodes = probe_nodes(folder.address, marker, (config.model.cell,), True)
         reachable = [node for node in nodes if not node.error]
-        with_package = [node for node in reachable if node.metadata["package"]]
-        yield _run_check("nodes", lambda: _check_all_versions(nodes, probe(".")))
-        yield _run_check("storage of nodes", lambda: _check_all_storage(with_package, folder))
-        yield _run_check("GPUs", lambda: _check_gpus(reachable))
+        table.check("nodes", _check_all_versions, nodes, probe("."))
+        table.check("storage of nodes", _check_all_storage, reachable, folder)
+        table.check("GPUs", _check_gpus, reachable)
         if config.scale.max_workers:
-            yield _run_check("workers", lambda: _check_cluster_placement(config.scale))
+            table.check("workers", _check_cluster_placement, config.scale)
     finally:
         ray.shutdown()
 
@@ -188,6 +171,7 @@ def _check_all_versions(nodes: list[NodeReport], local: dict[str, object]) -> st
 
 
 def _check_all_storage(nodes: list[NodeReport], folder: Folder) -> str:
+    nodes = [node for node in nodes if node.metadata["package"]]
     _raise_first(storage_problem(node, str(folder)) for node in nodes)
     free = [node.metadata["free"] for node in nodes if node.metadata["free"] is not None]
     return f"writable on all {len(nodes)}{f', at least {_format_bytes(min(free))} free' if free else ''}"

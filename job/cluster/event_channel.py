@@ -1,47 +1,47 @@
-"""The actor through which a run's workers send events to its driver, and the driver sends commands to rank 0.
+"""The actor through which a run's workers send events to its driver, and the driver sends requests to rank 0.
 
 It carries pickled payloads without unpickling them. So its process does not import torch, starts seconds
 earlier and takes a quarter of the memory.
 """
 
 import asyncio
-from typing import Any
+from collections import OrderedDict
+from dataclasses import dataclass, field
 
 import ray
 
 BATCH_DELAY_S = 0.1
+MAX_SENDERS = 1 << 16  # more than the workers of a run; each restart of the workers adds new ones
 
 
-def dumps(value: Any) -> bytes:
-    """Pickles an event or a command."""
-    return bytes(ray.cloudpickle.dumps(value))
-
-
-def loads(payload: bytes) -> Any:
-    """Unpickles an event or a command of the same run."""
-    return ray.cloudpickle.loads(payload)
+@dataclass
+class _Sender:
+    next_number: int = 0
+    waiting: dict[int, bytes] = field(default_factory=dict)  # later events: Ray may reorder the calls of one sender
 
 
 @ray.remote(num_cpus=0, max_restarts=0, max_task_retries=-1)  # calls are retried if the network fails
 class EventChannel:
-    """Delivers each sender's events to the driver in order and once, and the driver's commands to workers."""
+    """Delivers each sender's events to the driver in order and once, and the driver's requests to workers."""
 
     def __init__(self) -> None:
         self.events: asyncio.Queue[bytes] = asyncio.Queue()
-        self.out_of_order: dict[str, dict[int, bytes]] = {}  # Ray may reorder the calls of one sender
-        self.next_number: dict[str, int] = {}
-        self.commands: list[bytes] = []
-        self.command_sent = asyncio.Condition()
+        self.senders: OrderedDict[str, _Sender] = OrderedDict()  # the last to send is the last
+        self.num_requests = (0, 0)  # for a checkpoint, and to stop
+        self.request_made = asyncio.Condition()
         self.closed = False
 
     async def post(self, sender: str, number: int, payload: bytes) -> None:
         """Queues a sender's event, numbered from 0, once those with lower numbers have arrived."""
-        waiting = self.out_of_order.setdefault(sender, {})
-        if number >= self.next_number.get(sender, 0):  # lower: a retry after the reply was lost
-            waiting[number] = payload
-        while (following := self.next_number.get(sender, 0)) in waiting:
-            self.events.put_nowait(waiting.pop(following))
-            self.next_number[sender] = following + 1
+        state = self.senders.setdefault(sender, _Sender())
+        self.senders.move_to_end(sender)
+        if len(self.senders) > MAX_SENDERS:
+            self.senders.popitem(last=False)
+        if number >= state.next_number:  # lower: a retry after the reply was lost
+            state.waiting[number] = payload
+        while state.next_number in state.waiting:
+            self.events.put_nowait(state.waiting.pop(state.next_number))
+            state.next_number += 1
 
     async def poll_events(self, timeout_s: float) -> list[bytes]:
         """Takes all events, after waiting for the first one. Returns an empty list at the timeout.
@@ -65,14 +65,18 @@ class EventChannel:
         """Whether the run has finished."""
         return self.closed
 
-    async def send_command(self, payload: bytes) -> None:
-        """Appends a command from the driver."""
-        async with self.command_sent:
-            self.commands.append(payload)
-            self.command_sent.notify_all()
+    async def request(self, *, checkpoint: bool = False, stop: bool = False) -> None:
+        """Requests a checkpoint, or to stop. Called by the driver."""
+        async with self.request_made:
+            self.num_requests = (self.num_requests[0] + checkpoint, self.num_requests[1] + stop)
+            self.request_made.notify_all()
 
-    async def commands_after(self, num_received: int) -> list[bytes]:
-        """The commands after the first ones, which a worker has received. Waits for one."""
-        async with self.command_sent:
-            await self.command_sent.wait_for(lambda: len(self.commands) > num_received)
-            return self.commands[num_received:]
+    async def wait_for_requests(self, known: tuple[int, int]) -> tuple[int, int]:
+        """Waits until there are other requests than the caller knows of.
+
+        Args:
+            known: the numbers of requests for a checkpoint and to stop that this returned last; (0, 0) at first
+        """
+        async with self.request_made:
+            await self.request_made.wait_for(lambda: self.num_requests != tuple(known))
+            return self.num_requests

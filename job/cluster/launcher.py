@@ -6,11 +6,12 @@ import os
 from typing import Any
 
 import ray
+from ray.cloudpickle import loads
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from job.cluster.connection import BackgroundTask, connect, node_resources, ray_address
-from job.cluster.event_channel import EventChannel, dumps, loads
+from job.cluster.event_channel import EventChannel
 from job.cluster.node_probe import check_nodes
 from job.cluster.ray_extensions import (
     ElasticTorchTrainer,
@@ -23,7 +24,6 @@ from job.cluster.train_worker import one_line, train_worker
 from job.cluster.waiting import WaitingNotice
 from job.config.schema import Config
 from job.console import Console
-from job.distributed.gradient_sync import ControlFlags
 from job.errors import RunFailed
 from job.run.recorder import Recorder
 from job.run.signals import StopRequest
@@ -38,28 +38,29 @@ RUN_ID_FILE = "requester"  # in that folder: Ray's identifier of the run, to wit
 
 
 class RayLauncher:
-    """Starts the workers by Ray Train: on the cluster at ``RAY_ADDRESS``, or on a local one that ends with the run."""
+    """Starts the workers by Ray Train: on the cluster at ``RAY_ADDRESS``, or on a local one that ends with the run.
 
-    def __init__(self) -> None:
+    Args:
+        in_trial: this process already belongs to a cluster that can place the workers, as that of a search's trial
+    """
+
+    def __init__(self, in_trial: bool = False) -> None:
+        self.in_trial = in_trial
         self.placement: Placement | None = None
         self.fit: BackgroundTask | None = None
         self.redirection = contextlib.ExitStack()
 
     def connect(self, config: Config, console: Console) -> None:
         """Connects to the cluster. Raises UserError if it can never place the workers or a node cannot run them."""
-        self.placement = self._connect(config, console)
+        if self.in_trial:
+            self.placement = cluster_placement(config.scale, node_resources(), UNKNOWN_AUTOSCALER)
+        else:
+            self.placement, _ = connect(config.scale)
+            check_placement(self.placement, console, config.run.storage, config.model.cell)
         _set_ray_timeouts(config)
         # Ray prints pages of advice whenever a worker dies. The events have what matters.
         devnull = self.redirection.enter_context(open(os.devnull, "w"))  # noqa: SIM115
         self.redirection.enter_context(contextlib.redirect_stdout(devnull))
-
-    def _connect(self, config: Config, console: Console) -> Placement:
-        placement = connect(config.scale)
-        if placement.notice:
-            console.print(placement.notice)
-        if ray_address():
-            check_nodes(placement, config.run.storage, config.model.cell)
-        return placement
 
     def run(self, spec: RunSpec, recorder: Recorder, stop_request: StopRequest) -> None:
         """Runs Ray Train in a thread and passes its workers' events to the recorder until the run is over.
@@ -94,11 +95,11 @@ class RayLauncher:
             for event in events:
                 recorder.handle(event)
             if stop_request.pop_checkpoint_request():
-                ray.get(event_channel.send_command.remote(dumps(ControlFlags(checkpoint=True))))
+                ray.get(event_channel.request.remote(checkpoint=True))
             if stop_request.exit_code and not recorder.status.has_workers:
                 raise KeyboardInterrupt  # no worker is running that could save anything
             if stop_request.exit_code and not stop_sent:
-                ray.get(event_channel.send_command.remote(dumps(ControlFlags(stop=True))))
+                ray.get(event_channel.request.remote(stop=True))
                 stop_sent = True
             if not self.fit.is_alive() and not events and not recorder.is_done:
                 raise RunFailed(
@@ -118,21 +119,22 @@ class RayLauncher:
         if self.fit:
             self.fit.join(SHUTDOWN_TIMEOUT_S)
         self.redirection.close()
-        if not (self.fit and self.fit.is_alive()):
-            self._disconnect()
-
-    def _disconnect(self) -> None:
-        ray.shutdown()
+        if not self.in_trial and not (self.fit and self.fit.is_alive()):
+            ray.shutdown()
 
 
-class TrialLauncher(RayLauncher):
-    """Starts the workers of a search's trial, whose process already belongs to a cluster that can place them."""
+def check_placement(placement: Placement, console: Console, storage: str, *cells: str) -> None:
+    """Prints the placement's notice. Raises UserError if a node of the cluster at ``RAY_ADDRESS`` cannot run workers.
 
-    def _connect(self, config: Config, console: Console) -> Placement:
-        return cluster_placement(config.scale, node_resources(), UNKNOWN_AUTOSCALER)
-
-    def _disconnect(self) -> None:
-        pass  # the connection is that of the trial's process
+    Args:
+        placement: what ``connect`` returned
+        console: shows the notice
+        storage, cells: ``run.storage`` and the values of ``model.cell``
+    """
+    if placement.notice:
+        console.print(placement.notice)
+    if ray_address():
+        check_nodes(placement, storage, *cells)
 
 
 def _set_ray_timeouts(config: Config) -> None:

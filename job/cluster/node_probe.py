@@ -44,7 +44,10 @@ class NodeReport:
 
 def probe_nodes(*arguments: Any) -> list[NodeReport]:
     """Runs ``probe`` with these arguments on all nodes at the same time. Omits nodes that die meanwhile."""
-    calls = {node_id: _start_probe(node_id, arguments) for node_id in _alive_nodes()}
+    function, calls = ray.remote(num_cpus=0, max_retries=0)(probe), {}
+    for node_id in _alive_nodes():
+        on_node = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        calls[node_id] = function.options(scheduling_strategy=on_node).remote(*arguments)
     ray.wait([*calls.values()], num_returns=len(calls), timeout=PROBE_TIMEOUT_S)
     return [_node_report(node, calls[node_id]) for node_id, node in _alive_nodes().items() if node_id in calls]
 
@@ -53,20 +56,16 @@ def _alive_nodes() -> dict[str, dict[str, Any]]:
     return {node["NodeID"]: node for node in ray.nodes() if node["Alive"]}
 
 
-def _start_probe(node_id: str, arguments: tuple[Any, ...]) -> Any:
-    strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return ray.remote(num_cpus=0, max_retries=0, scheduling_strategy=strategy)(probe).remote(*arguments)
-
-
 def _node_report(node: dict[str, Any], call: Any) -> NodeReport:
-    name, resources = node["NodeManagerAddress"], node["Resources"]
+    metadata, error = {}, ""
     try:
-        return NodeReport(name, resources, ray.get(call, timeout=0))
+        metadata = ray.get(call, timeout=0)
     except ray.exceptions.GetTimeoutError:
         ray.cancel(call, force=True)
-        return NodeReport(name, resources, {}, f"did not answer within {PROBE_TIMEOUT_S:.0f} s")
-    except ray.exceptions.RayError as error:
-        return NodeReport(name, resources, {}, " ".join(str(error).split())[-200:])
+        error = f"did not answer within {PROBE_TIMEOUT_S:.0f} s"
+    except ray.exceptions.RayError as raised:
+        error = " ".join(str(raised).split())[-200:]
+    return NodeReport(node["NodeManagerAddress"], node["Resources"], metadata, error)
 
 
 # --- on the node ---

@@ -22,6 +22,7 @@ from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray._private.state import available_resources_per_node
 from ray.autoscaler._private.util import format_readonly_node_type
 from ray.autoscaler.v2.utils import is_autoscaler_v2
+from ray.cloudpickle import dumps
 from ray.experimental.internal_kv import _internal_kv_get
 from ray.train import ControllerError, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -33,7 +34,6 @@ from ray.train.v2._internal.execution.controller.state import ReschedulingState,
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, ResizeDecision, ScalingDecision
 from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client as coordinator
 
-from job.cluster.event_channel import dumps
 from job.cluster.resources import Placement, Resources
 from job.cluster.train_worker import one_line
 from job.training.events import WorkerGroupEnded

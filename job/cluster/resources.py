@@ -6,6 +6,7 @@ Resources are plain numbers here; this module does not import Ray.
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from job.config.schema import ScaleConfig
 from job.errors import UserError
@@ -41,6 +42,24 @@ class Autoscaler:
 
 NO_AUTOSCALER = Autoscaler()
 UNKNOWN_AUTOSCALER = Autoscaler(limits_known=False)
+
+
+def parse_cluster_config(cluster_config: dict[str, Any]) -> Autoscaler:
+    """The limits in a configuration for ``ray up``. An empty one has no autoscaler.
+
+    They are unknown for a list of existing machines (provider ``local``) and for node types without resources.
+    """
+    if not cluster_config:
+        return NO_AUTOSCALER
+    max_workers = int(cluster_config["max_workers"])
+    node_types = [
+        NodeType(node_type["resources"], min(max_workers, node_type.get("max_workers", max_workers)))
+        for name, node_type in cluster_config["available_node_types"].items()
+        if name != cluster_config["head_node_type"]
+    ]
+    if cluster_config["provider"]["type"] == "local" or not all(node_type.resources for node_type in node_types):
+        return UNKNOWN_AUTOSCALER
+    return Autoscaler(tuple(node_types))
 
 
 @dataclass(frozen=True)

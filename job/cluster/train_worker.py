@@ -11,8 +11,8 @@ import ray
 import ray.train
 import ray.train.torch
 import torch.distributed as dist
+from ray.cloudpickle import dumps
 
-from job.cluster.event_channel import dumps, loads
 from job.distributed.context import World
 from job.distributed.gradient_sync import ControlFlags
 from job.training.events import Crashed, Event
@@ -33,18 +33,18 @@ class _RayDriverLink:
         self.lock = threading.Lock()
         self.flags = ControlFlags()
 
-    def receive_commands(self) -> None:
+    def receive_requests(self) -> None:
         """Runs in a thread until the driver, and with it the channel, has ended."""
-        num_received = 0
+        known = (0, 0)
         while True:
             try:
-                payloads = ray.get(self.event_channel.commands_after.remote(num_received))
+                requests = ray.get(self.event_channel.wait_for_requests.remote(known))
             except Exception:
                 return
-            num_received += len(payloads)
+            checkpoint, stop = (new > old for new, old in zip(requests, known, strict=True))
+            known = requests
             with self.lock:
-                for flags in map(loads, payloads):
-                    self.flags = ControlFlags(*(a or b for a, b in zip(self.flags, flags, strict=True)))
+                self.flags = ControlFlags(self.flags.checkpoint or checkpoint, self.flags.stop or stop)
 
     def post(self, event: Event) -> None:
         with self.lock:  # the training loop posts, and the thread that writes checkpoints
@@ -78,7 +78,7 @@ def train_worker(task: dict[str, Any]) -> None:
     rank, world_size = context.get_world_rank(), context.get_world_size()
     link = _RayDriverLink(event_channel)
     if rank == 0:  # control flags are summed over workers, so one worker is enough
-        threading.Thread(target=link.receive_commands, daemon=True).start()
+        threading.Thread(target=link.receive_requests, daemon=True).start()
     attempt = ""
     try:
         attempt = _broadcast_attempt_id(world_size)

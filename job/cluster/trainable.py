@@ -13,7 +13,7 @@ from typing import Any
 import ray
 from ray import tune
 
-from job.cluster.launcher import TrialLauncher
+from job.cluster.launcher import RayLauncher
 from job.config.schema import Config
 from job.config.search_space import METRIC_SPLITS, SearchConfig
 from job.console import Console
@@ -38,7 +38,7 @@ class TrialContext:
     search: SearchConfig
     folder: Folder  # of the search
     directory: str  # the driver's working directory, for relative paths
-    event_channel: Any  # carries the command to stop
+    event_channel: Any  # carries the request to stop
 
 
 class TrialTrainable(tune.Trainable):
@@ -55,7 +55,7 @@ class TrialTrainable(tune.Trainable):
 
     def _wait_for_stop(self) -> None:
         with contextlib.suppress(ray.exceptions.RayError):  # the driver died, and Ray will end this process
-            ray.get(self.context.event_channel.commands_after.remote(0))
+            ray.get(self.context.event_channel.wait_for_requests.remote((0, 0)))
             self.stop_requested = True
             if self.runner:
                 self.runner.request_stop()
@@ -175,7 +175,7 @@ class TrialRunner:
 
     def _train(self) -> dict[str, str]:
         """Runs the training to its end, and returns the trial's state with a reason if it failed."""
-        launcher = TrialLauncher() if self.config.scale.max_workers else LocalLauncher()
+        launcher = RayLauncher(in_trial=True) if self.config.scale.max_workers else LocalLauncher()
         try:
             wait_until_free(self.folder, lambda: bool(self.stop_request.exit_code))
             if self.stop_request.exit_code:

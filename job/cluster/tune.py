@@ -17,10 +17,8 @@ import ray
 from ray import tune
 from ray.tune.experiment import Trial as RayTrial
 
-from job.cluster.connection import BackgroundTask, connect_for_trials, ray_address
-from job.cluster.event_channel import dumps
-from job.cluster.launcher import create_event_channel
-from job.cluster.node_probe import check_nodes
+from job.cluster.connection import BackgroundTask, connect
+from job.cluster.launcher import check_placement, create_event_channel
 from job.cluster.ray_extensions import HEAD_NODE_RESOURCE
 from job.cluster.resources import Placement
 from job.cluster.schedulers import OptunaSearcher, build_scheduler
@@ -32,7 +30,6 @@ from job.config.schema import Config
 from job.config.search_space import SearchConfig
 from job.config.toml import config_to_toml
 from job.console import Console
-from job.distributed.gradient_sync import ControlFlags
 from job.errors import RunFailed
 from job.run.lease import Lease, acquire_lease, wait_until_expired
 from job.run.run_dir import SEARCH_FILE
@@ -106,13 +103,10 @@ def _connected(base: Config, search: SearchConfig, console: Console) -> Iterator
     scale = replace(base.scale, cpus_per_worker=base.scale.cpus_per_worker or 1)
     # Without workers the trial's actor trains, so it needs the resources of one worker.
     worker_scale = scale if scale.max_workers else replace(scale, workers=1)
-    placement, max_concurrent = connect_for_trials(worker_scale, search.concurrent)
+    placement, max_concurrent = connect(worker_scale, search.concurrent)
     try:
-        if placement.notice:
-            console.print(placement.notice)
-        if ray_address():
-            cells = search.space.domains.get("model.cell")
-            check_nodes(placement, base.run.storage, *(cells.values if cells else [base.model.cell]))
+        cells = search.space.domains.get("model.cell")
+        check_placement(placement, console, base.run.storage, *(cells.values if cells else [base.model.cell]))
         per_trial = placement.resources
         if scale.max_workers:
             if placement.max_workers < scale.max_workers:
@@ -148,7 +142,7 @@ def _run_trials(
             thread.join(POLL_INTERVAL_S)
             if not stopper.requested and (stop_request.exit_code or time.monotonic() > deadline):
                 stopper.requested = True
-                event_channel.send_command.remote(dumps(ControlFlags(stop=True)))
+                event_channel.request.remote(stop=True)
             lease.check_if_stale()
             callback.print_finished(console)
             show_progress(trials, console)

@@ -2,7 +2,7 @@
 
 import time
 
-from job.cluster.autoscaler import query_autoscaler
+from job.cluster.connection import query_autoscaler
 from job.cluster.ray_extensions import free_resources, workers_are_placed
 from job.cluster.resources import Placement
 from job.console import Console
