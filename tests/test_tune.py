@@ -15,7 +15,7 @@ from conftest import ROOT, job, result, rows, start_job
 
 from job.cluster.schedulers import build_scheduler
 from job.cluster.trainable import TrialRunner, TrialTrainable
-from job.cluster.tune_callbacks import StopOnRequest, TrialCallback
+from job.cluster.tune_callbacks import TrialCallback
 from job.config.config_file import load_config
 from job.config.search_space import SearchConfig, SearchSpace
 from job.config.toml import config_from_toml, override_config
@@ -257,8 +257,7 @@ def test_pbt_when_the_last_running_trial_ends_resumes_the_paused_ones(tmp_path, 
     search = SearchConfig(scheduler="pbt", space=space)
     trials = load_trials(Folder(str(tmp_path)), load_config(None, {}), search)
     callback = TrialCallback(trials, max_failures=0)
-    stopper = StopOnRequest(callback)
-    scheduler = build_scheduler(trials, stopper)
+    scheduler = build_scheduler(callback)
     members = [Member(number) for number in range(3)]
     live = set(members)
     controller = SimpleNamespace(search_alg=None, get_trials=lambda: members, get_live_trials=lambda: live)
@@ -271,23 +270,23 @@ def test_pbt_when_the_last_running_trial_ends_resumes_the_paused_ones(tmp_path, 
         assert scheduler.on_trial_result(controller, member, {"epoch": 6, "score": 7.0 - member.number}) == "PAUSE"
         member.status = "PAUSED"
     assert scheduler.choose_trial_to_run(controller) is None
-    stopper.requested = True
-    assert not stopper.stop_all()
+    callback.stop_requested = True
+    assert not callback.stop_all()
     members[2].status = status
     if status == "TERMINATED":  # diverged
         live.discard(members[2])
     else:
         scheduler.on_trial_error(controller, members[2])
     assert scheduler.choose_trial_to_run(controller) is None
-    assert stopper.stop_all()
-    stopper.requested = False
+    assert callback.stop_all()
+    callback.stop_requested = False
     assert scheduler.choose_trial_to_run(controller) in members[:2]
 
 
 def test_pbt_after_trials_missed_a_report_resumes_the_earliest(tmp_path):
     search = SearchConfig(scheduler="pbt", space={"optimizer.learning_rate": {"grid": [1.0, 0.1]}})
     trials = load_trials(Folder(str(tmp_path)), load_config(None, {"train.epochs": "9"}), search)
-    scheduler = build_scheduler(trials, StopOnRequest(TrialCallback(trials, max_failures=0)))
+    scheduler = build_scheduler(TrialCallback(trials, max_failures=0))
     members = [Member(number) for number in range(2)]
     controller = SimpleNamespace(search_alg=None, get_trials=lambda: members, get_live_trials=lambda: set(members))
     for member in members:

@@ -8,7 +8,7 @@ from ray.tune.experiment import Trial as RayTrial
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining, TrialScheduler
 from ray.tune.search import Searcher
 
-from job.cluster.tune_callbacks import NotPickled, StopOnRequest
+from job.cluster.tune_callbacks import NotPickled, TrialCallback
 from job.tuning.optuna_sampler import OptunaSampler
 from job.tuning.rungs import first_rung, max_epochs
 from job.tuning.trials import Trial, Trials
@@ -28,9 +28,17 @@ class SyncPBT(NotPickled, PopulationBasedTraining):
     (_process_trial_failure in ray/tune/execution/tune_controller.py)
     """
 
-    def __init__(self, stopper: StopOnRequest, **kwargs: Any) -> None:
-        super().__init__("epoch", "score", "min", synch=True, log_config=False, **kwargs)
-        self.stopper = stopper
+    def __init__(self, callback: TrialCallback, interval: int) -> None:
+        trials = callback.trials
+        rng = random.Random(f"{trials.base.run.seed} explore")
+
+        def explore(config: dict[str, Any]) -> dict[str, Any]:
+            trial = config["trial"]
+            return {"trial": {**trial, "params": trials.search.space.perturb(trial["params"], rng)}}
+
+        options = {"perturbation_interval": interval, "custom_explore_fn": explore, "log_config": False}
+        super().__init__("epoch", "score", "min", synch=True, **options)
+        self.callback = callback
         self.last_results: dict[RayTrial, dict[str, Any]] = {}
 
     def on_trial_result(self, tune_controller: Any, trial: RayTrial, result: dict[str, Any]) -> str:
@@ -46,7 +54,7 @@ class SyncPBT(NotPickled, PopulationBasedTraining):
         """Called by Ray Tune whenever resources may be free."""
         chosen = super().choose_trial_to_run(tune_controller)
         live = tune_controller.get_live_trials()
-        if chosen or self.stopper.requested or not live or any(trial.status != RayTrial.PAUSED for trial in live):
+        if chosen or self.callback.stop_requested or not live or any(trial.status != RayTrial.PAUSED for trial in live):
             return chosen
         latest = max(live, key=lambda trial: self.last_results[trial]["epoch"])
         super().on_trial_result(tune_controller, latest, self.last_results[latest])
@@ -89,24 +97,21 @@ def _objective(trials: Trials, trial: Trial, state: str) -> float | None:
     return None if state in ("diverged", "failed") else trials.score(trial)
 
 
-def build_scheduler(trials: Trials, stopper: StopOnRequest) -> TrialScheduler:
+def build_scheduler(callback: TrialCallback) -> TrialScheduler:
     """The scheduler that the search names. ASHA is given the scores of trials that ended in earlier runs."""
-    search = trials.search
-    epochs = max_epochs(trials.base, search)
-    if search.scheduler == "asha":
-        return _asha(trials, epochs)
-    if search.scheduler == "pbt":
-        return _population_based_training(trials, epochs, stopper)
-    return FIFOScheduler()
-
-
-def _asha(trials: Trials, epochs: int) -> ASHAScheduler:
+    trials = callback.trials
+    name, epochs = trials.search.scheduler, max_epochs(trials.base, trials.search)
+    if name == "none":
+        return FIFOScheduler()
+    rung = first_rung(name, epochs)
+    if name == "pbt":
+        return SyncPBT(callback, rung)
     asha = ASHAScheduler(
         "epoch",
         "score",
         "min",
         max_t=epochs - 1,  # no rung at the last epoch: a trial that reaches it ends by itself
-        grace_period=first_rung("asha", epochs),
+        grace_period=rung,
         reduction_factor=REDUCTION_FACTOR,
         stop_last_trials=False,
     )
@@ -117,15 +122,3 @@ def _asha(trials: Trials, epochs: int) -> ASHAScheduler:
             for epoch, score in trial.scores:
                 asha.on_trial_result(None, stand_in, {"epoch": epoch, "score": score})
     return asha
-
-
-def _population_based_training(trials: Trials, epochs: int, stopper: StopOnRequest) -> SyncPBT:
-    space = trials.search.space
-    rng = random.Random(f"{trials.base.run.seed} explore")
-
-    def explore(config: dict[str, Any]) -> dict[str, Any]:
-        trial = config["trial"]
-        return {"trial": {**trial, "params": space.perturb(trial["params"], rng)}}
-
-    interval = first_rung("pbt", epochs)
-    return SyncPBT(stopper, perturbation_interval=interval, custom_explore_fn=explore)

@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, replace
+from typing import Any
 
 import ray
 from ray import tune
@@ -24,7 +25,7 @@ from job.cluster.resources import Placement
 from job.cluster.schedulers import OptunaSearcher, build_scheduler
 from job.cluster.train_worker import one_line
 from job.cluster.trainable import TrialContext, TrialTrainable
-from job.cluster.tune_callbacks import StopOnRequest, TrialCallback
+from job.cluster.tune_callbacks import TrialCallback
 from job.cluster.waiting import WaitingNotice
 from job.config.schema import Config
 from job.config.search_space import SearchConfig
@@ -128,20 +129,19 @@ def _run_trials(
     console.print(banner(trials, resources.max_concurrent))
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the callback reports what matters
     callback = TrialCallback(trials, MAX_TRIAL_FAILURES)
-    stopper = StopOnRequest(callback)
     event_channel = create_event_channel()
     context = TrialContext(trials.base, trials.search, trials.folder, os.getcwd(), event_channel)
     trials.folder.remove(RAY_FOLDER)
     # In a thread, so that the main thread can handle signals.
-    thread = BackgroundTask(lambda: build_tuner(trials, resources, callback, stopper, context).fit())
+    thread = BackgroundTask(lambda: _run_tune(resources, callback, context))
     waiting = WaitingNotice(resources.workers, console)
     deadline = time.monotonic() + (60 * trials.search.minutes or math.inf)
     with open(os.devnull, "w") as null, redirect_stdout(null):  # Ray Tune prints even with verbose=0
         thread.start()
         while thread.is_alive():
             thread.join(POLL_INTERVAL_S)
-            if not stopper.requested and (stop_request.exit_code or time.monotonic() > deadline):
-                stopper.requested = True
+            if not callback.stop_requested and (stop_request.exit_code or time.monotonic() > deadline):
+                callback.stop_requested = True
                 event_channel.request.remote(stop=True)
             lease.check_if_stale()
             callback.print_finished(console)
@@ -151,44 +151,39 @@ def _run_trials(
     trials.folder.remove(RAY_FOLDER)
     if thread.error:
         raise RunFailed(f"Ray Tune failed: {one_line(thread.error)}", "the same command resumes the search")
-    if stopper.requested and not stop_request.exit_code:
+    if callback.stop_requested and not stop_request.exit_code:
         num_left = trials.search.num_trials - sum(trial.state in TERMINAL_STATES for trial in trials)
         console.print(f"time is up with {num_left} trials left; the same command resumes {trials.folder}")
 
 
-def build_tuner(
-    trials: Trials, resources: TrialResources, callback: TrialCallback, stopper: StopOnRequest, context: TrialContext
-) -> tune.Tuner:
-    """The experiment with the trials that are not done."""
-    search = trials.search
-    pending = [{"number": trial.number, "params": trial.params} for trial in trials if not trial.is_done]
-    searcher = None
+def _run_tune(resources: TrialResources, callback: TrialCallback, context: TrialContext) -> None:
+    """Runs the experiment with the trials that are not done."""
+    trials, search = callback.trials, context.search
     if search.searcher == "optuna":
         searcher = OptunaSearcher(trials, OptunaSampler(search.space, trials.base.run.seed))
-    trainable = tune.with_parameters(TrialTrainable, context=context)
-    return tune.Tuner(
-        tune.with_resources(trainable, tune.PlacementGroupFactory([resources.per_trial])),
-        param_space={} if searcher else {"trial": tune.grid_search(pending)},
-        tune_config=tune.TuneConfig(
-            search_alg=searcher,
-            num_samples=len(searcher.pending) if searcher else 1,
-            scheduler=build_scheduler(trials, stopper),
-            # Population-based training needs all trials; it pauses those that the resources cannot hold.
-            max_concurrent_trials=None if search.scheduler == "pbt" else resources.max_concurrent,
-            reuse_actors=True,
-            trial_name_creator=_ray_trial_name,
-            trial_dirname_creator=_ray_trial_name,
-        ),
-        run_config=tune.RunConfig(
-            name=RAY_FOLDER,
-            storage_path=trials.folder.address,
-            failure_config=tune.FailureConfig(max_failures=MAX_TRIAL_FAILURES),
-            # Only for the exchange between trials: the runs keep their own checkpoints.
-            checkpoint_config=tune.CheckpointConfig(num_to_keep=NUM_EXCHANGE_CHECKPOINTS, checkpoint_at_end=False),
-            callbacks=[callback],
-            stop=stopper,
-            verbose=0,
-        ),
+        samples: dict[str, Any] = {"search_alg": searcher, "num_samples": len(searcher.pending)}
+    else:
+        pending = [{"number": trial.number, "params": trial.params} for trial in trials if not trial.is_done]
+        samples = {"config": {"trial": tune.grid_search(pending)}}
+    tune.run(
+        tune.with_parameters(TrialTrainable, context=context),
+        **samples,
+        resources_per_trial=tune.PlacementGroupFactory([resources.per_trial]),
+        scheduler=build_scheduler(callback),
+        # Population-based training needs all trials; it pauses those that the resources cannot hold.
+        max_concurrent_trials=None if search.scheduler == "pbt" else resources.max_concurrent,
+        max_failures=MAX_TRIAL_FAILURES,
+        raise_on_failed_trial=False,
+        reuse_actors=True,
+        trial_name_creator=_ray_trial_name,
+        trial_dirname_creator=_ray_trial_name,
+        name=RAY_FOLDER,
+        storage_path=trials.folder.address,
+        # Only for the exchange between trials: the runs keep their own checkpoints.
+        checkpoint_config=tune.CheckpointConfig(num_to_keep=NUM_EXCHANGE_CHECKPOINTS, checkpoint_at_end=False),
+        callbacks=[callback],
+        stop=callback,
+        verbose=0,
     )
 
 

@@ -1,4 +1,4 @@
-"""Callbacks of Ray Tune in the driver of a search: for trial events, and to stop the search."""
+"""What Ray Tune calls in the driver of a search: for trial events, and to ask whether the search shall end."""
 
 import contextlib
 import queue
@@ -17,8 +17,8 @@ from job.tuning.trials import Trial, Trials
 class NotPickled:
     """Base of objects that are not written into Ray Tune's records.
 
-    Ray Tune pickles callbacks, stoppers, schedulers and searchers to restore an experiment. A search resumes
-    from the folders of its trials instead, and these objects hold locks and threads.
+    Ray Tune pickles callbacks, schedulers and searchers to restore an experiment. A search resumes from the
+    folders of its trials instead, and these objects hold locks and threads.
     """
 
     def __reduce__(self) -> Any:
@@ -30,8 +30,8 @@ def trial_number(ray_trial: RayTrial) -> int:
     return int(str(ray_trial))
 
 
-class TrialCallback(NotPickled, tune.Callback):
-    """Records in ``trials`` how trials start, report and end.
+class TrialCallback(NotPickled, tune.Callback, tune.Stopper):
+    """Records in ``trials`` how trials start, report and end, and ends the search if ``stop_requested`` is set.
 
     Args:
         trials: the trials of the search
@@ -39,7 +39,7 @@ class TrialCallback(NotPickled, tune.Callback):
     """
 
     def __init__(self, trials: Trials, max_failures: int) -> None:
-        self.trials, self.max_failures = trials, max_failures
+        self.trials, self.max_failures, self.stop_requested = trials, max_failures, False
         self.last_result_at = time.monotonic()
         self.started: dict[int, RayTrial] = {}
         self.ended: queue.SimpleQueue[Trial] = queue.SimpleQueue()  # for the main thread to print
@@ -80,23 +80,17 @@ class TrialCallback(NotPickled, tune.Callback):
             console.print(format_trial(self.trials, self.ended.get()))
 
 
-def _failure_reason(error_file: str | None) -> str:
-    """The last line of the traceback in Ray Tune's error file. Without a traceback, the process died."""
-    with contextlib.suppress(OSError, TypeError, IndexError):
-        return [line for line in Path(str(error_file)).read_text().splitlines() if line.strip()][-1].strip()[:200]
-    return "its process died"
-
-
-class StopOnRequest(NotPickled, tune.Stopper):
-    """Ends the search once ``requested`` is set and no trial is running, so that all have saved."""
-
-    def __init__(self, callback: TrialCallback) -> None:
-        self.callback, self.requested = callback, False
-
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Whether Ray Tune shall stop this trial: never."""
         return False
 
     def stop_all(self) -> bool:
-        """Whether Ray Tune shall end the experiment. Called repeatedly."""
-        return self.requested and not any(trial.status == RayTrial.RUNNING for trial in self.callback.started.values())
+        """Whether Ray Tune shall end the search: once no trial is running, so that all have saved."""
+        return self.stop_requested and not any(trial.status == RayTrial.RUNNING for trial in self.started.values())
+
+
+def _failure_reason(error_file: str | None) -> str:
+    """The last line of the traceback in Ray Tune's error file. Without a traceback, the process died."""
+    with contextlib.suppress(OSError, TypeError, IndexError):
+        return [line for line in Path(str(error_file)).read_text().splitlines() if line.strip()][-1].strip()[:200]
+    return "its process died"
