@@ -74,8 +74,8 @@ class OptunaSearcher(NotPickled, Searcher):
             sampler.replay(trial.number, trial.params)
             if trial.is_done:
                 sampler.tell(trial.number, _objective(trials, trial, trial.state))
-        unstarted = [number for number in range(trials.search.num_trials) if number not in trials.by_number]
-        self.pending = [trial.number for trial in trials if not trial.is_done] + unstarted
+        done = {trial.number for trial in trials if trial.is_done}
+        self.pending = [number for number in range(trials.search.num_trials) if number not in done]
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str:
         """Returns the configuration of the next trial. Called by Ray Tune."""

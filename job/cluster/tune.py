@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -48,15 +48,6 @@ POLL_INTERVAL_S = 0.2
 NUM_EXCHANGE_CHECKPOINTS = 5  # checkpoints of a trial that others may copy in population-based training
 
 
-@dataclass(frozen=True)
-class TrialResources:
-    """What a trial needs of the cluster."""
-
-    per_trial: dict[str, float]  # that Ray reserves for the trial's actor
-    max_concurrent: int
-    workers: Placement
-
-
 def run_search(config: Config, search: SearchConfig, default_name: str, console: Console) -> int:
     """Runs or resumes a search, writes its results and prints them.
 
@@ -82,12 +73,12 @@ def run_search(config: Config, search: SearchConfig, default_name: str, console:
             return stop_request.exit_code
         if search.searcher == "optuna":
             import_optuna()  # fails before a cluster is started
-        with _connected(base, search, console) as (cluster_base, resources), acquire_lease(folder) as lease:
+        with _connected(base, search, console) as (scaled, placement), acquire_lease(folder) as lease:
             folder.write(SEARCH_FILE, config_to_toml(base, search).encode())
             folder.remove(BEST_FILE)
-            trials = load_trials(folder, cluster_base, search)
+            trials = load_trials(folder, *scaled)
             if trials.num_pending:
-                _run_trials(trials, resources, lease, stop_request, console)
+                _run_trials(trials, placement, lease, stop_request, console)
             if stop_request.exit_code:
                 console.print(f"stopped; the same command resumes {folder}")
                 return stop_request.exit_code
@@ -99,8 +90,14 @@ def run_search(config: Config, search: SearchConfig, default_name: str, console:
 
 
 @contextmanager
-def _connected(base: Config, search: SearchConfig, console: Console) -> Iterator[tuple[Config, TrialResources]]:
-    """Connects to the cluster. Yields the configuration with a scale that it can hold, and a trial's resources."""
+def _connected(
+    base: Config, search: SearchConfig, console: Console
+) -> Iterator[tuple[tuple[Config, SearchConfig], Placement]]:
+    """Connects to the cluster.
+
+    Yields the configuration and the search with what the cluster can hold as ``scale`` and ``search.concurrent``, and
+    the placement of a trial's workers.
+    """
     scale = replace(base.scale, cpus_per_worker=base.scale.cpus_per_worker or 1)
     # Without workers the trial's actor trains, so it needs the resources of one worker.
     worker_scale = scale if scale.max_workers else replace(scale, workers=1)
@@ -108,33 +105,29 @@ def _connected(base: Config, search: SearchConfig, console: Console) -> Iterator
     try:
         cells = search.space.domains.get("model.cell")
         check_placement(placement, console, base.run.storage, *(cells.values if cells else [base.model.cell]))
-        per_trial = placement.resources
         if scale.max_workers:
             if placement.max_workers < scale.max_workers:
                 scale = replace(scale, workers=placement.max_workers)
             # All trials use the same accelerator, whichever nodes an autoscaler adds later.
             scale = replace(scale, accelerator="gpu" if placement.use_gpu else "cpu")
-            # The workers reserve their own resources. The actor takes a share of the head node, so that no
-            # more trials start than have resources for all their workers.
-            per_trial = {HEAD_NODE_RESOURCE: math.floor(0.9 / max_concurrent * 1e4) / 1e4}
-        yield replace(base, scale=scale), TrialResources(per_trial, max_concurrent, placement)
+        yield (replace(base, scale=scale), replace(search, concurrent=max_concurrent)), placement
     finally:
         ray.shutdown()
 
 
 def _run_trials(
-    trials: Trials, resources: TrialResources, lease: Lease, stop_request: StopRequest, console: Console
+    trials: Trials, placement: Placement, lease: Lease, stop_request: StopRequest, console: Console
 ) -> None:
     """Runs Ray Tune and shows progress until all trials are done, time is up or a stop is requested."""
-    console.print(banner(trials, resources.max_concurrent))
+    console.print(banner(trials))
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the callback reports what matters
     callback = TrialCallback(trials, MAX_TRIAL_FAILURES)
     event_channel = create_event_channel()
     context = TrialContext(trials.base, trials.search, trials.folder, os.getcwd(), event_channel)
     trials.folder.remove(RAY_FOLDER)
     # In a thread, so that the main thread can handle signals.
-    thread = BackgroundTask(lambda: _run_tune(resources, callback, context))
-    waiting = WaitingNotice(resources.workers, console)
+    thread = BackgroundTask(lambda: _run_tune(placement, callback, context))
+    waiting = WaitingNotice(placement, console)
     deadline = time.monotonic() + (60 * trials.search.minutes or math.inf)
     with open(os.devnull, "w") as null, redirect_stdout(null):  # Ray Tune prints even with verbose=0
         thread.start()
@@ -156,9 +149,14 @@ def _run_trials(
         console.print(f"time is up with {num_left} trials left; the same command resumes {trials.folder}")
 
 
-def _run_tune(resources: TrialResources, callback: TrialCallback, context: TrialContext) -> None:
+def _run_tune(placement: Placement, callback: TrialCallback, context: TrialContext) -> None:
     """Runs the experiment with the trials that are not done."""
     trials, search = callback.trials, context.search
+    per_trial = placement.resources
+    if context.base.scale.max_workers:
+        # The workers reserve their own resources. The actor takes a share of the head node, so that no more trials
+        # start than have resources for all their workers.
+        per_trial = {HEAD_NODE_RESOURCE: math.floor(0.9 / search.concurrent * 1e4) / 1e4}
     if search.searcher == "optuna":
         searcher = OptunaSearcher(trials, OptunaSampler(search.space, trials.base.run.seed))
         samples: dict[str, Any] = {"search_alg": searcher, "num_samples": len(searcher.pending)}
@@ -168,10 +166,10 @@ def _run_tune(resources: TrialResources, callback: TrialCallback, context: Trial
     tune.run(
         tune.with_parameters(TrialTrainable, context=context),
         **samples,
-        resources_per_trial=tune.PlacementGroupFactory([resources.per_trial]),
+        resources_per_trial=tune.PlacementGroupFactory([per_trial]),
         scheduler=build_scheduler(callback),
         # Population-based training needs all trials; it pauses those that the resources cannot hold.
-        max_concurrent_trials=None if search.scheduler == "pbt" else resources.max_concurrent,
+        max_concurrent_trials=None if search.scheduler == "pbt" else search.concurrent,
         max_failures=MAX_TRIAL_FAILURES,
         raise_on_failed_trial=False,
         reuse_actors=True,

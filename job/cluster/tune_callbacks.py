@@ -79,7 +79,6 @@ class TrialCallback(NotPickled, tune.Callback, tune.Stopper):
         while not self.ended.empty():
             console.print(format_trial(self.trials, self.ended.get()))
 
-
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Whether Ray Tune shall stop this trial: never."""
         return False

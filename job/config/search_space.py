@@ -144,11 +144,6 @@ class SearchSpace:
         return math.prod(len(domain.values) for domain in self.domains.values() if domain.distribution == "grid")
 
     @property
-    def is_sampled(self) -> bool:
-        """Whether any field is sampled."""
-        return any(domain.distribution != "grid" for domain in self.domains.values())
-
-    @property
     def endpoints(self) -> list[Params]:
         """Each endpoint of each field by itself, to check that trials are possible."""
         return [{name: value} for name, domain in self.domains.items() for value in domain.values]
@@ -212,9 +207,9 @@ class SearchConfig(Section):
     def num_trials(self) -> int:
         """The number of trials of the whole search."""
         grid_size = self.space.grid_size
-        if self.space.is_sampled:
-            return self.trials or max(DEFAULT_NUM_TRIALS, grid_size)
-        return min(self.trials or grid_size, grid_size)
+        if all(domain.distribution == "grid" for domain in self.space.domains.values()):
+            return min(self.trials or grid_size, grid_size)
+        return self.trials or max(DEFAULT_NUM_TRIALS, grid_size)
 
     def to_toml(self) -> str:
         """Returns ``[search]`` and ``[search.space]`` as TOML."""

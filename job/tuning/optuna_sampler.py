@@ -2,6 +2,7 @@
 
 import importlib
 import random
+import warnings
 from typing import Any
 
 from job.config.search_space import Domain, Params, Range, SearchSpace
@@ -15,6 +16,7 @@ def import_optuna() -> Any:
     except ImportError:
         raise UserError('search.searcher = "optuna": is not installed', "pip install optuna, or use random") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    warnings.filterwarnings("ignore", "Choices for a categorical distribution")  # lists are possible without a database
     return optuna
 
 
@@ -34,11 +36,11 @@ class OptunaSampler:
         self.study.sampler = self.optuna.samplers.TPESampler(seed=seed)
         trial = self.study.ask({name: self._distribution(domain) for name, domain in self.space.domains.items()})
         self.open_trials[number] = trial
-        return {name: self._decode(name, trial.params[name]) for name in self.space.domains}
+        return {name: trial.params[name] for name in self.space.domains}
 
     def replay(self, number: int, params: Params) -> None:
         """Adds a trial that was started earlier, with the parameters it had."""
-        self.study.enqueue_trial({name: self._encode(name, value) for name, value in params.items()})
+        self.study.enqueue_trial(params)
         self.ask(number)
 
     def tell(self, number: int, score: float | None) -> None:
@@ -46,20 +48,10 @@ class OptunaSampler:
         state = self.optuna.trial.TrialState.FAIL if score is None else None
         self.study.tell(self.open_trials.pop(number), score, state=state)
 
-    # Optuna's categories are scalars and ours may be lists, so it chooses among indices.
-
     def _distribution(self, domain: Domain) -> Any:
         distributions = self.optuna.distributions
         if not isinstance(domain, Range):
-            return distributions.CategoricalDistribution(range(len(domain.values)))
+            return distributions.CategoricalDistribution(domain.values)
         if domain.distribution == "randint":
             return distributions.IntDistribution(*domain.values)
         return distributions.FloatDistribution(*domain.values, log=domain.distribution == "loguniform")
-
-    def _encode(self, name: str, value: Any) -> Any:
-        domain = self.space.domains[name]
-        return value if isinstance(domain, Range) else domain.values.index(value)
-
-    def _decode(self, name: str, value: Any) -> Any:
-        domain = self.space.domains[name]
-        return value if isinstance(domain, Range) else domain.values[value]

@@ -6,13 +6,14 @@ from job.console import Console
 from job.tuning.trials import Trial, Trials
 
 
-def banner(trials: Trials, max_concurrent: int) -> str:
+def banner(trials: Trials) -> str:
     """The line that announces a search."""
     search, pending = trials.search, trials.num_pending
     count = f"{pending} of {search.num_trials}" if pending < search.num_trials else f"{pending}"
     space = ", ".join(f"{name} = {domain}" for name, domain in search.space.domains.items())
     note = {"none": "", "asha": ", ASHA stops poor trials early", "pbt": ", poor trials copy good ones (PBT)"}
-    return f"search {trials.base.run.name}: {count} trials, {max_concurrent} at a time{note[search.scheduler]}; {space}"
+    size = f"{count} trials, {search.concurrent} at a time{note[search.scheduler]}"
+    return f"search {trials.base.run.name}: {size}; {space}"
 
 
 def display_name(metric: str) -> str:

@@ -80,14 +80,14 @@ def _write_tensorboard(trials: Trials, trial: Trial) -> None:
     """Writes a trial as a session of TensorBoard's hyperparameter view."""
     metric, score = trials.search.metric, trials.score(trial)
     params = {name: value if isinstance(value, int | float) else str(value) for name, value in trial.params.items()}
-    events = [Event(summary=summary) for summary in hparams(params, {metric: math.nan if score is None else score})]
+    summaries = hparams(params, {metric: math.nan if score is None else score})
+    events = [Event(wall_time=time.time(), summary=summary) for summary in summaries]
     for row in read_score_rows(trial_folder(trials.folder, trial.number), metric):
-        summary = scalar(metric, row["perplexity"])
-        events.append(Event(wall_time=row.get("time"), step=row["epoch"], summary=summary))
+        wall_time = row.get("time") or time.time()  # rows of earlier versions have no time
+        events.append(Event(wall_time=wall_time, step=row["epoch"], summary=scalar(metric, row["perplexity"])))
     with tempfile.TemporaryDirectory() as directory:
         writer = EventsWriter(f"{directory}/events")
         for event in events:
-            event.wall_time = event.wall_time or time.time()  # rows of earlier versions have no time
             writer.write_event(event)
         writer.close()
         (file,) = Path(directory).iterdir()

@@ -1,11 +1,10 @@
 """When a scheduler may act on a trial, and whether it ever can."""
 
 import math
-from dataclasses import replace
-from itertools import product
 
 from job.config.schema import Config
 from job.config.search_space import SearchConfig
+from job.config.toml import override_config
 from job.data.dataset import Dataset
 from job.data.stream import Stream
 from job.errors import UserError
@@ -50,16 +49,10 @@ def check_scheduler(base: Config, search: SearchConfig, dataset: Dataset) -> Non
 
 def _max_epochs_of_steps(base: Config, search: SearchConfig, dataset: Dataset) -> float:
     """Returns the most epochs that a trial begins within ``train.max_steps``."""
-    domains, stream_config = search.space.domains, base.stream
+    domains = search.space.domains
     if not base.train.max_steps or any(name.startswith(("corpus.", "vocabulary.")) for name in domains):
         return math.inf
-    lanes, steps = domains.get("stream.batch_size"), domains.get("stream.num_steps")
-    sizes = product(
-        lanes.values if lanes else [stream_config.batch_size],
-        steps.values if steps else [stream_config.num_steps],
-    )
-    configs = [replace(stream_config, batch_size=num_lanes, num_steps=num_steps) for num_lanes, num_steps in sizes]
-    num_windows = min(
-        Stream(dataset.train_tokens, config, base.run.seed).partition(0).num_windows for config in configs
-    )
-    return math.ceil(base.train.max_steps / max(1, num_windows))
+    sizes = ("stream.batch_size", "stream.num_steps")  # with the largest an epoch has the fewest windows
+    largest = {name: max(domains[name].values) for name in sizes if name in domains}
+    stream = Stream(dataset.train_tokens, override_config(base, largest).stream, base.run.seed)
+    return math.ceil(base.train.max_steps / max(1, stream.partition(0).num_windows))
