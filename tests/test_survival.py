@@ -108,7 +108,7 @@ def write_checkpoint(folder: Folder, step: int, attempt: str) -> None:
     receipt = write_part(folder, name, files, 1, Progress(step=step))
     commit_checkpoint(folder, name, [receipt])
     for old in list_checkpoints(folder)[0][:-2]:
-        remove_checkpoint(old)
+        remove_checkpoint(folder, old.name)
 
 
 def exit_status_of_fork(action) -> int:

@@ -67,7 +67,7 @@ class CheckpointCommitter:
         kept = [*self.checkpoints[-self.num_kept :], self.best]
         for old in self.checkpoints:
             if old not in kept:
-                remove_checkpoint(old)
+                remove_checkpoint(self.folder, old.name)
         self.checkpoints = [old for old in self.checkpoints if old in kept]
         return checkpoint
 

@@ -16,7 +16,6 @@ from job.paths import is_uri
 from job.storage import Folder
 from job.training.checkpoint import (
     MANIFEST,
-    CorruptCheckpoint,
     LoadedCheckpoint,
     find_latest_valid,
     list_checkpoints,
@@ -169,7 +168,7 @@ def check_same_text(checkpoints: Folder, dataset: Dataset) -> None:
         try:
             old_corpus = read_progress(checkpoint)[1]["corpus"]
             vocabulary = vocabulary_from_json(read_checkpoint_file(checkpoint, "vocabulary.json"), "vocabulary.json")
-        except (CorruptCheckpoint, LookupError, UserError):
+        except (LookupError, UserError):
             continue
         if (old_corpus["sha256"], vocabulary) != (corpus["sha256"], dataset.vocabulary):
             has_same_length = old_corpus["tokens"] == corpus["tokens"]
@@ -195,8 +194,6 @@ def open_checkpoint(folder: Folder) -> LoadedCheckpoint:
         if folder.has(MANIFEST):
             return verify_checkpoint(read_manifest(folder.parent, folder.name))
         loaded, corrupt = find_latest_valid(folder / "checkpoints")
-    except CorruptCheckpoint as error:
-        raise UserError(str(error)) from None
     except OSError as error:
         raise UserError(f"{folder}: cannot be read: {error}") from None
     if not loaded:

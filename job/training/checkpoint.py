@@ -40,11 +40,11 @@ _FILE = re.compile(r"[a-z]+[a-z0-9-]*\.(safetensors|json|toml)")
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
-class CorruptCheckpoint(Exception):
+class CorruptCheckpoint(UserError):
     """A checkpoint that is incomplete, damaged or not of this program.
 
     Temporary failures (a storage timeout, missing permissions) raise OSError, and an unknown format version raises
-    UserError. Callers must not skip a checkpoint for either.
+    another UserError. Callers must not skip a checkpoint for either.
 
     Args:
         path: the checkpoint's folder
@@ -52,17 +52,9 @@ class CorruptCheckpoint(Exception):
     """
 
     def __init__(self, path: Folder, reason: str) -> None:
-        super().__init__(path, reason)
-        self.path = path
-        self.reason = reason
-
-    def __str__(self) -> str:
-        return f"{self.path}: {self.reason}"
-
-    @property
-    def name(self) -> str:
-        """The checkpoint's name."""
-        return self.path.name
+        super().__init__(f"{path}: {reason}")
+        self.args = path, reason  # from which it is unpickled
+        self.name, self.reason = path.name, reason
 
 
 @dataclass(frozen=True)
@@ -179,12 +171,8 @@ def _digest(content: Any) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def remove_checkpoint(checkpoint: Checkpoint) -> None:
+def remove_checkpoint(folder: Folder, name: str) -> None:
     """Removes a checkpoint, its manifest first, so that an interrupted removal leaves no valid checkpoint."""
-    _remove(checkpoint.folder, checkpoint.name)
-
-
-def _remove(folder: Folder, name: str) -> None:
     (folder / name).remove(MANIFEST)
     folder.remove(name)
 
@@ -202,7 +190,7 @@ def discard_after(folder: Folder, step: int, attempt: str) -> None:
     for name in folder.names():
         match = _NAME.fullmatch(name)
         if match and match[2] != attempt and (int(match[1]) > step or not (folder / name).has(MANIFEST)):
-            _remove(folder, name)
+            remove_checkpoint(folder, name)
 
 
 # --- reading ----------------------------------------------------------------------------------
@@ -301,10 +289,11 @@ def parse_safetensors(data: bytes) -> dict[str, Tensor]:
 
 def load_checkpoint(checkpoint: Checkpoint) -> LoadedCheckpoint:
     """Reads a checkpoint except for the lanes' state; raises CorruptCheckpoint if a file of it is not valid."""
+    config_toml, vocabulary_json = (
+        read_checkpoint_file(checkpoint, file) for file in ("config.toml", "vocabulary.json")
+    )
     try:
-        config_toml = read_checkpoint_file(checkpoint, "config.toml").decode()
-        vocabulary_json = read_checkpoint_file(checkpoint, "vocabulary.json")
-        config = config_from_toml(config_toml, "config.toml")
+        config = config_from_toml(config_toml.decode(), "config.toml")
         vocabulary = vocabulary_from_json(vocabulary_json, "vocabulary.json")
     except (UserError, UnicodeDecodeError) as error:
         raise CorruptCheckpoint(checkpoint.path, str(error)) from None

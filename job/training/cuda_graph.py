@@ -22,6 +22,7 @@ WARMUP_STEPS = 3  # steps before the capture, in which libraries finish autotuni
 
 Replay = Callable[[], None]
 Capture = Callable[[Callable[[], Tensor]], tuple[Tensor, Replay]]
+DeviceStep = Callable[[Batch, State, Tensor], tuple[Tensor, State]]  # a TrainStep with the learning rate on the device
 
 
 def supports_cuda_graph(model: LanguageModel, world_size: int) -> bool:
@@ -59,7 +60,7 @@ class CudaGraphTrainStep:
         self.capture = capture
         self.learning_rate = torch.zeros((), device=eager_step.device)
         self.warmup_left = WARMUP_STEPS
-        self.step: _Graph | EagerTrainStep | None = None  # used after the warm-up
+        self.step: DeviceStep | None = None  # used after the warm-up
 
     def __call__(self, batch: Batch, state: State, learning_rate: float) -> tuple[Tensor, State]:
         """Takes the step; the next call overwrites the tensors that it returns."""
@@ -70,40 +71,33 @@ class CudaGraphTrainStep:
             self.step = self._capture(batch, state)
         return (self.step or self.eager_step)(batch, state, self.learning_rate)
 
-    def _capture(self, batch: Batch, state: State) -> "_Graph | EagerTrainStep":
+    def _capture(self, first_batch: Batch, first_state: State) -> DeviceStep:
+        """Returns the captured step, or the eager one if it cannot be captured."""
         for group in self.eager_step.optimizer.param_groups:
             if "capturable" in group:  # required for the capture; torch warns if it is set earlier
                 group["capturable"] = True
+        graph_batch = Batch(*(tensor.to(self.eager_step.device, copy=True) for tensor in first_batch))
+        graph_state = map_state(torch.clone, first_state)
+
+        def step() -> Tensor:
+            stats, new_state = self.eager_step(graph_batch, graph_state, self.learning_rate)
+            _copy_state_(graph_state, new_state)
+            return stats
+
+        def replay_step(batch: Batch, state: State, _: Tensor) -> tuple[Tensor, State]:
+            for destination, source in zip(graph_batch, batch, strict=True):
+                destination.copy_(source, non_blocking=True)
+            _copy_state_(graph_state, state)
+            replay()
+            return stats, graph_state
+
         try:
-            return _Graph(self.eager_step, batch, state, self.learning_rate, self.capture)
+            stats, replay = self.capture(step)
         except RuntimeError as error:  # no operation has run yet
             reason = error.__context__ or error
             warnings.warn(f"no CUDA graph, each step is launched operation by operation: {reason}", stacklevel=2)
             return self.eager_step
-
-
-class _Graph:
-    """A captured step, and the tensors that it reads and writes."""
-
-    def __init__(
-        self, eager_step: EagerTrainStep, batch: Batch, state: State, learning_rate: Tensor, capture: Capture
-    ) -> None:
-        self.batch = Batch(*(tensor.to(eager_step.device, copy=True) for tensor in batch))
-        self.state = map_state(torch.clone, state)
-
-        def step() -> Tensor:
-            stats, new_state = eager_step(self.batch, self.state, learning_rate)
-            _copy_state_(self.state, new_state)
-            return stats
-
-        self.stats, self.replay = capture(step)
-
-    def __call__(self, batch: Batch, state: State, _: Tensor) -> tuple[Tensor, State]:
-        for destination, source in zip(self.batch, batch, strict=True):
-            destination.copy_(source, non_blocking=True)
-        _copy_state_(self.state, state)
-        self.replay()
-        return self.stats, self.state
+        return replay_step
 
 
 def _copy_state_(destination: State, source: State) -> None:

@@ -63,8 +63,6 @@ def train(spec: RunSpec, world: World, link: DriverLink) -> None:
         link.post(Failed(world.attempt, error))
     except UserError as error:
         link.post(Failed(world.attempt, UnrecoverableError(error.problem, error.remedy)))
-    except CorruptCheckpoint as error:
-        link.post(Failed(world.attempt, UnrecoverableError(str(error))))
     except OSError as error:
         problem = f"{spec.checkpoints}: a checkpoint cannot be written or read: {error}"
         link.post(Failed(world.attempt, UnrecoverableError(problem)))
@@ -101,8 +99,7 @@ class Trainer:
     train_state: TrainState
     writer: CheckpointWriter
     reporter: Reporter
-    timed_until: float = field(default_factory=time.monotonic)  # all of these by the monotonic clock
-    saved_at: float = field(default_factory=time.monotonic)
+    saved_at: float = field(default_factory=time.monotonic)  # or started at, by the monotonic clock
     preemption_polled_at: float = field(default_factory=time.monotonic)
 
     @property
@@ -202,6 +199,6 @@ class Trainer:
 
     def _save(self) -> None:
         now = time.monotonic()
-        self.progress.seconds += now - self.timed_until
-        self.timed_until = self.saved_at = now
+        self.progress.seconds += now - self.saved_at
+        self.saved_at = now
         self.writer.save(self.train_state)

@@ -4,7 +4,7 @@ from job.config.schema import Config
 from job.config.toml import config_to_toml
 from job.run.run_dir import CONFIG_FILE, read_existing_run
 from job.storage import Folder
-from job.training.checkpoint import MANIFEST, Checkpoint, copy_checkpoint, list_checkpoints
+from job.training.checkpoint import Checkpoint, copy_checkpoint, list_checkpoints, remove_checkpoint
 
 EXCHANGED_FILE = "exchanged"  # in a run's folder: the checkpoint it last exported or imported
 
@@ -31,8 +31,7 @@ def import_checkpoint(source: Folder, run_folder: Folder, config: Config) -> Non
     copy_checkpoint(checkpoint, checkpoints)
     for other in checkpoints.names():
         if other != checkpoint.name:
-            (checkpoints / other).remove(MANIFEST)
-            checkpoints.remove(other)
+            remove_checkpoint(checkpoints, other)
     run_folder.write(CONFIG_FILE, config_to_toml(config).encode())
     run_folder.write(EXCHANGED_FILE, checkpoint.name.encode())
 
