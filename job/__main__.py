@@ -56,9 +56,12 @@ def _tune(line: CommandLine) -> int:
 
 def _generate(line: CommandLine) -> int:
     """Continue a text with a trained model. The configuration of its run overrides the defaults."""
-    from job.inference.generate import generate_text
+    from job.inference.generate import describe_unknown_tokens, generate_text
 
-    print(generate_text(*_open(line.target, parse_flags(line.flags))))
+    loaded, config = _open(line.target, parse_flags(line.flags))
+    print(generate_text(loaded, config))
+    if warning := describe_unknown_tokens(config, loaded.vocabulary):
+        Console(sys.stderr).warn(warning)
     return 0
 
 

@@ -192,6 +192,7 @@ class GenerateConfig(Section):
     )
     length: int = config_field(50, "tokens to generate", at_least(0))
     temperature: float = config_field(0.0, "sampling temperature; 0: greedy", at_least(0))
+    unknown: bool = config_field(False, "generate <unk> like any other token; false: never")
 
 
 @dataclass(frozen=True)

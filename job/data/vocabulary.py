@@ -12,7 +12,7 @@ from job.config.schema import VocabularyConfig
 from job.data.corpus import Corpus
 from job.errors import UserError
 
-UNKNOWN = "<unk>"
+UNKNOWN, UNKNOWN_ID = "<unk>", 0
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Vocabulary:
             return np.frombuffer(data, np.uint8).astype(np.int32)
         assert isinstance(line, str)
         if self.kind == "word":
-            return np.array([self._ids.get(word, 0) for word in line.split()], np.int32)
+            return np.array([self._ids.get(word, UNKNOWN_ID) for word in line.split()], np.int32)
         code_points = np.frombuffer(line.encode("utf-32-le", "surrogatepass"), np.uint32)
         table = self._ids_by_code_point
         return table[np.minimum(code_points, len(table) - 1)]
@@ -64,9 +64,19 @@ class Vocabulary:
             return bytes(ids).decode("utf-8", errors="replace")
         return (" " if self.kind == "word" else "").join(self.tokens[index] for index in ids)
 
-    def contains_known_token(self, ids: np.ndarray) -> bool:
-        """Whether any of the token ids is that of a known token."""
-        return len(ids) > 0 if self.kind == "byte" else bool(ids.any())
+    @property
+    def has_unknown(self) -> bool:
+        """Whether there is an ``<unk>``, which a byte vocabulary does not need."""
+        return self.kind != "byte"
+
+    def is_unknown(self, ids: np.ndarray) -> np.ndarray:
+        """Whether each token id is that of ``<unk>``."""
+        return (ids == UNKNOWN_ID) & self.has_unknown
+
+    def unknown_tokens(self, lines: Iterable[str]) -> list[str]:
+        """Returns the tokens of all lines that are not in the vocabulary, each once."""
+        tokens = [token for line in lines for token in (line.split() if self.kind == "word" else line)]
+        return [token for token in dict.fromkeys(tokens) if self.has_unknown and token not in self._ids]
 
     def to_json(self) -> str:
         """Returns the content of ``vocabulary.json``."""

@@ -3,6 +3,8 @@
 Axes: N tokens of the prefix, T steps, B lanes, V tokens of the vocabulary.
 """
 
+import math
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,7 +12,7 @@ from torch import Tensor
 from job.config.schema import Config, GenerateConfig
 from job.data.corpus import clean_text
 from job.data.dataset import Dataset
-from job.data.vocabulary import Vocabulary
+from job.data.vocabulary import UNKNOWN, UNKNOWN_ID, Vocabulary
 from job.errors import UserError
 from job.nn.language_model import LanguageModel, build_model, load_weights
 from job.training.checkpoint import LoadedCheckpoint
@@ -18,6 +20,7 @@ from job.training.checkpoint import LoadedCheckpoint
 # Length of a prefix that is taken from the text.
 PREFIX_CHARACTERS = 12
 PREFIX_WORDS = 3
+MAX_NAMED_TOKENS = 10  # of a prefix, in a notice
 
 
 def load_model(checkpoint: LoadedCheckpoint) -> LanguageModel:
@@ -30,7 +33,7 @@ def load_model(checkpoint: LoadedCheckpoint) -> LanguageModel:
 
 
 def generate_text(checkpoint: LoadedCheckpoint, config: Config) -> str:
-    """Returns the prefix and its continuation by the checkpoint's model.
+    """Returns the prefix, as the user typed it, and its continuation by the checkpoint's model.
 
     Args:
         checkpoint: gives the model, the vocabulary and the cleaning of the prefix
@@ -39,10 +42,21 @@ def generate_text(checkpoint: LoadedCheckpoint, config: Config) -> str:
     Raises:
         UserError: none of the prefix's tokens is in the vocabulary
     """
-    vocabulary = checkpoint.vocabulary
-    prefix = encode_prefix(config.generate.prefix, checkpoint.config.corpus.cleaning, vocabulary)
-    continuation = generate_tokens(load_model(checkpoint), prefix, config.generate, config.run.seed)
-    return vocabulary.decode([*prefix.tolist(), *continuation])
+    vocabulary, prefix = checkpoint.vocabulary, config.generate.prefix
+    ids = encode_prefix(prefix, checkpoint.config.corpus.cleaning, vocabulary)
+    model = load_model(checkpoint)
+    if vocabulary.has_unknown and not config.generate.unknown:
+        model.linear.bias.data[UNKNOWN_ID] = -math.inf
+    continuation = vocabulary.decode(generate_tokens(model, ids, config.generate, config.run.seed))
+    needs_blank = vocabulary.kind == "word" and bool(continuation) and not prefix[-1].isspace()
+    return prefix + " " * needs_blank + continuation
+
+
+def describe_unknown_tokens(config: Config, vocabulary: Vocabulary) -> str:
+    """Returns a warning that names the tokens of the prefix that are not in the vocabulary. Empty if all are."""
+    tokens = vocabulary.unknown_tokens(clean_text(config.generate.prefix, config.corpus.cleaning))
+    names = ", ".join(map(repr, tokens[:MAX_NAMED_TOKENS])) + ", …" * (len(tokens) > MAX_NAMED_TOKENS)
+    return f"generate.prefix: not in the vocabulary, and read as {UNKNOWN}: {names}" if tokens else ""
 
 
 def resolve_prefix(prefix: str, cleaning: str, dataset: Dataset) -> str:
@@ -59,7 +73,7 @@ def resolve_prefix(prefix: str, cleaning: str, dataset: Dataset) -> str:
     vocabulary, tokens = dataset.vocabulary, dataset.train_tokens
     if prefix == GenerateConfig.prefix:
         ids = vocabulary.encode(clean_text(prefix, cleaning))
-        is_known = np.isin(ids, tokens) if vocabulary.kind == "byte" else ids > 0
+        is_known = ~vocabulary.is_unknown(ids) if vocabulary.has_unknown else np.isin(ids, tokens)
         prefix = prefix if is_known.all() else _first_known_text(vocabulary, tokens) or prefix
     encode_prefix(prefix, cleaning, vocabulary)
     return prefix
@@ -67,7 +81,7 @@ def resolve_prefix(prefix: str, cleaning: str, dataset: Dataset) -> str:
 
 def _first_known_text(vocabulary: Vocabulary, tokens: np.ndarray) -> str:
     """Returns the first known characters or words, without blanks before them. Empty if there are only blanks."""
-    is_known = tokens >= (0 if vocabulary.kind == "byte" else 1)
+    is_known = ~vocabulary.is_unknown(tokens)
     if not is_known.any():
         problem = "vocabulary: contains no token of the training text"
         raise UserError(problem, "raise vocabulary.size or lower vocabulary.min_frequency")
@@ -91,7 +105,7 @@ def encode_prefix(prefix: str, cleaning: str, vocabulary: Vocabulary) -> np.ndar
     if not len(ids):
         reason = "letters from A to Z, and corpus.cleaning = d2l keeps only those" if cleaning == "d2l" else "words"
         raise UserError(f"generate.prefix = {prefix!r}: contains no {reason}", "choose another prefix")
-    if not vocabulary.contains_known_token(ids):
+    if vocabulary.is_unknown(ids).all():
         problem = f"generate.prefix = {prefix!r}: none of its tokens is in the vocabulary"
         raise UserError(problem, "choose another prefix")
     return ids

@@ -9,7 +9,7 @@ from job.config.schema import Config
 from job.config.toml import config_to_toml
 from job.console import Console, format_duration, python_command
 from job.errors import RunFailed, UserError
-from job.inference.generate import generate_text
+from job.inference.generate import describe_unknown_tokens, generate_text
 from job.run.lease import acquire_lease, wait_until_expired
 from job.run.metrics import plot_perplexity
 from job.run.recorder import Recorder
@@ -87,6 +87,8 @@ def run_training(
         if stop_request.exit_code:
             return stop_request.exit_code
         console.print(_run_banner(spec, config.corpus.source))
+        if warning := describe_unknown_tokens(spec.config, spec.dataset.vocabulary):
+            console.warn(warning)
         folder = replace(folder, retry=True)
         with closing(launcher):
             launcher.connect(spec.config, console)
