@@ -1,7 +1,11 @@
-"""Paths and URIs as users write them."""
+"""Paths and URIs as users write them, and the folder of caches."""
 
+import contextlib
 import os
 import re
+import stat
+import tempfile
+from pathlib import Path
 from urllib.parse import unquote
 
 from job.errors import UserError
@@ -75,3 +79,48 @@ def mask_credentials(text: str) -> str:
     """Replaces credentials in the URIs of a message, which may be those of an early version's run or a redirect."""
     text = re.sub(_USER_INFO, "***", text, flags=re.IGNORECASE)
     return re.sub(_SENSITIVE_PARAMETER, r"\1***", text, flags=re.IGNORECASE)
+
+
+def cache_folder() -> Path:
+    """Returns the folder of caches, which exists: ``lanes`` in ``$XDG_CACHE_HOME`` or in ``~/.cache``.
+
+    If neither can be written, it is a temporary folder that only this user can write.
+
+    Raises:
+        OSError: there is no such folder either
+    """
+    if folder := _home_cache():
+        return folder
+    folder = _temporary_cache()
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if not is_private(folder):
+        raise PermissionError(f"{folder} belongs to another user, or others may write it")
+    return folder
+
+
+def _temporary_cache() -> Path:
+    return Path(tempfile.gettempdir(), f"lanes-{os.geteuid()}")
+
+
+def _home_cache() -> Path | None:
+    home = os.path.expanduser("~")
+    parents = [os.environ.get("XDG_CACHE_HOME"), None if home in ("~", str(_temporary_cache())) else f"{home}/.cache"]
+    for folder in (Path(parent, "lanes") for parent in parents if parent):
+        with contextlib.suppress(OSError):
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK | os.X_OK):
+                return folder
+    return None
+
+
+def cache_notice() -> str:
+    """Returns a notice if caches are in a temporary folder. Empty otherwise."""
+    if _home_cache():
+        return ""
+    return f"there is no home folder that can be written: caches are in {_temporary_cache()}; set XDG_CACHE_HOME"
+
+
+def is_private(path: Path) -> bool:
+    """Returns whether a file or folder is this user's, who alone may write it, and no symbolic link."""
+    status = path.lstat()
+    return not stat.S_ISLNK(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & 0o022

@@ -9,8 +9,8 @@ import pytest
 
 from job.config.schema import CorpusConfig
 from job.data.corpus import read_corpus
-from job.data.download import cache_folder
 from job.errors import UserError
+from job.paths import cache_folder
 
 
 def read(source):

@@ -32,6 +32,7 @@ from job.config.search_space import SearchConfig
 from job.config.toml import config_to_toml
 from job.console import Console
 from job.errors import RunFailed
+from job.paths import cache_notice
 from job.run.lease import Lease, acquire_lease, wait_until_expired
 from job.run.run_dir import SEARCH_FILE
 from job.run.signals import StopRequest
@@ -69,6 +70,8 @@ def run_search(config: Config, search: SearchConfig, default_name: str, console:
     with stop_request.installed():
         base = check_search(config, search, folder)
         folder.check_writable()
+        if notice := cache_notice():
+            console.warn(notice)
         if stop_request.exit_code:
             return stop_request.exit_code
         if search.searcher == "optuna":

@@ -2,14 +2,13 @@
 
 import contextlib
 import hashlib
-import os
-from pathlib import Path
 
 import requests
 from requests.adapters import HTTPAdapter
 from urllib3.util.retry import Retry
 
 from job.errors import UserError
+from job.paths import cache_folder
 from job.storage import Folder
 
 # The text of the d2l book's chapter on recurrent networks, with the URL and SHA-1 digest given there.
@@ -21,11 +20,6 @@ MAX_DOWNLOAD_BYTES = 4 << 30
 CHUNK_BYTES = 1 << 20
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 30.0
-
-
-def cache_folder() -> Path:
-    """Returns the folder of cached downloads: ``$XDG_CACHE_HOME/lanes``, by default ``~/.cache/lanes``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lanes"
 
 
 def download_time_machine(max_retries: int = 3) -> bytes:
@@ -52,15 +46,14 @@ def download_text(url: str) -> bytes:
 
 
 def _download_cached(url: str, file_name: str, algorithm: str, expected: str, max_retries: int = 3) -> bytes:
-    folder = Folder(str(cache_folder()))
     with contextlib.suppress(OSError, UserError):  # not cached, or damaged
-        data = folder.read(file_name)
+        data = Folder(str(cache_folder())).read(file_name)
         _verify(data, algorithm, expected)
         return data
     data = _download(url, max_retries)
     _verify(data, algorithm, expected)
     with contextlib.suppress(OSError):  # without a cache, the next run downloads the text again
-        folder.write(file_name, data)
+        Folder(str(cache_folder())).write(file_name, data)
     return data
 
 

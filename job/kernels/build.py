@@ -10,12 +10,12 @@ import hashlib
 import os
 import platform
 import shutil
-import stat
 import subprocess
 import tempfile
 from pathlib import Path
 
 from job.kernels.abi import declare_functions, mismatched_struct
+from job.paths import cache_folder, is_private
 
 SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-strict-aliasing", "-fPIC", "-shared", "-pthread")
@@ -53,8 +53,7 @@ def _load() -> ctypes.CDLL:
     if compiler is None:
         raise KernelUnavailable("there is no C compiler")
     # A private folder: the downloaded texts are cached in its parent, which others may be allowed to write.
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lanes" / "kernels"
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder = cache_folder() / "kernels"
     folder.mkdir(mode=0o700, exist_ok=True)
     _check_owner(folder)
     path = folder / f"kernels-{_cache_key(compiler)}.so"
@@ -70,8 +69,7 @@ def _load() -> ctypes.CDLL:
 
 def _check_owner(path: Path) -> None:
     """Raises KernelUnavailable if another user could have written the code."""
-    status = path.lstat()
-    if stat.S_ISLNK(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
+    if not is_private(path):
         raise KernelUnavailable(f"{path} belongs to another user, or others may write it")
 
 

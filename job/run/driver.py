@@ -10,6 +10,7 @@ from job.config.toml import config_to_toml
 from job.console import Console, format_duration, python_command
 from job.errors import RunFailed, UserError
 from job.inference.generate import describe_unknown_tokens, generate_text
+from job.paths import cache_notice
 from job.run.lease import acquire_lease, wait_until_expired
 from job.run.metrics import plot_perplexity
 from job.run.recorder import Recorder
@@ -86,6 +87,8 @@ def run_training(
         folder.check_writable()
         if stop_request.exit_code:
             return stop_request.exit_code
+        if notice := cache_notice():
+            console.warn(notice)
         console.print(_run_banner(spec, config.corpus.source))
         if warning := describe_unknown_tokens(spec.config, spec.dataset.vocabulary):
             console.warn(warning)
