@@ -145,11 +145,11 @@ def test_attach_rejects_other_memory(tmp_path, monkeypatch):
     process = os.getpid()
     with path.open("r+b") as opened:
         file = opened.fileno()
-        assert _attach(process, file, b"x" * CACHE_LINE, 200) is not None
-        assert _attach(process, file, b"y" * CACHE_LINE, 200) is None
-        assert _attach(process, file, b"x" * CACHE_LINE, 100) is None
+        assert _attach(process, file, (b"x" * CACHE_LINE).hex(), 200) is not None
+        assert _attach(process, file, (b"y" * CACHE_LINE).hex(), 200) is None
+        assert _attach(process, file, (b"x" * CACHE_LINE).hex(), 100) is None
         monkeypatch.setattr(os.path, "samefile", lambda *paths: False)
-        assert _attach(process, file, b"x" * CACHE_LINE, 200) is None
+        assert _attach(process, file, (b"x" * CACHE_LINE).hex(), 200) is None
     monkeypatch.undo()
-    assert _attach(process, file, b"x" * CACHE_LINE, 200) is None
-    assert _attach(1 << 30, 0, b"x" * CACHE_LINE, 200) is None
+    assert _attach(process, file, (b"x" * CACHE_LINE).hex(), 200) is None
+    assert _attach(1 << 30, 0, (b"x" * CACHE_LINE).hex(), 200) is None

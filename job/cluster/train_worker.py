@@ -10,9 +10,9 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
-import torch.distributed as dist
 from ray.cloudpickle import dumps
 
+from job.distributed.collectives import broadcast_json
 from job.distributed.context import World
 from job.distributed.gradient_sync import ControlFlags
 from job.training.events import Crashed, Event
@@ -81,7 +81,7 @@ def train_worker(task: dict[str, Any]) -> None:
         threading.Thread(target=link.receive_requests, daemon=True).start()
     attempt = ""
     try:
-        attempt = _broadcast_attempt_id(world_size)
+        attempt = broadcast_json(uuid.uuid4().hex[:8])  # drawn by rank 0
         world = World(rank, world_size, ray.train.torch.get_device(), task["threads"], attempt)
         spec: RunSpec = ray.get(task["spec"])
         train(spec, world, link)
@@ -97,11 +97,3 @@ def one_line(error: BaseException) -> str:
     first_line = str(error).partition("\n")[0]
     message = re.sub(r"\[\S+/\S+:\d+\] ", "", first_line.rpartition("RuntimeError: ")[2])
     return f"{type(error).__name__}: {message.partition('. This is')[0]}"[:200]
-
-
-def _broadcast_attempt_id(world_size: int) -> str:
-    """Returns a new ID for this attempt, drawn by rank 0 and sent to all workers."""
-    attempt_id = [uuid.uuid4().hex[:8]]
-    if world_size > 1:
-        dist.broadcast_object_list(attempt_id)
-    return attempt_id[0]

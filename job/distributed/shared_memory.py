@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from job.distributed.collectives import broadcast_json, gather_json
 from job.kernels.abi import STRUCTS
 from job.kernels.build import load_library
 
@@ -75,16 +76,14 @@ def create_group(timeout_s: float) -> SharedMemoryGroup | None:
     rank, workers = dist.get_rank(), dist.get_world_size()
     size = group_bytes(workers)
     with contextlib.ExitStack() as stack:
-        handle: list[tuple[int, int, bytes] | None] = [_create(size, stack) if rank == 0 else None]
-        dist.broadcast_object_list(handle)
-        memory = _attach(*handle[0], size) if handle[0] else None
-        all_attached = torch.tensor(memory is not None and load_library() is not None, dtype=torch.int32)
-        dist.all_reduce(all_attached, dist.ReduceOp.MIN)
+        handle = broadcast_json(_create(size, stack) if rank == 0 else None)
+        memory = _attach(*handle) if handle else None
+        all_attached = all(gather_json(memory is not None and load_library() is not None))
     return SharedMemoryGroup(memory, rank, workers, timeout_s) if memory and all_attached else None
 
 
-def _create(size: int, stack: contextlib.ExitStack) -> tuple[int, int, bytes] | None:
-    """Returns process id, file descriptor and token of new memory; the file is closed with the stack."""
+def _create(size: int, stack: contextlib.ExitStack) -> tuple[int, int, str, int] | None:
+    """Returns the arguments of ``_attach`` for new memory, whose file is closed with the stack."""
     try:
         file = os.memfd_create("lanes")
         stack.callback(os.close, file)
@@ -93,17 +92,17 @@ def _create(size: int, stack: contextlib.ExitStack) -> tuple[int, int, bytes] | 
         return None
     token = secrets.token_bytes(CACHE_LINE)
     os.pwrite(file, token, 0)
-    return os.getpid(), file, token
+    return os.getpid(), file, token.hex(), size
 
 
-def _attach(process: int, file: int, token: bytes, size: int) -> mmap.mmap | None:
+def _attach(process: int, file: int, token: str, size: int) -> mmap.mmap | None:
     """Maps the memory. Returns None if that file is another one or missing, as on another machine or in a container."""
     try:
         # Workers in different network namespaces can be partitioned like hosts; that must stay detectable.
         if not os.path.samefile(f"/proc/{process}/ns/net", "/proc/self/ns/net"):
             return None
         with open(f"/proc/{process}/fd/{file}", "r+b", buffering=0) as opened:
-            if os.fstat(opened.fileno()).st_size != size or opened.read(CACHE_LINE) != token:
+            if os.fstat(opened.fileno()).st_size != size or opened.read(CACHE_LINE).hex() != token:
                 return None
             return mmap.mmap(opened.fileno(), size)
     except OSError:

@@ -3,12 +3,13 @@
 import copy
 import time
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 
 from job.config.schema import BUILTIN_CELLS, Config
+from job.distributed.collectives import gather_json
 from job.distributed.context import World, device_name, raise_malloc_thresholds
 from job.distributed.gradient_sync import ControlFlags
 from job.distributed.tree_reduce import tree_sum
@@ -53,11 +54,11 @@ def train(spec: RunSpec, world: World, link: DriverLink) -> None:
     """
     try:
         configure_process(spec.config, world)
-        resume_point, loaded = agree_on_resume_point(spec, world)
-        train_state = build_train_state(spec, world, resume_point.precision, loaded)
+        loaded, skipped_checkpoints, precision = agree_on_resume_point(spec, world)
+        train_state = build_train_state(spec, world, precision, loaded)
         writer = CheckpointWriter(spec, world, link.post)
         reporter = Reporter(world, link.post, train_state, spec.config.train.log_every)
-        reporter.post(_started(spec.config, world, train_state, resume_point.skipped_checkpoints))
+        reporter.post(_started(spec.config, world, train_state, skipped_checkpoints))
         Trainer(spec, world, link, train_state, writer, reporter).run()
     except UnrecoverableError as error:
         link.post(Failed(world.attempt, error))
@@ -175,9 +176,7 @@ class Trainer:
         autocast = self.train_state.precision.autocast
         sums = evaluate_lanes(model, self.spec.dataset.validation_tokens, groups, num_lanes, num_steps, autocast)
         if self.world.size > 1:
-            gathered: list[Any] = [None] * self.world.size
-            dist.all_gather_object(gathered, sums)
-            sums = [nats for worker_sums in gathered for nats in worker_sums]
+            sums = [nats for worker_sums in gather_json(sums) for nats in worker_sums]
         return LossSum(tree_sum(sums), len(self.spec.dataset.validation_tokens) - 1)
 
     def _control_flags(self) -> ControlFlags:
