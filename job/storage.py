@@ -65,11 +65,13 @@ class Folder:
         address: an absolute local path, or a URI
         retry: retry failed requests to an object store for one to two minutes
         location: the file system and the path in it; opened from the address if None
+        before_change: called before each attempt of a request that changes something, and may raise; not pickled
     """
 
     address: str
     retry: bool = False
     location: tuple[fs.FileSystem, str] | None = field(default=None, compare=False, repr=False)
+    before_change: Callable[[], None] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def resolve(cls, source: str) -> "Folder":
@@ -86,6 +88,13 @@ class Folder:
         check_no_credentials("storage", source)
         address = quote(source.rstrip("/"), safe=_URI_CHARACTERS)
         return cls(address, location=_open_location(address))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "before_change": None}
+
+    def _check_change(self) -> None:
+        if self.before_change:
+            self.before_change()
 
     @cached_property
     def _location(self) -> tuple[fs.FileSystem, str]:
@@ -155,6 +164,7 @@ class Folder:
     @_retried
     def write(self, name: str, data: bytes) -> None:
         """Writes a file atomically and durably: it is on the disk when this returns."""
+        self._check_change()
         if self.local_path is not None:
             return _write_local(self.local_path, name, data)
         file_system, path = self._location
@@ -177,6 +187,7 @@ class Folder:
     @_retried
     def remove(self, name: str) -> None:
         """Removes a file, or a folder with its contents; does nothing if there is none."""
+        self._check_change()
         if self.local_path is not None:
             target = self.local_path / name
             if target.is_dir() and not target.is_symlink():
@@ -190,6 +201,7 @@ class Folder:
     @_retried
     def upload(self, source: Path) -> None:
         """Copies a local folder's files into this one; other files here stay."""
+        self._check_change()
         file_system, path = self._location
         fs.copy_files(str(source), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=file_system)
 

@@ -49,7 +49,7 @@ def recorder(tmp_path):
     folder = Folder(str(tmp_path / "run"))
     lease = acquire_lease(folder)
     output, events = io.StringIO(), []
-    recorder = Recorder(folder, CONFIG, lease, Console(output), events.append)
+    recorder = Recorder(CONFIG, lease, Console(output), events.append)
     recorder.output, recorder.events = output, events
     yield recorder
     recorder.close()

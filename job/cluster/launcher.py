@@ -79,7 +79,6 @@ class RayLauncher:
         self.fit.start()
         try:
             self._handle_events(event_channel, recorder, stop_request)
-            recorder.lease.check()
             recorder.folder.remove(RAY_FOLDER)
         except ray.exceptions.RayError as error:
             raise RunFailed(f"Ray ended: {one_line(error)}") from None

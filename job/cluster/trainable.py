@@ -19,7 +19,7 @@ from job.config.search_space import METRIC_SPLITS, SearchConfig
 from job.console import Console
 from job.errors import Diverged, UnrecoverableError, UserError
 from job.run.driver import run_training
-from job.run.lease import HEARTBEAT_INTERVAL_S, LEASE_TIMEOUT_S, acquire_lease, raise_if_held
+from job.run.lease import HEARTBEAT_INTERVAL_S, LEASE_TIMEOUT_S, LeaseObserver, acquire_lease
 from job.run.local_launcher import LocalLauncher
 from job.run.signals import StopRequest
 from job.storage import Folder
@@ -92,8 +92,8 @@ class TrialTrainable(tune.Trainable):
 
     def load_checkpoint(self, checkpoint_dir: str) -> None:  # type: ignore[override]
         """Makes the run resume from a checkpoint, which may be another trial's. Called by Ray Tune."""
-        wait_until_free(self.run_folder, lambda: self.stop_requested)  # a previous actor may still be writing
-        with acquire_lease(self.run_folder):
+        # A previous actor may still be writing.
+        with acquire_lease(self.run_folder, watch_until_free(self.run_folder, lambda: self.stop_requested)):
             import_checkpoint(Folder(checkpoint_dir) / str(self.iteration), self.run_folder, self.run_config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -108,14 +108,13 @@ class TrialTrainable(tune.Trainable):
             self.runner = None
 
 
-def wait_until_free(run_folder: Folder, is_stop_requested: Callable[[], bool]) -> None:
+def watch_until_free(run_folder: Folder, is_stop_requested: Callable[[], bool]) -> LeaseObserver:
     """Waits until the lease of a run is released or has expired, at most a little longer than that takes."""
     deadline = time.monotonic() + LEASE_TIMEOUT_S + 2 * HEARTBEAT_INTERVAL_S
-    while not is_stop_requested() and time.monotonic() < deadline:
-        try:
-            return raise_if_held(run_folder)
-        except UserError:
-            time.sleep(0.5)
+    observer = LeaseObserver(run_folder)
+    while observer.is_held() is not False and not is_stop_requested() and time.monotonic() < deadline:
+        time.sleep(0.5)
+    return observer
 
 
 class TrialRunner:
@@ -177,9 +176,10 @@ class TrialRunner:
         """Runs the training to its end, and returns the trial's state with a reason if it failed."""
         launcher = RayLauncher(in_trial=True) if self.config.scale.max_workers else LocalLauncher()
         try:
-            wait_until_free(self.folder, lambda: bool(self.stop_request.exit_code))
+            observer = watch_until_free(self.folder, lambda: bool(self.stop_request.exit_code))
             if self.stop_request.exit_code:
                 return {"state": "interrupted"}
+            acquire_lease(self.folder, observer).release()  # removes that of a dead actor
             with open(os.devnull, "w") as null:
                 exit_code = run_training(self.config, "", Console(null), launcher, self.stop_request, self._on_event)
         except Diverged as error:

@@ -79,10 +79,11 @@ def run_training(
         console.print(f"{folder} is finished; to train longer, raise {limit}")
         print_result(existing.result, folder, console)
         return 0
-    wait_until_expired(folder, console.print)
+    folder = replace(folder, retry=True)
+    observer = wait_until_expired(folder, console.print)
     stop_request = stop_request or StopRequest()
     with stop_request.installed():
-        spec = build_run_spec(config, replace(folder, retry=True))
+        spec = build_run_spec(config, folder)
         check_same_text(folder / "checkpoints", spec.dataset)
         folder.check_writable()
         if stop_request.exit_code:
@@ -92,12 +93,11 @@ def run_training(
         console.print(_run_banner(spec, config.corpus.source))
         if warning := describe_unknown_tokens(spec.config, spec.dataset.vocabulary):
             console.warn(warning)
-        folder = replace(folder, retry=True)
         with closing(launcher):
             launcher.connect(spec.config, console)
             with (
-                acquire_lease(folder) as lease,
-                closing(Recorder(folder, spec.config, lease, console, on_event)) as recorder,
+                acquire_lease(folder, observer) as lease,
+                closing(Recorder(spec.config, lease, console, on_event)) as recorder,
             ):
                 return _run(launcher, spec, recorder, stop_request)
 
@@ -118,7 +118,6 @@ def _run(launcher: Launcher, spec: RunSpec, recorder: Recorder, stop_request: St
         if finished.stopped:
             console.print(f"stopped at step {finished.progress.step:,}; {_describe_last_checkpoint(folder)}")
             return stop_request.exit_code
-        recorder.lease.check()
         print_result(_finish(spec, recorder, finished), folder, console)
         return 0
     except KeyboardInterrupt:

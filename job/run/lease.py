@@ -1,12 +1,16 @@
 """The lease of a run: only one live driver may write into its folder.
 
-``owner.json`` names the driver (host, machine, boot, process, and a random fencing token) and the time of its last
-heartbeat. A driver is provably dead if its process is gone from this host, or if this host has been rebooted. One on
-another host counts as dead once it has missed its heartbeats for ``LEASE_TIMEOUT_S``. Before each commit the driver
-checks that the file still contains its token.
+``owner.json`` names the driver that holds the lease: its host, its process and a random token. The driver rewrites
+``heartbeat.json`` every ten seconds. A driver whose process has ended on this host, or whose host is this one and has
+been rebooted, is dead at once; any other is dead when neither file has changed for ``LEASE_TIMEOUT_S``. The observer
+measures that by its own monotonic clock, since the clocks of two hosts may differ.
+
+The driver writes through ``Lease.folder``, which checks the lease before each attempt of each request that changes
+something. Object stores have no conditional writes, so an attempt starts only if the last heartbeat is recent, which
+leaves it at least ``LEASE_TIMEOUT_S`` less ``_MAX_HEARTBEAT_AGE_S`` until another driver may take the run over.
+Heartbeats have a file of their own, so that a slow one cannot overwrite the lease of a new owner.
 """
 
-import contextlib
 import fcntl
 import json
 import os
@@ -14,62 +18,97 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from job.errors import RunFailed, UserError
 from job.storage import Folder
 
 OWNER_FILE = "owner.json"
+HEARTBEAT_FILE = "heartbeat.json"
+LOCK_FILE = ".lock"
 HEARTBEAT_INTERVAL_S = 10.0
 LEASE_TIMEOUT_S = 60.0  # without a heartbeat
-_MAX_OWNER_BYTES = 4096
-_OWNER_TYPES = {
-    "host": str, "machine": str, "boot": str, "pid": int, "started_at": str, "token": str, "heartbeat": float
-}  # fmt: skip
-_OLD_KEYS = {"born": "started_at", "word": "token", "beat": "heartbeat"}  # as version 0.1 wrote them
+_MAX_HEARTBEAT_AGE_S = 20.0  # at the start of a write
+_POLL_INTERVAL_S = 0.5
+_MAX_FILE_BYTES = 4096
 
 
-class Lease:
+@dataclass(frozen=True)
+class Owner:
+    """The driver that holds a lease, as ``owner.json`` names it."""
+
+    host: str
+    machine: str
+    boot: str
+    pid: int
+    started_at: str
+    token: str
+
+    @classmethod
+    def this_process(cls) -> "Owner":
+        """Returns this process, with a new token."""
+        pid = os.getpid()
+        return cls(socket.gethostname(), _machine_id(), _boot_id(), pid, _process_start_time(pid), uuid.uuid4().hex)
+
+    @property
+    def is_alive(self) -> bool | None:
+        """Whether the driver is alive. None if it is on another host or in another container."""
+        if (self.host, self.machine) != (socket.gethostname(), _machine_id()):
+            return None
+        return self.boot == _boot_id() and _is_running(self.pid, self.started_at)
+
+
+class Lease(AbstractContextManager["Lease"]):
     """The right to write into a run's folder, until it is released or another driver takes it over.
 
     As a context manager it is released at the end of the block.
+
+    Attributes:
+        folder: the run's folder; each change through it raises RunFailed once another driver has taken the run over
     """
 
-    def __init__(self, folder: Folder, owner: dict[str, Any]) -> None:
-        self.folder = folder
-        self.owner = owner
-        self.checked_at = 0.0  # by time.time
+    def __init__(self, folder: Folder, token: str) -> None:
+        self.folder = replace(folder, before_change=self.check)
+        self.token = token
+        self.unchecked_folder = replace(folder, retry=False)
+        self.renewed_at = time.time()  # unlike the monotonic clock, it does not stop while the machine is suspended
         self.released = threading.Event()
         self.thread = threading.Thread(target=self._send_heartbeats, daemon=True)
 
     def _send_heartbeats(self) -> None:
         while not self.released.wait(HEARTBEAT_INTERVAL_S):
-            with contextlib.suppress(OSError, RunFailed):  # if it lasts, the next commit raises it
+            with suppress(OSError, RunFailed):  # if it lasts, the next change of the folder raises it
                 self.check()
-                _write_owner(self.folder, self.owner)
+                self._renew()
+
+    def _renew(self) -> None:
+        started_at = time.time()
+        self.unchecked_folder.write(HEARTBEAT_FILE, json.dumps({"time": started_at}).encode())
+        self.renewed_at = started_at
+
+    @property
+    def _is_stale(self) -> bool:
+        return abs(time.time() - self.renewed_at) > _MAX_HEARTBEAT_AGE_S
 
     def check(self) -> None:
-        """Raises RunFailed if another driver has taken the run over, and OSError if that cannot be read."""
-        try:
-            owner = _parse_owner(self.folder.read(OWNER_FILE, _MAX_OWNER_BYTES))
-        except FileNotFoundError:
-            owner = None
-        if owner is None or owner["token"] != self.owner["token"]:
+        """Raises RunFailed if another driver has taken the run over, OSError if the lease cannot be read or renewed."""
+        if self._is_stale:
+            self._renew()
+        owner = _parse_owner(_read(self.unchecked_folder, OWNER_FILE))
+        if owner is None or owner.token != self.token:
             raise RunFailed(f"{self.folder}: another driver has taken this run over; this one stops writing")
-        self.checked_at = time.time()
+        if self._is_stale:
+            raise TimeoutError(f"{HEARTBEAT_FILE} could not be written within {_MAX_HEARTBEAT_AGE_S:.0f} s")
 
     def check_if_stale(self) -> None:
-        """Like ``check``, unless it was done within the last two heartbeats.
-
-        Uses wall-clock time, because the monotonic clock may stop while the machine is suspended.
-        """
-        if abs(time.time() - self.checked_at) > 2 * HEARTBEAT_INTERVAL_S:
-            self.check()
-
-    def __enter__(self) -> "Lease":
-        return self
+        """Raises RunFailed as ``check``, which it calls only if there was no heartbeat for some time."""
+        if self._is_stale:
+            with suppress(OSError):  # if it lasts, the next change of the folder raises it
+                self.check()
 
     def __exit__(self, *_: object) -> None:
         self.release()
@@ -78,135 +117,176 @@ class Lease:
         """Gives the lease up, so that the next driver can acquire it at once."""
         self.released.set()
         self.thread.join()
-        with contextlib.suppress(OSError, RunFailed):
-            self.check()
+        with suppress(OSError, RunFailed):
+            self.folder.remove(HEARTBEAT_FILE)
             self.folder.remove(OWNER_FILE)
 
 
-def acquire_lease(folder: Folder) -> Lease:
-    """Acquires the lease of the run in a folder. Raises UserError if a live driver holds it."""
-    owner = {
-        "host": socket.gethostname(),
-        "machine": _machine_id(),
-        "boot": _boot_id(),
-        "pid": os.getpid(),
-        "started_at": _process_start_time(os.getpid()),
-        "token": uuid.uuid4().hex,
-    }
-    with _flock(folder):
-        raise_if_held(folder)
-        _write_owner(folder, owner)
-    lease = Lease(folder, owner)
-    lease.check()
+class LeaseObserver:
+    """Watches the lease of a run, to find out whether the driver that holds it is alive."""
+
+    def __init__(self, folder: Folder) -> None:
+        self.folder = folder
+        self.files: tuple[bytes | None, bytes | None] | None = None  # owner and heartbeat, since the first reading
+        self.unchanged_since = 0.0  # by time.monotonic
+
+    @property
+    def owner(self) -> Owner | None:
+        """The driver that holds the lease. None if there is none, or if the file is damaged."""
+        return _parse_owner(self.files[0] if self.files else None)
+
+    def is_held(self) -> bool | None:
+        """Reads the lease. Returns whether a live driver holds it, and None if it must be watched for longer.
+
+        Raises UserError if the lease cannot be read, since it may be that of a live driver.
+        """
+        try:
+            files = _read(self.folder, OWNER_FILE), _read(self.folder, HEARTBEAT_FILE)
+        except OSError as error:
+            raise UserError(f"{self.folder}/{OWNER_FILE}: cannot be read: {error.strerror or error}") from None
+        has_changed = self.files is not None and files != self.files
+        if files != self.files:
+            self.files, self.unchanged_since = files, time.monotonic()
+        is_alive = self.owner.is_alive if self.owner else None
+        if files[0] is None or is_alive is False or (is_alive is None and self.remaining_s <= 0):
+            return False
+        return is_alive or has_changed or None
+
+    @property
+    def remaining_s(self) -> float:
+        """Seconds after which the driver counts as dead if it writes no heartbeat."""
+        return self.unchanged_since + LEASE_TIMEOUT_S - time.monotonic()
+
+    def describe_owner(self) -> str:
+        """Returns the driver's process and host, for messages."""
+        return f"process {self.owner.pid} on {self.owner.host}" if self.owner else f"an unknown driver ({OWNER_FILE})"
+
+    def in_use(self) -> UserError:
+        """Returns the error that another driver holds the lease."""
+        is_local = self.owner and self.owner.is_alive
+        remedy = "stop it" if is_local else f"if it is dead, retry in {max(1.0, self.remaining_s):.0f} s"
+        problem = f"{self.folder}: this run is in use by {self.describe_owner()}"
+        return UserError(problem, f"{remedy}, or choose another run.name")
+
+
+def acquire_lease(folder: Folder, observer: LeaseObserver | None = None) -> Lease:
+    """Acquires the lease of the run in a folder.
+
+    Args:
+        folder: the run's folder
+        observer: has watched the lease so far
+
+    Raises:
+        UserError: another driver holds the lease and is not known to be dead, or the lease cannot be read
+    """
+    observer = observer or LeaseObserver(folder)
+    owner = Owner.this_process()
+    lease = Lease(folder, owner.token)
+
+    def check_free() -> None:
+        if observer.is_held() is not False and observer.owner != owner:
+            raise observer.in_use()
+
+    with _lock(folder):
+        replace(folder, before_change=check_free).write(OWNER_FILE, json.dumps(asdict(owner)).encode())
     lease.thread.start()
     return lease
 
 
-def raise_if_held(folder: Folder) -> None:
-    """Raises UserError if a live driver holds the lease."""
-    owner = _read_owner(folder)
-    if owner is None or _is_dead(owner):
-        return
-    age_s = max(0.0, time.time() - owner["heartbeat"])
-    retry = f"if it is dead, retry in {max(1, LEASE_TIMEOUT_S - age_s):.0f} s"
-    raise UserError(
-        f"{folder}: this run is in use by process {owner['pid']} on {owner['host']} (last heartbeat {age_s:.0f} s ago)",
-        f"{'stop it' if _is_local(owner) else retry}, or choose another run.name",
-    )
-
-
-def wait_until_expired(folder: Folder, notify: Callable[[str], None]) -> None:
-    """Like ``raise_if_held``, but if the holder is on another host, first waits for a missed heartbeat.
+def wait_until_expired(folder: Folder, notify: Callable[[str], None]) -> LeaseObserver:
+    """Waits until it is known whether a live driver holds the lease of the run in a folder.
 
     Args:
         folder: the run's folder
         notify: called once with a message if it has to wait
+
+    Returns:
+        the observer, for ``acquire_lease``
+
+    Raises:
+        UserError: a live driver holds the lease, or the lease cannot be read
     """
-    first, is_notified = _read_owner(folder), False
-    while True:
-        try:
-            return raise_if_held(folder)
-        except UserError:
-            owner = _read_owner(folder)
-            if owner and (_is_local(owner) or owner != first):
-                raise
-        if not is_notified:
-            notify(f"waiting for a heartbeat of {folder}'s driver on {first['host'] if first else 'another host'}")
-            is_notified = True
-        time.sleep(0.5)
+    observer = LeaseObserver(folder)
+    is_held = observer.is_held()
+    if is_held is None:
+        driver = f"{folder}'s driver, {observer.describe_owner()}"
+        notify(f"waiting for a heartbeat of {driver}, for at most {LEASE_TIMEOUT_S:.0f} s")
+    while is_held is None:
+        time.sleep(_POLL_INTERVAL_S)
+        is_held = observer.is_held()
+    if is_held:
+        raise observer.in_use()
+    return observer
 
 
-@contextlib.contextmanager
-def _flock(folder: Folder) -> Iterator[None]:
-    """Keeps two drivers on one disk from acquiring the lease at the same moment."""
+def _lock(folder: Folder) -> AbstractContextManager[object]:
+    """Keeps two drivers on one disk from acquiring the lease at the same moment.
+
+    No other user can open the lock file, and so keep it locked. Nobody waits for the lock.
+    """
     if folder.local_path is None:
-        yield
-        return
+        return nullcontext()
     folder.local_path.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder.local_path, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)
+        file = open(folder.local_path / LOCK_FILE, "ab", opener=partial(os.open, mode=0o600))  # noqa: SIM115
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{folder}: another driver is just starting this run", "choose another run.name") from None
+    except OSError:  # the lock file of another user, or a file system without locks
+        return nullcontext()
+    return file
 
 
-def _read_owner(folder: Folder) -> dict[str, Any] | None:
+def _read(folder: Folder, name: str) -> bytes | None:
     try:
-        return _parse_owner(folder.read(OWNER_FILE, _MAX_OWNER_BYTES))
-    except OSError:
+        return folder.read(name, _MAX_FILE_BYTES)
+    except FileNotFoundError:
         return None
 
 
-def _parse_owner(data: bytes) -> dict[str, Any] | None:
+def _parse_owner(data: bytes | None) -> Owner | None:
     try:
-        owner = {_OLD_KEYS.get(key, key): value for key, value in json.loads(data).items()}
-        return owner if all(type(owner[key]) is cls for key, cls in _OWNER_TYPES.items()) else None
-    except (ValueError, LookupError, TypeError, AttributeError):
+        values = json.loads(data or b"")
+        is_valid = all(type(values[name]) is cls for name, cls in Owner.__annotations__.items())
+        is_valid = is_valid and values["host"].isprintable()  # it is shown on the terminal
+        return Owner(**{name: values[name] for name in Owner.__annotations__}) if is_valid else None
+    except (ValueError, LookupError, TypeError, RecursionError):
         return None
-
-
-def _write_owner(folder: Folder, owner: dict[str, Any]) -> None:
-    folder.write(OWNER_FILE, json.dumps({**owner, "heartbeat": time.time()}).encode())
-
-
-def _is_local(owner: dict[str, Any]) -> bool:
-    return bool(owner["host"] == socket.gethostname())
-
-
-def _is_dead(owner: dict[str, Any]) -> bool:
-    if _is_local(owner) and owner["machine"] == _machine_id():
-        return bool(owner["boot"] != _boot_id() or owner["started_at"] != _process_start_time(owner["pid"]))
-    return bool(time.time() - owner["heartbeat"] > LEASE_TIMEOUT_S)
 
 
 def _machine_id() -> str:
     """Identifies the machine and the container, within which alone a process id means anything."""
-    with contextlib.suppress(OSError):
-        return f"{Path('/etc/machine-id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
-    with contextlib.suppress(OSError):
-        return os.readlink("/proc/self/ns/pid")
-    return ""
+    machine = _read_line("/etc/machine-id") or _boot_id()  # a container may have none
+    with suppress(OSError):
+        return f"{machine} {os.readlink('/proc/self/ns/pid')}"
+    return machine
 
 
 def _boot_id() -> str:
-    """Identifies the boot: changes when the host is restarted."""
-    with contextlib.suppress(OSError):
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    """Identifies the boot: changes when the host is restarted. Empty if unknown."""
+    return _read_line("/proc/sys/kernel/random/boot_id")
+
+
+def _read_line(path: str) -> str:
+    """Returns a small file's content, empty if it cannot be read."""
+    with suppress(OSError):
+        return Path(path).read_text().strip()
     return ""
 
 
-def _process_start_time(pid: int) -> str:
-    """When a process started, to distinguish it from a later one with the same id. Empty if it has ended."""
+def _is_running(pid: int, started_at: str) -> bool:
+    """Whether a process is running. One that ``/proc`` hides, such as another user's, counts as the same."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-        state, *fields = stat[stat.rindex(")") + 2 :].split()
-        return "" if state in "ZX" else fields[18]
-    except (OSError, ValueError, IndexError):
-        pass
-    try:  # without /proc, any process with this id is taken for the driver
         os.kill(pid, 0)
-        return "alive" if not Path("/proc/self").exists() else ""
-    except OSError:
-        return ""
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return _process_start_time(pid) in ("", started_at)
+
+
+def _process_start_time(pid: int) -> str:
+    """When a process started, to distinguish it from a later one with the same id. Empty if it cannot be read."""
+    stat = _read_line(f"/proc/{pid}/stat")
+    state, *fields = stat[stat.rfind(")") + 2 :].split() or [""]
+    return "ended" if state in ("Z", "X") else "".join(fields[18:19])

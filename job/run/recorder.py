@@ -8,7 +8,6 @@ from job.run.lease import Lease
 from job.run.metrics import MetricsLog
 from job.run.run_dir import RESULT_FILE
 from job.run.run_status import RunStatus
-from job.storage import Folder
 from job.training.events import (
     CheckpointCommitted,
     Crashed,
@@ -31,13 +30,11 @@ class Recorder:
     checkpoint survive any crash.
     """
 
-    def __init__(
-        self, folder: Folder, config: Config, lease: Lease, console: Console, on_event: EventSink | None = None
-    ) -> None:
-        self.folder, self.lease = folder, lease
+    def __init__(self, config: Config, lease: Lease, console: Console, on_event: EventSink | None = None) -> None:
+        self.folder, self.lease = lease.folder, lease
         self.status = RunStatus(config, console)
-        self.metrics = MetricsLog(folder)
-        self.committer = CheckpointCommitter(folder / "checkpoints", config.train.keep_checkpoints)
+        self.metrics = MetricsLog(self.folder)
+        self.committer = CheckpointCommitter(self.folder / "checkpoints", config.train.keep_checkpoints)
         self.on_event = on_event or (lambda _: None)
 
     @property
@@ -81,7 +78,6 @@ class Recorder:
 
     def _start(self, event: Started) -> None:
         """Makes a worker group the current one; discards what earlier ones wrote after its first step."""
-        self.lease.check()
         self.status.start_attempt(event)
         if unseen := self.committer.find_unseen(event):
             self.status.failed = UnrecoverableError(
@@ -97,7 +93,6 @@ class Recorder:
         self.status.print_start()
 
     def _commit(self, event: PartWritten) -> None:
-        self.lease.check()
         self.metrics.sync()
         checkpoint = self.committer.commit(event.receipt.checkpoint)
         self.status.consecutive_failures = 0
