@@ -7,6 +7,7 @@ from job.config.config_file import load_config
 from job.config.schema import GenerateConfig
 from job.config.search_space import SearchConfig
 from job.config.toml import override_config
+from job.console import Console
 from job.errors import UserError
 from job.run.run_dir import read_existing_run
 from job.run.setup import build_run_spec
@@ -185,7 +186,7 @@ def test_build_run_spec_with_too_few_words_names_the_cause(tmp_path, text, flags
 def test_check_search_leaves_the_default_prefix_to_the_trials(tmp_path):
     config = load_small_config(tmp_path, "31 41 59 26 53 " * 200)
     search = SearchConfig(metric="perplexity", space={"vocabulary.kind": {"grid": ["char", "word", "byte"]}})
-    base = check_search(config, search, Folder(str(tmp_path / "search")))
+    base = check_search(config, search, Folder(str(tmp_path / "search")), Console())
     assert base.generate == config.generate
     trials = (override_config(base, {"vocabulary.kind": kind}) for kind in ("char", "word", "byte"))
     prefixes = [build_run_spec(trial, Folder(str(tmp_path))).config.generate.prefix for trial in trials]

@@ -2,9 +2,10 @@
 
 import io
 import json
+import signal
 
 import pytest
-from conftest import job
+from conftest import job, start_job
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
@@ -111,6 +112,9 @@ def test_load_config_ignores_the_search_section(tmp_path):
         ("[search.space]\n'model.hidden_size' = { randint = [1.5, 8] }", "must be two integers"),
         ("[search.space]\n'model.cell' = { choice = [] }", "must contain a list of values"),
         ("[search.space]\n'model.cell' = { choice = ['rnn', 'rnn'] }", "contains a value twice"),
+        (f"[search.space]\n'model.init' = {{ choice = {list(range(200_000))} }}", "200,000 values, more than 10,000"),
+        (f"[search.space]\n'model.dropout' = {{ uniform = [0, 1{'0' * 400}] }}", "the range is empty or not finite"),
+        ("[search.space]\n'model.dropout' = { uniform = [0, nan] }", "the range is empty or not finite"),
         ("[search]\nsearcher = 'grid'\n[search.space]\n'model.dropout' = { uniform = [0, 1] }", "is not a list"),
         ("[search]\nscheduler = 'pbt'\n[search.space]\n'model.init' = { choice = ['rnn'] }", "cannot change"),
         ("[search]\nscheduler = 'pbt'\nsearcher = 'optuna'", "not possible with scheduler"),
@@ -137,13 +141,14 @@ NO_VALIDATION = {"corpus.validation_fraction": "0"}
         ({"model.hidden_size": {"uniform": [8, 16]}}, {}, "model.hidden_size = 8.0: must be an integer"),
         ({"model.cell": {"grid": ["rnn", "gruu"]}}, {}, "model.cell = \"gruu\": must be one of rnn, gru, lstm"),
         ({"stream.batch_size": {"randint": [8, 9000]}}, {}, "at stream.batch_size = 9000: stream.batch_size = 9000"),
+        ({"model.cell": {"grid": [["rnn", ["gru"]], {"rnn": 1}]}}, {}, 'model.cell = ["rnn", ["gru"]]: must be text'),
         ({"model.dropout": {"uniform": [0, 0.5]}}, NO_VALIDATION, "is never reported"),
     ],
 )  # fmt: skip
 def test_check_search_with_invalid_params_raises_user_error(prose, tmp_path, space, flags, message):
     flags = {"corpus.source": str(prose), "corpus.validation_fraction": "0.1", "generate.prefix": "the", **flags}
     with pytest.raises(UserError) as error:
-        check_search(load_config(None, flags), SearchConfig(space=space), Folder(str(tmp_path / "search")))
+        check_search(load_config(None, flags), SearchConfig(space=space), Folder(str(tmp_path / "search")), Console())
     assert message in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -187,10 +192,10 @@ def test_check_search_with_a_scheduler_without_effect_raises_user_error(
     search = SearchConfig(scheduler=scheduler, trials=trials, space={**LEARNING_RATE, **space})
     config = load_config(None, {**flags, "generate.prefix": "the"})
     if not message:
-        check_search(config, search, Folder(str(tmp_path / "search")))
+        check_search(config, search, Folder(str(tmp_path / "search")), Console())
         return
     with pytest.raises(UserError) as error:
-        check_search(config, search, Folder(str(tmp_path / "search")))
+        check_search(config, search, Folder(str(tmp_path / "search")), Console())
     assert str(error.value).startswith(f'search.scheduler = "{scheduler}": has no effect, as ')
     assert message in str(error.value)
 
@@ -219,6 +224,41 @@ def test_resolve_search_with_more_epochs_than_a_trial_schedule_spans_raises_user
                 resolve_search(longer, search, "")
         else:
             assert resolve_search(longer, search, "")[1] == longer
+
+
+TEN_VALUES = {"grid": list(range(1, 11))}
+GRIDS = dict.fromkeys(("train.epochs", "model.hidden_size", "model.num_layers", "stream.offset"), TEN_VALUES)
+
+
+@pytest.mark.parametrize(
+    ("options", "count"),
+    [
+        ({"space": {**GRIDS, "model.embedding_size": {"grid": list(range(10_000))}}}, "100,000,000"),
+        ({"space": {**GRIDS, **LEARNING_RATE, "stream.num_steps": TEN_VALUES}}, "100,000"),
+        ({"space": LEARNING_RATE, "trials": 1_000_000_000}, "1,000,000,000"),
+        ({"space": LEARNING_RATE, "trials": 1_000_000, "scheduler": "pbt"}, "1,000,000"),
+        ({"space": {**GRIDS, "stream.num_steps": TEN_VALUES}, "trials": 10_000}, ""),
+    ],
+)
+def test_resolve_search_with_too_many_trials_raises_user_error(tmp_path, options, count):
+    config, search = load_config(None, {"run.storage": str(tmp_path), "run.name": "it"}), SearchConfig(**options)
+    if not count:
+        assert resolve_search(config, search, "")[1] == config
+        return
+    with pytest.raises(UserError, match=rf"search\.trials = \d+: {count} trials, of at most 10,000; set a"):
+        resolve_search(config, search, "")
+
+
+def test_tune_while_it_checks_many_values_shows_progress_and_ends_at_the_first_interrupt(prose, tmp_path):
+    config = tmp_path / "many.toml"
+    config.write_text(f'[search.space]\n"model.hidden_size" = {{ choice = {list(range(1, 9001))} }}')
+    flags = ["--corpus.source", prose, "--corpus.validation_fraction", 0.1, "--run.storage", tmp_path]
+    process = start_job("tune", config, *flags, "--generate.prefix", "the")
+    assert "of 9,000 values in search.space" in process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == ""
+    assert process.returncode == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["many.toml"]
 
 
 def test_optuna_sampler_rebuilt_by_replay_continues_identically():

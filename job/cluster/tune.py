@@ -66,9 +66,9 @@ def run_search(config: Config, search: SearchConfig, default_name: str, console:
         print_results(trials, console)
         return 0
     wait_until_expired(folder, console.print)
+    base = check_search(config, search, folder, console)  # the first Ctrl-C ends it: nothing has been started
     stop_request = StopRequest()
     with stop_request.installed():
-        base = check_search(config, search, folder)
         folder.check_writable()
         if notice := cache_notice():
             console.warn(notice)
@@ -104,7 +104,7 @@ def _connected(
     scale = replace(base.scale, cpus_per_worker=base.scale.cpus_per_worker or 1)
     # Without workers the trial's actor trains, so it needs the resources of one worker.
     worker_scale = scale if scale.max_workers else replace(scale, workers=1)
-    placement, max_concurrent = connect(worker_scale, search.concurrent)
+    placement, max_concurrent = connect(worker_scale, min(search.concurrent, search.num_trials))
     try:
         cells = search.space.domains.get("model.cell")
         check_placement(placement, console, base.run.storage, *(cells.values if cells else [base.model.cell]))

@@ -2,8 +2,10 @@
 
 import math
 import random
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from textwrap import shorten
 from typing import Any
 
 from job.config.schema import FIELDS, SECTIONS, defines_run
@@ -17,6 +19,7 @@ METRIC_SPLITS = {"validation_perplexity": "validation", "perplexity": "epoch"}
 # The fields that population-based training may change during a run.
 PBT_MUTABLE = ("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.grad_clip_norm", "model.dropout")
 DEFAULT_NUM_TRIALS = 16  # if values are sampled and search.trials = 0
+MAX_TRIALS = 10_000  # of a search; also the most values in one list
 _PERTURBATION_FACTORS = (0.8, 1.25)  # these two are Ray Tune's defaults
 _RESAMPLE_PROBABILITY = 0.25
 
@@ -87,7 +90,7 @@ _DISTRIBUTIONS = ("uniform", "loguniform", "randint", "choice", "grid")
 
 def _parse_domain(name: str, written: Any) -> Domain:
     """Parses a domain as written in TOML: ``{ loguniform = [0.01, 4] }``."""
-    field_value = f'search.space "{name}" = {format_value(written)}'
+    field_value = f'search.space "{name}" = {shorten(format_value(written), 500, placeholder=" …")}'
     if not isinstance(written, Mapping) or len(written) != 1 or next(iter(written)) not in _DISTRIBUTIONS:
         forms = ", ".join(f"{{ {name} = […] }}" for name in _DISTRIBUTIONS)
         raise UserError(f"{field_value}: must be one of {forms}")
@@ -95,10 +98,11 @@ def _parse_domain(name: str, written: Any) -> Domain:
     if not isinstance(values, list | tuple) or not values:
         raise UserError(f"{field_value}: must contain a list of values")
     if distribution in ("choice", "grid"):
-        hashable = tuple(tuple(value) if isinstance(value, list) else value for value in values)
-        if any(hashable.count(value) > 1 for value in hashable):
+        if len(values) > MAX_TRIALS:
+            raise UserError(f"{field_value}: {len(values):,} values, more than {MAX_TRIALS:,}", "give a range")
+        if len({repr(value) for value in values}) < len(values):
             raise UserError(f"{field_value}: contains a value twice")
-        return Choice(distribution, hashable)
+        return Choice(distribution, tuple(tuple(value) if isinstance(value, list) else value for value in values))
     return _parse_range(distribution, values, field_value)
 
 
@@ -106,12 +110,12 @@ def _parse_range(distribution: str, values: Any, field_value: str) -> Range:
     number_types, plural = ((int,), "integers") if distribution == "randint" else ((int, float), "numbers")
     if len(values) != 2 or any(type(value) not in number_types for value in values):
         raise UserError(f"{field_value}: must be two {plural}, low and high")
-    low, high = values if distribution == "randint" else map(float, values)
-    if not (math.isfinite(low) and math.isfinite(high)) or low >= high:
+    low, high = values
+    if not -sys.float_info.max <= low < high <= sys.float_info.max:
         raise UserError(f"{field_value}: the range is empty or not finite", "write the lower end first")
     if distribution == "loguniform" and low <= 0:
         raise UserError(f"{field_value}: the lower end of a log-uniform range must be greater than 0")
-    return Range(distribution, (low, high))
+    return Range(distribution, (low, high) if distribution == "randint" else (float(low), float(high)))
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,10 @@ from dataclasses import replace
 from operator import attrgetter
 
 from job.config.schema import Config, config_differences
-from job.config.search_space import Params, SearchConfig, search_differences
+from job.config.search_space import MAX_TRIALS, Params, SearchConfig, search_differences
 from job.config.section import format_value
 from job.config.toml import override_config, search_config_from_toml
+from job.console import Console
 from job.errors import UserError
 from job.run.run_dir import (
     CONFIG_FILE,
@@ -30,9 +31,12 @@ def resolve_search(config: Config, search: SearchConfig, default_name: str) -> t
     """Returns the folder of the search, and the configuration with its name and what it resolved earlier.
 
     Raises:
-        UserError: the name is used by a run or by another search, or ``run.resume`` forbids to resume
-            or to start the search.
+        UserError: the search has too many trials, the name is used by a run or by another search, or ``run.resume``
+            forbids to resume or to start the search.
     """
+    if search.num_trials > MAX_TRIALS:
+        problem = f"search.trials = {search.trials}: {search.num_trials:,} trials, of at most {MAX_TRIALS:,}"
+        raise UserError(problem, "set a smaller number" if search.trials else "set a number, or give smaller grids")
     check_storage_outlives_job(config.run.storage)
     config = replace(config, run=replace(config.run, name=config.run.name or slugify(default_name)))
     folder = Folder.resolve(config.run.storage) / config.run.name
@@ -54,7 +58,7 @@ def resolve_search(config: Config, search: SearchConfig, default_name: str) -> t
     return folder, config
 
 
-def check_search(base: Config, search: SearchConfig, folder: Folder) -> Config:
+def check_search(base: Config, search: SearchConfig, folder: Folder, console: Console) -> Config:
     """Returns the configuration with its corpus resolved, once every trial is known to be able to start.
 
     The text and the model are built for the configuration itself and for each endpoint of each field. All
@@ -71,8 +75,10 @@ def check_search(base: Config, search: SearchConfig, folder: Folder) -> Config:
     base = replace(spec.config, generate=base.generate)  # a trial with another vocabulary has another prefix
     if not any(name.startswith(("corpus.", "vocabulary.")) for name in search.space.domains):
         check_same_text(trial_folder(folder, 0) / "checkpoints", spec.dataset)
-    for endpoint in search.space.endpoints:
+    for count, endpoint in enumerate(search.space.endpoints, 1):
         _check_params(base, search, endpoint, folder)
+        if count % 10 == 0:
+            console.progress(f"checked {count:,} of {len(search.space.endpoints):,} values in search.space")
     for number in range(search.num_trials):
         if params := trial_params(base, search, number):
             _check_params(base, search, params)

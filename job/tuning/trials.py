@@ -14,10 +14,10 @@ from job.config.schema import Config
 from job.config.search_space import METRIC_SPLITS, Params, SearchConfig
 from job.errors import UserError
 from job.run.metrics import METRICS_FILE, parse_rows
-from job.run.run_dir import read_existing_run
+from job.run.run_dir import ExistingRun, read_existing_run
 from job.storage import Folder
 from job.training.checkpoint import Checkpoint, list_checkpoints
-from job.tuning.params import params_of, trial_config, trial_folder, trial_name, trial_params
+from job.tuning.params import TRIALS_DIR, params_of, trial_config, trial_folder, trial_name, trial_params
 
 TRIALS_FILE = "trials.json"
 DONE_STATES = ("finished", "stopped", "diverged")  # never run again
@@ -139,10 +139,19 @@ class Trials:
 
 
 def load_trials(folder: Folder, base: Config, search: SearchConfig) -> Trials:
-    """Reads the trials that earlier runs of the search left. Raises UserError if ``trials.json`` is damaged."""
+    """Reads the trials that earlier runs of the search left. Raises UserError if they cannot be read."""
     records = _read_records(folder)
-    trials = (_load_trial(folder, base, search, number, records) for number in range(search.num_trials))
-    return Trials(folder, base, search, {trial.number: trial for trial in trials if trial}, records)
+    try:
+        started = set((folder / TRIALS_DIR).names())  # one request, however many trials have not been started
+    except OSError as error:
+        raise UserError(f"{folder / TRIALS_DIR}: cannot be read: {error}") from None
+    trials = Trials(folder, base, search, {}, records)
+    for number in range(search.num_trials):
+        name = trial_name(number)
+        run = read_existing_run(trial_folder(folder, number)) if name in started else None
+        if trial := _load_trial(trials, number, run):
+            trials.by_number[number] = trial
+    return trials
 
 
 def _read_records(folder: Folder) -> Records:
@@ -158,17 +167,16 @@ def _read_records(folder: Folder) -> Records:
         raise UserError(f"{folder}/{TRIALS_FILE}: invalid content", "remove it to retry failed trials") from None
 
 
-def _load_trial(folder: Folder, base: Config, search: SearchConfig, number: int, records: Records) -> Trial | None:
+def _load_trial(trials: Trials, number: int, run: ExistingRun | None) -> Trial | None:
     """A trial as an earlier run of the search left it, or None if its parameters are not chosen yet."""
-    run_folder = trial_folder(folder, number)
-    run = read_existing_run(run_folder)
+    base, search = trials.base, trials.search
     params = params_of(run.config, search) if run else trial_params(base, search, number)
     if not params:
         return None
-    rows = read_score_rows(run_folder, search.metric) if run else []
+    rows = read_score_rows(trial_folder(trials.folder, number), search.metric) if run else []
     trial = Trial(number, params, scores=[(row["epoch"], row["perplexity"]) for row in rows])
-    record = records.get(trial_name(number), {})
-    if run and run.is_finished(trial_config(base, folder, number, params)):
+    record = trials.records.get(trial_name(number), {})
+    if run and run.is_finished(trial_config(base, trials.folder, number, params)):
         trial.state = "finished"
     elif record.get("state") in TERMINAL_STATES and record["state"] != "finished":
         trial.state, trial.reason = record["state"], record["why"]
