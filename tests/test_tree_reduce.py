@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from job.data.lanes import split_evenly
-from job.distributed.tree_reduce import owned_subtrees, reduce_adjacent, tree_sum
+from job.distributed.tree_reduce import owned_subtrees, reduce_adjacent, transfers, tree_sum
 
 
 def sum_pairwise(values):
@@ -41,3 +41,23 @@ def test_owned_subtrees_are_the_largest_that_the_groups_cover():
     assert owned_subtrees(range(4), 8) == [range(4)]
     assert owned_subtrees(range(3, 8), 8) == [range(3, 4), range(4, 8)]
     assert owned_subtrees(range(4, 6), 6) == [range(4, 6)]
+
+
+@pytest.mark.parametrize("num_groups", [1, 2, 3, 5, 8, 13, 64])
+def test_transfers_bring_each_node_to_its_sibling_in_log_rounds(num_groups):
+    """A worker sends and receives at most one partial sum per round, whatever the number of workers."""
+    leaves = torch.logspace(-6, 6, num_groups) * torch.randn(num_groups, generator=torch.Generator().manual_seed(1))
+    for num_workers in range(1, num_groups + 1):
+        groups = split_evenly(num_groups, num_workers)
+        rounds = transfers(groups)
+        assert len(rounds) == (num_groups - 1).bit_length()
+        held = [reduce_adjacent([(range(i, i + 1), leaves[i]) for i in own], num_groups) for own in groups]
+        for messages in rounds:
+            for ranks in ([message.source for message in messages], [message.target for message in messages]):
+                assert len(set(ranks)) == len(ranks)
+            sent = [held[message.source].pop(0) for message in messages]
+            assert [span for span, _ in sent] == [message.span for message in messages]
+            for message, partial_sum in zip(messages, sent, strict=True):
+                held[message.target] = reduce_adjacent([*held[message.target], partial_sum], num_groups)
+        assert [len(partial_sums) for partial_sums in held] == [1] + [0] * (num_workers - 1)
+        assert torch.equal(held[0][0][1], sum_pairwise(list(leaves)))

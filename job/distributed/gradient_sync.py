@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from job.data.lanes import lane_groups_of_worker, split_evenly
 from job.distributed.shared_memory import SharedMemoryGroup
-from job.distributed.tree_reduce import PartialSum, owned_subtrees, reduce_adjacent
+from job.distributed.tree_exchange import TreeExchange
+from job.distributed.tree_reduce import PartialSum, reduce_adjacent
 from job.nn.dropout import Dropout
 from job.nn.language_model import LanguageModel
 from job.nn.state import State, cat_states, detach_state, slice_state
@@ -181,7 +182,7 @@ class DeterministicGradients:
     """Gradients that are the same bits for any number of workers.
 
     The gradient of each lane group is computed separately, in the same shapes everywhere. Each worker sums its groups
-    into the largest subtrees of the tree over all groups. All workers gather all subtrees and sum those.
+    into the largest subtrees of the tree over all groups, which ``TreeExchange`` sums over the workers.
     """
 
     def __init__(
@@ -191,23 +192,29 @@ class DeterministicGradients:
         self.parameters = [parameter for parameter in loss_module.parameters() if parameter.requires_grad]
         self.num_used_flags = len(self.parameters) if loss_module.model.has_custom_cell else 0
         self.assignment = assignment
-        self.shared_memory = shared_memory
-        self.group_numbers = split_evenly(assignment.num_groups, assignment.world_size)  # of each worker
-        self.subtrees = [owned_subtrees(numbers, assignment.num_groups) for numbers in self.group_numbers]
+        numbers = split_evenly(assignment.num_groups, assignment.world_size)
+        self.group_numbers = numbers[assignment.rank]
+        self.exchange = TreeExchange(numbers, assignment.rank, shared_memory)
 
     def __call__(self, batch: Batch, state: State) -> tuple[Tensor, State]:
         """Like ``AllReduceGradients``."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        partial_sums, state = self._sum_own_groups(batch, state)
+        self._assign_gradients(self.exchange.sum(partial_sums))
+        return self.loss_module.reduced_stats, state
+
+    def _sum_own_groups(self, batch: Batch, state: State) -> tuple[list[PartialSum[Tensor]], State]:
+        """Returns the subtrees of this worker's lane groups, and the state of all its lanes after the window."""
         partial_sums: list[PartialSum[Tensor]] = []
         states = []
         first_lane, num_groups = self.assignment.lanes.start, self.assignment.num_groups
-        for number, group in zip(self.group_numbers[self.assignment.rank], self.assignment.groups, strict=True):
+        for number, group in zip(self.group_numbers, self.assignment.groups, strict=True):
             span = group.start - first_lane, len(group)
             gradient, group_state = self._group_gradient(batch.lanes(*span), slice_state(state, *span))
             partial_sums = reduce_adjacent([*partial_sums, (range(number, number + 1), gradient)], num_groups)
             states.append(group_state)
-        [(_, gradient)] = reduce_adjacent(self._gather(partial_sums), num_groups)
-        self._assign_gradients(gradient)
-        return self.loss_module.reduced_stats, cat_states(states)
+        return partial_sums, cat_states(states)
 
     def _group_gradient(self, batch: Batch, state: State) -> tuple[Tensor, State]:
         """Returns a lane group's gradient as one vector, and its state after the window.
@@ -226,21 +233,6 @@ class DeterministicGradients:
         if self.num_used_flags:
             vectors.append(vectors[0].new_tensor([gradient is not None for gradient in gradients]))
         return torch.cat(vectors), detach_state(state)
-
-    def _gather(self, partial_sums: list[PartialSum[Tensor]]) -> list[PartialSum[Tensor]]:
-        """Returns the partial sums of all workers, in the order of their groups."""
-        if self.assignment.world_size == 1:
-            return partial_sums
-        vectors = [vector for _, vector in partial_sums]
-        padding = [torch.zeros_like(vectors[0])] * (max(map(len, self.subtrees)) - len(vectors))
-        rows = torch.stack(vectors + padding)
-        gathered = [torch.empty_like(rows) for _ in self.subtrees]
-        if self.shared_memory:
-            self.shared_memory.all_gather(rows, gathered)
-        else:
-            dist.all_gather(gathered, rows)
-        workers = zip(self.subtrees, gathered, strict=True)
-        return [partial_sum for spans, rows in workers for partial_sum in zip(spans, rows, strict=False)]
 
     def _assign_gradients(self, gradient: Tensor) -> None:
         """Splits a gradient vector into ``grad`` of the parameters, None for those that no lane group used."""

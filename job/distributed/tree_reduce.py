@@ -7,7 +7,7 @@ of a node can compute the node by itself.
 """
 
 from collections.abc import Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 
 class _Addable(Protocol):
@@ -48,6 +48,35 @@ def owned_subtrees(groups: range, num_groups: int) -> list[range]:
     [range(1, 2), range(2, 4), range(4, 5)]
     """
     return [span for span, _ in reduce_adjacent([(range(i, i + 1), 0) for i in groups], num_groups)]
+
+
+class Transfer(NamedTuple):
+    """A partial sum that travels to the worker that holds its left sibling."""
+
+    span: range
+    source: int  # ranks
+    target: int
+
+
+def transfers(groups: Sequence[range]) -> list[list[Transfer]]:
+    """Returns the transfers after which rank 0 holds the whole sum, in rounds; each needs the sums of those before.
+
+    In a round a worker sends at most one partial sum, the first that it holds, and receives at most one.
+
+    Args:
+        groups: the lane groups of each worker, by their numbers
+
+    >>> transfers([range(2), range(2, 3)])
+    [[], [Transfer(span=range(2, 3), source=1, target=0)]]
+    """
+    num_groups, rounds, size = groups[-1].stop, [], 1
+    holders = [rank for rank, numbers in enumerate(groups) for _ in numbers]
+    while size < num_groups:
+        rights = range(size, num_groups, 2 * size)
+        sent = [Transfer(range(i, min(i + size, num_groups)), holders[i], holders[i - size]) for i in rights]
+        rounds.append([transfer for transfer in sent if transfer.source != transfer.target])
+        size *= 2
+    return rounds
 
 
 def tree_sum(values: Sequence[float]) -> float:
