@@ -11,7 +11,7 @@ from dataclasses import Field, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from job.config.schema import SECTIONS, Config
+from job.config.schema import SECTIONS, Config, ModelConfig
 from job.config.section import format_value, unknown_name
 from job.config.toml import FILE_SECTIONS, ConfigValues, check_field, override_config, parse_flags
 from job.console import NO_BREAK, Console
@@ -74,7 +74,7 @@ def _evaluate(line: CommandLine) -> int:
     if "corpus.source" in line.flags:  # another text is evaluated whole, however the training text was cut
         values.setdefault("corpus.max_tokens", 0)
     loaded, config = _open(line.target, values)
-    result = evaluate_text(loaded, config.corpus)
+    result = evaluate_text(loaded, config)
     unit = "byte" if loaded.vocabulary.kind == "byte" else "character"
     Console().print(
         f"perplexity {perplexity(result.loss.nats_per_token):.6g}, {result.bits_per_character:.4f} bits per {unit}, "
@@ -85,14 +85,20 @@ def _evaluate(line: CommandLine) -> int:
 
 
 def _open(target: str | None, values: ConfigValues) -> tuple[Any, Config]:
-    """Returns the LoadedCheckpoint that a verb needs, and its configuration, overridden by values."""
+    """Returns the LoadedCheckpoint that a verb needs, and its configuration, overridden by values.
+
+    A custom cell stays only if the values name it, too.
+    """
     from job.run.run_dir import open_checkpoint
     from job.storage import Folder
 
     if target is None:
         raise UserError("the folder of a run or checkpoint is missing", "give one, such as runs/seed-1")
     loaded = open_checkpoint(Folder.resolve(target))
-    return loaded, override_config(loaded.config, values)
+    cell, stored = values.get("model.cell"), loaded.config.model.cell
+    if cell not in (None, stored):
+        raise UserError(f"--model.cell = {cell}: this checkpoint's is {stored}", "leave it out")
+    return loaded, override_config(loaded.config, {"model.cell": ModelConfig.cell, **values})
 
 
 def _doctor(line: CommandLine) -> int:
@@ -130,8 +136,10 @@ class Verb:
 VERBS = {
     "train": Verb(_train, "[CONFIG.toml]", tuple(SECTIONS)),
     "tune": Verb(_tune, "CONFIG.toml", tuple(FILE_SECTIONS)),
-    "generate": Verb(_generate, "RUN|CHECKPOINT", ("generate", "run.seed")),
-    "evaluate": Verb(_evaluate, "RUN|CHECKPOINT", ("corpus.source", "corpus.cleaning", "corpus.max_tokens")),
+    "generate": Verb(_generate, "RUN|CHECKPOINT", ("generate", "run.seed", "model.cell")),
+    "evaluate": Verb(
+        _evaluate, "RUN|CHECKPOINT", ("corpus.source", "corpus.cleaning", "corpus.max_tokens", "model.cell")
+    ),
     "doctor": Verb(_doctor, "[CONFIG.toml]", tuple(SECTIONS), {"address": "a running Ray cluster: HOST:PORT"}),
 }
 

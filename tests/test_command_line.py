@@ -126,7 +126,7 @@ def test_train_init_from_other_model_is_an_error(prose, tmp_path):
         (["trian"], "unknown verb trian; did you mean train?"),
         (["generate"], "is missing"),
         (["generate", "no/run"], "neither a run with a checkpoint nor a checkpoint"),
-        (["evaluate", "no/run", "--model.cell", "gru"], "--model.cell is fixed by the checkpoint"),
+        (["evaluate", "no/run", "--model.num_layers", "2"], "--model.num_layers is fixed by the checkpoint"),
         (["train", "--search.trials", 3], "--search.trials: only tune accepts"),
         (["train", "a.toml", "b.toml"], "b.toml: a.toml is given already"),
     ],
@@ -160,7 +160,7 @@ sys.exit(main({[verb, "--help"] if verb else ["--help"]}))
 def test_help_for_generate_lists_only_accepted_flags():
     flags = re.findall(r"(?m)^  --(\S+)", job("generate", "-h").out)
     fields = ["prefix", "length", "temperature", "unknown"]
-    assert flags == ["run.seed", *(f"generate.{name}" for name in fields), "debug"]
+    assert flags == ["run.seed", "model.cell", *(f"generate.{name}" for name in fields), "debug"]
 
 
 @pytest.fixture(scope="module")
@@ -269,7 +269,8 @@ def test_train_nan_loss_fails_and_keeps_finite_checkpoint(prose, tmp_path):
     assert ended.err.startswith("error: the loss is nan at step 8 (epoch 1); lower optimizer.learning_rate")
     assert "saved at step 6" in ended.err
     assert ended.err.count("\n") == 1
-    assert job("generate", tmp_path / "run", "--generate.prefix", "the").status == 0
+    generate = job("generate", tmp_path / "run", "--generate.prefix", "the", "--model.cell", "cells:DivergingCell")
+    assert generate.status == 0
 
 
 def test_train_interrupted_saves_and_same_command_resumes(prose, tmp_path):

@@ -56,7 +56,7 @@ def test_print_result_of_any_numbers_fits_the_terminal(monkeypatch, columns, epo
     perplexity = math.exp(nats)
     result = {"perplexity": perplexity, "epochs": epochs, "steps": total_steps, "seconds": 1e12, "workers": 10**6}
     result |= {"generated": "a  b" * 30, "checkpoint": "checkpoints/step-1", "restarts": 0}
-    print_result(result, Folder("/runs/run-1"), Console(terminal))
+    print_result(result, Folder("/runs/run-1"), Console(terminal), "rnn")
     numbers = terminal.lines[: terminal.lines.index("")]
     assert max(map(len, numbers)) < columns
     assert " ".join(numbers).endswith(" workers")

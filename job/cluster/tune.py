@@ -37,7 +37,7 @@ from job.run.lease import Lease, acquire_lease, wait_until_expired
 from job.run.run_dir import SEARCH_FILE
 from job.run.signals import StopRequest
 from job.tuning.optuna_sampler import OptunaSampler, import_optuna
-from job.tuning.params import trial_name
+from job.tuning.params import searched_cells, trial_name
 from job.tuning.report import banner, show_progress
 from job.tuning.results import BEST_FILE, print_results, write_results
 from job.tuning.setup import check_search, resolve_search
@@ -106,8 +106,7 @@ def _connected(
     worker_scale = scale if scale.max_workers else replace(scale, workers=1)
     placement, max_concurrent = connect(worker_scale, min(search.concurrent, search.num_trials))
     try:
-        cells = search.space.domains.get("model.cell")
-        check_placement(placement, console, base.run.storage, *(cells.values if cells else [base.model.cell]))
+        check_placement(placement, console, base.run.storage, *searched_cells(base, search))
         if scale.max_workers:
             if placement.max_workers < scale.max_workers:
                 scale = replace(scale, workers=placement.max_workers)

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from job.config.schema import CorpusConfig
+from job.config.schema import Config
 from job.data.corpus import Corpus, read_corpus
 from job.errors import UserError
 from job.inference.generate import load_model
@@ -27,20 +27,24 @@ class Evaluation:
         return self.loss.nats / math.log(2) / self.num_characters
 
 
-def evaluate_text(checkpoint: LoadedCheckpoint, corpus_config: CorpusConfig) -> Evaluation:
+def evaluate_text(checkpoint: LoadedCheckpoint, config: Config) -> Evaluation:
     """Evaluates the checkpoint's model on a text as a single lane from zero state.
 
+    Args:
+        checkpoint: gives the model and the vocabulary
+        config: its ``corpus`` section, and ``model.cell`` as the user gave it
+
     Raises:
-        UserError: the text cannot be read, or has fewer than two tokens
+        UserError: the text cannot be read, or has fewer than two tokens, or the checkpoint has another custom cell
     """
-    vocabulary = checkpoint.vocabulary
+    vocabulary, corpus_config = checkpoint.vocabulary, config.corpus
     corpus = read_corpus(corpus_config, vocabulary.kind)
     tokens = vocabulary.encode(corpus.lines)[: corpus_config.max_tokens or None]
     if len(tokens) < 2:
         problem = f"corpus.source = {corpus_config.source}: {len(tokens)} tokens, and evaluation needs two"
         blanks = " with blanks between its words" if vocabulary.kind == "word" else ""
         raise UserError(problem, f"give more text{blanks}")
-    (nats,) = evaluate_lanes(load_model(checkpoint), tokens, [range(1)], 1, WINDOW_STEPS)
+    (nats,) = evaluate_lanes(load_model(checkpoint, config.model.cell), tokens, [range(1)], 1, WINDOW_STEPS)
     return Evaluation(LossSum(nats, len(tokens) - 1), _count_characters(corpus, vocabulary.kind, len(tokens)))
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from job.config.schema import Config, GenerateConfig
+from job.config.schema import BUILTIN_CELLS, Config, GenerateConfig, ModelConfig
 from job.data.corpus import clean_text
 from job.data.dataset import Dataset
 from job.data.vocabulary import UNKNOWN, UNKNOWN_ID, Vocabulary
@@ -23,9 +23,22 @@ PREFIX_WORDS = 3
 MAX_NAMED_TOKENS = 10  # of a prefix, in a notice
 
 
-def load_model(checkpoint: LoadedCheckpoint) -> LanguageModel:
-    """Returns the checkpoint's model on the CPU, in the dtype of its weights."""
+def load_model(checkpoint: LoadedCheckpoint, cell: str = ModelConfig.cell) -> LanguageModel:
+    """Returns the checkpoint's model on the CPU, in the dtype of its weights.
+
+    Args:
+        checkpoint: the weights and their configuration
+        cell: ``model.cell`` as the user gave it; what is stored with a checkpoint must not choose the code to import
+
+    Raises:
+        UserError: the checkpoint's cell is neither ``cell`` nor built in
+    """
     config = checkpoint.config
+    if config.model.cell not in (cell, *BUILTIN_CELLS):
+        problem = (
+            f"{checkpoint.checkpoint.path}: model.cell = {config.model.cell}: code named by a file is not imported"
+        )
+        raise UserError(problem, f"if you trust it, add --model.cell {config.model.cell}")
     model = build_model(config.model, len(checkpoint.vocabulary), config.run.seed)
     model = model.to(next(weight.dtype for weight in checkpoint.weights.values() if weight.is_floating_point()))
     load_weights(model, checkpoint.weights, "checkpoint")
@@ -37,14 +50,14 @@ def generate_text(checkpoint: LoadedCheckpoint, config: Config) -> str:
 
     Args:
         checkpoint: gives the model, the vocabulary and the cleaning of the prefix
-        config: its ``generate`` section and ``run.seed``
+        config: its ``generate`` section, ``run.seed``, and ``model.cell`` as the user gave it
 
     Raises:
-        UserError: none of the prefix's tokens is in the vocabulary
+        UserError: none of the prefix's tokens is in the vocabulary, or the checkpoint has another custom cell
     """
     vocabulary, prefix = checkpoint.vocabulary, config.generate.prefix
     ids = encode_prefix(prefix, checkpoint.config.corpus.cleaning, vocabulary)
-    model = load_model(checkpoint)
+    model = load_model(checkpoint, config.model.cell)
     if vocabulary.has_unknown and not config.generate.unknown:
         model.linear.bias.data[UNKNOWN_ID] = -math.inf
     continuation = vocabulary.decode(generate_tokens(model, ids, config.generate, config.run.seed))

@@ -5,7 +5,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Any, Protocol
 
-from job.config.schema import Config
+from job.config.schema import BUILTIN_CELLS, Config
 from job.config.toml import config_to_toml
 from job.console import Console, format_duration, python_command
 from job.errors import RunFailed, UserError
@@ -77,7 +77,7 @@ def run_training(
     if existing and existing.result and existing.is_finished(config):
         limit = "train.epochs" if existing.result["epochs"] >= config.train.epochs else "train.max_steps"
         console.print(f"{folder} is finished; to train longer, raise {limit}")
-        print_result(existing.result, folder, console)
+        print_result(existing.result, folder, console, config.model.cell)
         return 0
     folder = replace(folder, retry=True)
     observer = wait_until_expired(folder, console.print)
@@ -104,7 +104,7 @@ def run_training(
 
 def _run(launcher: Launcher, spec: RunSpec, recorder: Recorder, stop_request: StopRequest) -> int:
     """Runs the workers under the lease and finishes the run. Returns the exit status."""
-    folder, console = recorder.folder, recorder.status.console
+    folder, console, cell = recorder.folder, recorder.status.console, spec.config.model.cell
     try:
         # Another driver may have changed it before the lease was acquired.
         check_same_config(folder, read_existing_run(folder), spec.config)
@@ -116,18 +116,20 @@ def _run(launcher: Launcher, spec: RunSpec, recorder: Recorder, stop_request: St
         if not finished:
             raise RunFailed("the workers exited without reporting a result")
         if finished.stopped:
-            console.print(f"stopped at step {finished.progress.step:,}; {_describe_last_checkpoint(folder)}")
+            console.print(f"stopped at step {finished.progress.step:,}; {_describe_last_checkpoint(folder, cell)}")
             return stop_request.exit_code
-        print_result(_finish(spec, recorder, finished), folder, console)
+        print_result(_finish(spec, recorder, finished), folder, console, spec.config.model.cell)
         return 0
     except KeyboardInterrupt:
-        console.print(f"stopped; {_describe_last_checkpoint(folder)}")
+        console.print(f"stopped; {_describe_last_checkpoint(folder, cell)}")
         return stop_request.exit_code
     except RunFailed as error:
-        remedies = (error.remedy, _describe_last_checkpoint(folder, verify=True))
+        remedies = (error.remedy, _describe_last_checkpoint(folder, cell, verify=True))
         raise type(error)(error.problem, "; ".join(filter(None, remedies))) from error.__cause__
     except OSError as error:
-        raise RunFailed(f"{folder}: cannot be read or written: {error}", _describe_last_checkpoint(folder)) from None
+        raise RunFailed(
+            f"{folder}: cannot be read or written: {error}", _describe_last_checkpoint(folder, cell)
+        ) from None
 
 
 def _finish(spec: RunSpec, recorder: Recorder, finished: Finished) -> dict[str, Any]:
@@ -172,11 +174,12 @@ def _run_banner(spec: RunSpec, requested_source: str) -> str:
     )
 
 
-def _describe_last_checkpoint(folder: Folder, verify: bool = False) -> str:
+def _describe_last_checkpoint(folder: Folder, cell: str, verify: bool = False) -> str:
     """Describes what was saved and how to resume it. Empty if all checkpoints are corrupt.
 
     Args:
         folder: the run's folder
+        cell: ``model.cell``
         verify: check every byte of the checkpoint, not only that it has a manifest
     """
     try:
@@ -192,12 +195,18 @@ def _describe_last_checkpoint(folder: Folder, verify: bool = False) -> str:
         return "" if corrupt else "no checkpoint was written: the same command starts over"
     return (
         f"saved at step {checkpoint.step:,}. Resume: the same command with --run.name {folder.name}. "
-        f"Sample: {python_command()} -m job generate {folder.shell_quoted}"
+        f"Sample: {_generate_command(folder, cell)}"
     )
 
 
-def print_result(result: dict[str, Any], folder: Folder, console: Console) -> None:
-    """Prints the result of a finished run: its perplexity, the sample and the paths."""
+def _generate_command(folder: Folder, cell: str) -> str:
+    """Returns the command that continues a text with a run's model; a custom cell must be named again."""
+    cell_flag = "" if cell in BUILTIN_CELLS else f" --model.cell {cell}"
+    return f"{python_command()} -m job generate {folder.shell_quoted}{cell_flag}"
+
+
+def print_result(result: dict[str, Any], folder: Folder, console: Console, cell: str) -> None:
+    """Prints the result of a finished run: its perplexity, the sample, the paths, and how to generate more."""
     workers = f"{result['workers']} worker{'s' * (result['workers'] != 1)}"
     console.print(
         f"perplexity {result['perplexity']:.4g} after {result['epochs']:,} epochs, {result['steps']:,} steps, "
@@ -213,5 +222,4 @@ def print_result(result: dict[str, Any], folder: Folder, console: Console) -> No
     console.print()
     for name, file in (("curve", "perplexity.png"), ("metrics", "metrics.jsonl"), ("checkpoint", result["checkpoint"])):
         console.print(f"{name:<11}{folder / file}", wrap=False)
-    command = f"{python_command()} -m job generate {folder.shell_quoted} --generate.prefix '…'"
-    console.print(f"{'continue':<11}{command}", wrap=False)
+    console.print(f"{'continue':<11}{_generate_command(folder, cell)} --generate.prefix '…'", wrap=False)

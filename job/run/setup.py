@@ -98,7 +98,9 @@ def _read_weights(source: str) -> tuple[dict[str, Tensor], Vocabulary]:
     try:
         try:
             data = folder.read(path.name)
-        except FileNotFoundError:  # a folder, or nothing
+        except FileNotFoundError:
+            if not folder.has(path.name):
+                raise UserError("cannot be read: no such file or folder") from None
             loaded = open_checkpoint(path)
             return loaded.weights, loaded.vocabulary
         if not folder.has(VOCABULARY_FILE):

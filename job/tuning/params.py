@@ -26,6 +26,12 @@ def params_of(config: Config, search: SearchConfig) -> Params:
     return {name: attrgetter(name)(config) for name in search.space.domains}
 
 
+def searched_cells(base: Config, search: SearchConfig) -> tuple[str, ...]:
+    """The values of ``model.cell`` that trials may have."""
+    domain = search.space.domains.get("model.cell")
+    return domain.values if domain else (base.model.cell,)
+
+
 def baseline_params(base: Config, search: SearchConfig) -> Params | None:
     """The configuration's own values, which trial 0 uses. None if the space has a grid or does not contain them."""
     params = params_of(base, search)

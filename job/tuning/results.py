@@ -19,11 +19,11 @@ from job.config.toml import config_to_toml
 from job.console import Console, python_command
 from job.errors import RunFailed
 from job.inference.generate import generate_text
-from job.run.run_dir import open_checkpoint, read_existing_run
+from job.run.run_dir import open_checkpoint
 from job.tuning.params import baseline_params, trial_folder, trial_name
 from job.tuning.plots import plot_curves, plot_score_by_param
 from job.tuning.report import display_name, format_params, format_table
-from job.tuning.trials import Trial, Trials, read_score_rows
+from job.tuning.trials import Trial, Trials, read_score_rows, read_trial_run
 
 # In the search's folder. ``best.toml`` is written last: it marks the search as finished.
 BEST_FILE, SAMPLE_FILE = "best.toml", "sample.txt"
@@ -38,7 +38,7 @@ def write_results(trials: Trials) -> None:
         reasons = [f": trial {trial.number}: {trial.reason}" for trial in trials if trial.reason]
         raise RunFailed(f"{folder}: no trial produced a result{''.join(reasons[:1])}")
     loaded = open_checkpoint(checkpoint.path)
-    run = read_existing_run(trial_folder(folder, winner.number))
+    run = read_trial_run(folder, trials.base, trials.search, winner.number)
     assert run
     config = replace(
         run.config, run=replace(run.config.run, name="", storage=trials.base.run.storage), scale=trials.base.scale

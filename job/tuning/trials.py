@@ -17,7 +17,15 @@ from job.run.metrics import METRICS_FILE, parse_rows
 from job.run.run_dir import ExistingRun, read_existing_run
 from job.storage import Folder
 from job.training.checkpoint import Checkpoint, list_checkpoints
-from job.tuning.params import TRIALS_DIR, params_of, trial_config, trial_folder, trial_name, trial_params
+from job.tuning.params import (
+    TRIALS_DIR,
+    params_of,
+    searched_cells,
+    trial_config,
+    trial_folder,
+    trial_name,
+    trial_params,
+)
 
 TRIALS_FILE = "trials.json"
 DONE_STATES = ("finished", "stopped", "diverged")  # never run again
@@ -148,7 +156,7 @@ def load_trials(folder: Folder, base: Config, search: SearchConfig) -> Trials:
     trials = Trials(folder, base, search, {}, records)
     for number in range(search.num_trials):
         name = trial_name(number)
-        run = read_existing_run(trial_folder(folder, number)) if name in started else None
+        run = read_trial_run(folder, base, search, number) if name in started else None
         if trial := _load_trial(trials, number, run):
             trials.by_number[number] = trial
     return trials
@@ -181,6 +189,18 @@ def _load_trial(trials: Trials, number: int, run: ExistingRun | None) -> Trial |
     elif record.get("state") in TERMINAL_STATES and record["state"] != "finished":
         trial.state, trial.reason = record["state"], record["why"]
     return trial
+
+
+def read_trial_run(folder: Folder, base: Config, search: SearchConfig, number: int) -> ExistingRun | None:
+    """The run of a trial, or None if it has not started.
+
+    Raises UserError if its cell is not one of the search's: a stored configuration must not choose the code to import.
+    """
+    run = read_existing_run(trial_folder(folder, number))
+    if run and run.config.model.cell not in searched_cells(base, search):
+        problem = f"{trial_folder(folder, number)}: model.cell = {run.config.model.cell}: is not a cell of this search"
+        raise UserError(problem, "remove the folder")
+    return run
 
 
 def read_score_rows(run_folder: Folder, metric: str) -> list[dict[str, Any]]:
