@@ -172,11 +172,15 @@ class Folder:
             stream.write(data)
 
     @_retried
-    def names(self) -> list[str]:
-        """Returns the names of the files and folders in it, sorted; empty if it does not exist."""
+    def sizes(self) -> dict[str, int | None]:
+        """Returns the sizes of the files in it by name, None for folders; empty if it does not exist."""
         file_system, path = self._location
         infos = file_system.get_file_info(fs.FileSelector(path, allow_not_found=True))
-        return sorted(info.base_name for info in infos)
+        return {info.base_name: info.size for info in infos}
+
+    def names(self) -> list[str]:
+        """Returns the names of the files and folders in it, sorted; empty if it does not exist."""
+        return sorted(self.sizes())
 
     @_retried
     def has(self, name: str) -> bool:

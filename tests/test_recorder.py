@@ -2,11 +2,14 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 
 from job.config.schema import Config, RunConfig
 from job.console import Console
+from job.errors import UnrecoverableError
+from job.run import checkpoint_committer
 from job.run.checkpoint_committer import CheckpointCommitter
 from job.run.lease import acquire_lease
 from job.run.metrics import METRICS_FILE, MetricsLog
@@ -38,9 +41,20 @@ def row(step: int, split: str = "train") -> dict[str, object]:
     return {"split": split, "epoch": 1, "step": step, **numbers}
 
 
-def written_part(checkpoints: Folder, step: int, attempt: str, nats: float | None = None) -> PartReceipt:
+def written_part(
+    checkpoints: Folder, step: int, attempt: str, nats: float | None = None, workers: int = 1
+) -> PartReceipt:
     progress = Progress(step=step, last_validation_nats=nats, validated_step=step)
-    return write_part(checkpoints, checkpoint_name(step, attempt), {"model.safetensors": b"w"}, 1, progress)
+    return write_part(checkpoints, checkpoint_name(step, attempt), {"model.safetensors": b"w"}, workers, progress)
+
+
+def committed(committer: CheckpointCommitter, *steps: int) -> list[str]:
+    """Commits a checkpoint of one part at each step. Returns their names."""
+    receipts = [written_part(committer.folder, step, "abcdef") for step in steps]
+    for receipt in receipts:
+        assert committer.add(receipt)
+        committer.commit(receipt.checkpoint)
+    return [receipt.checkpoint for receipt in receipts]
 
 
 @pytest.fixture
@@ -86,13 +100,40 @@ def test_committer_keeps_the_last_and_the_best_checkpoint(tmp_path):
     assert committer.best and committer.best.step == 20
 
 
+@pytest.mark.parametrize("fault", ["written elsewhere", "truncated", "removed"])
+def test_committer_without_a_part_in_its_storage_fails_and_removes_nothing(tmp_path, monkeypatch, fault):
+    """After the folder was unmounted on a node, its files went to the disk below, without an error."""
+    monkeypatch.setattr(checkpoint_committer, "VISIBILITY_DELAYS_S", (0.0, 0.0))
+    folder, elsewhere = Folder(str(tmp_path / "shared")), Folder(str(tmp_path / "below"))
+    committer = CheckpointCommitter(folder, 2)
+    names = committed(committer, 10, 20)
+    committer.add(written_part(folder, 30, "abcdef", workers=2))
+    name, lanes = checkpoint_name(30, "abcdef"), "lanes-00016-00031.safetensors"
+    receipt = write_part(elsewhere if fault == "written elsewhere" else folder, name, {lanes: b"state"}, 2, None)
+    if fault == "truncated":
+        (folder / name).write(lanes, b"st")
+    if fault == "removed":
+        (folder / name).remove(lanes)
+    assert committer.add(replace(receipt, host="node-2"))
+    with pytest.raises(UnrecoverableError, match=f"{lanes} is not there as it was written on node-2"):
+        committer.commit(name)
+    assert [checkpoint.name for checkpoint in list_checkpoints(folder)[0]] == names
+
+
+def test_committer_waits_for_a_part_that_the_storage_shows_late(tmp_path, monkeypatch):
+    folder = Folder(str(tmp_path))
+    receipt = written_part(folder, 10, "abcdef")
+    (folder / receipt.checkpoint).remove("model.safetensors")
+    monkeypatch.setattr("time.sleep", lambda delay: delay > 1 and written_part(folder, 10, "abcdef"))
+    committer = CheckpointCommitter(folder, 1)
+    committer.add(receipt)
+    assert committer.commit(receipt.checkpoint).step == 10
+
+
 def test_committer_resume_discards_later_checkpoints(tmp_path):
     folder = Folder(str(tmp_path))
     committer = CheckpointCommitter(folder, 3)
-    for step in (10, 20):
-        receipt = written_part(folder, step, "abcdef")
-        committer.add(receipt)
-        committer.commit(receipt.checkpoint)
+    committed(committer, 10, 20)
     committer.resume(10, "fedcba")
     assert [checkpoint.step for checkpoint in committer.checkpoints] == [10]
 
@@ -145,12 +186,10 @@ def test_recorder_commit_posts_event_and_clears_failures(recorder):
 
 def test_recorder_when_workers_see_another_storage_fails_and_removes_nothing(recorder):
     """On a node without the mount the folder is empty, and the workers would start over."""
-    receipt = written_part(recorder.committer.folder, 10, "aaaaaa")
-    recorder.committer.add(receipt)
-    recorder.committer.commit(receipt.checkpoint)
+    committed(recorder.committer, 10)
     recorder.committer.committed_at.clear()  # by an earlier driver
     recorder.handle(started("bbbbbb"))
-    assert "do not see step-000010-aaaaaa" in recorder.status.failed.problem
+    assert "do not see step-000010-abcdef" in recorder.status.failed.problem
     assert [checkpoint.step for checkpoint in list_checkpoints(recorder.committer.folder)[0]] == [10]
 
 
@@ -159,7 +198,7 @@ def test_recorder_commits_part_that_arrived_before_its_group_started(recorder):
     name, progress = "step-000030-abcdef", Progress(step=30)
     recorder.handle(PartWritten("abcdef", PartReceipt(name, 2, {}, None)))
     recorder.handle(started("abcdef", 30, workers=2))
-    recorder.handle(PartWritten("abcdef", PartReceipt(name, 2, {"model.safetensors": (1, "0")}, progress)))
+    recorder.handle(PartWritten("abcdef", written_part(recorder.committer.folder, 30, "abcdef", workers=2)))
     recorder.handle(Finished("abcdef", False, progress, name, 2))
     assert recorder.is_done
     assert not recorder.status.failed

@@ -2,6 +2,7 @@
 
 import time
 
+from job.errors import UnrecoverableError
 from job.storage import Folder
 from job.training.checkpoint import (
     Checkpoint,
@@ -13,6 +14,7 @@ from job.training.checkpoint import (
 )
 from job.training.events import Started
 
+VISIBILITY_DELAYS_S = (0.0, 1.0, 2.0, 4.0, 8.0)  # a network file system may show files of other nodes late
 COMMIT_VISIBILITY_S = 60.0  # longest time between a worker group's search for checkpoints and its Started event
 
 
@@ -60,8 +62,14 @@ class CheckpointCommitter:
         return len(receipts) == receipt.workers
 
     def commit(self, name: str) -> Checkpoint:
-        """Commits a complete checkpoint and removes those that are no longer to be kept."""
-        checkpoint = commit_checkpoint(self.folder, name, self.receipts.pop(name))
+        """Commits a complete checkpoint and removes those that are no longer to be kept.
+
+        Raises:
+            UnrecoverableError: the driver does not see all its files in the storage; nothing is removed
+        """
+        receipts = self.receipts.pop(name)
+        self._check_stored(name, receipts)
+        checkpoint = commit_checkpoint(self.folder, name, receipts)
         self.committed_at[name] = time.monotonic()
         self.checkpoints.append(checkpoint)
         kept = [*self.checkpoints[-self.num_kept :], self.best]
@@ -70,6 +78,25 @@ class CheckpointCommitter:
                 remove_checkpoint(self.folder, old.name)
         self.checkpoints = [old for old in self.checkpoints if old in kept]
         return checkpoint
+
+    def _check_stored(self, name: str, receipts: list[PartReceipt]) -> None:
+        """Compares the files in the storage with the receipts of the workers, one of which may write elsewhere."""
+        for delay_s in VISIBILITY_DELAYS_S:
+            time.sleep(delay_s)
+            sizes = (self.folder / name).sizes()
+            differing = {
+                file: receipt.host
+                for receipt in receipts
+                for file, (size, _) in receipt.files.items()
+                if sizes.get(file) != size
+            }
+            if not differing:
+                return
+        hosts = ", ".join(sorted(set(differing.values())))
+        raise UnrecoverableError(
+            f"{self.folder / name}: {min(differing)} is not there as it was written on {hosts}, which writes elsewhere",
+            "make sure that all nodes mount the same storage",
+        )
 
     @property
     def best(self) -> Checkpoint | None:

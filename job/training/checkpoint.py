@@ -14,7 +14,8 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from socket import gethostname
 from typing import Any, cast
 
 import torch
@@ -65,6 +66,7 @@ class PartReceipt:
     workers: int  # number of parts of the checkpoint
     files: dict[str, tuple[int, str]]  # by name: bytes, SHA-256
     progress: Progress | None  # of rank 0 only
+    host: str = field(default_factory=gethostname)  # of the worker
 
 
 @dataclass(frozen=True)
