@@ -130,6 +130,16 @@ def test_committer_waits_for_a_part_that_the_storage_shows_late(tmp_path, monkey
     assert committer.commit(receipt.checkpoint).step == 10
 
 
+def test_committer_stores_nothing_about_removed_checkpoints_and_replaced_workers(tmp_path):
+    committer = CheckpointCommitter(Folder(str(tmp_path)), 2)
+    committed(committer, *range(10, 100, 10))
+    committer.add(written_part(committer.folder, 100, "abcdef", workers=2))
+    committer.add(written_part(committer.folder, 110, "fedcba", workers=2))
+    committer.resume(90, "fedcba")
+    assert list(committer.committed_at) == ["step-000080-abcdef", "step-000090-abcdef"]
+    assert list(committer.receipts) == ["step-000110-fedcba"]
+
+
 def test_committer_resume_discards_later_checkpoints(tmp_path):
     folder = Folder(str(tmp_path))
     committer = CheckpointCommitter(folder, 3)

@@ -50,6 +50,7 @@ class CheckpointCommitter:
         """Discards what earlier attempts wrote after the step at which a new one starts."""
         discard_after(self.folder, step, attempt)
         self.checkpoints, _ = list_checkpoints(self.folder)
+        self.receipts = {name: parts for name, parts in self.receipts.items() if name.endswith(attempt)}
 
     def add(self, receipt: PartReceipt) -> bool:
         """Adds a part's receipt. Returns whether the checkpoint is now complete.
@@ -77,6 +78,8 @@ class CheckpointCommitter:
             if old not in kept:
                 remove_checkpoint(self.folder, old.name)
         self.checkpoints = [old for old in self.checkpoints if old in kept]
+        names = {old.name for old in self.checkpoints}
+        self.committed_at = {name: at for name, at in self.committed_at.items() if name in names}
         return checkpoint
 
     def _check_stored(self, name: str, receipts: list[PartReceipt]) -> None:
