@@ -67,6 +67,7 @@ def _generate(line: CommandLine) -> int:
 
 def _evaluate(line: CommandLine) -> int:
     """Compute the perplexity of a text under a trained model. The configuration of its run overrides the defaults."""
+    from job.data.vocabulary import format_unknown_share, unknown_warnings
     from job.inference.evaluate import evaluate_text
     from job.training.progress import perplexity
 
@@ -79,8 +80,10 @@ def _evaluate(line: CommandLine) -> int:
     Console().print(
         f"perplexity {perplexity(result.loss.nats_per_token):.6g}, {result.bits_per_character:.4f} bits per {unit}, "
         f"{result.loss.nats_per_token:.6f} nats per token over {result.loss.tokens:,} targets "
-        f"(step {loaded.checkpoint.step:,}, {config.corpus.source})"
+        f"(step {loaded.checkpoint.step:,}, {config.corpus.source}{format_unknown_share(result.unknown_share)})"
     )
+    for warning in unknown_warnings({"evaluated": result.unknown_share}):
+        Console(sys.stderr).warn(warning)
     return 0
 
 

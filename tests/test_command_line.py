@@ -301,8 +301,8 @@ def test_train_interrupted_saves_and_same_command_resumes(prose, tmp_path):
 def test_metrics_rows_have_documented_fields(storage):
     row = rows(storage / "run", "epoch")[0]
     assert set(row) == {
-        "split", "epoch", "step", "tokens", "nats", "perplexity", "learning_rate", "tokens_per_second", "workers",
-        "time",
+        "split", "epoch", "step", "tokens", "nats", "perplexity", "unknown_share", "learning_rate",
+        "tokens_per_second", "workers", "time",
     }  # fmt: skip
     assert json.loads((storage / "run" / "result.json").read_text())["epochs"] == 2
 

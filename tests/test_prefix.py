@@ -108,66 +108,6 @@ def test_generate_continues_the_prefix_that_the_run_took_from_its_text(tmp_path,
     assert (generated.status, generated.err) == (2, "error: generate.prefix is empty; give a text to continue\n")
 
 
-WORDS = "the time traveller and a man " * 20 + " ".join(f"rare{number}" for number in range(900))
-
-
-def train_small(tmp_path, text, **flags):
-    """Trains a run on the text, and returns it and how the command ended."""
-    config = load_small_config(tmp_path, text)
-    flags = {**SMALL, "corpus.source": config.corpus.source, "run.storage": config.run.storage, **flags}
-    ended = job("train", "--run.name", "it", *[word for name in flags for word in (f"--{name}", flags[name])])
-    assert ended.status == 0, ended.err
-    return tmp_path / "runs" / "it", ended
-
-
-@pytest.mark.parametrize(
-    ("flags", "prefix", "unknown"),
-    [
-        ({}, "naïve theï", "'ï'"),
-        ({}, "\tThe ω, the Ω: ω", "'\\t', 'T', 'ω', ',', 'Ω', ':'"),
-        ({"vocabulary.kind": "word"}, "the naïve  time", "'naïve'"),
-        ({"vocabulary.kind": "word"}, "a blank at its end: ", "'blank', 'at', 'its', 'end:'"),
-        ({}, "the " + "".join(map(chr, range(0x410, 0x430))), "'А', 'Б', 'В', 'Г', 'Д', 'Е', 'Ж', 'З', 'И', 'Й', …"),
-        ({"corpus.cleaning": "d2l"}, "The Time: 1,000!", None),
-        ({"vocabulary.kind": "byte"}, "naïve theï", None),
-        ({"vocabulary.kind": "word"}, "the <unk> time", None),
-    ],
-)
-def test_sample_begins_with_prefix_as_typed_and_unknown_tokens_are_named_once(tmp_path, flags, prefix, unknown):
-    run, trained = train_small(tmp_path, WORDS, **flags, **{"generate.prefix": prefix})
-    warning = f"warning: generate.prefix: not in the vocabulary, and read as <unk>: {unknown}\n"
-    assert trained.out.count(warning) == trained.out.count("warning") == (unknown is not None)
-    sample = result(run)["generated"]
-    generated = job("generate", run, "--generate.prefix", prefix)
-    assert (generated.status, generated.out) == (0, sample + "\n")
-    assert generated.err == (warning if unknown else "")
-    blank = " " if flags.get("vocabulary.kind") == "word" and not prefix.endswith(" ") else ""
-    assert sample.startswith(prefix + blank)
-    assert job("generate", run, "--generate.prefix", prefix, "--generate.length", 0).out == prefix + "\n"
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [
-        {},
-        {"model.hidden_size": "32"},  # decoded by the kernel
-        {"model.hidden_size": "32", "model.cell": "lstm", "model.num_layers": "2"},
-        {"train.precision": "fp64"},
-    ],
-)
-def test_generate_returns_unknown_only_if_asked(tmp_path, flags):
-    """Of a text that is mostly ``<unk>``, which a model then expects."""
-    flags = {"vocabulary.kind": "word", "vocabulary.size": "6", "generate.length": "40", **flags}
-    flags |= {"train.epochs": "8", "train.max_steps": "0", "optimizer.learning_rate": "1"}
-    run, _ = train_small(tmp_path, WORDS, **flags, **{"generate.prefix": "the time"})
-    assert "<unk>" not in result(run)["generated"]
-    assert len(result(run)["generated"].split()) == 42
-    for flag, contains in ((), False), (("--generate.unknown", "true"), True):
-        for temperature in (0, 1):
-            generated = job("generate", run, "--generate.temperature", temperature, *flag)
-            assert ("<unk>" in generated.out, generated.err) == (contains, "")
-
-
 @pytest.mark.parametrize(
     ("text", "flags", "hint"),
     [

@@ -8,7 +8,13 @@ from hypothesis import strategies as st
 
 from job.config.schema import VocabularyConfig
 from job.data.corpus import Corpus
-from job.data.vocabulary import Vocabulary, build_vocabulary, vocabulary_from_json
+from job.data.vocabulary import (
+    Vocabulary,
+    build_vocabulary,
+    format_unknown_share,
+    unknown_warnings,
+    vocabulary_from_json,
+)
 from job.errors import UserError
 
 
@@ -52,3 +58,12 @@ def test_build_vocabulary_counts_words_by_line():
 def test_vocabulary_from_json_rejects_invalid_content(content):
     with pytest.raises(UserError, match=r"vocabulary.json: not a vocabulary"):
         vocabulary_from_json(json.dumps(content).encode(), "vocabulary.json")
+
+
+@pytest.mark.parametrize(
+    ("share", "text", "is_large"),
+    [(0, "", False), (1e-6, ", 0.0001% <unk>", False), (0.2, ", 20% <unk>", False), (1 / 3, ", 33.3% <unk>", True)],
+)
+def test_unknown_share_is_shown_as_percentage_and_warned_about(share, text, is_large):
+    assert format_unknown_share(share) == text
+    assert bool(unknown_warnings({"training": share})) == is_large

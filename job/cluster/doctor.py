@@ -18,6 +18,7 @@ from job.cluster.ray_extensions import free_resources
 from job.cluster.resources import cluster_placement, local_placement
 from job.config.schema import Config, ScaleConfig
 from job.console import Console
+from job.data.vocabulary import format_unknown_share
 from job.distributed.context import available_cpus
 from job.errors import UserError
 from job.nn.language_model import build_model
@@ -70,8 +71,9 @@ def _describe_versions() -> str:
 
 
 def _describe_text(spec: RunSpec) -> str:
-    metadata = spec.dataset.metadata
-    return f"{metadata['source']}: {metadata['tokens']:,} tokens, vocabulary of {len(spec.dataset.vocabulary):,}"
+    source, tokens = spec.dataset.metadata["source"], spec.dataset.metadata["tokens"]
+    unknown = format_unknown_share(spec.dataset.unknown_shares["training"])
+    return f"{source}: {tokens:,} tokens, vocabulary of {len(spec.dataset.vocabulary):,}{unknown}"
 
 
 def _check_disk_space(folder: Folder, spec: RunSpec) -> str:

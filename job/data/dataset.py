@@ -2,6 +2,7 @@
 
 import hashlib
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,12 @@ class Dataset:
     validation_tokens: np.ndarray
     vocabulary: Vocabulary
     metadata: dict[str, Any]
+
+    @cached_property
+    def unknown_shares(self) -> dict[str, float]:
+        """The share of ``<unk>`` in each text that is not empty: training and validation."""
+        texts = {"training": self.train_tokens, "validation": self.validation_tokens}
+        return {name: self.vocabulary.unknown_share(tokens) for name, tokens in texts.items() if len(tokens)}
 
 
 def build_dataset(corpus: Corpus, corpus_config: CorpusConfig, vocabulary_config: VocabularyConfig) -> Dataset:

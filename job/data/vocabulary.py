@@ -13,6 +13,7 @@ from job.data.corpus import Corpus
 from job.errors import UserError
 
 UNKNOWN, UNKNOWN_ID = "<unk>", 0
+MAX_UNKNOWN_SHARE = 0.2  # without a warning
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,10 @@ class Vocabulary:
         """Whether each token id is that of ``<unk>``."""
         return (ids == UNKNOWN_ID) & self.has_unknown
 
+    def unknown_share(self, ids: np.ndarray) -> float:
+        """Returns the share of ``<unk>`` among token ids, of which there is at least one."""
+        return float(self.is_unknown(ids).mean())
+
     def unknown_tokens(self, lines: Iterable[str]) -> list[str]:
         """Returns the tokens of all lines that are not in the vocabulary, each once."""
         tokens = [token for line in lines for token in (line.split() if self.kind == "word" else line)]
@@ -81,6 +86,21 @@ class Vocabulary:
     def to_json(self) -> str:
         """Returns the content of ``vocabulary.json``."""
         return json.dumps({"kind": self.kind, "tokens": self.tokens}, ensure_ascii=True)
+
+
+def format_unknown_share(share: float, separator: str = ", ") -> str:
+    """Returns the share of ``<unk>`` as a percentage after a separator; empty if it is 0."""
+    return f"{separator}{100 * share:.3g}% {UNKNOWN}" if share else ""
+
+
+def unknown_warnings(shares: dict[str, float]) -> list[str]:
+    """Returns a warning for each text, by its name, of which too large a share is ``<unk>``."""
+    remedy = "compare its perplexity only with those of the same vocabulary"
+    return [
+        f"the {name} text is{format_unknown_share(share, ' ')}; {remedy}"
+        for name, share in shares.items()
+        if share > MAX_UNKNOWN_SHARE
+    ]
 
 
 def build_vocabulary(vocabulary_config: VocabularyConfig, corpus: Corpus) -> Vocabulary:

@@ -16,10 +16,17 @@ WINDOW_STEPS = 1024  # steps per call of the model; bounds the memory and does n
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The loss over all tokens of a text but the first, and the number of characters (or bytes) of those tokens."""
+    """The loss over all tokens of a text but the first.
+
+    Args:
+        loss: the loss
+        num_characters: number of characters (or bytes) of those tokens
+        unknown_share: share of ``<unk>`` among those tokens
+    """
 
     loss: LossSum
     num_characters: int
+    unknown_share: float
 
     @property
     def bits_per_character(self) -> float:
@@ -45,7 +52,8 @@ def evaluate_text(checkpoint: LoadedCheckpoint, config: Config) -> Evaluation:
         blanks = " with blanks between its words" if vocabulary.kind == "word" else ""
         raise UserError(problem, f"give more text{blanks}")
     (nats,) = evaluate_lanes(load_model(checkpoint, config.model.cell), tokens, [range(1)], 1, WINDOW_STEPS)
-    return Evaluation(LossSum(nats, len(tokens) - 1), _count_characters(corpus, vocabulary.kind, len(tokens)))
+    num_characters = _count_characters(corpus, vocabulary.kind, len(tokens))
+    return Evaluation(LossSum(nats, len(tokens) - 1), num_characters, vocabulary.unknown_share(tokens[1:]))
 
 
 def _count_characters(corpus: Corpus, vocabulary_kind: str, num_tokens: int) -> int:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from job.config.schema import BUILTIN_CELLS, Config
 from job.config.toml import config_to_toml
 from job.console import Console, format_duration, python_command
+from job.data.vocabulary import format_unknown_share, unknown_warnings
 from job.errors import RunFailed, UserError
 from job.inference.generate import describe_unknown_tokens, generate_text
 from job.paths import cache_notice
@@ -91,7 +92,8 @@ def run_training(
         if notice := cache_notice():
             console.warn(notice)
         console.print(_run_banner(spec, config.corpus.source))
-        if warning := describe_unknown_tokens(spec.config, spec.dataset.vocabulary):
+        prefix_warning = describe_unknown_tokens(spec.config, spec.dataset.vocabulary)
+        for warning in filter(None, [*unknown_warnings(spec.dataset.unknown_shares), prefix_warning]):
             console.warn(warning)
         with closing(launcher):
             launcher.connect(spec.config, console)
@@ -141,11 +143,13 @@ def _finish(spec: RunSpec, recorder: Recorder, finished: Finished) -> dict[str, 
     folder.write("perplexity.png", plot_perplexity(recorder.metrics.rows(), spec.config.run.name))
     nats = progress.last_epoch_nats
     assert nats is not None
-    result: dict[str, Any] = {"perplexity": perplexity(nats), "nats": nats}
+    shares = spec.dataset.unknown_shares
+    result: dict[str, Any] = {"perplexity": perplexity(nats), "nats": nats, "unknown_share": shares["training"]}
     if progress.last_validation_nats is not None and best:
         result["validation_perplexity"] = perplexity(progress.last_validation_nats)
         result["best_validation_perplexity"] = perplexity(best.validation_nats or 0.0)
         result["best_checkpoint"] = f"checkpoints/{best.name}"
+        result["validation_unknown_share"] = shares["validation"]
     result |= {
         "epochs": progress.epoch,
         "steps": progress.step,
@@ -171,6 +175,7 @@ def _run_banner(spec: RunSpec, requested_source: str) -> str:
     return (
         f"run {config.run.name}: {source}, {metadata['characters']:,} {unit}, "
         f"{metadata['tokens']:,} tokens, {len(spec.dataset.vocabulary):,} distinct"
+        f"{format_unknown_share(spec.dataset.unknown_shares['training'])}"
     )
 
 
@@ -210,12 +215,13 @@ def print_result(result: dict[str, Any], folder: Folder, console: Console, cell:
     workers = f"{result['workers']} worker{'s' * (result['workers'] != 1)}"
     console.print(
         f"perplexity {result['perplexity']:.4g} after {result['epochs']:,} epochs, {result['steps']:,} steps, "
-        f"{format_duration(result['seconds'])} on {workers}"
+        f"{format_duration(result['seconds'])} on {workers}{format_unknown_share(result.get('unknown_share', 0))}"
     )
     if "validation_perplexity" in result:
         console.print(
             f"validation {result['validation_perplexity']:.4g}, at best {result['best_validation_perplexity']:.4g} "
             f"in {folder / result['best_checkpoint']}"
+            f"{format_unknown_share(result.get('validation_unknown_share', 0))}"
         )
     console.print()
     console.print(f"    {result['generated']}", wrap=False)

@@ -6,6 +6,7 @@ from job.distributed.context import World
 from job.training.events import Event, EventSink, MetricsRow, ProgressUpdate
 from job.training.loop import StepResult
 from job.training.progress import LossSum, perplexity
+from job.training.run_spec import RunSpec
 from job.training.train_state import TrainState
 
 PROGRESS_INTERVAL_S = 0.5  # seconds between two progress updates
@@ -41,9 +42,9 @@ class Throughput:
 class Reporter:
     """Posts metrics rows and progress updates. All workers call it in the same way; only rank 0 posts."""
 
-    def __init__(self, world: World, post: EventSink, train_state: TrainState, log_every: int) -> None:
-        self.world, self.post_event, self.train_state = world, post, train_state
-        self.log_every = log_every  # steps; 0: once per epoch
+    def __init__(self, world: World, post: EventSink, train_state: TrainState, spec: RunSpec) -> None:
+        self.world, self.post_event, self.train_state, self.dataset = world, post, train_state, spec.dataset
+        self.log_every = spec.config.train.log_every  # steps; 0: once per epoch
         tokens = train_state.progress.tokens
         self.report_speed, self.progress_speed, self.epoch_speed = (Throughput(tokens) for _ in range(3))
 
@@ -80,6 +81,7 @@ class Reporter:
             "tokens": self.train_state.progress.tokens,
             "nats": loss.nats_per_token,
             "perplexity": perplexity(loss.nats_per_token),
+            "unknown_share": self.dataset.unknown_shares["validation" if split == "validation" else "training"],
             "learning_rate": self.train_state.learning_rate,
             "tokens_per_second": round(tokens_per_second, 1),
             "workers": self.world.size,

@@ -57,7 +57,7 @@ def train(spec: RunSpec, world: World, link: DriverLink) -> None:
         loaded, skipped_checkpoints, precision = agree_on_resume_point(spec, world)
         train_state = build_train_state(spec, world, precision, loaded)
         writer = CheckpointWriter(spec, world, link.post)
-        reporter = Reporter(world, link.post, train_state, spec.config.train.log_every)
+        reporter = Reporter(world, link.post, train_state, spec)
         reporter.post(_started(spec.config, world, train_state, skipped_checkpoints))
         Trainer(spec, world, link, train_state, writer, reporter).run()
     except UnrecoverableError as error:
