@@ -162,6 +162,14 @@ class Folder:
             return stream.read()
 
     @_retried
+    def read_block(self, name: str, start: int, max_bytes: int) -> bytes:
+        """Returns up to ``max_bytes`` of a file from the byte ``start``; a negative one counts from the end."""
+        file_system, path = self._location
+        with file_system.open_input_file(f"{path}/{name}") as file:
+            file.seek(start if start >= 0 else max(0, file.size() + start))
+            return file.read(max_bytes)
+
+    @_retried
     def write(self, name: str, data: bytes) -> None:
         """Writes a file atomically and durably: it is on the disk when this returns."""
         self._check_change()
@@ -170,6 +178,19 @@ class Folder:
         file_system, path = self._location
         with file_system.open_output_stream(f"{path}/{name}") as stream:
             stream.write(data)
+
+    def replace_tail(self, name: str, num_bytes: int, data: bytes = b"") -> None:
+        """Replaces the last bytes of a file durably. An object store, which cannot do so, gets the whole file."""
+        if self.local_path is None:
+            content = self.read(name)
+            return self.write(name, content[: len(content) - num_bytes] + data)
+        self._check_change()
+        with open(self.local_path / name, "r+b") as stream:
+            stream.seek(-num_bytes, os.SEEK_END)
+            stream.truncate()
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
 
     @_retried
     def sizes(self) -> dict[str, int | None]:

@@ -13,7 +13,8 @@ from job.errors import RunFailed, UserError
 from job.inference.generate import describe_unknown_tokens, generate_text
 from job.paths import cache_notice
 from job.run.lease import acquire_lease, wait_until_expired
-from job.run.metrics import plot_perplexity
+from job.run.metrics import read_rows
+from job.run.plot import plot_perplexity
 from job.run.recorder import Recorder
 from job.run.run_dir import (
     CONFIG_FILE,
@@ -140,7 +141,8 @@ def _finish(spec: RunSpec, recorder: Recorder, finished: Finished) -> dict[str, 
     loaded = open_checkpoint(recorder.committer.folder / finished.checkpoint)
     text = generate_text(loaded, spec.config)
     folder.write("sample.txt", (text + "\n").encode())
-    folder.write("perplexity.png", plot_perplexity(recorder.metrics.rows(), spec.config.run.name))
+    recorder.metrics.merge()
+    folder.write("perplexity.png", plot_perplexity(read_rows(folder), spec.config.run.name))
     nats = progress.last_epoch_nats
     assert nats is not None
     shares = spec.dataset.unknown_shares

@@ -1,28 +1,30 @@
 """Writes metrics as TensorBoard events."""
 
-import shutil
 import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.summary import scalar
 
 CURVES = ("perplexity", "nats", "tokens_per_second", "learning_rate")
 
 
-def create_events(folder: Path, rows: Iterable[dict[str, Any]]) -> EventsWriter:
-    """Replaces a folder by one with an events file of these rows.
+def create_events(folder: Path, name: str, step: int) -> EventsWriter:
+    """Creates an events file, which continues those before it in the order of their names.
 
     tensorboardX's own ``SummaryWriter`` would write in a thread, where a full disk goes unnoticed.
+
+    Args:
+        folder: the folder of the events files; created if it does not exist
+        name: the beginning of the file's name
+        step: TensorBoard hides what the files before contain of this and later steps
     """
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    events = EventsWriter(str(folder / "events"))
-    for row in rows:
-        add_row(events, row)
+    folder.mkdir(parents=True, exist_ok=True)
+    events = EventsWriter(str(folder / name))
+    start = SessionLog(status=SessionLog.START)
+    events.write_event(Event(wall_time=time.time(), step=step, session_log=start))
     return events
 
 

@@ -5,7 +5,7 @@ from matplotlib.axis import Axis
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from job.config.search_space import Range
-from job.run.metrics import MAX_PLOTTED_PERPLEXITY, new_figure, to_png
+from job.run.plot import MAX_PLOTTED_PERPLEXITY, new_figure, to_png
 from job.tuning.report import display_name, format_params
 from job.tuning.trials import Trial, Trials
 

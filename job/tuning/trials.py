@@ -13,7 +13,7 @@ from typing import Any
 from job.config.schema import Config
 from job.config.search_space import METRIC_SPLITS, Params, SearchConfig
 from job.errors import UserError
-from job.run.metrics import METRICS_FILE, parse_rows
+from job.run.metrics import read_rows
 from job.run.run_dir import ExistingRun, read_existing_run
 from job.storage import Folder
 from job.training.checkpoint import Checkpoint, list_checkpoints
@@ -204,9 +204,8 @@ def read_trial_run(folder: Folder, base: Config, search: SearchConfig, number: i
 
 
 def read_score_rows(run_folder: Folder, metric: str) -> list[dict[str, Any]]:
-    """The rows of a run's ``metrics.jsonl`` for the split of a search's metric. Empty if they cannot be read."""
+    """The rows of a run's metrics for the split of a search's metric. Empty if they cannot be read."""
     try:
-        rows = parse_rows(run_folder.read(METRICS_FILE))
+        return [row for row in read_rows(run_folder) if row["split"] == METRIC_SPLITS[metric]]
     except OSError:
         return []
-    return [row for row in rows if row["split"] == METRIC_SPLITS[metric]]
