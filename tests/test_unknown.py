@@ -95,6 +95,21 @@ def test_train_reports_share_of_unknown_tokens_of_training_and_validation(
         assert (f"warning: the {name} text is" in trained.out) == (value > 0.2)
 
 
+def test_run_with_vocabulary_of_training_text_resumes_only_with_the_same_scope(tmp_path):
+    flags = {"corpus.validation_fraction": 0.2, "vocabulary.scope": "training"}
+    run, trained = train_small(tmp_path, "abc" * 400 + "xyz" * 100, **flags, **{"generate.prefix": "abxc"})
+    assert "warning: the validation text is 100% <unk>" in trained.out
+    assert "read as <unk>: 'x'" in trained.out
+    assert (result(run)["unknown_share"], result(run)["validation_unknown_share"]) == (0, 1)
+    arguments = ["--scale.workers", 0, "--stream.batch_size", 4, "--stream.num_steps", 5, "--model.hidden_size", 8]
+    arguments += ["--corpus.source", tmp_path / "text", "--run.storage", tmp_path, "--run.name", "run"]
+    arguments += ["--corpus.validation_fraction", 0.2, "--train.epochs", 1, "--train.max_steps", 4]
+    refused = job("train", *arguments)
+    assert (refused.status, 'vocabulary.scope ("training" → "corpus")' in refused.err) == (2, True)
+    assert job("train", *arguments, "--vocabulary.scope", "training").status == 0
+    assert result(run)["steps"] == 4
+
+
 @pytest.mark.parametrize(
     ("flags", "text", "shown"),
     [

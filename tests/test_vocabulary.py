@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from job.config.schema import VocabularyConfig
+from job.config.schema import CorpusConfig, VocabularyConfig
 from job.data.corpus import Corpus
+from job.data.dataset import build_dataset
 from job.data.vocabulary import (
     Vocabulary,
     build_vocabulary,
@@ -38,6 +39,33 @@ def test_build_vocabulary_counts_words_by_line():
     assert vocabulary.tokens == ("<unk>", "b", "a")
     assert vocabulary.decode(vocabulary.encode(corpus.lines)) == "b a b <unk> a <unk>"
     assert len(build_vocabulary(VocabularyConfig(kind="word", size=2), corpus)) == 2
+
+
+@pytest.mark.parametrize("kind", ["char", "word"])
+@pytest.mark.parametrize("max_tokens", [0, 6])
+@pytest.mark.parametrize("scope", ["corpus", "training"])
+def test_build_dataset_scope_gives_vocabulary_of_all_tokens_or_of_those_trained_on(kind, max_tokens, scope):
+    lines = ["c a b", "a b z", "", "x c c y"] if kind == "word" else ["cab", "abz", "", "xccy"]
+    corpus_config = CorpusConfig(max_tokens=max_tokens, validation_fraction=0.5)
+    dataset = build_dataset(Corpus("file", "d2l", lines), corpus_config, VocabularyConfig(kind=kind, scope=scope))
+    tokens = {("corpus", 0): "cabzxy", ("corpus", 6): "cabzxy", ("training", 0): "abc", ("training", 6): "cab"}
+    assert dataset.vocabulary.tokens == ("<unk>", *tokens[scope, max_tokens])
+    train, validation = ("cab", "abz") if max_tokens else ("cabab", "zxccy")
+    assert list(train) == [dataset.vocabulary.tokens[index] for index in dataset.train_tokens]
+    known = [token if token in dataset.vocabulary.tokens else "<unk>" for token in validation]
+    assert known == [dataset.vocabulary.tokens[index] for index in dataset.validation_tokens]
+    assert (dataset.unknown_shares["validation"] > 0) == (scope == "training")
+
+
+def test_build_dataset_scope_training_applies_size_and_frequency_to_the_counted_tokens():
+    corpus, corpus_config = Corpus("file", "none", ["aabbcd" + "dddd"]), CorpusConfig(validation_fraction=0.4)
+
+    def tokens(**fields):
+        return build_dataset(corpus, corpus_config, VocabularyConfig(**fields)).vocabulary.tokens[1:]
+
+    assert tokens(scope="training", min_frequency=2) == tokens(scope="training", size=3) == ("a", "b")
+    assert tokens(scope="corpus", min_frequency=2) == ("d", "a", "b")
+    assert tokens(scope="corpus", size=3) == ("d", "a")
 
 
 @pytest.mark.parametrize(

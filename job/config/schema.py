@@ -79,6 +79,11 @@ class VocabularyConfig(Section):
     kind: str = choice_field("char", "byte", "word")
     size: int = config_field(0, "maximum vocabulary size, <unk> included; 0: no limit", at_least(0))
     min_frequency: int = config_field(0, "tokens that occur less often become <unk>", at_least(0))
+    scope: str = choice_field(
+        "corpus",
+        "training",
+        meaning="text whose tokens are counted: corpus (all of it), or training (what is trained on)",
+    )
 
 
 @dataclass(frozen=True)

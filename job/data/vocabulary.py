@@ -2,9 +2,11 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain, islice
+from typing import cast
 
 import numpy as np
 
@@ -80,8 +82,8 @@ class Vocabulary:
 
     def unknown_tokens(self, lines: Iterable[str]) -> list[str]:
         """Returns the tokens of all lines that are not in the vocabulary, each once."""
-        tokens = [token for line in lines for token in (line.split() if self.kind == "word" else line)]
-        return [token for token in dict.fromkeys(tokens) if self.has_unknown and token not in self._ids]
+        tokens = dict.fromkeys(_split_lines(lines, self.kind))
+        return [token for token in tokens if self.has_unknown and token not in self._ids]
 
     def to_json(self) -> str:
         """Returns the content of ``vocabulary.json``."""
@@ -103,7 +105,12 @@ def unknown_warnings(shares: dict[str, float]) -> list[str]:
     ]
 
 
-def build_vocabulary(vocabulary_config: VocabularyConfig, corpus: Corpus) -> Vocabulary:
+def _split_lines(lines: Iterable[str], kind: str) -> Iterator[str]:
+    """Returns the tokens of all lines, by the kind of a vocabulary: characters or words."""
+    return chain.from_iterable(line.split() if kind == "word" else line for line in lines)
+
+
+def build_vocabulary(vocabulary_config: VocabularyConfig, corpus: Corpus, num_tokens: int | None = None) -> Vocabulary:
     """Builds a vocabulary as the d2l book does (section 9.2).
 
     After ``<unk>``, tokens are ordered by falling frequency, ties by first occurrence.
@@ -111,13 +118,12 @@ def build_vocabulary(vocabulary_config: VocabularyConfig, corpus: Corpus) -> Voc
     Args:
         vocabulary_config: the kind of tokens, the largest size and the smallest frequency
         corpus: the text whose tokens are counted
+        num_tokens: number of tokens that are counted, from the first; None: all
     """
     if vocabulary_config.kind == "byte":
         return Vocabulary("byte", ())
-    counts: Counter[str] = Counter()
-    for line in corpus.lines:
-        assert isinstance(line, str)
-        counts.update(line if vocabulary_config.kind == "char" else line.split())
+    lines = cast(list[str], corpus.lines)
+    counts = Counter(islice(_split_lines(lines, vocabulary_config.kind), num_tokens))
     frequent = [token for token, count in counts.most_common() if count >= vocabulary_config.min_frequency]
     tokens = (UNKNOWN, *(token for token in frequent if token != UNKNOWN))
     return Vocabulary(vocabulary_config.kind, tokens[: vocabulary_config.size or None])
