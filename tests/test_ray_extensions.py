@@ -47,6 +47,10 @@ SIGNATURES = {
     "ray.train.torch.config:_TorchBackend.on_start": "self worker_group backend_config",
     f"{TRAIN}.execution.worker_group:WorkerGroup.execute": "self fn *fn_args **fn_kwargs",
     f"{TRAIN}.execution.worker_group:WorkerGroup.abort": "self",
+    # Ray Tune
+    "ray.train._internal.session:_TrainingResult": "checkpoint metrics",
+    "ray.tune:Trainable.save": "self checkpoint_dir",
+    "ray.tune:Trainable.restore": "self checkpoint_path",
     # The cluster's resources
     "ray._private.state:available_resources_per_node": "",
     "ray._private.ray_constants:DEBUG_AUTOSCALING_STATUS": None,

@@ -1,8 +1,10 @@
 """Searches on Ray: failures do not change the winner; trials stop, fail, resume and copy each other."""
 
 import contextlib
+import io
 import json
 import os
+import pickle
 import signal
 import threading
 import time
@@ -12,19 +14,25 @@ from types import SimpleNamespace
 import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, job, result, rows, start_job
+from ray import tune
+from ray.tune.trainable.trainable import _DICT_CHECKPOINT_FILE_NAME
 
+from job.cluster.ray_extensions import TrainingResult
 from job.cluster.schedulers import build_scheduler
 from job.cluster.trainable import TrialRunner, TrialTrainable
+from job.cluster.tune import _run_trials
 from job.cluster.tune_callbacks import TrialCallback
 from job.config.config_file import load_config
 from job.config.search_space import SearchConfig, SearchSpace
 from job.config.toml import config_from_toml, override_config
-from job.run.lease import acquire_lease, raise_if_held
+from job.console import Console
+from job.run.lease import LeaseObserver, acquire_lease
 from job.run.run_dir import read_existing_run
+from job.run.signals import StopRequest
 from job.storage import Folder
 from job.training.checkpoint import copy_checkpoint, find_latest_valid, read_checkpoint_file
 from job.training.events import CheckpointCommitted, MetricsRow
-from job.tuning.exchange import import_checkpoint
+from job.tuning.exchange import EXCHANGE_FOLDER, import_checkpoint
 from job.tuning.params import trial_name
 from job.tuning.trials import load_trials
 
@@ -116,7 +124,7 @@ def test_tune_writes_results_that_train_accepts(calm, on_cluster):
     board = (folder / "tensorboard" / number / "events.out.tfevents.search").read_bytes()
     assert b"_hparams_/session_start_info" in board
     assert b"optimizer.learning_rate" in board
-    assert not (folder / "ray").exists()
+    assert not {"ray", EXCHANGE_FOLDER} & set(os.listdir(folder))
     again = job(*command(folder.parent, "calm"))
     assert "is finished" in again.out
     (folder / "best.toml").unlink()  # as when the driver is killed before all is written
@@ -325,22 +333,70 @@ def test_trial_callback_with_a_new_epoch_renews_the_failures_allowed(tmp_path):
         assert trial.max_failures == allowed
 
 
-def test_load_checkpoint_waits_for_the_lease_of_the_previous_actor(tmp_path, monkeypatch):
+def test_restore_waits_for_the_lease_of_the_previous_actor(tmp_path, monkeypatch):
     """Otherwise a checkpoint that the previous actor commits later would count as the newer one."""
     actor = TrialTrainable.__new__(TrialTrainable)
     actor.stop_requested = False
     folder, order = Folder(str(tmp_path)), []
     monkeypatch.setattr(TrialTrainable, "run_folder", folder)
     monkeypatch.setattr(TrialTrainable, "run_config", None)
-    monkeypatch.setattr(TrialTrainable, "iteration", 1)
     monkeypatch.setattr("job.cluster.trainable.import_checkpoint", lambda *_: order.append("imported"))
     lease = acquire_lease(folder)
     timer = threading.Timer(1.0, lambda: (order.append("written"), lease.release()))
     timer.start()
-    actor.load_checkpoint(str(tmp_path))
+    actor.restore(TrainingResult(tune.Checkpoint(str(tmp_path)), {}))
     timer.join()
     assert order == ["written", "imported"]
-    raise_if_held(folder)
+    assert LeaseObserver(folder).is_held() is False
+
+
+class Malicious:
+    """Pickled bytes of it run a command when they are unpickled."""
+
+    def __init__(self, command):
+        self.command = command
+
+    def __reduce__(self):
+        return os.system, (self.command,)
+
+
+def test_restore_of_a_folder_with_a_pickled_file_reads_the_checkpoint_alone(prose, tmp_path, monkeypatch):
+    """Ray Tune unpickles a file of this name if a checkpoint has one, and others may write to a search's storage."""
+    flags = ["--corpus.source", prose, "--run.storage", tmp_path, "--scale.workers", 0, "--generate.prefix", "the"]
+    assert job("train", *flags, "--model.hidden_size", 8, "--train.max_steps", 5, "--run.name", "run").status == 0
+    actor, run = TrialTrainable.__new__(TrialTrainable), Folder.resolve(str(tmp_path / "run"))
+    actor.stop_requested, actor.context = False, SimpleNamespace(folder=Folder.resolve(str(tmp_path / "search")))
+    actor.runner = SimpleNamespace(checkpoint=find_latest_valid(run / "checkpoints")[0].checkpoint)
+    monkeypatch.setattr(TrialTrainable, "run_folder", run)
+    monkeypatch.setattr(TrialTrainable, "run_config", read_existing_run(run).config)
+    saved = actor.save()
+    (exported,) = (tmp_path / "search" / EXCHANGE_FOLDER).iterdir()
+    for name in (_DICT_CHECKPOINT_FILE_NAME, ".tune_metadata", ".is_checkpoint"):
+        (exported / name).write_bytes(pickle.dumps(Malicious(f"touch {tmp_path}/executed")))
+    other = Folder.resolve(str(tmp_path / "other"))
+    monkeypatch.setattr(TrialTrainable, "run_folder", other)
+    actor.restore(saved)
+    assert find_latest_valid(other / "checkpoints")[0].checkpoint.step == 5
+    assert not (tmp_path / "executed").exists()
+
+
+def test_ray_tune_reads_and_writes_its_pickled_records_in_a_private_folder(tmp_path, monkeypatch):
+    """It unpickles the error of a failed trial and the state of the search, also if somebody else wrote them."""
+    search = SearchConfig(space={"optimizer.learning_rate": {"grid": [1.0, 0.1]}}, concurrent=1)
+    trials = load_trials(Folder(str(tmp_path)), load_config(None, {}), search)
+    folders, order = [], []
+
+    def run(*args, storage_path, **options):
+        folders.append((storage_path, os.stat(storage_path).st_mode & 0o777))
+
+    monkeypatch.setattr("job.cluster.tune.tune.run", run)
+    monkeypatch.setattr("job.cluster.tune.create_event_channel", lambda: None)
+    lease = SimpleNamespace(check_if_stale=lambda: order.append("checked"))
+    _run_trials(trials, SimpleNamespace(resources={"CPU": 1}), lease, StopRequest(), Console(io.StringIO()))
+    ((path, mode),) = folders
+    assert mode == 0o700
+    assert tmp_path not in Path(path).parents
+    assert not Path(path).exists()
 
 
 def test_import_checkpoint_copies_all_files_and_keeps_the_new_learning_rate(prose, tmp_path):

@@ -25,6 +25,7 @@ from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.cloudpickle import dumps
 from ray.experimental.internal_kv import _internal_kv_get
 from ray.train import ControllerError, ScalingConfig, WorkerGroupError
+from ray.train._internal.session import _TrainingResult
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal import exceptions as train_errors
@@ -198,6 +199,13 @@ def _interface_of(address: str) -> str | None:
             if socket.inet_ntoa(reply[20:24]) == address:
                 return name
     return None
+
+
+# --- Ray Tune ---
+
+# A checkpoint of a trial with the metrics of its report, which Trainable.save returns and Trainable.restore takes.
+# Source: tune/trainable/trainable.py
+TrainingResult = _TrainingResult
 
 
 # --- the cluster's resources ---

@@ -5,6 +5,7 @@ import os
 import queue
 import threading
 import time
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from signal import SIGTERM
@@ -14,6 +15,7 @@ import ray
 from ray import tune
 
 from job.cluster.launcher import RayLauncher
+from job.cluster.ray_extensions import TrainingResult
 from job.config.schema import Config
 from job.config.search_space import METRIC_SPLITS, SearchConfig
 from job.console import Console
@@ -25,7 +27,7 @@ from job.run.signals import StopRequest
 from job.storage import Folder
 from job.training.checkpoint import Checkpoint
 from job.training.events import CheckpointCommitted, Event, MetricsRow
-from job.tuning.exchange import export_checkpoint, forget_exchange, import_checkpoint
+from job.tuning.exchange import EXCHANGE_FOLDER, export_checkpoint, forget_exchange, import_checkpoint
 from job.tuning.params import trial_config, trial_folder
 from job.tuning.trials import read_score_rows
 
@@ -81,20 +83,26 @@ class TrialTrainable(tune.Trainable):
                 self.runner.request_stop()
         return self.runner.next_report()
 
-    # Ray Tune may save twice before it pauses a trial, and reuse the second directory for the trial's next
-    # checkpoint while another trial still copies it. A directory per iteration keeps them apart.
+    # Ray's own save and restore exchange files through Ray's folder of the search, and unpickle one of them if it is
+    # there. Here a trial exports a checkpoint to a new folder, and a trial that imports it reads nothing else.
 
-    def save_checkpoint(self, checkpoint_dir: str) -> None:
+    def save(self, checkpoint_dir: str | None = None) -> TrainingResult:
         """Exports the checkpoint of the last report for other trials. Called by Ray Tune."""
         assert self.runner
         assert self.runner.checkpoint
-        export_checkpoint(self.runner.checkpoint, self.run_folder, Folder(checkpoint_dir) / str(self.iteration))
+        target = self.context.folder / EXCHANGE_FOLDER / uuid.uuid4().hex
+        export_checkpoint(self.runner.checkpoint, self.run_folder, target)
+        assert target.location
+        file_system, path = target.location
+        return TrainingResult(tune.Checkpoint(path, file_system), {})
 
-    def load_checkpoint(self, checkpoint_dir: str) -> None:  # type: ignore[override]
+    def restore(self, checkpoint_path: TrainingResult) -> None:  # type: ignore[override]
         """Makes the run resume from a checkpoint, which may be another trial's. Called by Ray Tune."""
+        checkpoint = checkpoint_path.checkpoint
+        source = Folder(checkpoint.path, retry=True, location=(checkpoint.filesystem, checkpoint.path))
         # A previous actor may still be writing.
-        with acquire_lease(self.run_folder, watch_until_free(self.run_folder, lambda: self.stop_requested)):
-            import_checkpoint(Folder(checkpoint_dir) / str(self.iteration), self.run_folder, self.run_config)
+        with acquire_lease(self.run_folder, watch_until_free(self.run_folder, lambda: self.stop_requested)) as lease:
+            import_checkpoint(source, lease.folder, self.run_config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         """Ends this trial's run, so that the actor can be reused. Called by Ray Tune."""

@@ -1,13 +1,14 @@
 """A search on Ray Tune: trials run at the same time, each an ordinary run.
 
 Ray Tune starts the trials, and its schedulers pause and stop them. The state of a trial is read from its
-run's folder and never from Ray Tune's records: a resumed search is a new experiment with the trials that
-are not done.
+run's folder: a resumed search is a new experiment with the trials that are not done. Ray Tune's own records contain
+pickled objects, some of which it reads back, so they are in a private folder of the driver until the search ends.
 """
 
 import logging
 import math
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -36,6 +37,7 @@ from job.paths import cache_notice
 from job.run.lease import Lease, acquire_lease, wait_until_expired
 from job.run.run_dir import SEARCH_FILE
 from job.run.signals import StopRequest
+from job.tuning.exchange import EXCHANGE_FOLDER
 from job.tuning.optuna_sampler import OptunaSampler, import_optuna
 from job.tuning.params import searched_cells, trial_name
 from job.tuning.report import banner, show_progress
@@ -43,7 +45,6 @@ from job.tuning.results import BEST_FILE, print_results, write_results
 from job.tuning.setup import check_search, resolve_search
 from job.tuning.trials import TERMINAL_STATES, Trials, load_trials
 
-RAY_FOLDER = "ray"  # Ray Tune's records, removed when the search ends
 MAX_TRIAL_FAILURES = 5  # restarts of a trial without a new epoch in between
 POLL_INTERVAL_S = 0.2
 NUM_EXCHANGE_CHECKPOINTS = 5  # checkpoints of a trial that others may copy in population-based training
@@ -126,12 +127,16 @@ def _run_trials(
     callback = TrialCallback(trials, MAX_TRIAL_FAILURES)
     event_channel = create_event_channel()
     context = TrialContext(trials.base, trials.search, trials.folder, os.getcwd(), event_channel)
-    trials.folder.remove(RAY_FOLDER)
-    # In a thread, so that the main thread can handle signals.
-    thread = BackgroundTask(lambda: _run_tune(placement, callback, context))
+    trials.folder.remove(EXCHANGE_FOLDER)
     waiting = WaitingNotice(placement, console)
     deadline = time.monotonic() + (60 * trials.search.minutes or math.inf)
-    with open(os.devnull, "w") as null, redirect_stdout(null):  # Ray Tune prints even with verbose=0
+    with (
+        tempfile.TemporaryDirectory(prefix="lanes-", ignore_cleanup_errors=True) as records,
+        open(os.devnull, "w") as null,
+        redirect_stdout(null),  # Ray Tune prints even with verbose=0
+    ):
+        # In a thread, so that the main thread can handle signals.
+        thread = BackgroundTask(lambda: _run_tune(placement, callback, context, records))
         thread.start()
         while thread.is_alive():
             thread.join(POLL_INTERVAL_S)
@@ -143,7 +148,7 @@ def _run_trials(
             show_progress(trials, console)
             waiting.poll(has_workers=time.monotonic() - callback.last_result_at < 2 * POLL_INTERVAL_S)
         callback.print_finished(console)
-    trials.folder.remove(RAY_FOLDER)
+    trials.folder.remove(EXCHANGE_FOLDER)
     if thread.error:
         raise RunFailed(f"Ray Tune failed: {one_line(thread.error)}", "the same command resumes the search")
     if callback.stop_requested and not stop_request.exit_code:
@@ -151,8 +156,8 @@ def _run_trials(
         console.print(f"time is up with {num_left} trials left; the same command resumes {trials.folder}")
 
 
-def _run_tune(placement: Placement, callback: TrialCallback, context: TrialContext) -> None:
-    """Runs the experiment with the trials that are not done."""
+def _run_tune(placement: Placement, callback: TrialCallback, context: TrialContext, records: str) -> None:
+    """Runs the experiment with the trials that are not done. Ray Tune writes its records to a private folder."""
     trials, search = callback.trials, context.search
     per_trial = placement.resources
     if context.base.scale.max_workers:
@@ -177,8 +182,8 @@ def _run_tune(placement: Placement, callback: TrialCallback, context: TrialConte
         reuse_actors=True,
         trial_name_creator=_ray_trial_name,
         trial_dirname_creator=_ray_trial_name,
-        name=RAY_FOLDER,
-        storage_path=trials.folder.address,
+        name="search",
+        storage_path=records,
         # Only for the exchange between trials: the runs keep their own checkpoints.
         checkpoint_config=tune.CheckpointConfig(num_to_keep=NUM_EXCHANGE_CHECKPOINTS, checkpoint_at_end=False),
         callbacks=[callback],

@@ -6,6 +6,7 @@ from job.run.run_dir import CONFIG_FILE, read_existing_run
 from job.storage import Folder
 from job.training.checkpoint import Checkpoint, copy_checkpoint, list_checkpoints, remove_checkpoint
 
+EXCHANGE_FOLDER = "exchange"  # in a search's folder: exported checkpoints, removed when the search ends
 EXCHANGED_FILE = "exchanged"  # in a run's folder: the checkpoint it last exported or imported
 
 
@@ -24,13 +25,13 @@ def import_checkpoint(source: Folder, run_folder: Folder, config: Config) -> Non
     """
     checkpoint = list_checkpoints(source)[0][-1]
     run = read_existing_run(run_folder)
-    last_exchanged = run_folder.read(EXCHANGED_FILE, 100).decode() if run_folder.has(EXCHANGED_FILE) else ""
-    if run and run.config == config and last_exchanged == checkpoint.name:
+    last_exchanged = run_folder.read(EXCHANGED_FILE, 100) if run_folder.has(EXCHANGED_FILE) else b""
+    if run and run.config == config and last_exchanged == checkpoint.name.encode():
         return
     checkpoints = run_folder / "checkpoints"
     copy_checkpoint(checkpoint, checkpoints)
     for other in checkpoints.names():
-        if other != checkpoint.name:
+        if other.startswith("step-") and other != checkpoint.name:
             remove_checkpoint(checkpoints, other)
     run_folder.write(CONFIG_FILE, config_to_toml(config).encode())
     run_folder.write(EXCHANGED_FILE, checkpoint.name.encode())
