@@ -106,13 +106,14 @@ def join_cluster(address: str) -> None:
     """Connects to the cluster at an address. Raises UserError if that fails or takes too long."""
     if address != "auto":
         _check_port(address)
-    environment = {"env_vars": NODE_ENV_DEFAULTS}
+    environment, handler = {"env_vars": NODE_ENV_DEFAULTS}, signal.getsignal(signal.SIGTERM)
     init = BackgroundTask(
         lambda: ray.init(address=address, log_to_driver=False, logging_level="error", runtime_env=environment)
     )
     with _suppress_stderr():
         init.start()
         init.join(INIT_TIMEOUT_S)
+    signal.signal(signal.SIGTERM, handler)  # Ray installs one that prints a stack trace or ends the process
     error = TimeoutError(f"no answer within {INIT_TIMEOUT_S:.0f} s") if init.is_alive() else init.error
     if error:
         problem, remedy = _explain(" ".join(str(error).split()) or type(error).__name__)
