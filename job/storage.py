@@ -9,7 +9,7 @@ import shutil
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
 from pathlib import Path
@@ -170,14 +170,15 @@ class Folder:
             return file.read(max_bytes)
 
     @_retried
-    def write(self, name: str, data: bytes) -> None:
-        """Writes a file atomically and durably: it is on the disk when this returns."""
+    def write(self, name: str, *parts: bytes | memoryview) -> None:
+        """Writes a file, part by part, atomically and durably: it is on the disk when this returns."""
         self._check_change()
         if self.local_path is not None:
-            return _write_local(self.local_path, name, data)
+            return _write_local(self.local_path, name, parts)
         file_system, path = self._location
         with file_system.open_output_stream(f"{path}/{name}") as stream:
-            stream.write(data)
+            for part in parts:
+                stream.write(part)
 
     def replace_tail(self, name: str, num_bytes: int, data: bytes = b"") -> None:
         """Replaces the last bytes of a file durably. An object store, which cannot do so, gets the whole file."""
@@ -272,12 +273,13 @@ def _open_location(address: str) -> tuple[fs.FileSystem, str]:
         raise UserError(f"{address}: cannot be reached: {reason}", "check region, credentials and network") from None
 
 
-def _write_local(folder: Path, name: str, data: bytes) -> None:
+def _write_local(folder: Path, name: str, parts: Iterable[bytes | memoryview]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{name}.{os.getpid()}-{threading.get_ident()}"
     try:
         with open(temporary, "wb") as stream:
-            stream.write(data)
+            for part in parts:
+                stream.write(part)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, folder / name)

@@ -273,7 +273,7 @@ def test_open_checkpoint_with_corrupt_bytes_raises_or_loads(files, tmp_path, dat
         receipt = write_part(
             Folder(str(tmp_path)),
             place.name,
-            {name: (place / name).read_bytes() for name in files if name != "manifest.json"},
+            {name: [(place / name).read_bytes()] for name in files if name != "manifest.json"},
             1,
             Progress(step=1),
         )

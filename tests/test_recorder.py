@@ -45,7 +45,7 @@ def written_part(
     checkpoints: Folder, step: int, attempt: str, nats: float | None = None, workers: int = 1
 ) -> PartReceipt:
     progress = Progress(step=step, last_validation_nats=nats, validated_step=step)
-    return write_part(checkpoints, checkpoint_name(step, attempt), {"model.safetensors": b"w"}, workers, progress)
+    return write_part(checkpoints, checkpoint_name(step, attempt), {"model.safetensors": [b"w"]}, workers, progress)
 
 
 def committed(committer: CheckpointCommitter, *steps: int) -> list[str]:
@@ -108,7 +108,7 @@ def test_committer_without_a_part_in_its_storage_fails_and_removes_nothing(tmp_p
     names = committed(committer, 10, 20)
     committer.add(written_part(folder, 30, "abcdef", workers=2))
     name, lanes = checkpoint_name(30, "abcdef"), "lanes-00016-00031.safetensors"
-    receipt = write_part(elsewhere if fault == "written elsewhere" else folder, name, {lanes: b"state"}, 2, None)
+    receipt = write_part(elsewhere if fault == "written elsewhere" else folder, name, {lanes: [b"state"]}, 2, None)
     if fault == "truncated":
         (folder / name).write(lanes, b"st")
     if fault == "removed":

@@ -104,7 +104,7 @@ def write_checkpoint(folder: Folder, step: int, attempt: str) -> None:
     """Writes and commits as driver and worker do, including the removal of other checkpoints before and after."""
     discard_after(folder, step - 10, attempt)
     name = checkpoint_name(step, attempt)
-    files = {path.name: path.read_bytes() for path in GOLDEN.iterdir() if path.name != "manifest.json"}
+    files = {path.name: [path.read_bytes()] for path in GOLDEN.iterdir() if path.name != "manifest.json"}
     receipt = write_part(folder, name, files, 1, Progress(step=step))
     commit_checkpoint(folder, name, [receipt])
     for old in list_checkpoints(folder)[0][:-2]:

@@ -21,7 +21,6 @@ from typing import Any, cast
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from job.config.schema import Config
@@ -31,6 +30,9 @@ from job.errors import UserError
 from job.nn.state import State
 from job.storage import Folder, TooLarge
 from job.training.progress import LossSum, Progress
+from job.training.tensor_file import tensor_bytes, tensor_file
+
+FileContents = dict[str, list[bytes | memoryview]]  # by name: the parts of a file, which are written one by one
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -106,14 +108,14 @@ def checkpoint_name(step: int, attempt: str) -> str:
 # --- writing ----------------------------------------------------------------------------------
 
 
-def serialize_lane_state(lanes: range, state: State) -> dict[str, bytes]:
+def serialize_lane_state(lanes: range, state: State) -> FileContents:
     """Returns the file with the state of these lanes; no file if the state is None, that is zero."""
     if state is None:
         return {}
     kind, state = ("tuple", state) if isinstance(state, tuple) else ("tensor", (state,))
-    tensors = {f"state.{index}": tensor.contiguous() for index, tensor in enumerate(state)}
+    tensors = {f"state.{index}": tensor for index, tensor in enumerate(state)}
     name = f"lanes-{lanes.start:05d}-{lanes.stop - 1:05d}.safetensors"
-    return {name: save_safetensors(tensors, {"kind": kind})}
+    return {name: tensor_file(tensors, {"kind": kind})}
 
 
 def serialize_model(
@@ -123,32 +125,34 @@ def serialize_model(
     optimizer: dict[str, Tensor],
     progress: Progress,
     metadata: dict[str, Any],
-) -> dict[str, bytes]:
+) -> FileContents:
     """Returns the files that rank 0 writes for all workers; the arguments are those of ``LoadedCheckpoint``."""
     return {
-        "model.safetensors": save_safetensors(weights),
-        "optimizer.safetensors": save_safetensors(optimizer),
-        "progress.json": json.dumps({**asdict(progress), **metadata}, indent=1).encode(),
-        "vocabulary.json": vocabulary.to_json().encode(),
-        "config.toml": config_to_toml(config).encode(),
+        "model.safetensors": tensor_file(weights),
+        "optimizer.safetensors": tensor_file(optimizer),
+        "progress.json": [json.dumps({**asdict(progress), **metadata}, indent=1).encode()],
+        "vocabulary.json": [vocabulary.to_json().encode()],
+        "config.toml": [config_to_toml(config).encode()],
     }
 
 
-def write_part(
-    folder: Folder, name: str, files: dict[str, bytes], workers: int, progress: Progress | None
-) -> PartReceipt:
+def write_part(folder: Folder, name: str, files: FileContents, workers: int, progress: Progress | None) -> PartReceipt:
     """Writes a worker's part of a checkpoint, which the driver then commits by its receipt.
 
     Args:
         folder: the run's checkpoints
         name: name of the checkpoint
-        files: content by name
+        files: the content of each file in parts, by its name
         workers: number of workers, each of which writes a part
         progress: the run's progress, given by rank 0 only
     """
-    for file, data in files.items():
-        (folder / name).write(file, data)
-    sums = {file: (len(data), hashlib.sha256(data).hexdigest()) for file, data in files.items()}
+    sums = {}
+    for file, parts in files.items():
+        (folder / name).write(file, *parts)
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(part)
+        sums[file] = sum(map(len, parts)), digest.hexdigest()
     return PartReceipt(name, workers, sums, progress)
 
 
@@ -375,9 +379,9 @@ def weights_sha256(weights: dict[str, Tensor]) -> str:
     """Returns the SHA-256 of the names, shapes and bytes (little-endian, row-major) of weights, in order of name."""
     digest = hashlib.sha256()
     for name in sorted(weights):
-        tensor = weights[name].detach().cpu().contiguous()
+        tensor = weights[name].cpu()
         digest.update(f"{name} {list(tensor.shape)} ".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(tensor_bytes(tensor))
     return digest.hexdigest()
 
 

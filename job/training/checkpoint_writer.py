@@ -5,6 +5,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from job.distributed.context import World
 from job.nn.state import map_state
@@ -36,24 +37,22 @@ class CheckpointWriter:
             OSError: the previous save failed
         """
         self.finish()
-        weights = {name: weight.detach().clone() for name, weight in train_state.model.state_dict().items()}
-        if not all(bool(torch.isfinite(weight).all()) for weight in weights.values()):
+        model, progress = train_state.model, copy.deepcopy(train_state.progress)
+        if not all(bool(torch.isfinite(weight).all()) for weight in model.state_dict().values()):
             return
-        lanes, precision = train_state.assignment.lanes, train_state.precision.name
-        lane_state = map_state(lambda tensor: tensor.to("cpu", copy=True), train_state.lane_state)
-        optimizer = optimizer_tensors(train_state.optimizer, train_state.model)
-        optimizer = {name: tensor.to("cpu", copy=True) for name, tensor in optimizer.items()}
-        progress = copy.deepcopy(train_state.progress)
         self.last_step = progress.step
+        lanes, precision = train_state.assignment.lanes, train_state.precision.name
+        lane_state = map_state(_copy_to_cpu, train_state.lane_state)
+        written = (
+            (model.state_dict(), optimizer_tensors(train_state.optimizer, model)) if self.world.rank == 0 else ({}, {})
+        )
+        weights, optimizer = ({name: _copy_to_cpu(tensor) for name, tensor in tensors.items()} for tensors in written)
 
         def write() -> None:
             files, dataset = serialize_lane_state(lanes, lane_state), self.spec.dataset
             if self.world.rank == 0:
-                cpu_weights = {name: weight.cpu() for name, weight in weights.items()}
                 metadata = {"precision": precision, "corpus": dataset.metadata}
-                files |= serialize_model(
-                    self.spec.config, dataset.vocabulary, cpu_weights, optimizer, progress, metadata
-                )
+                files |= serialize_model(self.spec.config, dataset.vocabulary, weights, optimizer, progress, metadata)
             name = checkpoint_name(progress.step, self.world.attempt)
             rank_0_progress = None if self.world.rank else progress
             receipt = write_part(self.spec.checkpoints, name, files, self.world.size, rank_0_progress)
@@ -71,3 +70,7 @@ class CheckpointWriter:
         if self.pending:
             self.pending.result()
             self.pending = None
+
+
+def _copy_to_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)

@@ -1,0 +1,71 @@
+"""How much memory saving and loading take, in units of W, the size of the weights; AdamW keeps two moments of that size."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from job.config.schema import Config, ModelConfig, OptimizerConfig, StreamConfig
+from job.data.dataset import Dataset
+from job.data.vocabulary import Vocabulary
+from job.distributed.context import World
+from job.storage import Folder
+from job.training.checkpoint_writer import CheckpointWriter
+from job.training.run_spec import RunSpec
+from job.training.train_state import build_train_state
+
+RESET, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+WORLD = World(0, 1, torch.device("cpu"), 1, "abcdef")
+VOCABULARY = Vocabulary("char", tuple("abcdefghi"))
+
+pytestmark = pytest.mark.skipif(not RESET.exists(), reason="reads /proc")
+
+
+def peak_growth(action):
+    """The peak of the resident size during the action, over that before it, in bytes."""
+    RESET.write_text("5")  # sets the peak to the current size
+    before = _status("VmRSS")
+    action()
+    return _status("VmHWM") - before
+
+
+def _status(field):
+    line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
+    return int(line.split()[1]) << 10
+
+
+@pytest.fixture
+def spec(tmp_path):
+    """A run whose weights take 38 MB."""
+    config = Config(
+        model=ModelConfig(hidden_size=3072), optimizer=OptimizerConfig(name="adamw"), stream=StreamConfig(batch_size=2)
+    )
+    tokens = torch.zeros(1000, dtype=torch.uint8).numpy()
+    dataset = Dataset(tokens, tokens[:0], VOCABULARY, {"tokens": 1000})
+    return RunSpec(config, dataset, Folder(str(tmp_path)), None)
+
+
+def state_after_a_step(spec):
+    state = build_train_state(spec, WORLD, "fp32")
+    for parameter in state.model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    state.optimizer.step()
+    return state
+
+
+def size_of_weights(state):
+    return sum(weight.nbytes for weight in state.model.parameters())
+
+
+def test_save_copies_what_it_saves_once(spec):
+    """Weights and two moments: 3 W, and no second copy to turn them into files."""
+    state, receipts = state_after_a_step(spec), []
+    writer = CheckpointWriter(spec, WORLD, receipts.append)
+
+    def save():
+        writer.save(state)
+        writer.finish()
+
+    save()  # the first one starts the thread
+    assert peak_growth(save) < 3.5 * size_of_weights(state)
+    assert len(receipts) == 2
