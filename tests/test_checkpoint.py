@@ -46,7 +46,8 @@ def run(prose, tmp_path_factory):
 def test_finished_run_contains_the_documented_files(run):
     names = {path.name for path in run.iterdir()}
     assert names == {
-        "config.toml", "metrics.jsonl", "perplexity.png", "tensorboard", "checkpoints", "sample.txt", "result.json"
+        "config.toml", "metrics.jsonl", "perplexity.png", "tensorboard", "checkpoints", "sample.txt", "result.json",
+        ".lock",
     }  # fmt: skip
     found = result(run)
     last = run / found["checkpoint"]
