@@ -1,4 +1,4 @@
-"""How much memory saving and loading take, in units of W, the size of the weights; AdamW keeps two moments of that size."""
+"""Memory of saving and loading in units of W, the size of the weights; AdamW keeps two moments of that size."""
 
 from pathlib import Path
 

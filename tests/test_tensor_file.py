@@ -56,8 +56,9 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 @pytest.mark.parametrize(
     "file",
     [
-        b"", b"\xff" * 8, b"\xff" * 7 + b"\x7f", file_with_header({"a": ENTRY})[:-1], file_with_header({"a": ENTRY}) + b"x",
-        file_with_header({}), file_with_header([]), file_with_header(b"[" * 100_000), file_with_header({"a": None}),
+        b"", b"\xff" * 8, b"\xff" * 7 + b"\x7f", file_with_header({"a": ENTRY})[:-1],
+        file_with_header({"a": ENTRY}) + b"x", file_with_header({}), file_with_header([]),
+        file_with_header(b"[" * 100_000), file_with_header({"a": None}),
         file_with_header({"a": ENTRY | {"dtype": "F99"}}), file_with_header({"a": ENTRY | {"shape": [10**15]}}),
         file_with_header({"a": ENTRY | {"shape": [-1, -2]}}), file_with_header({"a": ENTRY | {"shape": [0, 10**30]}}),
         file_with_header({"a": ENTRY | {"data_offsets": [0, 4]}}), file_with_header({"a": ENTRY | {"shape": [2.0]}}),
