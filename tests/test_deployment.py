@@ -440,6 +440,20 @@ def test_check_rayjob_rejects_broken_file(old, new, message):
     assert message in rejection(check_rayjob, replaced("clusters/rayjob.yaml", old, new))
 
 
+def test_network_policy_admits_pods_of_cluster_operator_and_submitter():
+    policy = yaml.safe_load(read("clusters/network-policy.yaml"))
+    kubernetes_validate.validate(policy, kubernetes_validate.latest_version(), strict=True)
+    spec = policy["spec"]
+    assert spec["policyTypes"] == ["Ingress"]
+    ray_pods = {"matchLabels": {"ray.io/is-ray-node": "yes"}}  # KubeRay: controllers/ray/utils/constant.go
+    assert spec["podSelector"] == ray_pods
+    within, dashboard = spec["ingress"]
+    assert within == {"from": [{"podSelector": ray_pods}]}
+    assert dashboard["ports"] == [{"port": 8265}]
+    template = yaml.safe_load(read("clusters/rayjob.yaml"))["spec"]["submitterPodTemplate"]
+    assert {"podSelector": {"matchLabels": template["metadata"]["labels"]}} in dashboard["from"]
+
+
 # --- all files ---------------------------------------------------------------------------------------
 
 

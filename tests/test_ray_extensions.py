@@ -42,10 +42,16 @@ SIGNATURES = {
     f"{POLICY}:ScalingDecision": None,
     f"{POLICY}.autoscaling_coordinator_client:TrainAutoscalingCoordinatorClient": "requester_id",
     f"{POLICY}.autoscaling_coordinator_client:TrainAutoscalingCoordinatorClient.cancel_resource_request": "self",
+    # A run's own cluster
+    "ray._private.services:resolve_ip_for_localhost": "host",
+    "ray._raylet:AuthenticationTokenLoader.instance": None,
+    "ray._raylet:AuthenticationTokenLoader.reset_cache": None,
+    "ray._raylet:Config.initialize": None,
     # torch.distributed
     "ray.train.torch:TorchConfig.backend_cls": None,
     "ray.train.torch.config:_TorchBackend.on_start": "self worker_group backend_config",
     f"{TRAIN}.execution.worker_group:WorkerGroup.execute": "self fn *fn_args **fn_kwargs",
+    f"{TRAIN}.execution.worker_group:WorkerGroup.execute_single": "self rank fn *fn_args **fn_kwargs",
     f"{TRAIN}.execution.worker_group:WorkerGroup.abort": "self",
     # Ray Tune
     "ray.train._internal.session:_TrainingResult": "checkpoint metrics",
@@ -147,6 +153,13 @@ def test_ray_trainer_passes_scaling_policy_as_expected_argument():
     assert "_initialize_and_run_controller(" in source
     assert "scaling_policy=" in source
     assert "callbacks=self._create_default_callbacks()" in source
+
+
+def test_ray_init_resolves_loopback_address_by_expected_function():
+    source = inspect.getsource(resolve("ray._private.worker:init").__wrapped__)
+    assert "_node_ip_address = services.resolve_ip_for_localhost(_node_ip_address)" in source
+    for argument in ("_node_ip_address", "_temp_dir"):
+        assert f'kwargs.pop("{argument}"' in source
 
 
 def test_ray_placement_group_id_ends_with_job_id():

@@ -1,9 +1,11 @@
 """Ray Train workers: any number of them gives the same run, and what happens when they fail."""
 
+import contextlib
 import os
 import signal
 import time
 import uuid
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +14,7 @@ from chaos import MARK, ChaosRun, command_line, marked_processes, run_chaos
 from conftest import job, rows, start_job
 from test_reference import assert_reproduces
 
-from job.cluster.ray_extensions import FreeResourceScalingPolicy, GlooInterfaceTorchConfig
+from job.cluster.ray_extensions import FreeResourceScalingPolicy, NodeAddressTorchConfig
 from job.cluster.resources import NO_AUTOSCALER, cluster_placement
 from job.config.schema import ScaleConfig
 from job.kernels.build import load_library
@@ -131,6 +133,51 @@ def test_interrupt_on_workers_saves_and_leaves_no_process(prose, tmp_path):
     assert f"resuming from step {steps:,}" in again.out
 
 
+def listening_addresses(processes: list[int]) -> set[str]:
+    """The addresses, in hexadecimal as in /proc, on which processes accept connections over IPv4 and IPv6."""
+    sockets = set()
+    for process in processes:
+        with contextlib.suppress(OSError):
+            sockets |= {os.readlink(file) for file in Path(f"/proc/{process}/fd").iterdir()}
+    tables = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
+    listening = "0A"
+    return {row[1].partition(":")[0] for row in tables if row[3] == listening and f"socket:[{row[9]}]" in sockets}
+
+
+@pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="the sockets of processes are read from /proc")
+def test_own_cluster_is_closed_to_other_machines_and_users(prose, tmp_path):
+    """It starts without a home or a token, and although the path of TMPDIR is too long for Ray's sockets."""
+    mark, home = uuid.uuid4().hex, tmp_path / "home"
+    long_folder = tmp_path / ("x" * 100)
+    for folder in (home, long_folder):
+        folder.mkdir()
+    command = train_flags(prose, tmp_path, "run", "--train.epochs", 3000, "--scale.workers", 2)
+    env = {"RAY_ADDRESS": "", "HOME": str(home), "TMPDIR": str(long_folder), MARK: mark}
+    process = start_job(*command, env=env, start_new_session=True)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    processes = marked_processes(mark)
+    # 127.0.0.1, also in the notation of IPv6
+    assert listening_addresses(processes) == {"0100007F", "0000000000000000FFFF00000100007F"}
+    raylet = next(process for process in processes if "/raylet/raylet " in command_line(process))
+    (folder,) = (word for word in command_line(raylet).split() if word.startswith("--session_dir="))
+    session = Path(folder.partition("=")[2])
+    assert session.parents[1].stat().st_mode & 0o777 == 0o700
+    environment = Path(f"/proc/{raylet}/environ").read_bytes().split(b"\0")
+    (token,) = (word.partition(b"=")[2] for word in environment if word.startswith(b"RAY_AUTH_TOKEN="))
+    assert token.decode() != os.environ["RAY_AUTH_TOKEN"]
+    files = [path for folder in (session, home, long_folder) for path in folder.rglob("*") if path.is_file()]
+    assert len(files) > 10
+    assert [path for path in files if token in path.read_bytes()] == []
+    assert [process for process in processes if token.decode() in command_line(process)] == []
+    os.killpg(process.pid, signal.SIGINT)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err) == (130, "")
+    assert not session.parent.exists()
+
+
 @pytest.mark.long
 def test_chaos_run_gives_result_of_undisturbed_run(prose, tmp_path):
     """``make storm`` has more faults, among them a stopped worker, which takes longest."""
@@ -158,13 +205,13 @@ def test_backend_aborts_group_that_cannot_connect_with_error_that_ray_retries():
     class Group:
         aborted = False
 
-        def execute(self, _):
+        def execute_single(self, *_):
             raise ray.exceptions.RayTaskError("execute", "a traceback", RuntimeError("connection reset"))
 
         def abort(self):
             self.aborted = True
 
-    group, config = Group(), GlooInterfaceTorchConfig()
+    group, config = Group(), NodeAddressTorchConfig()
     with pytest.raises(WorkerGroupStartupFailedError) as raised:
         config.backend_cls().on_start(group, config)
     assert group.aborted

@@ -12,6 +12,7 @@ import ray
 import torch
 
 from job.cluster import NODE_ENV_DEFAULTS
+from job.cluster.local_cluster import start_local_cluster
 from job.cluster.ray_extensions import is_autoscaled, read_cluster_config
 from job.cluster.resources import (
     NO_AUTOSCALER,
@@ -51,11 +52,12 @@ def ray_address() -> str:
     return "" if address == "local" else address
 
 
-def connect(scale: ScaleConfig, concurrent: int = 0) -> tuple[Placement, int]:
+def connect(scale: ScaleConfig, stack: contextlib.ExitStack, concurrent: int = 0) -> tuple[Placement, int]:
     """Connects to the cluster at ``RAY_ADDRESS``, or starts one on this machine.
 
     Args:
         scale: the workers of one run
+        stack: removes the files of a cluster on this machine when it is closed
         concurrent: the largest number of runs at the same time; 0: as many as the cluster can hold,
             including the nodes that an autoscaler can add, if its limits are known
 
@@ -73,7 +75,7 @@ def connect(scale: ScaleConfig, concurrent: int = 0) -> tuple[Placement, int]:
     num_runs = concurrent or max(1, cores // cpus_per_run)
     if placement.use_gpu:
         num_runs = min(num_runs, gpus // placement.max_workers)
-    _start_cluster(cpus_per_run * num_runs if concurrent else max(cores, cpus_per_run))
+    start_local_cluster(cpus_per_run * num_runs if concurrent else max(cores, cpus_per_run), stack)
     return placement, num_runs
 
 
@@ -90,16 +92,6 @@ def _join_and_place(scale: ScaleConfig, concurrent: int) -> tuple[Placement, int
     capacity = placement.capacity(nodes) + placement.autoscaled_capacity(autoscaler)
     num_runs = max(1, capacity // placement.max_workers)
     return placement, min(num_runs, concurrent or num_runs)
-
-
-def _start_cluster(num_cpus: int) -> None:
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(
-            address="local", num_cpus=num_cpus, include_dashboard=False, log_to_driver=False, logging_level="error"
-        )
-    finally:
-        signal.signal(signal.SIGTERM, handler)  # Ray installs one that prints a stack trace or ends the process
 
 
 def join_cluster(address: str) -> None:

@@ -15,7 +15,7 @@ from job.cluster.event_channel import EventChannel
 from job.cluster.node_probe import check_nodes
 from job.cluster.ray_extensions import (
     ElasticTorchTrainer,
-    GlooInterfaceTorchConfig,
+    NodeAddressTorchConfig,
     WorkerGroupFailureCallback,
     cancel_autoscaler_request,
 )
@@ -48,19 +48,19 @@ class RayLauncher:
         self.in_trial = in_trial
         self.placement: Placement | None = None
         self.fit: BackgroundTask | None = None
-        self.redirection = contextlib.ExitStack()
+        self.stack = contextlib.ExitStack()
 
     def connect(self, config: Config, console: Console) -> None:
         """Connects to the cluster. Raises UserError if it can never place the workers or a node cannot run them."""
         if self.in_trial:
             self.placement = cluster_placement(config.scale, node_resources(), UNKNOWN_AUTOSCALER)
         else:
-            self.placement, _ = connect(config.scale)
+            self.placement, _ = connect(config.scale, self.stack)
             check_placement(self.placement, console, config.run.storage, config.model.cell)
         _set_ray_timeouts(config)
         # Ray prints pages of advice whenever a worker dies. The events have what matters.
-        devnull = self.redirection.enter_context(open(os.devnull, "w"))  # noqa: SIM115
-        self.redirection.enter_context(contextlib.redirect_stdout(devnull))
+        devnull = self.stack.enter_context(open(os.devnull, "w"))  # noqa: SIM115
+        self.stack.enter_context(contextlib.redirect_stdout(devnull))
 
     def run(self, spec: RunSpec, recorder: Recorder, stop_request: StopRequest) -> None:
         """Runs Ray Train in a thread and passes its workers' events to the recorder until the run is over.
@@ -117,9 +117,9 @@ class RayLauncher:
         """
         if self.fit:
             self.fit.join(SHUTDOWN_TIMEOUT_S)
-        self.redirection.close()
         if not self.in_trial and not (self.fit and self.fit.is_alive()):
             ray.shutdown()
+        self.stack.close()
 
 
 def check_placement(placement: Placement, console: Console, storage: str, *cells: str) -> None:
@@ -166,7 +166,7 @@ def _build_trainer(spec: RunSpec, placement: Placement, folder: Folder, event_ch
             "event_channel": event_channel,
             "threads": placement.cpus_per_worker,
         },
-        torch_config=GlooInterfaceTorchConfig(timeout_s=math.ceil(config.scale.hang_timeout)),
+        torch_config=NodeAddressTorchConfig(timeout_s=math.ceil(config.scale.hang_timeout)),
         scaling_config=ScalingConfig(
             num_workers=(placement.min_workers, placement.max_workers) if elastic else placement.max_workers,
             use_gpu=placement.use_gpu,

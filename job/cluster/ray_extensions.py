@@ -10,23 +10,30 @@ import fcntl
 import itertools
 import json
 import os
+import secrets
 import socket
 import struct
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import ray.train
 import ray.util
+import torch.distributed as dist
 import yaml
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
+from ray._private import services as ray_services
 from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
 from ray._private.state import available_resources_per_node
+from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.autoscaler._private.util import format_readonly_node_type
 from ray.autoscaler.v2.utils import is_autoscaler_v2
 from ray.cloudpickle import dumps
 from ray.experimental.internal_kv import _internal_kv_get
 from ray.train import ControllerError, ScalingConfig, WorkerGroupError
 from ray.train._internal.session import _TrainingResult
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal import exceptions as train_errors
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
@@ -34,14 +41,65 @@ from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import ReschedulingState, ResizingState, RestartingState
 from ray.train.v2._internal.execution.scaling_policy import ElasticScalingPolicy, ResizeDecision, ScalingDecision
 from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordinator_client as coordinator
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from job.cluster.resources import Placement, Resources
 from job.cluster.train_worker import one_line
 from job.training.events import WorkerGroupEnded
 
+LOOPBACK = "127.0.0.1"
 HEAD_NODE_RESOURCE = HEAD_NODE_RESOURCE_NAME  # tasks that need some of it run on the head node
 AUTOSCALER_SCRIPT, CLUSTER_FLAG, CONFIG_FLAG = "monitor.py", "--gcs-address=", "--autoscaling-config="
 _SIOCGIFADDR = 0x8915  # netdevice(7), Linux
+
+
+# --- a run's own cluster ---
+
+
+def start_private_cluster(num_cpus: int, folder: str) -> None:
+    """Starts a cluster on this machine that other users and machines cannot use, and connects to it.
+
+    Ray replaces a loopback address by an outer one, listens on all interfaces then, and writes a token that it draws
+    to ~/.ray/auth_token, readable for all. This cluster listens on loopback only, and its token is in the environment
+    of its processes only.
+
+    Args:
+        num_cpus: the CPUs that it offers
+        folder: for Ray's files
+
+    Source: _private/services.py (resolve_ip_for_localhost), _private/worker.py (init),
+    _private/authentication/authentication_token_setup.py
+    """
+    with _environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32)):
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+        resolve, ray_services.resolve_ip_for_localhost = ray_services.resolve_ip_for_localhost, lambda host: host
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="error",
+                _node_ip_address=LOOPBACK,
+                _temp_dir=folder,
+            )
+        finally:
+            ray_services.resolve_ip_for_localhost = resolve
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """Sets environment variables within the block."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
 
 
 # --- Ray Train: the trainer ---
@@ -148,8 +206,12 @@ def _describe_failure(error: Exception | None) -> str:
 # --- Ray Train: torch.distributed ---
 
 
-class _GlooInterfaceBackend(_TorchBackend):
-    """Ray's set-up of torch.distributed, on the right network interface and with a retry.
+class _NodeAddressBackend(_TorchBackend):
+    """Sets up torch.distributed on the address by which each node joined the cluster, and retries.
+
+    Ray's own lets torch's store listen on all interfaces, and gloo on the address that the host's own name resolves
+    to. On many machines that is loopback, which workers on other hosts cannot reach
+    (https://github.com/ray-project/ray/issues/37461); on others it is an outer one, although the cluster is local.
 
     A worker may die during rendezvous. Ray retries only on WorkerGroupStartupFailedError, and does not tear
     down the failed group, so its resources would block the next one.
@@ -159,33 +221,53 @@ class _GlooInterfaceBackend(_TorchBackend):
     """
 
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        timeout = timedelta(seconds=backend_config.timeout_s)
         try:
-            worker_group.execute(_set_gloo_interface)
-            super().on_start(worker_group, backend_config)
+            host, port = worker_group.execute_single(0, _start_store, timeout)
+            worker_group.execute(_join_process_group, host, port, timeout)
         except ray.exceptions.RayTaskError as error:
             worker_group.abort()
             cause = error.cause or error
             raise train_errors.WorkerGroupStartupFailedError("the workers could not connect to each other") from cause
 
 
-class GlooInterfaceTorchConfig(TorchConfig):
-    """Has gloo use the network interface by which each node joined the cluster.
-
-    By default gloo uses the address that the host's own name resolves to. On many machines that is
-    loopback, which workers on other hosts cannot reach. https://github.com/ray-project/ray/issues/37461
-    """
+class NodeAddressTorchConfig(TorchConfig):
+    """Ray's configuration of torch.distributed, with ``_NodeAddressBackend``."""
 
     @property
-    def backend_cls(self) -> type[_GlooInterfaceBackend]:
+    def backend_cls(self) -> type[_NodeAddressBackend]:
         """The class that Ray calls when a worker group starts."""
-        return _GlooInterfaceBackend
+        return _NodeAddressBackend
 
 
-def _set_gloo_interface() -> None:
-    """Runs on each worker before torch.distributed starts."""
-    name = _interface_of(ray.util.get_node_ip_address())
-    if name:
+_stores: list[Any] = []  # of this worker; a store ends with its object
+
+
+def _start_store(timeout: timedelta) -> tuple[str, int]:
+    """Starts torch's store on rank 0. Returns its address and port."""
+    host = ray.util.get_node_ip_address()
+    listener = socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    port = listener.getsockname()[1]
+    descriptor = listener.detach()
+    _stores.append(TCPStore(host, port, None, True, timeout, False, master_listen_fd=descriptor))
+    return host, port
+
+
+def _join_process_group(host: str, port: int, timeout: timedelta) -> None:
+    """Starts torch.distributed on a worker, with the store of rank 0."""
+    address = ray.util.get_node_ip_address()
+    if name := _interface_of(address):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+        if address == LOOPBACK:  # the user's variables are meant for a cluster
+            os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = name
+    context = ray.train.get_context()
+    dist.init_process_group(
+        "nccl" if get_device().type == "cuda" else "gloo",
+        store=TCPStore(host, port, timeout=timeout),
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        timeout=timeout,
+    )
 
 
 def _interface_of(address: str) -> str | None:

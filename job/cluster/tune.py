@@ -11,7 +11,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import replace
 from typing import Any
 
@@ -105,8 +105,9 @@ def _connected(
     scale = replace(base.scale, cpus_per_worker=base.scale.cpus_per_worker or 1)
     # Without workers the trial's actor trains, so it needs the resources of one worker.
     worker_scale = scale if scale.max_workers else replace(scale, workers=1)
-    placement, max_concurrent = connect(worker_scale, min(search.concurrent, search.num_trials))
-    try:
+    with ExitStack() as stack:
+        placement, max_concurrent = connect(worker_scale, stack, min(search.concurrent, search.num_trials))
+        stack.callback(ray.shutdown)
         check_placement(placement, console, base.run.storage, *searched_cells(base, search))
         if scale.max_workers:
             if placement.max_workers < scale.max_workers:
@@ -114,8 +115,6 @@ def _connected(
             # All trials use the same accelerator, whichever nodes an autoscaler adds later.
             scale = replace(scale, accelerator="gpu" if placement.use_gpu else "cpu")
         yield (replace(base, scale=scale), replace(search, concurrent=max_concurrent)), placement
-    finally:
-        ray.shutdown()
 
 
 def _run_trials(

@@ -1,0 +1,102 @@
+"""Starts a cluster on this machine that belongs to one run: closed to others, and gone with the run."""
+
+import os
+import resource
+import shutil
+import signal
+import socket
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+
+import ray
+
+from job.cluster.ray_extensions import LOOPBACK, start_private_cluster
+from job.errors import UserError
+
+START_ATTEMPTS, RETRY_DELAY_S = 3, 2.0
+MIN_OPEN_FILES = 512
+MIN_FREE_BYTES = 64 << 20  # for Ray's logs
+# The path of the socket with the longest name, which ends with the time and a process ID.
+SESSION_PATH = "/r0/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
+
+
+def start_local_cluster(num_cpus: int, stack: ExitStack) -> None:
+    """Starts a cluster with this number of CPUs. Removes its files when the stack is closed.
+
+    Raises UserError if Ray cannot start on this machine.
+    """
+    check_machine()
+    folder = create_ray_folder()
+    stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        _start_with_retries(num_cpus, folder)
+    finally:
+        signal.signal(signal.SIGTERM, handler)  # Ray installs one that prints a stack trace or ends the process
+
+
+def _start_with_retries(num_cpus: int, folder: str) -> None:
+    """An overloaded machine may refuse to start a process, or start it too late for Ray."""
+    children = _child_processes()
+    for attempt in range(START_ATTEMPTS):
+        try:
+            return start_private_cluster(num_cpus, f"{folder}/r{attempt}")
+        except Exception as error:
+            reason = " ".join(str(error).split())
+            ray.shutdown()
+            for process in _child_processes() - children:  # that Ray has started before it failed
+                os.kill(process, signal.SIGKILL)
+            time.sleep(RETRY_DELAY_S)
+    raise UserError(f"Ray cannot start on this machine: {reason}", "")
+
+
+def _child_processes() -> set[int]:
+    tasks = Path("/proc/self/task").glob("*/children")
+    return {int(process) for task in tasks for process in task.read_text().split()}
+
+
+def check_machine() -> None:
+    """Raises UserError if something that Ray needs is missing on this machine."""
+    try:
+        socket.create_server((LOOPBACK, 0)).close()
+    except OSError as error:
+        raise UserError(
+            f"{LOOPBACK}: {error.strerror}", "Ray needs the loopback interface: ip link set lo up"
+        ) from None
+    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if 0 <= limit < MIN_OPEN_FILES:
+        raise UserError(f"a process may open only {limit} files", f"raise the limit: ulimit -n {MIN_OPEN_FILES}")
+
+
+def create_ray_folder() -> str:
+    """Creates a folder for Ray's files, which only this user can open. Raises UserError if none can be used.
+
+    Paths of sockets are limited to about 100 bytes, and schedulers set TMPDIR to longer ones.
+    """
+    problems = []
+    for parent in filter(None, (os.environ.get("RAY_TMPDIR"), os.environ.get("TMPDIR"), "/tmp", "/var/tmp")):  # noqa: S108
+        folder = ""
+        try:
+            folder = tempfile.mkdtemp(prefix="ray-", dir=os.path.abspath(parent))
+            _check_folder(folder)
+            return folder
+        except OSError as error:
+            problems.append(f"{parent}: {error.strerror or error}")
+            shutil.rmtree(folder, ignore_errors=True)
+    raise UserError(
+        f"no temporary folder can be used for Ray: {', '.join(problems)}",
+        "set RAY_TMPDIR to a folder with a short path and free space",
+    )
+
+
+def _check_folder(folder: str) -> None:
+    """Raises OSError if Ray could not create a socket and write its logs there."""
+    path = Path(folder + SESSION_PATH)
+    path.parent.mkdir(parents=True)
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.bind(str(path))
+    if shutil.disk_usage(folder).free < MIN_FREE_BYTES:
+        raise OSError(f"less than {MIN_FREE_BYTES >> 20} MiB are free")
+    shutil.rmtree(f"{folder}/r0")
