@@ -1,26 +1,35 @@
 """Searches without Ray: the space, its checks, the records of trials, and what is written of them."""
 
+import contextlib
+import errno
 import io
 import json
+import os
 import signal
+from pkgutil import resolve_name
 
 import pytest
 from conftest import job, start_job
+from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
-from pyarrow import parquet
+from pyarrow import fs, parquet
 
+from job import storage
+from job.cluster.tune import run_search
 from job.config.config_file import load_config, load_search_config
 from job.config.search_space import SearchConfig, search_differences
 from job.config.toml import config_to_toml, override_config, search_config_from_toml
 from job.console import Console
-from job.errors import UserError
+from job.errors import RunFailed, UserError
+from job.run.driver import run_training
+from job.run.local_launcher import LocalLauncher
 from job.run.run_dir import SEARCH_FILE, read_existing_run
 from job.storage import Folder
 from job.training.checkpoint import find_latest_valid
 from job.tuning.exchange import export_checkpoint, forget_exchange, import_checkpoint
 from job.tuning.optuna_sampler import OptunaSampler
-from job.tuning.params import baseline_params, trial_params
+from job.tuning.params import baseline_params, trial_config, trial_params
 from job.tuning.report import display_name
 from job.tuning.results import to_parquet
 from job.tuning.setup import check_search, resolve_search
@@ -356,8 +365,10 @@ def test_trials_end_keeps_the_records_of_trials_beyond_num_trials(tmp_path):
     for number in range(4):
         all_four.start(number, all_four.by_number[number].params)
         all_four.end(number, "stopped")
+    all_four.write_records()
     one = load_trials(folder, base, SearchConfig(trials=1, space=space))
     one.end(0, "failed", "its process died")
+    one.write_records()
     records = json.loads((tmp_path / TRIALS_FILE).read_text())
     assert records["00000"] == {"state": "failed", "why": "its process died", "point": one.by_number[0].params}
     again = load_trials(folder, base, SearchConfig(trials=4, space=space))
@@ -372,3 +383,113 @@ def test_load_config_reads_a_uri(tmp_path):
     assert load_config(f"file://{tmp_path}/best.toml", {}).model.cell == "gru"
     with pytest.raises(UserError, match="no such configuration file"):
         load_config(f"file://{tmp_path}/worst.toml", {})
+
+
+# --- searches in this process: their trials run one after another -------------------------------------
+
+
+@pytest.fixture
+def small_search(prose, tmp_path, monkeypatch):
+    """A function that runs a search of two short trials in ``tmp_path / "it"``, and the content of that folder."""
+
+    def run_trials(trials, placement, lease, stop_request, console):
+        for trial in [trial for trial in trials if not trial.is_done]:
+            trials.start(trial.number, trial.params)
+            config = trial_config(trials.base, trials.folder, trial.number, trial.params)
+            run_training(config, "", Console(io.StringIO()), LocalLauncher())
+            trials.end(trial.number, "finished")
+            trials.write_records()
+
+    @contextlib.contextmanager
+    def connected(base, search, console):
+        yield (base, search), None
+
+    monkeypatch.setattr("job.cluster.tune._connected", connected)
+    monkeypatch.setattr("job.cluster.tune._run_trials", run_trials)
+    flags = {"corpus.source": str(prose), "corpus.validation_fraction": "0.1", "generate.prefix": "the"}
+    flags |= {"run.storage": str(tmp_path), "run.name": "it", "model.hidden_size": "8", "scale.workers": "0"}
+    config = load_config(None, {**flags, "train.epochs": "1", "train.max_steps": "5"})
+    search = SearchConfig(space={"optimizer.learning_rate": {"grid": [0.1, 1.0]}})
+    output = io.StringIO()
+
+    def run():
+        return run_search(config, search, "", Console(output)), output.getvalue()
+
+    return run
+
+
+def take_over(folder):
+    """Overwrites the lease as the next driver does after it has expired."""
+    owner = json.loads(folder.read("owner.json"))
+    folder.write("owner.json", json.dumps({**owner, "token": "of the new owner"}).encode())
+
+
+@pytest.mark.parametrize(
+    ("function", "missing"),
+    [
+        ("job.cluster.tune.config_to_toml", ["search.toml", "trials.json", "best.toml"]),
+        ("job.cluster.tune._run_trials", ["trials.json", "sample.txt", "best.toml"]),
+        ("job.cluster.tune.write_results", ["sample.txt", "best.toml"]),
+        ("job.tuning.results.plot_curves", ["curves.png", "best.toml"]),
+        ("job.tuning.results.hparams", ["tensorboard", "best.toml"]),
+    ],
+)
+def test_search_after_takeover_writes_no_records(small_search, tmp_path, monkeypatch, function, missing):
+    original = resolve_name(function)
+
+    def call(*args, **options):
+        take_over(Folder(str(tmp_path / "it")))
+        return original(*args, **options)
+
+    monkeypatch.setattr(function, call)
+    with pytest.raises(RunFailed, match="another driver has taken this run over"):
+        small_search()
+    assert not set(missing) & {path.name for path in (tmp_path / "it").iterdir()}
+    assert b"of the new owner" in (tmp_path / "it" / "owner.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("file", "number"),
+    [
+        ("search.toml", errno.EROFS),
+        ("trials.json", errno.ENOSPC),
+        ("trials.parquet", errno.ENOSPC),
+        ("best.toml", errno.EROFS),
+    ],
+)
+def test_search_on_full_or_read_only_storage_fails_with_one_line_and_resumes(small_search, monkeypatch, file, number):
+    write = storage._write_local
+
+    def fail(folder, name, data):
+        if name == file:
+            raise OSError(number, os.strerror(number))
+        write(folder, name, data)
+
+    with monkeypatch.context() as patch, pytest.raises(RunFailed) as error:
+        patch.setattr(storage, "_write_local", fail)
+        small_search()
+    assert error.value.problem.endswith(f"it: cannot be read or written: {os.strerror(number)}")
+    assert error.value.remedy == "the same command resumes the search"
+    status, output = small_search()
+    assert status == 0
+    assert "best is trial" in output
+
+
+def test_search_on_object_store_with_temporary_errors_finishes(small_search, tmp_path, monkeypatch):
+    """One 503 ended it."""
+    failed = set()
+
+    class Store(fs.FSSpecHandler):
+        """A disk that is used like an object store and fails each first write of a file."""
+
+        def open_output_stream(self, path, metadata):
+            if path not in failed:
+                failed.add(path)
+                raise OSError("AWS Error SLOW_DOWN")
+            return super().open_output_stream(path, metadata)
+
+    store = fs.PyFileSystem(Store(LocalFileSystem(auto_mkdir=True)))
+    monkeypatch.setattr(storage, "RETRY_DELAYS_S", (0.0, 0.0))
+    monkeypatch.setattr(Folder, "resolve", lambda address: Folder(address, location=(store, address)))
+    assert small_search()[0] == 0
+    assert {path.rpartition("/it/")[2] for path in failed} >= {"search.toml", "trials.json", "best.toml"}

@@ -189,7 +189,9 @@ class TrialRunner:
                 return {"state": "interrupted"}
             acquire_lease(self.folder, observer).release()  # removes that of a dead actor
             with open(os.devnull, "w") as null:
-                exit_code = run_training(self.config, "", Console(null), launcher, self.stop_request, self._on_event)
+                exit_code = run_training(
+                    self.config, "", Console(null), launcher, self.stop_request, self._on_event, retry=True
+                )
         except Diverged as error:
             return {"state": "diverged", "reason": error.problem}
         except (UnrecoverableError, UserError) as error:

@@ -32,7 +32,7 @@ from job.config.schema import Config
 from job.config.search_space import SearchConfig
 from job.config.toml import config_to_toml
 from job.console import Console
-from job.errors import RunFailed
+from job.errors import RunFailed, UserError
 from job.paths import cache_notice
 from job.run.lease import Lease, acquire_lease, wait_until_expired
 from job.run.run_dir import SEARCH_FILE
@@ -47,6 +47,7 @@ from job.tuning.trials import TERMINAL_STATES, Trials, load_trials
 
 MAX_TRIAL_FAILURES = 5  # restarts of a trial without a new epoch in between
 POLL_INTERVAL_S = 0.2
+RESUME = "the same command resumes the search"
 NUM_EXCHANGE_CHECKPOINTS = 5  # checkpoints of a trial that others may copy in population-based training
 
 
@@ -66,7 +67,8 @@ def run_search(config: Config, search: SearchConfig, default_name: str, console:
         console.print(f"{folder} is finished; raise search.trials to search longer")
         print_results(trials, console)
         return 0
-    wait_until_expired(folder, console.print)
+    folder = replace(folder, retry=True)
+    observer = wait_until_expired(folder, console.print)
     base = check_search(config, search, folder, console)  # the first Ctrl-C ends it: nothing has been started
     stop_request = StopRequest()
     with stop_request.installed():
@@ -77,20 +79,24 @@ def run_search(config: Config, search: SearchConfig, default_name: str, console:
             return stop_request.exit_code
         if search.searcher == "optuna":
             import_optuna()  # fails before a cluster is started
-        with _connected(base, search, console) as (scaled, placement), acquire_lease(folder) as lease:
-            folder.write(SEARCH_FILE, config_to_toml(base, search).encode())
-            folder.remove(BEST_FILE)
-            trials = load_trials(folder, *scaled)
-            if trials.num_pending:
-                _run_trials(trials, placement, lease, stop_request, console)
+        with _connected(base, search, console) as (scaled, placement), acquire_lease(folder, observer) as lease:
+            try:
+                lease.folder.write(SEARCH_FILE, config_to_toml(base, search).encode())
+                lease.folder.remove(BEST_FILE)
+                trials = load_trials(lease.folder, *scaled)
+                if trials.num_pending:
+                    _run_trials(trials, placement, lease, stop_request, console)
+                if not stop_request.exit_code:
+                    trials = load_trials(lease.folder, base, search)  # what the files say
+                    write_results(trials)
+                    print_results(trials, console)
+            except OSError as error:
+                raise RunFailed(f"{folder}: cannot be read or written: {error.strerror or error}", RESUME) from None
+            except UserError as error:
+                raise RunFailed(error.problem, error.remedy or RESUME) from None
             if stop_request.exit_code:
                 console.print(f"stopped; the same command resumes {folder}")
-                return stop_request.exit_code
-            lease.check()
-            trials = load_trials(folder, base, search)  # what the files say
-            write_results(trials)
-            print_results(trials, console)
-            return 0
+            return stop_request.exit_code
 
 
 @contextmanager
@@ -143,13 +149,13 @@ def _run_trials(
                 callback.stop_requested = True
                 event_channel.request.remote(stop=True)
             lease.check_if_stale()
-            callback.print_finished(console)
+            callback.record_ended(console)
             show_progress(trials, console)
             waiting.poll(has_workers=time.monotonic() - callback.last_result_at < 2 * POLL_INTERVAL_S)
-        callback.print_finished(console)
+        callback.record_ended(console)
     trials.folder.remove(EXCHANGE_FOLDER)
     if thread.error:
-        raise RunFailed(f"Ray Tune failed: {one_line(thread.error)}", "the same command resumes the search")
+        raise RunFailed(f"Ray Tune failed: {one_line(thread.error)}", RESUME)
     if callback.stop_requested and not stop_request.exit_code:
         num_left = trials.search.num_trials - sum(trial.state in TERMINAL_STATES for trial in trials)
         console.print(f"time is up with {num_left} trials left; the same command resumes {trials.folder}")

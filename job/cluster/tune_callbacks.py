@@ -42,7 +42,7 @@ class TrialCallback(NotPickled, tune.Callback, tune.Stopper):
         self.trials, self.max_failures, self.stop_requested = trials, max_failures, False
         self.last_result_at = time.monotonic()
         self.started: dict[int, RayTrial] = {}
-        self.ended: queue.SimpleQueue[Trial] = queue.SimpleQueue()  # for the main thread to print
+        self.ended: queue.SimpleQueue[Trial] = queue.SimpleQueue()  # for the main thread to record
 
     def on_trial_start(self, iteration: int, trials: list[RayTrial], trial: RayTrial, **info: Any) -> None:
         """Called by Ray Tune when an actor starts or resumes a trial."""
@@ -74,8 +74,10 @@ class TrialCallback(NotPickled, tune.Callback, tune.Stopper):
             self.trials.end(number, state, reason)
             self.ended.put(self.trials.by_number[number])
 
-    def print_finished(self, console: Console) -> None:
-        """Prints a line for each trial that has ended since the last call."""
+    def record_ended(self, console: Console) -> None:
+        """Records the trials that have ended since the last call, and prints a line for each."""
+        if not self.ended.empty():
+            self.trials.write_records()
         while not self.ended.empty():
             console.print(format_trial(self.trials, self.ended.get()))
 

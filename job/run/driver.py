@@ -57,6 +57,8 @@ def run_training(
     launcher: Launcher,
     stop_request: StopRequest | None = None,
     on_event: EventSink | None = None,
+    *,
+    retry: bool = False,
 ) -> int:
     """Trains a run, or resumes it if it exists.
 
@@ -67,6 +69,7 @@ def run_training(
         launcher: starts the workers; closed at the end
         stop_request: lets the caller stop the run; signals do so anyway
         on_event: called after each event that was recorded, and after each commit of a checkpoint
+        retry: retry failed requests to an object store from the first on, because it is known to be reachable
 
     Returns:
         the exit status: 0, or 128 + the signal's number if the run was stopped
@@ -75,7 +78,7 @@ def run_training(
         UserError: the input is invalid; nothing was started
         RunFailed: the run failed; the error says what was saved
     """
-    folder, config, existing = resolve_run(config, default_name)
+    folder, config, existing = resolve_run(config, default_name, retry=retry)
     if existing and existing.result and existing.is_finished(config):
         limit = "train.epochs" if existing.result["epochs"] >= config.train.epochs else "train.max_steps"
         console.print(f"{folder} is finished; to train longer, raise {limit}")

@@ -51,12 +51,13 @@ class ExistingRun:
         return same and not self.is_finished(config)
 
 
-def resolve_run(config: Config, default_name: str) -> tuple[Folder, Config, ExistingRun | None]:
+def resolve_run(config: Config, default_name: str, *, retry: bool = False) -> tuple[Folder, Config, ExistingRun | None]:
     """Finds the run that a configuration means: an existing one to resume, or a new one.
 
     Args:
         config: as the user gave it
         default_name: the name, without its number, of a run whose ``run.name`` is empty
+        retry: retry failed requests to an object store
 
     Returns:
         the run's folder; the configuration with the run's name and, if the run exists, with its source and cleaning
@@ -66,7 +67,7 @@ def resolve_run(config: Config, default_name: str) -> tuple[Folder, Config, Exis
         UserError: the run exists with another configuration, or ``run.resume`` forbids to resume or to start it
     """
     check_storage_outlives_job(config.run.storage)
-    storage = Folder.resolve(config.run.storage)
+    storage = replace(Folder.resolve(config.run.storage), retry=retry)
     if config.run.name:
         name, existing = config.run.name, read_existing_run(storage / config.run.name)
     else:

@@ -98,11 +98,15 @@ class Trials:
             return is_new
 
     def end(self, number: int, state: str, reason: str = "") -> None:
-        """Sets a trial's terminal state and writes it to ``trials.json``."""
+        """Sets a trial's terminal state, which the next ``write_records`` stores."""
         with self.lock:
             trial = self.by_number[number]
             trial.state, trial.reason = state, reason
             self.records[trial_name(number)] = {"state": state, "why": reason, "point": trial.params}
+
+    def write_records(self) -> None:
+        """Writes ``trials.json``."""
+        with self.lock:
             data = json.dumps(dict(sorted(self.records.items())), indent=1, ensure_ascii=False).encode()
         self.folder.write(TRIALS_FILE, data)
 
