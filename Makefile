@@ -50,8 +50,9 @@ bench-speed: setup  ## time of a training step, threads, two workers, generation
 	$(RUN) -m benchmarks.two_workers
 	$(RUN) -m benchmarks.generation
 
-bench-survival: setup  ## cost of checkpoints, reproducibility, and recovery from a worker's death
+bench-survival: setup  ## cost of checkpoints, reproducibility, long runs, and recovery from a worker's death
 	$(RUN) -m benchmarks.survival
+	$(RUN) -m benchmarks.long_runs
 
 bench-tuning: setup  ## what ASHA costs and saves (about 15 minutes)
 	$(RUN) -m benchmarks.tuning
