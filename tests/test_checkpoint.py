@@ -1,6 +1,7 @@
 """Checkpoints are complete or absent, whatever happens to their bytes; and the driver's handling of events."""
 
 import json
+import math
 import pickle
 
 import pytest
@@ -20,11 +21,14 @@ from job.training.checkpoint import (
     _digest,
     commit_checkpoint,
     find_latest_valid,
+    list_checkpoints,
     load_lane_state,
     serialize_lane_state,
     weights_sha256,
     write_part,
 )
+from job.training.progress import LossSum
+from job.training.trainer import Trainer
 
 
 def flags(prose, storage, *more):
@@ -167,6 +171,47 @@ def test_find_latest_valid_skips_and_reports_corrupt_checkpoints(prose, tmp_path
     assert "damaged: its checksum differs from the manifest's; the one before it is used" in ended.out
     assert "resuming from step 10" in ended.out
     assert ended.status == 0
+
+
+def read_strict(data: bytes) -> dict:
+    """Parses JSON as other programs do, which refuse NaN and Infinity."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(data, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("nats", [[math.nan, 2.0, 3.0], [2.0, math.nan, math.inf], [math.nan, -math.inf, math.nan]])
+def test_train_with_validation_loss_that_is_not_finite_never_has_it_as_best(prose, tmp_path, monkeypatch, nats):
+    """A NaN in the first epoch remained the best validation loss to the end."""
+    losses = iter(nats)
+    monkeypatch.setattr(Trainer, "_validate", lambda _: LossSum(10 * next(losses), 10))
+    arguments = ["--train.keep_checkpoints", 9, "--corpus.validation_fraction", 0.05, "--corpus.max_tokens", 8000]
+    ended = job("train", *flags(prose, tmp_path, *arguments))
+    assert ended.status == 0, ended.err
+    run = tmp_path / "run"
+    summary = read_strict((run / "result.json").read_bytes())
+    found = [read_strict(line)["nats"] for line in (run / "metrics.jsonl").read_bytes().splitlines() if b'"val' in line]
+    assert found == [value if math.isfinite(value) else None for value in nats]
+    last, *_ = [read_strict(path.read_bytes()) for path in sorted(run.glob("checkpoints/*/progress.json"))[-1:]]
+    for path in run.glob("checkpoints/*/manifest.json"):
+        read_strict(path.read_bytes())
+    if 2.0 in nats:
+        assert summary["best_validation_perplexity"] == pytest.approx(math.exp(2))
+        best = json.loads((run / summary["best_checkpoint"] / "manifest.json").read_text())["content"]
+        assert best["validation_nats"] == last["best_validation_nats"] == 2.0
+    else:
+        assert "best_checkpoint" not in summary
+        assert last["best_validation_nats"] is None
+
+
+def test_checkpoint_of_early_version_with_nan_is_read_without(tmp_path):
+    content = {"format": 1, "step": 1, "validation_nats": math.nan, "files": {}}
+    path = Folder(str(tmp_path)) / "step-000001-abcdef"
+    path.write("manifest.json", json.dumps({"content": content, "sha256": _digest(content)}).encode())
+    [checkpoint], _ = list_checkpoints(Folder(str(tmp_path)))
+    assert checkpoint.validation_nats is None
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "manifest.json", "vocabulary.json", "progress.json"])

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import io
 import json
+import math
 import os
 import signal
 from pkgutil import resolve_name
@@ -27,6 +28,7 @@ from job.run.local_launcher import LocalLauncher
 from job.run.run_dir import SEARCH_FILE, read_existing_run
 from job.storage import Folder
 from job.training.checkpoint import find_latest_valid
+from job.training.progress import perplexity
 from job.tuning.exchange import export_checkpoint, forget_exchange, import_checkpoint
 from job.tuning.optuna_sampler import OptunaSampler
 from job.tuning.params import baseline_params, trial_config, trial_params
@@ -356,6 +358,19 @@ def test_search_space_does_not_depend_on_the_order_of_lines():
     assert [one.space.sample(0, number) for number in range(4)] == [
         other.space.sample(0, number) for number in range(4)
     ]
+
+
+@pytest.mark.parametrize("scheduler", ["none", "pbt"])
+def test_winner_is_never_a_trial_whose_loss_is_not_finite(tmp_path, scheduler):
+    search = SearchConfig(trials=3, space={"optimizer.learning_rate": {"uniform": [0.1, 1]}}, scheduler=scheduler)
+    trials = load_trials(Folder(str(tmp_path)), load_config(None, {}), search)
+    for number, nats in ((0, math.nan), (1, math.inf)):
+        trials.start(number, {})
+        trials.report(number, 1, perplexity(nats))
+    assert trials.winner is None
+    trials.start(2, {})
+    trials.report(2, 1, 1e9)
+    assert trials.winner.number == 2
 
 
 def test_trials_end_keeps_the_records_of_trials_beyond_num_trials(tmp_path):

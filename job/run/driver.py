@@ -30,7 +30,7 @@ from job.run.signals import StopRequest
 from job.storage import Folder
 from job.training.checkpoint import find_latest_valid, list_checkpoints, weights_sha256
 from job.training.events import EventSink, Finished
-from job.training.progress import perplexity
+from job.training.progress import MAX_PERPLEXITY, perplexity
 from job.training.run_spec import RunSpec
 
 
@@ -150,9 +150,10 @@ def _finish(spec: RunSpec, recorder: Recorder, finished: Finished) -> dict[str, 
     assert nats is not None
     shares = spec.dataset.unknown_shares
     result: dict[str, Any] = {"perplexity": perplexity(nats), "nats": nats, "unknown_share": shares["training"]}
-    if progress.last_validation_nats is not None and best:
-        result["validation_perplexity"] = perplexity(progress.last_validation_nats)
-        result["best_validation_perplexity"] = perplexity(best.validation_nats or 0.0)
+    if best and best.validation_nats is not None:
+        last_nats = progress.last_validation_nats
+        result["validation_perplexity"] = MAX_PERPLEXITY if last_nats is None else perplexity(last_nats)
+        result["best_validation_perplexity"] = perplexity(best.validation_nats)
         result["best_checkpoint"] = f"checkpoints/{best.name}"
         result["validation_unknown_share"] = shares["validation"]
     result |= {

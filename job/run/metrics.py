@@ -15,6 +15,7 @@ from tensorboardX.event_file_writer import EventsWriter
 
 from job.run.tensorboard import add_row, create_events
 from job.storage import Folder
+from job.training.progress import MAX_PERPLEXITY, finite_or_none
 
 METRICS_FILE = "metrics.jsonl"
 SEGMENTS = "metrics"  # the folder of the rows that follow those of METRICS_FILE on an object store
@@ -64,7 +65,7 @@ class MetricsLog:
         if self.events is None:
             self.events = self._start_files(row["step"])
         with self.rows_file.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps({**row, "nats": finite_or_none(row["nats"])}) + "\n")
         add_row(self.events, row)
         self.next_step = row["step"] + 1
 
@@ -149,7 +150,7 @@ def _read_lines(folder: Folder, name: str) -> Iterator[bytes]:
 def _parse_row(line: bytes) -> dict[str, Any] | None:
     """Returns a line's row, or None if it is not one, such as a line that a crash has cut off."""
     try:
-        row: dict[str, Any] = json.loads(line)
+        row: dict[str, Any] = json.loads(line, parse_constant=lambda _: MAX_PERPLEXITY)  # early versions stored NaN
         return row if all(isinstance(row[name], cls) for name, cls in _ROW_TYPES.items()) else None
     except (ValueError, LookupError, TypeError, RecursionError):
         return None

@@ -29,7 +29,7 @@ from job.data.vocabulary import Vocabulary, vocabulary_from_json
 from job.errors import UserError
 from job.nn.state import State
 from job.storage import Folder, TooLarge
-from job.training.progress import LossSum, Progress
+from job.training.progress import LossSum, Progress, finite_or_none
 from job.training.tensor_file import tensor_bytes, tensor_file
 
 FileContents = dict[str, list[bytes | memoryview]]  # by name: the parts of a file, which are written one by one
@@ -253,6 +253,7 @@ def _checkpoint_from_manifest(folder: Folder, name: str, content: dict[str, Any]
         is_valid = is_valid and bool(_FILE.fullmatch(file)) and type(size) is int and type(digest) is str
     if not is_valid:
         raise ValueError("types")
+    nats = None if nats is None else finite_or_none(nats)  # early versions stored NaN
     return Checkpoint(folder, name, step, files, nats)
 
 
@@ -330,7 +331,7 @@ def read_progress(checkpoint: Checkpoint) -> tuple[Progress, dict[str, Any]]:
     """Reads ``progress.json`` alone: the progress, and the metadata (``precision``, ``corpus``)."""
     data = read_checkpoint_file(checkpoint, "progress.json")
     try:
-        metadata = json.loads(data)
+        metadata = json.loads(data, parse_constant=lambda _: None)  # early versions stored NaN
         values = {name: metadata.pop(name) for name in asdict(Progress())}
         for name in ("epoch_mean", "report_mean"):
             values[name] = LossSum(**values[name])

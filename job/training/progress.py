@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
+_MAX_NATS = 700.0  # of which exp is still a float
+
 
 @dataclass
 class LossSum:
@@ -23,8 +25,16 @@ class LossSum:
 
 
 def perplexity(nats_per_token: float) -> float:
-    """Returns exp(nats_per_token), limited so that it does not overflow."""
-    return math.exp(min(nats_per_token, 700.0))
+    """Returns exp(nats_per_token), limited so that it does not overflow. NaN counts as infinity."""
+    return math.exp(min(_MAX_NATS, nats_per_token))  # the first if the second is NaN
+
+
+MAX_PERPLEXITY = perplexity(math.inf)
+
+
+def finite_or_none(nats_per_token: float) -> float | None:
+    """Returns None in place of NaN and infinity, which JSON does not have."""
+    return nats_per_token if math.isfinite(nats_per_token) else None
 
 
 @dataclass
@@ -43,6 +53,6 @@ class Progress:
     epoch_mean: LossSum = field(default_factory=LossSum)  # of the current epoch so far
     report_mean: LossSum = field(default_factory=LossSum)  # since the last metrics row
     last_epoch_nats: float | None = None  # mean per token, like the following
-    last_validation_nats: float | None = None
+    last_validation_nats: float | None = None  # None if it was not finite
     validated_step: int = -1
     best_validation_nats: float | None = None

@@ -19,7 +19,7 @@ from job.training.checkpoint import CorruptCheckpoint, checkpoint_name
 from job.training.checkpoint_writer import CheckpointWriter
 from job.training.events import Event, Failed, Finished, Started
 from job.training.loop import end_epoch, evaluate_lanes, is_done, train_steps
-from job.training.progress import LossSum, Progress
+from job.training.progress import LossSum, Progress, finite_or_none
 from job.training.reporter import Reporter
 from job.training.resume import agree_on_resume_point
 from job.training.run_spec import RunSpec
@@ -164,9 +164,9 @@ class Trainer:
             started_at = time.monotonic()
             loss = self._validate()
             seconds = time.monotonic() - started_at
-            nats, best = loss.nats_per_token, self.progress.best_validation_nats
+            nats, best = finite_or_none(loss.nats_per_token), self.progress.best_validation_nats
             self.progress.last_validation_nats, self.progress.validated_step = nats, self.progress.step
-            self.progress.best_validation_nats = nats if best is None else min(best, nats)
+            self.progress.best_validation_nats = min((x for x in (best, nats) if x is not None), default=None)
             self.reporter.report_validation(epoch, loss, seconds)
 
     def _validate(self) -> LossSum:

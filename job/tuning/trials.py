@@ -17,6 +17,7 @@ from job.run.metrics import read_rows
 from job.run.run_dir import ExistingRun, read_existing_run
 from job.storage import Folder
 from job.training.checkpoint import Checkpoint, list_checkpoints
+from job.training.progress import MAX_PERPLEXITY
 from job.tuning.params import (
     TRIALS_DIR,
     params_of,
@@ -136,7 +137,7 @@ class Trials:
     def winner(self) -> Trial | None:
         """The trial with the lowest score, the first of equals, without those that diverged or failed."""
         valid = (trial for trial in self.ranked() if trial.scores and trial.state not in ("diverged", "failed"))
-        return next(valid, None)
+        return next((trial for trial in valid if (self.score(trial) or 0.0) < MAX_PERPLEXITY), None)
 
     def checkpoint(self, trial: Trial) -> Checkpoint | None:
         """The checkpoint of a trial's result, or None if it has written none."""
