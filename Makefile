@@ -25,7 +25,7 @@ tune: setup  ## search for a learning rate on this machine; results in runs/tune
 test: setup  ## all tests but the long ones (at most ten minutes on two cores; PYTEST="--time-table" and so on)
 	$(RUN) -m pytest -m "not long" --numprocesses 2 --dist loadgroup $(PYTEST)
 
-test-long: setup  ## the long tests: traces of the book, faults on several nodes, memory over 10,000 steps
+test-long: setup  ## the long tests: traces of the book, faults on several nodes, memory over 10,000 steps, sanitizers
 	$(RUN) -m pytest -m long $(PYTEST)
 
 test-quick: setup  ## the tests that need no Ray (under a minute)

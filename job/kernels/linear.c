@@ -2,6 +2,8 @@
 
 #include "linear.h"
 
+#include <stdatomic.h>
+
 #include "threads.h"
 
 typedef struct {
@@ -50,10 +52,10 @@ int linear(const LinearArgs *args) {
 
 typedef struct {
     const WeightGradientArgs *args;
-    int *failed; /* set if a thread has no memory */
+    atomic_int *failed; /* set if a thread has no memory */
 } gradient_task;
 
-INLINE void gradient_rows(int is_bf16, const WeightGradientArgs *args, int *failed, index_t first, index_t count) {
+INLINE void gradient_rows(int is_bf16, const WeightGradientArgs *args, atomic_int *failed, index_t first, index_t count) {
     index_t step = is_bf16 ? 2 : 1, N = args->columns;
     uint32_t *a = alloc_floats(count * BLOCK_DEPTH), *b = alloc_floats(N * BLOCK_DEPTH);
     if (a && b)
@@ -85,7 +87,7 @@ static void gradient_work(const void *argument, index_t first, index_t count) {
 }
 
 int weight_gradient(const WeightGradientArgs *args) {
-    int failed = 0;
+    atomic_int failed = 0;
     gradient_task task = {args, &failed};
     parallel_for(gradient_work, &task, args->left_columns, PANEL, args->num_threads);
     return failed ? OUT_OF_MEMORY : OK;

@@ -1,6 +1,7 @@
 /* The cross-entropy of an output layer. Logits exist for BLOCK_ROWS rows of each thread at a time only. */
 
 #include <math.h>
+#include <stdatomic.h>
 
 #include "linear.h"
 #include "threads.h"
@@ -8,7 +9,7 @@
 typedef struct {
     packed_product logits;
     const LossArgs *args;
-    int *failed; /* set if a thread has no memory */
+    atomic_int *failed; /* set if a thread has no memory */
 } loss_task;
 
 /* Returns a row's loss. Replaces its logits, with the padding up to `padded`, by exp(logit - max); `sum` is their sum. */
@@ -66,7 +67,7 @@ int linear_cross_entropy(const LossArgs *args) {
         if (args->targets[i] < 0 || args->targets[i] >= V) return INVALID_TOKEN;
     uint32_t *packed = alloc_floats(depth * columns), *scratch = alloc_floats(H * PANEL);
     float *bias = alloc_floats(columns);
-    int failed = !packed || !scratch || !bias;
+    atomic_int failed = !packed || !scratch || !bias;
     if (!failed) {
         for (index_t j = 0; j < columns; j++) bias[j] = j < V ? args->bias[j] : 0;
         if (args->is_bf16)

@@ -1,0 +1,304 @@
+/* Calls all kernels on many shapes, and the collectives from threads that act as processes; built with sanitizers by
+   test_sanitizers.py, and with -Daligned_alloc=failing_aligned_alloc. Buffers have exactly the sizes that api.h gives.
+   Results on several threads must equal those on one, sums over ranks must be exact, and a kernel without memory must
+   return that. Ends with status 1 if one is not. */
+
+#include <limits.h>
+#include <pthread.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "api.h"
+
+enum { MAX_BUFFERS = 64 };
+static const index_t THREADS[] = {1, 2, 3, 7};
+static void *buffers[MAX_BUFFERS];
+static int num_buffers;
+
+static void check(int condition, const char *what) {
+    if (condition) return;
+    fprintf(stderr, "failed: %s\n", what);
+    exit(1);
+}
+
+static atomic_int allocations_left = INT_MAX;
+
+void *failing_aligned_alloc(size_t alignment, size_t bytes) {
+    void *memory = NULL;
+    return atomic_fetch_sub(&allocations_left, 1) > 0 && !posix_memalign(&memory, alignment, bytes) ? memory : NULL;
+}
+
+/* Lets the n-th allocation and all later ones fail, for each n. */
+#define CHECK_OUT_OF_MEMORY(call)                                     \
+    for (int n = 0, status = OUT_OF_MEMORY; status != OK; n++) {      \
+        atomic_store(&allocations_left, n);                           \
+        status = call;                                                \
+        atomic_store(&allocations_left, INT_MAX);                     \
+        check(status == OUT_OF_MEMORY || (status == OK && n), #call); \
+    }
+
+static void *buffer(index_t bytes) {
+    check(num_buffers < MAX_BUFFERS, "buffers");
+    return buffers[num_buffers++] = malloc(bytes);
+}
+
+static void free_buffers(void) {
+    while (num_buffers) free(buffers[--num_buffers]);
+}
+
+/* Floats in -1 … 1, or bf16. */
+static void *numbers(int is_bf16, index_t count) {
+    static uint32_t state = 1;
+    char *data = buffer(count * (is_bf16 ? 2 : 4));
+    for (index_t i = 0; i < count; i++) {
+        state = state * 1664525u + 1013904223u;
+        float x = (float)(state >> 8) / (1 << 23) - 1;
+        uint32_t bits;
+        memcpy(&bits, &x, 4);
+        uint16_t high = bits >> 16;
+        memcpy(data + i * (is_bf16 ? 2 : 4), is_bf16 ? (void *)&high : (void *)&x, is_bf16 ? 2 : 4);
+    }
+    return data;
+}
+
+static int64_t *tokens(index_t count, index_t vocabulary_size) {
+    int64_t *data = buffer(count * 8);
+    for (index_t i = 0; i < count; i++) data[i] = (i * 7 + 3) % vocabulary_size;
+    return data;
+}
+
+static index_t gates_of(index_t cell) { return cell == RNN ? 1 : cell == GRU ? 3 : 4; }
+
+static void *copy(const void *data, index_t bytes) { return memcpy(buffer(bytes), data, bytes); }
+
+static void run_rnn(index_t cell, int is_bf16, index_t steps, index_t lanes, index_t units, index_t table_rows, int full) {
+    index_t size = is_bf16 ? 2 : 4, states = (steps + 1) * lanes * units, rows = steps * lanes, G = gates_of(cell) * units;
+    index_t saved = cell == RNN ? units : 4 * units;
+    int shared = cell == GRU && !is_bf16;
+    RnnArgs args = {cell, is_bf16, steps, lanes, units, table_rows ? table_rows : rows, 1};
+    args.inputs = numbers(0, args.table_rows * G);
+    args.tokens = table_rows ? tokens(rows, table_rows) : NULL;
+    args.weight = numbers(0, G * units);
+    args.bias = cell == GRU ? numbers(0, units) : NULL;
+    args.dhidden = numbers(is_bf16, rows * units);
+    void *hidden = numbers(is_bf16, states);
+    float *carry = cell == RNN || shared ? NULL : numbers(0, states), *dcarry = numbers(0, lanes * units);
+    char *expected = NULL, *expected_gradients = NULL;
+    for (int i = 0; i < 4; i++) {
+        args.num_threads = THREADS[i];
+        args.hidden = copy(hidden, states * size);
+        args.carry = cell == RNN ? NULL : shared ? args.hidden : copy(carry, states * 4);
+        args.gates = cell == RNN || !full ? NULL : buffer(rows * 4 * units * size);
+        check(rnn_forward(&args) == OK, "rnn_forward");
+        expected = expected ? expected : args.hidden;
+        check(!memcmp(expected, args.hidden, states * size), "rnn_forward on several threads");
+        if (full) {
+            args.dgates = cell == RNN ? buffer(rows * saved * size) : args.gates;
+            args.dh0 = THREADS[i] == 3 ? NULL : buffer(lanes * units * 4);
+            args.dcarry = cell == RNN ? NULL : copy(dcarry, lanes * units * 4);
+            check(rnn_backward(&args) == OK, "rnn_backward");
+            expected_gradients = expected_gradients ? expected_gradients : args.dgates;
+            check(!memcmp(expected_gradients, args.dgates, rows * saved * size), "rnn_backward on several threads");
+        }
+    }
+    CHECK_OUT_OF_MEMORY(rnn_forward(&args))
+    if (full) CHECK_OUT_OF_MEMORY(rnn_backward(&args))
+    if (table_rows) {
+        ((int64_t *)args.tokens)[rows - 1] = table_rows;
+        check(rnn_forward(&args) == INVALID_TOKEN, "a token outside the table");
+    }
+    free_buffers();
+}
+
+static void run_linear(int is_bf16, int out_is_bf16, int transposed, index_t rows, index_t inner, index_t columns) {
+    index_t weight_rows = transposed ? columns : inner - 5, bytes = rows * columns * (out_is_bf16 ? 2 : 4);
+    LinearArgs args = {is_bf16, out_is_bf16, transposed, rows, inner, columns, weight_rows, 1};
+    args.left = numbers(is_bf16, rows * inner);
+    args.weight = numbers(0, transposed ? columns * inner : weight_rows * columns);
+    args.bias = transposed ? numbers(0, columns) : NULL;
+    args.scale = 0.5;
+    void *expected = NULL;
+    for (int i = 0; i < 4; i++) {
+        args.num_threads = THREADS[i], args.out = buffer(bytes);
+        check(linear(&args) == OK, "linear");
+        expected = expected ? expected : args.out;
+        check(!memcmp(expected, args.out, bytes), "linear on several threads");
+    }
+    CHECK_OUT_OF_MEMORY(linear(&args))
+    free_buffers();
+}
+
+static void run_weight_gradient(int is_bf16, index_t rows, index_t left_columns, index_t left_stride, index_t columns) {
+    WeightGradientArgs args = {is_bf16, rows, left_columns, left_stride, columns, 1};
+    args.left = numbers(is_bf16, rows * left_stride);
+    args.right = numbers(is_bf16, rows * columns);
+    args.scale = 0.5;
+    void *expected = NULL;
+    for (int i = 0; i < 4; i++) {
+        args.num_threads = THREADS[i], args.out = buffer(left_columns * columns * 4);
+        check(weight_gradient(&args) == OK, "weight_gradient");
+        expected = expected ? expected : args.out;
+        check(!memcmp(expected, args.out, left_columns * columns * 4), "weight_gradient on several threads");
+    }
+    CHECK_OUT_OF_MEMORY(weight_gradient(&args))
+    free_buffers();
+}
+
+static void run_segment_sum(int is_bf16, index_t rows, index_t columns, index_t skip_start, index_t skip_count,
+                            index_t num_segments) {
+    index_t stride = columns + skip_count;
+    SegmentSumArgs args = {is_bf16, rows, columns, stride, num_segments, skip_start, skip_count};
+    args.source = numbers(is_bf16, rows * stride);
+    args.segments = num_segments > 1 ? tokens(rows, num_segments) : NULL;
+    args.out = buffer(num_segments * columns * 4);
+    args.scale = 2;
+    check(segment_sum(&args) == OK, "segment_sum");
+    free_buffers();
+}
+
+static void run_loss(int is_bf16, index_t rows, index_t units, index_t vocabulary_size, int full) {
+    index_t columns = (vocabulary_size + 31) / 32 * 32, bytes = rows * columns * (is_bf16 ? 2 : 4);
+    LossArgs args = {is_bf16, rows, units, vocabulary_size, columns, 1};
+    args.hidden = numbers(is_bf16, rows * units);
+    args.weight = numbers(0, vocabulary_size * units);
+    args.bias = numbers(0, vocabulary_size);
+    args.targets = tokens(rows, vocabulary_size);
+    float *expected = NULL;
+    for (int i = 0; i < 4; i++) {
+        args.num_threads = THREADS[i], args.nats = buffer(rows * 4), args.dlogits = full ? buffer(bytes) : NULL;
+        check(linear_cross_entropy(&args) == OK, "linear_cross_entropy");
+        expected = expected ? expected : args.nats;
+        check(!memcmp(expected, args.nats, rows * 4), "linear_cross_entropy on several threads");
+    }
+    CHECK_OUT_OF_MEMORY(linear_cross_entropy(&args))
+    ((int64_t *)args.targets)[rows - 1] = -1;
+    check(linear_cross_entropy(&args) == INVALID_TOKEN, "a target outside the vocabulary");
+    free_buffers();
+}
+
+static void run_decoder(index_t cell, index_t num_layers, index_t lanes, index_t units, index_t vocabulary_size) {
+    index_t G = gates_of(cell) * units, length = 5;
+    DecoderLayer layers[3];
+    for (index_t i = 0; i < num_layers; i++) {
+        RnnArgs rnn = {cell, 0, 1, lanes, units, i ? lanes : vocabulary_size, 1};
+        rnn.inputs = numbers(0, rnn.table_rows * G);
+        rnn.weight = numbers(0, G * units);
+        rnn.bias = cell == GRU ? numbers(0, units) : NULL;
+        rnn.hidden = numbers(0, 2 * lanes * units);
+        rnn.carry = cell == LSTM ? numbers(0, 2 * lanes * units) : rnn.hidden;
+        layers[i] = (DecoderLayer){rnn, i ? numbers(0, G * units) : NULL, numbers(0, G)};
+    }
+    DecoderArgs args = {num_layers, vocabulary_size, length, layers};
+    args.weight = numbers(0, vocabulary_size * units);
+    args.bias = numbers(0, (vocabulary_size + 31) / 32 * 32);
+    args.tokens = tokens((length + 1) * lanes, vocabulary_size);
+    check(generate_greedy(&args) == OK, "generate_greedy");
+    for (index_t i = 0; i < (length + 1) * lanes; i++)
+        check(args.tokens[i] >= 0 && args.tokens[i] < vocabulary_size, "a generated token");
+    CHECK_OUT_OF_MEMORY(generate_greedy(&args))
+    free_buffers();
+}
+
+static void run_kernels(int is_bf16) {
+    for (index_t cell = RNN; cell <= LSTM; cell++)
+        for (index_t steps = 1; steps <= 3; steps += 2)
+            for (index_t lanes = 1; lanes < 140; lanes = lanes * 3 + 2) {
+                run_rnn(cell, is_bf16, steps, lanes, 32, 5, 1);
+                run_rnn(cell, is_bf16, steps, lanes, 96, 0, lanes % 2);
+            }
+    for (int transposed = 0; transposed < 2; transposed++)
+        for (int out_is_bf16 = 0; out_is_bf16 <= is_bf16; out_is_bf16++) {
+            run_linear(is_bf16, out_is_bf16, transposed, 1, 32, 32);
+            run_linear(is_bf16, out_is_bf16, transposed, 131, 160, 96);
+            run_linear(is_bf16, out_is_bf16, transposed, 64, 544, 32);
+        }
+    run_weight_gradient(is_bf16, 1, 32, 32, 32);
+    run_weight_gradient(is_bf16, 301, 96, 128, 64);
+    run_weight_gradient(is_bf16, 515, 160, 160, 32);
+    run_segment_sum(is_bf16, 1, 32, 0, 0, 1);
+    run_segment_sum(is_bf16, 77, 96, 64, 32, 9);
+    run_segment_sum(is_bf16, 77, 96, 32, 32, 1);
+    for (index_t vocabulary_size = 1; vocabulary_size < 100; vocabulary_size = vocabulary_size * 3 + 1) {
+        run_loss(is_bf16, 1, 32, vocabulary_size, 1);
+        run_loss(is_bf16, 131, 96, vocabulary_size, vocabulary_size % 2);
+        for (index_t cell = RNN; cell <= LSTM && !is_bf16; cell++) {
+            run_decoder(cell, 1, 1, 32, vocabulary_size);
+            run_decoder(cell, 3, 67, 64, vocabulary_size);
+        }
+    }
+}
+
+/* --- collectives --- */
+
+typedef struct {
+    ShmGroup group;
+    int item_size;
+} member;
+
+static void *run_member(void *argument) {
+    member *self = argument;
+    ShmGroup *group = &self->group;
+    index_t workers = group->workers, limit = 3 * group->slot_bytes / self->item_size;
+    char *data = malloc(limit * 8), *gathered[8];
+    for (index_t rank = 0; rank < workers; rank++) gathered[rank] = malloc(limit);
+    for (index_t number = 0, count = 1; number < 60; number++, count = (count * 5 + 3) % limit + 1) {
+        for (index_t i = 0; i < count; i++) {
+            double x = (double)(number + group->rank + i);
+            if (self->item_size == 8)
+                memcpy(data + i * 8, &x, 8);
+            else
+                memcpy(data + i * 4, &(float){(float)x}, 4);
+        }
+        check(!all_reduce(group, self->item_size, count, data), "all_reduce");
+        for (index_t i = 0; i < count; i++) {
+            double sum = (double)(workers * (number + i) + workers * (workers - 1) / 2), x;
+            float y;
+            memcpy(&x, data + i * self->item_size, self->item_size == 8 ? 8 : 4);
+            memcpy(&y, data + i * self->item_size, 4);
+            check((self->item_size == 8 ? x : y) == sum, "a sum");
+        }
+        memset(data, (int)(number + group->rank), count);
+        check(!all_gather(group, count, data, (void *const *)gathered), "all_gather");
+        for (index_t rank = 0; rank < workers; rank++)
+            for (index_t i = 0; i < count; i++) check(gathered[rank][i] == (char)(number + rank), "gathered data");
+    }
+    for (index_t rank = 0; rank < workers; rank++) free(gathered[rank]);
+    free(data);
+    return NULL;
+}
+
+static void *run_timeout(void *argument) {
+    member *self = argument;
+    float data[3] = {0};
+    check(all_reduce(&self->group, 4, 3, data) == 1, "a timeout");
+    check(self->group.stalled_rank == self->group.workers - 1, "the stalled rank");
+    return NULL;
+}
+
+/* Of the members, which share memory of exactly the size that they need, `present` take part. */
+static void run_group(void *(*work)(void *), index_t workers, index_t present, int item_size, index_t slot_bytes) {
+    pthread_t threads[8];
+    member members[8];
+    index_t bytes = 64 + workers * 64 + (workers + 1) * slot_bytes;
+    char *memory = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    memset(memory, 0, bytes);
+    for (index_t rank = 0; rank < present; rank++) {
+        members[rank] = (member){{memory, rank, workers, slot_bytes, work == run_timeout ? 0.05 : 300}, item_size};
+        check(!pthread_create(&threads[rank], NULL, work, &members[rank]), "pthread_create");
+    }
+    for (index_t rank = 0; rank < present; rank++) pthread_join(threads[rank], NULL);
+    free(memory);
+}
+
+int main(void) {
+    run_kernels(0);
+    if (supports_bf16()) run_kernels(1);
+    check(struct_size("ShmGroup") == sizeof(ShmGroup) && struct_size("Other") == -1, "struct_size");
+    for (index_t workers = 2; workers <= 5; workers++)
+        for (int item_size = 4; item_size <= 8; item_size += 4) run_group(run_member, workers, workers, item_size, 192);
+    run_group(run_timeout, 3, 2, 4, 64);
+    printf("done, %s\n", supports_bf16() ? "with bf16" : "without bf16");
+    return 0;
+}
