@@ -31,7 +31,8 @@ from job.training.checkpoint import find_latest_valid
 from job.training.progress import perplexity
 from job.tuning.exchange import export_checkpoint, forget_exchange, import_checkpoint
 from job.tuning.optuna_sampler import OptunaSampler
-from job.tuning.params import baseline_params, trial_config, trial_params
+from job.tuning.params import baseline_params, trial_config, trial_folder, trial_params
+from job.tuning.plots import plot_curves
 from job.tuning.report import display_name
 from job.tuning.results import to_parquet
 from job.tuning.setup import check_search, resolve_search
@@ -398,6 +399,31 @@ def test_load_config_reads_a_uri(tmp_path):
     assert load_config(f"file://{tmp_path}/best.toml", {}).model.cell == "gru"
     with pytest.raises(UserError, match="no such configuration file"):
         load_config(f"file://{tmp_path}/worst.toml", {})
+
+
+@pytest.mark.parametrize("metric", ["validation_perplexity", "perplexity"])
+def test_trial_whose_metric_is_not_a_number_never_wins(tmp_path, metric):
+    """NaN is neither less nor greater than any number, so such a trial could win, and hid all after it."""
+    search = SearchConfig(metric=metric, space={"optimizer.learning_rate": {"grid": [0.1, 0.2, 0.3, 0.4]}})
+    base = load_config(None, {"corpus.validation_fraction": "0.1"})
+    folder, split = Folder(str(tmp_path)), "validation" if metric == "validation_perplexity" else "epoch"
+    for number, values in enumerate([[math.nan, math.nan], [5.0, 4.0], [math.nan, 3.0], [math.inf]]):
+        params = trial_params(base, search, number)
+        run = trial_folder(folder, number)
+        run.write("config.toml", config_to_toml(trial_config(base, folder, number, params)).encode())
+        rows = [{"split": split, "epoch": n, "step": n, "perplexity": value} for n, value in enumerate(values, 1)]
+        run.write("metrics.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows).encode())
+    trials = load_trials(folder, base, search)
+    assert [trial.number for trial in trials.ranked()] == [2, 1, 0, 3]
+    assert trials.winner.number == 2
+    for trial in trials:
+        trials.end(trial.number, "finished")
+    trials.write_records()
+    assert "NaN" not in (tmp_path / TRIALS_FILE).read_text()
+    assert all(map(math.isfinite, parquet.read_table(io.BytesIO(to_parquet(trials))).column(metric).to_pylist()))
+    assert plot_curves(trials).startswith(b"\x89PNG")
+    trials.by_number = {number: trials.by_number[number] for number in (0, 3)}
+    assert trials.winner is None
 
 
 # --- searches in this process: their trials run one after another -------------------------------------

@@ -3,6 +3,7 @@
 import contextlib
 import io
 import json
+import math
 import os
 import pickle
 import signal
@@ -32,6 +33,7 @@ from job.run.signals import StopRequest
 from job.storage import Folder
 from job.training.checkpoint import copy_checkpoint, find_latest_valid, read_checkpoint_file
 from job.training.events import CheckpointCommitted, MetricsRow
+from job.training.progress import perplexity
 from job.tuning.exchange import EXCHANGE_FOLDER, import_checkpoint
 from job.tuning.params import trial_name
 from job.tuning.trials import load_trials
@@ -319,6 +321,21 @@ def test_trial_runner_reports_every_epoch_although_training_is_ahead_of_the_chec
         runner.resume.release()
         runner._on_event(CheckpointCommitted("attempt", SimpleNamespace(step=step)))
     assert [runner.reports.get_nowait()["step"] for _ in range(2)] == [24, 48]
+
+
+def test_asha_stops_a_trial_whose_metric_is_not_a_number(tmp_path):
+    """A comparison with NaN is false, so it was never stopped."""
+    space = {"optimizer.learning_rate": {"grid": [1.0, 0.1]}}
+    search = SearchConfig(scheduler="asha", space=space, metric="perplexity")
+    trials = load_trials(Folder(str(tmp_path)), load_config(None, {"train.epochs": "8"}), search)
+    scheduler, decisions = build_scheduler(TrialCallback(trials, max_failures=0)), []
+    for number, score in enumerate((5.0, perplexity(math.nan))):
+        runner, member = TrialRunner(trials.base, Folder(str(tmp_path)), search), SimpleNamespace(trial_id=number)
+        runner.resume.release()
+        runner._report({"split": "epoch", "epoch": 2, "step": 2, "perplexity": score})
+        scheduler.on_trial_add(None, member)
+        decisions.append(scheduler.on_trial_result(None, member, runner.reports.get_nowait()))
+    assert decisions == ["CONTINUE", "STOP"]
 
 
 def test_trial_callback_with_a_new_epoch_renews_the_failures_allowed(tmp_path):
