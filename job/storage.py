@@ -221,8 +221,9 @@ class Folder:
             return target.unlink(missing_ok=True)
         file_system, path = self._location
         deletes = {fs.FileType.Directory: file_system.delete_dir, fs.FileType.File: file_system.delete_file}
-        if delete := deletes.get(file_system.get_file_info(f"{path}/{name}").type):
-            delete(f"{path}/{name}")
+        with contextlib.suppress(FileNotFoundError):  # an earlier attempt, whose answer was lost, has removed it
+            if delete := deletes.get(file_system.get_file_info(f"{path}/{name}").type):
+                delete(f"{path}/{name}")
 
     @_retried
     def upload(self, source: Path) -> None:
@@ -232,7 +233,7 @@ class Folder:
         fs.copy_files(str(source), path, source_filesystem=fs.LocalFileSystem(), destination_filesystem=file_system)
 
     def check_writable(self) -> None:
-        """Raises UserError if nothing can be written here; leaves no file behind."""
+        """Raises UserError unless files can be written, overwritten and deleted here; leaves none behind."""
         with self.probe_file():
             pass
 
@@ -241,24 +242,31 @@ class Folder:
         """Yields the name of an empty file that exists here inside the ``with`` block.
 
         Raises:
-            UserError: if it cannot be written
+            UserError: if it cannot be written, overwritten or, at the end of the block, deleted
         """
         name = f".writable-{uuid.uuid4().hex[:8]}"
-        try:
-            local = self.local_path
+        local, remedy = self.local_path, "choose another folder or grant write access"
+        with _report_denied(f"run.storage = {self}: cannot be written to", remedy):
             missing = [folder for folder in (local, *local.parents) if not folder.exists()] if local else []
             self.write(name, b"")
-        except OSError as error:
-            reason = error.strerror or str(error).splitlines()[0]
-            problem = f"run.storage = {self}: cannot be written to: {reason}"
-            raise UserError(problem, "choose another folder or grant write access") from None
+            self.write(name, b"")
         try:
             yield name
         finally:
-            with contextlib.suppress(OSError):  # another run may be using the folders by now
+            with _report_denied(f"run.storage = {self}: files cannot be deleted", remedy):
                 self.remove(name)
+            with contextlib.suppress(OSError):  # another run may be using the folders by now
                 for folder in missing:
                     folder.rmdir()
+
+
+@contextlib.contextmanager
+def _report_denied(problem: str, remedy: str) -> Iterator[None]:
+    """Raises a UserError for an OSError in the block."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{problem}: {error.strerror or str(error).splitlines()[0]}", remedy) from None
 
 
 def _open_location(address: str) -> tuple[fs.FileSystem, str]:

@@ -22,6 +22,7 @@ from job.data.vocabulary import format_unknown_share
 from job.distributed.context import available_cpus
 from job.errors import UserError
 from job.nn.language_model import build_model
+from job.run.run_dir import resolve_storage
 from job.run.setup import build_run_spec
 from job.storage import Folder
 from job.training.run_spec import RunSpec
@@ -50,7 +51,7 @@ class _Table:
 
 def run_doctor(config: Config, console: Console) -> int:
     """Prints a row for each check as it completes. Returns the exit status: 1 if a check failed."""
-    table, folder = _Table(console), Folder.resolve(config.run.storage)
+    table, folder = _Table(console), resolve_storage(config.run.storage)
     build_spec = cache(lambda: build_run_spec(config, folder))
     table.check("versions", _describe_versions)
     if table.check("text", lambda: _describe_text(build_spec())):

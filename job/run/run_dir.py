@@ -66,8 +66,7 @@ def resolve_run(config: Config, default_name: str, *, retry: bool = False) -> tu
     Raises:
         UserError: the run exists with another configuration, or ``run.resume`` forbids to resume or to start it
     """
-    check_storage_outlives_job(config.run.storage)
-    storage = replace(Folder.resolve(config.run.storage), retry=retry)
+    storage = replace(resolve_storage(config.run.storage), retry=retry)
     if config.run.name:
         name, existing = config.run.name, read_existing_run(storage / config.run.name)
     else:
@@ -114,13 +113,20 @@ def check_same_config(folder: Folder, existing: ExistingRun | None, config: Conf
         )
 
 
-def check_storage_outlives_job(storage: str) -> None:
-    """Raises UserError for a relative path inside ``ray job submit``, whose working directory is temporary."""
+def resolve_storage(storage: str) -> Folder:
+    """Returns the folder that contains runs.
+
+    Raises UserError for HDFS, where a reader may see a file before it is complete, and for a relative path inside
+    ``ray job submit``, whose working directory is temporary.
+    """
+    if re.match("(hdfs|viewfs)://", storage):
+        raise UserError(f"run.storage = {storage}: HDFS has no atomic writes", "give a mounted folder, s3:// or gs://")
     if not is_uri(storage) and not Path(storage).is_absolute() and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:
         raise UserError(
             f"run.storage = {storage}: is in this job's session folder and would be lost with it",
             "give an absolute path that all nodes see, or an object store",
         )
+    return Folder.resolve(storage)
 
 
 def read_existing_run(folder: Folder) -> ExistingRun | None:

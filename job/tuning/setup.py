@@ -14,8 +14,8 @@ from job.run.run_dir import (
     SEARCH_FILE,
     check_resume,
     check_same_text,
-    check_storage_outlives_job,
     read_config_text,
+    resolve_storage,
     slugify,
     with_resolved_corpus,
 )
@@ -37,9 +37,8 @@ def resolve_search(config: Config, search: SearchConfig, default_name: str) -> t
     if search.num_trials > MAX_TRIALS:
         problem = f"search.trials = {search.trials}: {search.num_trials:,} trials, of at most {MAX_TRIALS:,}"
         raise UserError(problem, "set a smaller number" if search.trials else "set a number, or give smaller grids")
-    check_storage_outlives_job(config.run.storage)
     config = replace(config, run=replace(config.run, name=config.run.name or slugify(default_name)))
-    folder = Folder.resolve(config.run.storage) / config.run.name
+    folder = resolve_storage(config.run.storage) / config.run.name
     if folder.has(CONFIG_FILE):
         raise UserError(f"{folder}: is a run, not a search", "choose another run.name")
     text = read_config_text(folder, SEARCH_FILE)
