@@ -27,6 +27,8 @@ _URI_CHARACTERS = "%/:?#[]@!$&'()*+,;=~"  # have a meaning in a URI; others, suc
 Method = TypeVar("Method", bound=Callable[..., Any])
 
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
+RETRY_JITTER = 0.5, 1.5  # factors of these, so that workers do not retry in step
+MAX_RETRY_S = RETRY_JITTER[1] * sum(RETRY_DELAYS_S)
 # Errors that a retry cannot fix, by their names in pyarrow's messages.
 PERMANENT_ERRORS = re.compile("ACCESS_DENIED|NO_SUCH|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|SIGNATURE_DOES_NOT_MATCH")
 
@@ -48,7 +50,7 @@ def _retried(method: Method) -> Method:
             except OSError as error:
                 if PERMANENT_ERRORS.search(str(error)):
                     raise
-            time.sleep(delay * random.uniform(0.5, 1.5))  # jitter, so that workers do not retry in step
+            time.sleep(delay * random.uniform(*RETRY_JITTER))
         return method(folder, *args, **kwargs)
 
     return cast(Method, request)

@@ -3,12 +3,15 @@
 import copy
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from job.distributed.context import World
 from job.nn.state import map_state
+from job.storage import MAX_RETRY_S
 from job.training.checkpoint import checkpoint_name, serialize_lane_state, serialize_model, write_part
 from job.training.events import EventSink, PartWritten
 from job.training.optimizer import optimizer_tensors
@@ -26,9 +29,15 @@ class CheckpointWriter:
     thread: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "checkpoint"))
     pending: Future[None] | None = None
     last_step: int = -1  # of the last save
+    group: dist.ProcessGroup | None = None  # of all workers, if there are several
+
+    def __post_init__(self) -> None:
+        if self.world.size > 1:
+            timeout = timedelta(seconds=self.spec.config.scale.hang_timeout + 2 * MAX_RETRY_S)
+            self.group = dist.new_group(backend="gloo", timeout=timeout)
 
     def save(self, train_state: TrainState) -> None:
-        """Copies the training state and starts writing it, after waiting for the previous save.
+        """Copies the training state and starts writing it, after all workers have finished the previous save.
 
         Does nothing if a weight is not finite: the loss of the next step will end the run, and the checkpoint before
         must remain the last one.
@@ -36,7 +45,7 @@ class CheckpointWriter:
         Raises:
             OSError: the previous save failed
         """
-        self.finish()
+        self.wait_for_all()
         model, progress = train_state.model, copy.deepcopy(train_state.progress)
         if not all(bool(torch.isfinite(weight).all()) for weight in model.state_dict().values()):
             return
@@ -64,6 +73,16 @@ class CheckpointWriter:
     def is_busy(self) -> bool:
         """Whether a checkpoint is being written."""
         return bool(self.pending and not self.pending.done())
+
+    def wait_for_all(self) -> None:
+        """Waits for the current saves of all workers, which must all call it; raises OSError if this one's failed.
+
+        A save that is retried may take longer than ``scale.hang_timeout``, after which workers that wait for an
+        exchange of gradients give up.
+        """
+        self.finish()
+        if self.group:
+            dist.barrier(self.group)
 
     def finish(self) -> None:
         """Waits for the current save; raises OSError if it failed."""

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-import torch.distributed as dist
 
 from job.config.schema import BUILTIN_CELLS, Config
 from job.distributed.collectives import gather_json
@@ -126,8 +125,8 @@ class Trainer:
                 raise Diverged(f"weights are no longer finite after step {self.progress.step}")
         except Exception as error:
             self.writer.finish()  # the last valid checkpoint is complete before the run ends
-            if isinstance(error, Diverged) and self.world.size > 1:  # raised by all workers at the same step
-                dist.barrier()
+            if isinstance(error, Diverged):  # raised by all workers at the same step
+                self.writer.wait_for_all()
             raise
         self.writer.finish()
         progress = copy.deepcopy(self.progress)
