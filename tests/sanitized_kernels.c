@@ -201,6 +201,12 @@ static void run_decoder(index_t cell, index_t num_layers, index_t lanes, index_t
     free_buffers();
 }
 
+static void run_dropout_keys(index_t lanes) {
+    DropoutKeysArgs args = {0x7fffffffffffffff, 0x7fffffffffffffff, 123, 98, lanes, buffer(lanes * 4)};
+    check(dropout_keys(&args) == OK, "dropout_keys");
+    free_buffers();
+}
+
 static void run_kernels(int is_bf16) {
     for (index_t cell = RNN; cell <= LSTM; cell++)
         for (index_t steps = 1; steps <= 3; steps += 2)
@@ -294,6 +300,7 @@ static void run_group(void *(*work)(void *), index_t workers, index_t present, i
 
 int main(void) {
     run_kernels(0);
+    for (index_t lanes = 1; lanes < 20; lanes += 3) run_dropout_keys(lanes);
     if (supports_bf16()) run_kernels(1);
     check(struct_size("ShmGroup") == sizeof(ShmGroup) && struct_size("Other") == -1, "struct_size");
     for (index_t workers = 2; workers <= 5; workers++)

@@ -1,8 +1,11 @@
 """Dropout masks: a function of seed, step, layer and lane."""
 
+import hashlib
+
 import pytest
 import torch
 
+from job.kernels.build import load_library, unavailable_reason
 from job.nn.dropout import Dropout, dropout_keys
 
 
@@ -15,6 +18,24 @@ def test_dropout_mask_of_a_lane_does_not_depend_on_other_lanes():
     whole = make_dropout(0.4, 3, 7, range(10))(x, 1)
     parts = [make_dropout(0.4, 3, 7, lanes)(x[:, lanes.start : lanes.stop], 1) for lanes in (range(3), range(3, 10))]
     assert torch.equal(torch.cat(parts, 1), whole)
+
+
+@pytest.mark.parametrize("has_kernel", [True, False])
+@pytest.mark.parametrize(("seed", "step"), [(0, 0), (3, 7), (2**63 - 1, 10**9), (12345678901, 99)])
+@pytest.mark.parametrize("lanes", [range(1), range(3, 3), range(95, 112), range(10**6 - 5, 10**6 + 4), range(8)])
+def test_dropout_keys_are_blake2b_hashes_with_and_without_kernel(monkeypatch, has_kernel, seed, step, lanes):
+    """As in every version, so that a resumed run has the same masks."""
+    if not has_kernel:
+        monkeypatch.setattr("job.kernels.ops.load_library", lambda: None)
+    elif load_library() is None:
+        pytest.skip(f"no kernel: {unavailable_reason()}")
+    texts = [[f"{seed} {step} {layer} {lane}".encode() for lane in lanes] for layer in range(3)]
+    digests = [[hashlib.blake2b(text, digest_size=4).digest() for text in row] for row in texts]
+    keys = [[int.from_bytes(digest, "little", signed=True) for digest in row] for row in digests]
+    computed = dropout_keys(seed, step, 3, lanes)
+    assert computed.dtype == torch.int32
+    assert computed.shape == (3, len(lanes))
+    assert computed.tolist() == keys
 
 
 def test_dropout_mask_differs_between_seeds_steps_lanes_and_layers():

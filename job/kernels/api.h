@@ -103,6 +103,14 @@ typedef struct {
 
 int generate_greedy(const DecoderArgs *args);
 
+/* Keys of the dropout masks of one layer and step. */
+typedef struct {
+    index_t seed, step, layer, first_lane, lanes;
+    int32_t *keys; /* (lanes) */
+} DropoutKeysArgs;
+
+int dropout_keys(const DropoutKeysArgs *args);
+
 /* Whether the kernels compute with bf16 on this processor. */
 int supports_bf16(void);
 

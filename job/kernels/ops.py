@@ -274,6 +274,19 @@ def fused_linear_cross_entropy(hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Te
     return _FusedLinearCrossEntropy.apply(torch.is_grad_enabled(), hidden_TBH, weight_VH, bias_V, targets_TB)
 
 
+def write_dropout_keys(seed: int, step: int, layer: int, first_lane: int, keys_B: Tensor) -> bool:
+    """Writes the hash keys of successive lanes' dropout masks, int32, unless the kernels are unavailable.
+
+    Returns:
+        Whether the keys were written.
+    """
+    if load_library() is None:
+        return False
+    fields = {"seed": seed, "step": step, "layer": layer, "first_lane": first_lane}
+    _call("dropout_keys", **fields, lanes=len(keys_B), keys=keys_B)
+    return True
+
+
 @torch.no_grad()
 def generate_greedy(
     rnn: RNNBase, embedding_VE: Tensor | None, head: Linear, state: StateTensors, first_B: Tensor, length: int

@@ -7,11 +7,14 @@ as easy as 1, 2, 3", 2011), so it is the same on every device and worker.
 Axes: T steps of a window, B lanes, H hidden units, P pairs of hidden units, L layers.
 """
 
-import hashlib
 from dataclasses import dataclass
+from hashlib import blake2b
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from job.kernels.ops import write_dropout_keys
 
 
 @dataclass(frozen=True)
@@ -54,13 +57,13 @@ def dropout_keys(seed: int, step: int, num_layers: int, lanes: range) -> Tensor:
     Returns:
         Keys (L, B), int32.
     """
-    keys = [[_key(seed, step, layer, lane) for lane in lanes] for layer in range(num_layers)]
-    return torch.tensor(keys, dtype=torch.int32).view(num_layers, len(lanes))
-
-
-def _key(seed: int, step: int, layer: int, lane: int) -> int:
-    digest = hashlib.blake2b(b"%d %d %d %d" % (seed, step, layer, lane), digest_size=4).digest()
-    return int.from_bytes(digest, "little", signed=True)
+    keys_LB = torch.empty(num_layers, len(lanes), dtype=torch.int32)
+    for layer, keys_B in enumerate(keys_LB):
+        if not write_dropout_keys(seed, step, layer, lanes.start, keys_B):
+            texts = (b"%d %d %d %d" % (seed, step, layer, lane) for lane in lanes)
+            digests = b"".join([blake2b(text, digest_size=4).digest() for text in texts])
+            keys_B.copy_(torch.from_numpy(np.frombuffer(digests, "<i4").astype(np.int32)))
+    return keys_LB
 
 
 def _mix(x: Tensor) -> Tensor:

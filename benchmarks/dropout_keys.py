@@ -1,0 +1,61 @@
+"""Milliseconds for the dropout keys of one layer and step: with the kernel, without it, and one Python call per key.
+
+python -m benchmarks.dropout_keys [--rounds N]
+"""
+
+import argparse
+import hashlib
+import statistics
+import time
+from collections.abc import Callable
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from benchmarks import measure
+from job.nn.dropout import dropout_keys
+
+
+def _key(seed: int, step: int, layer: int, lane: int) -> int:
+    digest = hashlib.blake2b(b"%d %d %d %d" % (seed, step, layer, lane), digest_size=4).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def one_by_one(lanes: range) -> Tensor:
+    """As before the kernel."""
+    keys = [[_key(0, 5, layer, lane) for lane in lanes] for layer in range(1)]
+    return torch.tensor(keys, dtype=torch.int32).view(1, len(lanes))
+
+
+def without_kernel(lanes: range) -> Tensor:
+    with mock.patch("job.kernels.ops.load_library", lambda: None):
+        return dropout_keys(0, 5, 1, lanes)
+
+
+def milliseconds(run: Callable[[range], Tensor], lanes: range) -> float:
+    start = time.process_time()
+    for _ in range(max(1, 10_000 // len(lanes))):
+        run(lanes)
+    return (time.process_time() - start) * 1e3 / max(1, 10_000 // len(lanes))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=11)
+    rounds = parser.parse_args().rounds
+    print(measure.machine())
+    runs = {"kernel": lambda lanes: dropout_keys(0, 5, 1, lanes), "no kernel": without_kernel, "before": one_by_one}
+    for lanes in (range(32), range(1024), range(65_536)):
+        results: dict[str, list[float]] = {name: [] for name in runs}
+        for _ in range(rounds):
+            for name, run in runs.items():
+                assert torch.equal(run(lanes[:100]), one_by_one(lanes[:100]))
+                results[name].append(milliseconds(run, lanes))
+        for name, values in results.items():
+            ratio = measure.ratios(results["before"], values)
+            print(f"  {len(lanes):>6} lanes  {name:<10}{statistics.median(values):10.3f}   {ratio}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
