@@ -6,6 +6,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 from pkgutil import resolve_name
 
@@ -534,3 +535,58 @@ def test_search_on_object_store_with_temporary_errors_finishes(small_search, tmp
     monkeypatch.setattr(Folder, "resolve", lambda address: Folder(address, location=(store, address)))
     assert small_search()[0] == 0
     assert {path.rpartition("/it/")[2] for path in failed} >= {"search.toml", "trials.json", "best.toml"}
+
+
+def test_search_with_files_that_the_user_removed_restores_them(small_search, tmp_path):
+    folder = tmp_path / "it"
+    assert small_search()[0] == 0
+    finished = [path.stat().st_mtime_ns for path in folder.glob("trials/*/result.json")]
+    for name in ("sample.txt", "best.toml"):
+        (folder / name).unlink()
+        assert small_search()[0] == 0
+        assert (folder / name).exists()
+    assert [path.stat().st_mtime_ns for path in folder.glob("trials/*/result.json")] == finished
+    shutil.rmtree(folder / "trials" / "00001")
+    assert small_search()[0] == 0
+    assert (folder / "trials" / "00001" / "result.json").exists()
+    for run in (folder / "trials").iterdir():
+        shutil.rmtree(run / "checkpoints")
+    with pytest.raises(RunFailed, match=r"trials/0000\d: has no checkpoint; remove it to run it again"):
+        small_search()
+
+
+def test_search_runs_a_stopped_trial_again_if_its_folder_was_removed(small_search, tmp_path):
+    folder = tmp_path / "it"
+    assert small_search()[0] == 0
+    shutil.rmtree(folder / "trials")
+    stopped = {f"0000{number}": {"state": "stopped", "why": "", "point": {}} for number in range(2)}
+    (folder / "trials.json").write_text(json.dumps(stopped))
+    assert small_search()[0] == 0
+    assert len(list(folder.glob("trials/*/result.json"))) == 2
+
+
+def test_search_whose_trial_is_a_link_to_another_disk_writes_there(small_search, tmp_path):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "it" / "trials").mkdir(parents=True)
+    (tmp_path / "it" / "trials" / "00001").symlink_to(elsewhere)
+    assert small_search()[0] == 0
+    assert (elsewhere / "result.json").exists()
+    checkpoint = find_latest_valid(Folder(str(elsewhere / "checkpoints")))[0].checkpoint
+    (elsewhere / "checkpoints" / "of the user").mkdir()
+    exchange = Folder(str(tmp_path / "exchange"))
+    export_checkpoint(checkpoint, Folder(str(elsewhere)), exchange)
+    (elsewhere / "exchanged").unlink()
+    import_checkpoint(exchange, Folder(str(tmp_path / "it" / "trials" / "00001")), load_config(None, {}))
+    assert {path.name for path in (elsewhere / "checkpoints").iterdir()} == {checkpoint.name, "of the user"}
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[" * 100_000, '{"00000": ' + "[" * 100_000, '{"00000": "stopped"}', '{"00000": {"state": []}}', "\udcff"],
+)
+def test_search_with_damaged_records_is_refused(small_search, tmp_path, content):
+    (tmp_path / "it").mkdir()
+    (tmp_path / "it" / TRIALS_FILE).write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(UserError, match=r"it/trials\.json: invalid content; remove it to retry failed trials"):
+        small_search()

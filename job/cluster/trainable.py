@@ -168,17 +168,13 @@ class TrialRunner:
 
     def _run(self) -> None:
         try:
-            if self.search.scheduler == "asha":
-                self._replay_history()
+            # ASHA decides from the scores of earlier runs of the search, too.
+            for row in read_score_rows(self.folder, self.search.metric) if self.search.scheduler == "asha" else ():
+                if not self.stop_request.exit_code:
+                    self._report(row)
             self.reports.put({"done": True, **self._train()})
         except BaseException as error:  # raised by next_report
             self.reports.put(error)
-
-    def _replay_history(self) -> None:
-        """Reports the scores of earlier runs of the search again, from which ASHA decides."""
-        for row in read_score_rows(self.folder, self.search.metric):
-            if not self.stop_request.exit_code:
-                self._report(row)
 
     def _train(self) -> dict[str, str]:
         """Runs the training to its end, and returns the trial's state with a reason if it failed."""

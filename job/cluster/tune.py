@@ -41,7 +41,7 @@ from job.tuning.exchange import EXCHANGE_FOLDER
 from job.tuning.optuna_sampler import OptunaSampler, import_optuna
 from job.tuning.params import searched_cells, trial_name
 from job.tuning.report import banner, show_progress
-from job.tuning.results import BEST_FILE, print_results, write_results
+from job.tuning.results import BEST_FILE, has_results, print_results, write_results
 from job.tuning.setup import check_search, resolve_search
 from job.tuning.trials import TERMINAL_STATES, Trials, load_trials
 
@@ -63,7 +63,7 @@ def run_search(config: Config, search: SearchConfig, default_name: str, console:
     """
     folder, config = resolve_search(config, search, default_name)
     trials = load_trials(folder, config, search)
-    if not trials.num_pending and folder.has(BEST_FILE):
+    if not trials.num_pending and has_results(trials):
         console.print(f"{folder} is finished; raise search.trials to search longer")
         print_results(trials, console)
         return 0
@@ -82,7 +82,8 @@ def run_search(config: Config, search: SearchConfig, default_name: str, console:
         with _connected(base, search, console) as (scaled, placement), acquire_lease(folder, observer) as lease:
             try:
                 lease.folder.write(SEARCH_FILE, config_to_toml(base, search).encode())
-                lease.folder.remove(BEST_FILE)
+                for name in (BEST_FILE, EXCHANGE_FOLDER):  # of a driver that died
+                    lease.folder.remove(name)
                 trials = load_trials(lease.folder, *scaled)
                 if trials.num_pending:
                     _run_trials(trials, placement, lease, stop_request, console)
@@ -132,7 +133,6 @@ def _run_trials(
     callback = TrialCallback(trials, MAX_TRIAL_FAILURES)
     event_channel = create_event_channel()
     context = TrialContext(trials.base, trials.search, trials.folder, os.getcwd(), event_channel)
-    trials.folder.remove(EXCHANGE_FOLDER)
     waiting = WaitingNotice(placement, console)
     deadline = time.monotonic() + (60 * trials.search.minutes or math.inf)
     with (

@@ -30,13 +30,21 @@ BEST_FILE, SAMPLE_FILE = "best.toml", "sample.txt"
 CURVES_FILE, SPACE_FILE, PARQUET_FILE = "curves.png", "space.png", "trials.parquet"
 
 
+def has_results(trials: Trials) -> bool:
+    """Whether the search has been finished and what ``print_results`` reads still exists."""
+    winner, names = trials.winner, trials.folder.names()
+    return bool(winner and {BEST_FILE, SAMPLE_FILE} <= set(names) and trials.checkpoint(winner))
+
+
 def write_results(trials: Trials) -> None:
     """Writes all result files to the search's folder. Raises RunFailed if no trial has a score and a checkpoint."""
     winner, folder = trials.winner, trials.folder
-    checkpoint = trials.checkpoint(winner) if winner else None
-    if winner is None or checkpoint is None:
+    if winner is None:
         reasons = [f": trial {trial.number}: {trial.reason}" for trial in trials if trial.reason]
         raise RunFailed(f"{folder}: no trial produced a result{''.join(reasons[:1])}")
+    checkpoint = trials.checkpoint(winner)
+    if checkpoint is None:
+        raise RunFailed(f"{trial_folder(folder, winner.number)}: has no checkpoint", "remove it to run it again")
     loaded = open_checkpoint(checkpoint.path)
     run = read_trial_run(folder, trials.base, trials.search, winner.number)
     assert run
@@ -55,13 +63,14 @@ def write_results(trials: Trials) -> None:
 
 def to_parquet(trials: Trials) -> bytes:
     """Returns a Parquet table with one row per trial: its state, its score, and each parameter by its name."""
+    winner = trials.winner
     columns = {
         "trial": [trial.number for trial in trials],
         "state": [trial.state for trial in trials],
         "why": [trial.reason for trial in trials],
         "epochs": [trial.last_epoch for trial in trials],
         trials.search.metric: [trials.score(trial) for trial in trials],
-        "best": [trial is trials.winner for trial in trials],
+        "best": [trial is winner for trial in trials],
     }
     columns |= {name: _column([trial.params[name] for trial in trials]) for name in trials.search.space.domains}
     buffer = io.BytesIO()

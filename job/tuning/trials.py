@@ -63,11 +63,9 @@ class Trials:
     Trials whose parameters Optuna has not chosen yet are absent.
     """
 
-    def __init__(
-        self, folder: Folder, base: Config, search: SearchConfig, by_number: dict[int, Trial], records: Records
-    ) -> None:
-        self.folder, self.base, self.search = folder, base, search
-        self.by_number, self.records = by_number, records
+    def __init__(self, folder: Folder, base: Config, search: SearchConfig, records: Records) -> None:
+        self.folder, self.base, self.search, self.records = folder, base, search, records
+        self.by_number: dict[int, Trial] = {}
         self.lock = threading.Lock()  # Ray Tune calls back in a thread of its own
 
     def __iter__(self) -> Iterator[Trial]:
@@ -158,7 +156,7 @@ def load_trials(folder: Folder, base: Config, search: SearchConfig) -> Trials:
         started = set((folder / TRIALS_DIR).names())  # one request, however many trials have not been started
     except OSError as error:
         raise UserError(f"{folder / TRIALS_DIR}: cannot be read: {error}") from None
-    trials = Trials(folder, base, search, {}, records)
+    trials = Trials(folder, base, search, records)
     for number in range(search.num_trials):
         name = trial_name(number)
         run = read_trial_run(folder, base, search, number) if name in started else None
@@ -176,7 +174,7 @@ def _read_records(folder: Folder) -> Records:
         return {}
     except OSError as error:
         raise UserError(f"{folder}/{TRIALS_FILE}: cannot be read: {error}") from None
-    except (ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{folder}/{TRIALS_FILE}: invalid content", "remove it to retry failed trials") from None
 
 
@@ -191,7 +189,7 @@ def _load_trial(trials: Trials, number: int, run: ExistingRun | None) -> Trial |
     record = trials.records.get(trial_name(number), {})
     if run and run.is_finished(trial_config(base, trials.folder, number, params)):
         trial.state = "finished"
-    elif record.get("state") in TERMINAL_STATES and record["state"] != "finished":
+    elif record.get("state") == "failed" or (run and record.get("state") in ("stopped", "diverged")):
         trial.state, trial.reason = record["state"], record["why"]
     return trial
 
