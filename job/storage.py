@@ -25,6 +25,7 @@ from job.paths import check_no_credentials, escape_dollars, is_uri
 _URI_CHARACTERS = "%/:?#[]@!$&'()*+,;=~"  # have a meaning in a URI; others, such as blanks, are percent-encoded
 
 Method = TypeVar("Method", bound=Callable[..., Any])
+Result = TypeVar("Result")
 
 RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 RETRY_JITTER = 0.5, 1.5  # factors of these, so that workers do not retry in step
@@ -146,9 +147,16 @@ class Folder:
         """The path or the whole URI as a shell argument."""
         return shlex.quote(str(self) if self.local_path else escape_dollars(self.address))
 
-    @_retried
     def read(self, name: str, max_bytes: int | None = None) -> bytes:
-        """Returns a file's bytes.
+        """Returns a file's bytes; raises as ``read_with``."""
+        data: bytes = self.read_with(name, lambda stream, _: stream.read(), max_bytes)
+        return data
+
+    @_retried
+    def read_with(
+        self, name: str, parse: Callable[[pyarrow.NativeFile, int], Result], max_bytes: int | None = None
+    ) -> Result:
+        """Returns what ``parse`` makes of a file's stream and size; after a failed request it is called again.
 
         Raises:
             FileNotFoundError: if there is no such file
@@ -161,7 +169,7 @@ class Folder:
         if max_bytes is not None and size > max_bytes:
             raise TooLarge(f"{self / name}: {size} bytes, more than the {max_bytes} expected")
         with file_system.open_input_stream(f"{path}/{name}") as stream:
-            return stream.read()
+            return parse(stream, size)
 
     @_retried
     def read_block(self, name: str, start: int, max_bytes: int) -> bytes:

@@ -3,6 +3,8 @@
 import json
 import math
 import pickle
+import resource
+import shutil
 
 import pytest
 import torch
@@ -123,8 +125,7 @@ def stopped_inside(prose, storage):
     job(
         "train", *flags(prose, storage, "--model.cell", "lstm", "--train.max_steps", 30, "--train.checkpoint_every", 10)
     )
-    loaded, _ = find_latest_valid(Folder(str(storage / "run" / "checkpoints")))
-    return loaded.checkpoint
+    return find_latest_valid(Folder(str(storage / "run" / "checkpoints")))[0]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 7])
@@ -159,8 +160,8 @@ def test_find_latest_valid_skips_and_reports_corrupt_checkpoints(prose, tmp_path
     weights.write_bytes(data)
     (place / names[1] / "manifest.json").write_bytes(b"{}")
     (place / "step-000040-abcdef").mkdir()  # never committed
-    loaded, skipped = find_latest_valid(Folder(str(place)))
-    assert loaded.checkpoint.step == 10
+    valid, skipped = find_latest_valid(Folder(str(place)))
+    assert valid.step == 10
     assert [(corrupt.name, corrupt.reason) for corrupt in pickle.loads(pickle.dumps(skipped))] == [
         (names[2], "model.safetensors is damaged: its checksum differs from the manifest's"),
         (names[1], "the manifest is damaged"),
@@ -250,14 +251,14 @@ def test_storage_timeout_fails_the_run_and_removes_no_checkpoint(prose, tmp_path
     before = sorted(path for path in place.rglob("*") if path.is_file())
     words = flags(prose, tmp_path, "--model.cell", "lstm", "--train.max_steps", 40)
 
-    def fails(self, name, limit=None):
+    def fails(self, name, *more):
         if name == "model.safetensors":
             raise TimeoutError("no answer in time")
-        return read(self, name, limit)
+        return read(self, name, *more)
 
-    read = Folder.read
+    read = Folder.read_with
     with monkeypatch.context() as patch:
-        patch.setattr(Folder, "read", fails)
+        patch.setattr(Folder, "read_with", fails)
         ended = job("train", *words)
     assert ended.status == 1
     assert "no answer in time" in ended.err
@@ -330,3 +331,47 @@ def test_open_checkpoint_with_corrupt_bytes_raises_or_loads(files, tmp_path, dat
         load_model(loaded)
     except (UserError, CorruptCheckpoint):
         pass
+
+
+def rewrite(place, file, change):
+    """Changes a file of a checkpoint as one who can also write the manifest would do it."""
+    contents = {path.name: path.read_bytes() for path in place.iterdir() if path.name != "manifest.json"}
+    contents[file] = change(contents[file].decode()).encode()
+    parts = {name: [data] for name, data in contents.items()}
+    folder = Folder(str(place.parent))
+    commit_checkpoint(folder, place.name, [write_part(folder, place.name, parts, 1, Progress(step=1))])
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("hidden_size", 20_000, "linear.weight is ("),
+        ("embedding_size", 500_000, "embedding.weight is missing, expected ("),
+        ("num_layers", 200, "rnn.bias_hh_l1 is missing"),
+        ("hidden_size", 10**12, "model: "),
+    ],
+)
+@pytest.mark.parametrize("cell", ["lstm", "cells:DecayCell"])
+def test_generate_with_sizes_that_weights_do_not_have_is_refused_without_memory(
+    run, tmp_path, cell, field, value, message
+):
+    """A small checkpoint whose configuration states large sizes, which would take gigabytes."""
+    place = tmp_path / "step-000001-abcdef"
+    shutil.copytree(run / result(run)["checkpoint"], place)
+
+    def enlarge(text):
+        old = {
+            "hidden_size": "hidden_size = 16",
+            "embedding_size": "embedding_size = 0",
+            "num_layers": "num_layers = 1",
+        }
+        assert old[field] in text
+        return text.replace(old[field], f"{field} = {value}").replace('cell = "lstm"', f'cell = "{cell}"')
+
+    rewrite(place, "config.toml", enlarge)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    ended = job("generate", place, "--generate.prefix", "the", "--model.cell", cell)
+    assert (ended.status, ended.err.count("\n")) == (2, 1)
+    if cell == "lstm" or field != "num_layers":  # how many layers a custom cell has is its own business
+        assert message in ended.err
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KiB

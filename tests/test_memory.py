@@ -9,14 +9,18 @@ from job.config.schema import Config, ModelConfig, OptimizerConfig, StreamConfig
 from job.data.dataset import Dataset
 from job.data.vocabulary import Vocabulary
 from job.distributed.context import World
+from job.inference.generate import load_model
+from job.run.run_dir import open_checkpoint
 from job.storage import Folder
+from job.training.checkpoint import commit_checkpoint, find_latest_valid, weights_sha256
 from job.training.checkpoint_writer import CheckpointWriter
+from job.training.resume import agree_on_resume_point
 from job.training.run_spec import RunSpec
 from job.training.train_state import build_train_state
 
 RESET, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 WORLD = World(0, 1, torch.device("cpu"), 1, "abcdef")
-VOCABULARY = Vocabulary("char", tuple("abcdefghi"))
+VOCABULARY = Vocabulary("char", ("<unk>", *"abcdefgh"))
 
 pytestmark = pytest.mark.skipif(not RESET.exists(), reason="reads /proc")
 
@@ -59,13 +63,49 @@ def size_of_weights(state):
 
 def test_save_copies_what_it_saves_once(spec):
     """Weights and two moments: 3 W, and no second copy to turn them into files."""
-    state, receipts = state_after_a_step(spec), []
-    writer = CheckpointWriter(spec, WORLD, receipts.append)
+    state, events = state_after_a_step(spec), []
+    writer = CheckpointWriter(spec, WORLD, events.append)
 
     def save():
         writer.save(state)
         writer.finish()
 
-    save()  # the first one starts the thread
     assert peak_growth(save) < 3.5 * size_of_weights(state)
-    assert len(receipts) == 2
+    assert len(events) == 1
+
+
+@pytest.fixture
+def saved(spec):
+    """The run with a checkpoint, and the size of its weights."""
+    state, events = state_after_a_step(spec), []
+    writer = CheckpointWriter(spec, WORLD, events.append)
+    writer.save(state)
+    writer.finish()
+    commit_checkpoint(spec.checkpoints, events[0].receipt.checkpoint, [events[0].receipt])
+    return spec, size_of_weights(state)
+
+
+def test_resume_takes_what_it_reads_once(saved):
+    """Weights and two moments, which become the worker's own."""
+    (spec, size), states = saved, []
+
+    def resume():
+        resume_point, _, precision = agree_on_resume_point(spec, WORLD)
+        states.append(build_train_state(spec, WORLD, precision, resume_point))
+
+    assert peak_growth(resume) < 3.5 * size
+    assert states[0].optimizer.state_dict()["state"]
+
+
+def test_driver_reads_weights_once_and_no_optimizer(saved):
+    spec, size = saved
+    checkpoints = []
+    assert peak_growth(lambda: checkpoints.append(find_latest_valid(spec.checkpoints))) < 0.5 * size
+    folder = checkpoints[0][0].path
+
+    def load():
+        loaded = open_checkpoint(folder)
+        load_model(loaded)
+        weights_sha256(loaded.weights)
+
+    assert peak_growth(load) < 1.5 * size

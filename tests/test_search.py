@@ -317,17 +317,17 @@ def test_import_checkpoint_last_exchanged_does_not_rewind_the_run(prose, tmp_pat
     flags += ["--model.hidden_size", 8, "--run.name", "run"]
     assert job("train", *flags, "--train.max_steps", 10).status == 0
     run, exchange = Folder(str(tmp_path / "run")), Folder(str(tmp_path / "exchange"))
-    loaded, _ = find_latest_valid(run / "checkpoints")
-    export_checkpoint(loaded.checkpoint, run, exchange)
+    checkpoint, _ = find_latest_valid(run / "checkpoints")
+    export_checkpoint(checkpoint, run, exchange)
     assert job("train", *flags, "--train.max_steps", 20).status == 0
     import_checkpoint(exchange, run, read_existing_run(run).config)
-    assert find_latest_valid(run / "checkpoints")[0].checkpoint.step == 20
+    assert find_latest_valid(run / "checkpoints")[0].step == 20
     forget_exchange(run)
     import_checkpoint(exchange, run, read_existing_run(run).config)
-    assert find_latest_valid(run / "checkpoints")[0].checkpoint.step == 10
+    assert find_latest_valid(run / "checkpoints")[0].step == 10
     perturbed = override_config(read_existing_run(run).config, {"optimizer.learning_rate": 0.5})
     import_checkpoint(exchange, run, perturbed)
-    assert find_latest_valid(run / "checkpoints")[0].checkpoint.step == 10
+    assert find_latest_valid(run / "checkpoints")[0].step == 10
     assert read_existing_run(run).config == perturbed
 
 

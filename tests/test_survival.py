@@ -136,8 +136,8 @@ def test_checkpoint_write_killed_at_any_file_operation_leaves_valid_checkpoint(t
 
             status = exit_status_of_fork(interrupted)
         assert status in (0, 9)
-        loaded, skipped = find_latest_valid(folder)
-        step = loaded.checkpoint.step
+        checkpoint, skipped = find_latest_valid(folder)
+        step = checkpoint.step
         assert step in (20, 30)
         assert skipped == ()  # what is not whole is not even taken for a checkpoint
         write_checkpoint(folder, step + 10, "cccccc")
@@ -165,11 +165,11 @@ def test_train_on_full_disk_fails_and_resumes_once_there_is_space(prose, tmp_pat
         assert "No space left" in ended.err
         assert "saved at step" in ended.err
         assert ended.err.count("\n") == 1
-        loaded, _ = find_latest_valid(Folder(str(disk / "run" / "checkpoints")))
-        assert loaded
+        checkpoint, _ = find_latest_valid(Folder(str(disk / "run" / "checkpoints")))
+        assert checkpoint
         subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
         again = job(*flags(prose, disk, *more))
-        assert f"resuming from step {loaded.checkpoint.step} of" in again.out
+        assert f"resuming from step {checkpoint.step} of" in again.out
         assert again.status == 0, again.err
         assert job(*flags(prose, tmp_path / "calm", *more)).status == 0
         assert result(disk / "run")["weights_sha256"] == result(tmp_path / "calm" / "run")["weights_sha256"]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from job.errors import UserError
 from job.training.tensor_file import read_tensors, tensor_bytes, tensor_file
 
 EXAMPLES = {
@@ -66,6 +67,6 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         file_with_header({"a": ENTRY, "b": ENTRY}), file_with_header({"a": ENTRY | {"shape": "2"}}),
     ],
 )  # fmt: skip
-def test_read_tensors_from_invalid_file_raises_value_error(file):
-    with pytest.raises(ValueError, match="not a safetensors file"):
+def test_read_tensors_from_invalid_file_raises_user_error(file):
+    with pytest.raises(UserError, match="not a safetensors file"):
         read_tensors(io.BytesIO(file), len(file))

@@ -42,6 +42,18 @@ def gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]
     return [_decode(row[:size]) for row, size in zip(rows, sizes.tolist(), strict=True)]
 
 
+def broadcast_tensors(tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> dict[str, Tensor]:
+    """Returns rank 0's tensors on all workers; all are on the CPU, and of any dtype."""
+    if not dist.is_initialized():
+        return tensors
+    layout = [(name, str(tensor.dtype), tensor.shape) for name, tensor in tensors.items()]
+    for name, dtype, shape in broadcast_json(layout, group):
+        if dist.get_rank():
+            tensors[name] = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
+        dist.broadcast(tensors[name].reshape(-1).view(torch.uint8), 0, group)
+    return tensors
+
+
 def _encode(value: Any, group: dist.ProcessGroup | None) -> Tensor:
     data = torch.from_numpy(np.frombuffer(json.dumps(value).encode(), np.uint8).copy())
     return data.cuda() if dist.get_backend(group) == "nccl" else data

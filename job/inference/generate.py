@@ -14,7 +14,7 @@ from job.data.corpus import clean_text
 from job.data.dataset import Dataset
 from job.data.vocabulary import UNKNOWN, UNKNOWN_ID, Vocabulary
 from job.errors import UserError
-from job.nn.language_model import LanguageModel, build_model, load_weights
+from job.nn.language_model import LanguageModel, build_model_with_weights
 from job.training.checkpoint import LoadedCheckpoint
 
 # Length of a prefix that is taken from the text.
@@ -24,7 +24,7 @@ MAX_NAMED_TOKENS = 10  # of a prefix, in a notice
 
 
 def load_model(checkpoint: LoadedCheckpoint, cell: str = ModelConfig.cell) -> LanguageModel:
-    """Returns the checkpoint's model on the CPU, in the dtype of its weights.
+    """Returns the checkpoint's model on the CPU, in the dtype of its weights, which become the model's own.
 
     Args:
         checkpoint: the weights and their configuration
@@ -39,10 +39,9 @@ def load_model(checkpoint: LoadedCheckpoint, cell: str = ModelConfig.cell) -> La
             f"{checkpoint.checkpoint.path}: model.cell = {config.model.cell}: code named by a file is not imported"
         )
         raise UserError(problem, f"if you trust it, add --model.cell {config.model.cell}")
-    model = build_model(config.model, len(checkpoint.vocabulary), config.run.seed)
-    model = model.to(next(weight.dtype for weight in checkpoint.weights.values() if weight.is_floating_point()))
-    load_weights(model, checkpoint.weights, "checkpoint")
-    return model
+    vocabulary_size, weights = len(checkpoint.vocabulary), checkpoint.weights
+    dtype = next((weight.dtype for weight in weights.values() if weight.is_floating_point()), torch.float32)
+    return build_model_with_weights(config.model, vocabulary_size, config.run.seed, weights, dtype, "checkpoint")
 
 
 def generate_text(checkpoint: LoadedCheckpoint, config: Config) -> str:
@@ -59,7 +58,9 @@ def generate_text(checkpoint: LoadedCheckpoint, config: Config) -> str:
     ids = encode_prefix(prefix, checkpoint.config.corpus.cleaning, vocabulary)
     model = load_model(checkpoint, config.model.cell)
     if vocabulary.has_unknown and not config.generate.unknown:
-        model.linear.bias.data[UNKNOWN_ID] = -math.inf
+        bias = model.linear.bias
+        bias.data = bias.data.clone()  # the checkpoint's weights stay as they are
+        bias.data[UNKNOWN_ID] = -math.inf
     continuation = vocabulary.decode(generate_tokens(model, ids, config.generate, config.run.seed))
     needs_blank = vocabulary.kind == "word" and bool(continuation) and not prefix[-1].isspace()
     return prefix + " " * needs_blank + continuation

@@ -4,6 +4,7 @@ Axes: T steps, B lanes, H hidden units, E input features, H hidden units, V toke
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -132,24 +133,80 @@ def build_model(model_config: ModelConfig, vocabulary_size: int, seed: int) -> L
     return model
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
-    """Copies weights into the model, converted to the model's dtypes.
+def build_model_with_weights(
+    model_config: ModelConfig,
+    vocabulary_size: int,
+    seed: int,
+    weights: dict[str, Tensor],
+    dtype: torch.dtype,
+    source: str,
+) -> LanguageModel:
+    """Builds a model of given weights, after their names and shapes were compared and nothing was allocated for it.
 
     Args:
-        model: the model to change
-        weights: all tensors of the model's ``state_dict``, by name
+        model_config: may be read from an untrusted file
+        vocabulary_size: number of tokens V
+        seed: for a custom cell, which is initialized before it gets its weights
+        weights: all tensors of the model's ``state_dict``, by name; those of the dtype become the model's own
+        dtype: of the model
         source: where the weights are from, for the message
 
     Raises:
-        UserError: names or shapes differ
+        UserError: names or shapes differ, or a custom cell cannot be built
     """
+    is_custom = model_config.cell not in BUILTIN_CELLS
+    # A user's cell may not support the meta device: what surrounds it is compared first.
+    compared = replace(model_config, cell="rnn", num_layers=1) if is_custom else model_config
+    model = _build_meta_model(compared, vocabulary_size)
+    found, expected = (
+        {name: tensor for name, tensor in tensors.items() if not (is_custom and name.startswith("rnn."))}
+        for tensors in (weights, model.state_dict())
+    )
+    check_shapes(found, expected, source)
+    if is_custom:
+        model = build_model(model_config, vocabulary_size, seed).to(dtype)
+        load_weights(model, weights, source)
+    else:
+        model.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
+    return model
+
+
+def _build_meta_model(model_config: ModelConfig, vocabulary_size: int) -> LanguageModel:
+    """Builds a model without memory for its weights."""
+    try:
+        with torch.device("meta"):
+            return LanguageModel(model_config, vocabulary_size)
+    except (RuntimeError, TypeError, OverflowError) as error:  # sizes beyond all
+        raise UserError(f"model: {str(error).splitlines()[0]}", "make it smaller") from None
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], source: str) -> None:
+    """Copies weights into the model, converted to the model's dtypes; the arguments are those of ``check_shapes``."""
     state_dict = model.state_dict()
+    check_shapes(weights, state_dict, source)
+    model.load_state_dict({name: weights[name].to(tensor.dtype) for name, tensor in state_dict.items()})
+
+
+def check_shapes(weights: dict[str, Tensor], state_dict: dict[str, Tensor], source: str) -> None:
+    """Raises UserError if names or shapes of weights differ from those of a model's ``state_dict``.
+
+    Args:
+        weights: tensors by name
+        state_dict: of the model, which may be on the meta device
+        source: where the weights are from, for the message
+    """
     shapes, expected = ({name: tuple(tensor.shape) for name, tensor in x.items()} for x in (weights, state_dict))
     for name in sorted(shapes.keys() | expected.keys()):
         if shapes.get(name) != expected.get(name):
             mismatch = f"{name} is {shapes.get(name, 'missing')}, expected {expected.get(name, 'no such tensor')}"
             raise UserError(f"{source}: weights do not match the model: {mismatch}")
-    model.load_state_dict({name: weights[name].to(tensor.dtype) for name, tensor in state_dict.items()})
+
+
+def reference_state_dict(model_config: ModelConfig, vocabulary_size: int) -> dict[str, Tensor]:
+    """Returns tensors with the names and shapes of a model's; without memory, unless the cell is the user's."""
+    if model_config.cell in BUILTIN_CELLS:
+        return _build_meta_model(model_config, vocabulary_size).state_dict()
+    return build_model(model_config, vocabulary_size, 0).state_dict()
 
 
 def place_by_token(
@@ -171,7 +228,7 @@ def place_by_token(
     Raises:
         UserError: a custom cell has weights that depend on the vocabulary in another way
     """
-    larger = build_model(model_config, len(tokens) + 1, 0).state_dict()  # shows which axes are those of tokens
+    larger = reference_state_dict(model_config, len(tokens) + 1)  # shows which axes are those of tokens
     old_ids = {token: index for index, token in enumerate(old_tokens)}
     pairs = [(index, old_ids[token]) for index, token in enumerate(tokens) if token in old_ids]
     targets, sources = torch.tensor(pairs, dtype=torch.int64).reshape(-1, 2).unbind(1)

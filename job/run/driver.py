@@ -195,8 +195,7 @@ def _describe_last_checkpoint(folder: Folder, cell: str, verify: bool = False) -
     """
     try:
         if verify:
-            loaded, corrupt = find_latest_valid(folder / "checkpoints")
-            checkpoint = loaded.checkpoint if loaded else None
+            checkpoint, corrupt = find_latest_valid(folder / "checkpoints")
         else:
             checkpoints, _ = list_checkpoints(folder / "checkpoints")
             checkpoint, corrupt = (checkpoints[-1] if checkpoints else None), ()

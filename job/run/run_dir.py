@@ -10,19 +10,18 @@ from typing import Any
 from job.config.schema import Config, config_differences
 from job.config.toml import config_from_toml, decode_toml
 from job.data.dataset import Dataset
-from job.data.vocabulary import vocabulary_from_json
 from job.errors import UserError
 from job.paths import is_uri
 from job.storage import Folder
 from job.training.checkpoint import (
     MANIFEST,
     LoadedCheckpoint,
-    find_latest_valid,
     list_checkpoints,
-    read_checkpoint_file,
+    load_checkpoint,
+    load_latest,
     read_manifest,
     read_progress,
-    verify_checkpoint,
+    read_vocabulary,
 )
 from job.training.loop import is_done
 from job.training.progress import Progress
@@ -174,7 +173,7 @@ def check_same_text(checkpoints: Folder, dataset: Dataset) -> None:
     for checkpoint in reversed(list_checkpoints(checkpoints)[0]):
         try:
             old_corpus = read_progress(checkpoint)[1]["corpus"]
-            vocabulary = vocabulary_from_json(read_checkpoint_file(checkpoint, "vocabulary.json"), "vocabulary.json")
+            vocabulary = read_vocabulary(checkpoint)
         except (LookupError, UserError):
             continue
         if (old_corpus["sha256"], vocabulary) != (corpus["sha256"], dataset.vocabulary):
@@ -189,7 +188,7 @@ def check_same_text(checkpoints: Folder, dataset: Dataset) -> None:
 
 
 def open_checkpoint(folder: Folder) -> LoadedCheckpoint:
-    """Loads a checkpoint and verifies every byte of it.
+    """Loads what generation and evaluation need of a checkpoint, and verifies every byte of that.
 
     Args:
         folder: a checkpoint's folder, or a run's, whose last valid checkpoint is loaded
@@ -199,8 +198,8 @@ def open_checkpoint(folder: Folder) -> LoadedCheckpoint:
     """
     try:
         if folder.has(MANIFEST):
-            return verify_checkpoint(read_manifest(folder.parent, folder.name))
-        loaded, corrupt = find_latest_valid(folder / "checkpoints")
+            return load_checkpoint(read_manifest(folder.parent, folder.name))
+        loaded, corrupt = load_latest(*list_checkpoints(folder / "checkpoints"), load_checkpoint)
     except OSError as error:
         raise UserError(f"{folder}: cannot be read: {error}") from None
     if not loaded:

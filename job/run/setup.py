@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 
-from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from job.config.schema import Config
@@ -12,11 +11,11 @@ from job.data.stream import Stream
 from job.data.vocabulary import Vocabulary, vocabulary_from_json
 from job.errors import UserError, error_origin
 from job.inference.generate import resolve_prefix
-from job.nn.language_model import build_model, load_weights, place_by_token
+from job.nn.language_model import build_model, check_shapes, place_by_token, reference_state_dict
 from job.run.run_dir import open_checkpoint
 from job.storage import Folder
-from job.training.checkpoint import parse_safetensors
 from job.training.run_spec import RunSpec
+from job.training.tensor_file import read_tensors, tensor_file
 
 VOCABULARY_FILE = "vocabulary.json"
 MAX_MEAN_WORD_LENGTH = 12  # characters; of languages that separate words by blanks
@@ -84,11 +83,11 @@ def _read_init(config: Config, vocabulary: Vocabulary) -> bytes | None:
         weights, old = _read_weights(config.model.init)
         if old.kind != vocabulary.kind:
             raise UserError(f"is a model of vocabulary.kind = {old.kind}, not {vocabulary.kind}", "set the same kind")
-    load_weights(model if old == vocabulary else build_model(config.model, len(old), 0), weights, origin)
+    check_shapes(weights, reference_state_dict(config.model, len(old)), origin)
     if old != vocabulary:
         with error_origin(origin):
             weights = place_by_token(weights, old.tokens, model, config.model, vocabulary.tokens)
-    return save_safetensors(weights)
+    return b"".join(tensor_file(weights))
 
 
 def _read_weights(source: str) -> tuple[dict[str, Tensor], Vocabulary]:
@@ -97,7 +96,7 @@ def _read_weights(source: str) -> tuple[dict[str, Tensor], Vocabulary]:
     folder = path.parent
     try:
         try:
-            data = folder.read(path.name)
+            weights, _ = folder.read_with(path.name, read_tensors)
         except FileNotFoundError:
             if not folder.has(path.name):
                 raise UserError("cannot be read: no such file or folder") from None
@@ -111,4 +110,4 @@ def _read_weights(source: str) -> tuple[dict[str, Tensor], Vocabulary]:
         vocabulary = vocabulary_from_json(folder.read(VOCABULARY_FILE), str(folder / VOCABULARY_FILE))
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror or error}") from None
-    return parse_safetensors(data), vocabulary
+    return weights, vocabulary

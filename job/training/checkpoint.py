@@ -13,14 +13,12 @@ Reading executes nothing, and checks names and sizes before it allocates memory.
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from socket import gethostname
-from typing import Any, cast
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
 from torch import Tensor
 
 from job.config.schema import Config
@@ -30,8 +28,9 @@ from job.errors import UserError
 from job.nn.state import State
 from job.storage import Folder, TooLarge
 from job.training.progress import LossSum, Progress, finite_or_none
-from job.training.tensor_file import tensor_bytes, tensor_file
+from job.training.tensor_file import CHUNK_BYTES, ReadableInto, read_bytes, read_tensors, tensor_bytes, tensor_file
 
+Result = TypeVar("Result")
 FileContents = dict[str, list[bytes | memoryview]]  # by name: the parts of a file, which are written one by one
 
 FORMAT = 1
@@ -89,15 +88,13 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class LoadedCheckpoint:
-    """A checkpoint's content, except for the lanes' state."""
+    """What generation and evaluation need of a checkpoint."""
 
     checkpoint: Checkpoint
     config: Config
     vocabulary: Vocabulary
     weights: dict[str, Tensor]
-    optimizer: dict[str, Tensor]
     progress: Progress
-    metadata: dict[str, Any]  # "precision" of the weights, "corpus" as in Dataset.metadata
 
 
 def checkpoint_name(step: int, attempt: str) -> str:
@@ -126,7 +123,16 @@ def serialize_model(
     progress: Progress,
     metadata: dict[str, Any],
 ) -> FileContents:
-    """Returns the files that rank 0 writes for all workers; the arguments are those of ``LoadedCheckpoint``."""
+    """Returns the files that rank 0 writes for all workers.
+
+    Args:
+        config: of the run
+        vocabulary: of the run
+        weights: all tensors of the model, on the CPU, by name
+        optimizer: the tensors of ``optimizer_tensors``, on the CPU
+        progress: of the run
+        metadata: ``precision`` of the weights, and ``corpus`` as in ``Dataset.metadata``
+    """
     return {
         "model.safetensors": tensor_file(weights),
         "optimizer.safetensors": tensor_file(optimizer),
@@ -257,23 +263,52 @@ def _checkpoint_from_manifest(folder: Folder, name: str, content: dict[str, Any]
     return Checkpoint(folder, name, step, files, nats)
 
 
-def read_checkpoint_file(checkpoint: Checkpoint, file: str) -> bytes:
-    """Reads a file of a checkpoint; raises CorruptCheckpoint unless size and checksum are those of the manifest."""
+class _HashedStream:
+    """A stream of which the SHA-256 is known after it was read."""
+
+    def __init__(self, stream: ReadableInto) -> None:
+        self.stream, self.digest = stream, hashlib.sha256()
+
+    def readinto(self, buffer: memoryview, /) -> int:
+        count = self.stream.readinto(buffer) or 0
+        self.digest.update(buffer[:count])
+        return count
+
+
+def read_checkpoint_file(checkpoint: Checkpoint, file: str, parse: Callable[[ReadableInto, int], Result]) -> Result:
+    """Returns what ``parse`` makes of a file of a checkpoint.
+
+    Args:
+        checkpoint: the checkpoint
+        file: the file's name
+        parse: reads a stream of the given size to its end
+
+    Raises:
+        CorruptCheckpoint: size or checksum are not those of the manifest, or the content is not valid
+    """
     path = checkpoint.path
     if file not in checkpoint.files:
         raise CorruptCheckpoint(path, f"{file} is missing")
-    size, digest = checkpoint.files[file]
+    expected_size, expected_digest = checkpoint.files[file]
+
+    def read(stream: ReadableInto, size: int) -> tuple[Result, str]:
+        if size < expected_size:
+            raise CorruptCheckpoint(path, f"{file} is truncated: {size} of {expected_size} bytes")
+        hashed = _HashedStream(stream)
+        try:
+            return parse(hashed, size), hashed.digest.hexdigest()
+        except _MALFORMED as error:
+            raise CorruptCheckpoint(path, f"{file} is not valid: {error}") from None
+
     try:
-        data = path.read(file, size)
+        result, digest = path.read_with(file, read, expected_size)
     except FileNotFoundError:
         raise CorruptCheckpoint(path, f"{file} is missing") from None
     except TooLarge:
-        raise CorruptCheckpoint(path, f"{file} is larger than its {size} bytes in the manifest") from None
-    if len(data) != size:
-        raise CorruptCheckpoint(path, f"{file} is truncated: {len(data)} of {size} bytes")
-    if hashlib.sha256(data).hexdigest() != digest:
+        raise CorruptCheckpoint(path, f"{file} is larger than its {expected_size} bytes in the manifest") from None
+    if digest != expected_digest:
         raise CorruptCheckpoint(path, f"{file} is damaged: its checksum differs from the manifest's")
-    return data
+    return result
 
 
 def copy_checkpoint(checkpoint: Checkpoint, folder: Folder) -> Checkpoint:
@@ -281,63 +316,60 @@ def copy_checkpoint(checkpoint: Checkpoint, folder: Folder) -> Checkpoint:
     path = folder / checkpoint.name
     manifest = checkpoint.path.read(MANIFEST, _MAX_MANIFEST_BYTES)
     for file in checkpoint.files:
-        path.write(file, read_checkpoint_file(checkpoint, file))
+        path.write(file, read_checkpoint_file(checkpoint, file, read_bytes))
     path.write(MANIFEST, manifest)
     return read_manifest(folder, checkpoint.name)
 
 
-def parse_safetensors(data: bytes) -> dict[str, Tensor]:
-    """Returns the tensors of a safetensors file by name; raises UserError if it is not one."""
-    try:
-        return load_safetensors(data)
-    except (SafetensorError, ValueError, KeyError, OverflowError) as error:
-        raise UserError(f"not a safetensors file: {error}") from None
-
-
 def load_checkpoint(checkpoint: Checkpoint) -> LoadedCheckpoint:
-    """Reads a checkpoint except for the lanes' state; raises CorruptCheckpoint if a file of it is not valid."""
-    config_toml, vocabulary_json = (
-        read_checkpoint_file(checkpoint, file) for file in ("config.toml", "vocabulary.json")
+    """Reads what generation and evaluation need; raises CorruptCheckpoint if a file of it is not valid."""
+    return LoadedCheckpoint(
+        checkpoint,
+        _read_small_file(checkpoint, "config.toml", lambda data: config_from_toml(data.decode(), "config.toml")),
+        read_vocabulary(checkpoint),
+        read_checkpoint_file(checkpoint, "model.safetensors", read_tensors)[0],
+        read_progress(checkpoint)[0],
     )
-    try:
-        config = config_from_toml(config_toml.decode(), "config.toml")
-        vocabulary = vocabulary_from_json(vocabulary_json, "vocabulary.json")
-    except (UserError, UnicodeDecodeError) as error:
-        raise CorruptCheckpoint(checkpoint.path, str(error)) from None
-    progress, metadata = read_progress(checkpoint)
-    weights, optimizer = (
-        _parse_tensors(checkpoint, file, read_checkpoint_file(checkpoint, file))
-        for file in ("model.safetensors", "optimizer.safetensors")
-    )
-    return LoadedCheckpoint(checkpoint, config, vocabulary, weights, optimizer, progress, metadata)
 
 
-def verify_checkpoint(checkpoint: Checkpoint) -> LoadedCheckpoint:
-    """Like ``load_checkpoint``, but also verifies the files with the lanes' state."""
-    loaded = load_checkpoint(checkpoint)
-    for file in filter(_LANES.fullmatch, checkpoint.files):
-        read_checkpoint_file(checkpoint, file)
-    return loaded
+def _read_small_file(checkpoint: Checkpoint, file: str, parse: Callable[[bytes], Result]) -> Result:
+    return read_checkpoint_file(checkpoint, file, lambda stream, size: parse(read_bytes(stream, size)))
 
 
-def _parse_tensors(checkpoint: Checkpoint, file: str, data: bytes) -> dict[str, Tensor]:
-    try:
-        return parse_safetensors(data)
-    except UserError as error:
-        raise CorruptCheckpoint(checkpoint.path, f"{file}: {error}") from None
+def read_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
+    """Reads ``vocabulary.json`` alone."""
+    return _read_small_file(checkpoint, "vocabulary.json", lambda data: vocabulary_from_json(data, "vocabulary.json"))
+
+
+def is_lanes_file(file: str) -> bool:
+    """Whether a file of a checkpoint holds the state of lanes."""
+    return bool(_LANES.fullmatch(file))
+
+
+def verify_checkpoint(checkpoint: Checkpoint, files: Iterable[str] | None = None) -> Checkpoint:
+    """Compares sizes and checksums of these files, or all, in constant memory. Returns the checkpoint."""
+    for file in checkpoint.files if files is None else files:
+        read_checkpoint_file(checkpoint, file, _read_to_the_end)
+    return checkpoint
+
+
+def _read_to_the_end(stream: ReadableInto, _: int) -> None:
+    buffer = memoryview(bytearray(CHUNK_BYTES))
+    while stream.readinto(buffer):
+        pass
 
 
 def read_progress(checkpoint: Checkpoint) -> tuple[Progress, dict[str, Any]]:
     """Reads ``progress.json`` alone: the progress, and the metadata (``precision``, ``corpus``)."""
-    data = read_checkpoint_file(checkpoint, "progress.json")
-    try:
-        metadata = json.loads(data, parse_constant=lambda _: None)  # early versions stored NaN
-        values = {name: metadata.pop(name) for name in asdict(Progress())}
-        for name in ("epoch_mean", "report_mean"):
-            values[name] = LossSum(**values[name])
-        return Progress(**values), metadata
-    except _MALFORMED:
-        raise CorruptCheckpoint(checkpoint.path, "progress.json is not a record of progress") from None
+    return _read_small_file(checkpoint, "progress.json", _parse_progress)
+
+
+def _parse_progress(data: bytes) -> tuple[Progress, dict[str, Any]]:
+    metadata = json.loads(data, parse_constant=lambda _: None)  # early versions stored NaN
+    values = {name: metadata.pop(name) for name in asdict(Progress())}
+    for name in ("epoch_mean", "report_mean"):
+        values[name] = LossSum(**values[name])
+    return Progress(**values), metadata
 
 
 def load_lane_state(checkpoint: Checkpoint, lanes: range) -> State:
@@ -358,22 +390,15 @@ def _load_lane_state(checkpoint: Checkpoint, lanes: range) -> State:
         begin, end = max(first, lanes.start), min(stop, lanes.stop)
         if begin >= end:
             continue
-        data = read_checkpoint_file(checkpoint, file)
-        tensors = _parse_tensors(checkpoint, file, data)
+        tensors, metadata = read_checkpoint_file(checkpoint, file, read_tensors)
         if begin != covered or any(part.dim() < 2 or part.shape[1] != stop - first for part in tensors.values()):
             raise CorruptCheckpoint(checkpoint.path, f"{file} does not hold the state of lanes {first} to {stop - 1}")
         pieces.append({name: part.narrow(1, begin - first, end - begin) for name, part in tensors.items()})
-        kind, covered = _state_kind(data), end
+        kind, covered = metadata["kind"], end
     if covered != lanes.stop or any(piece.keys() != pieces[0].keys() for piece in pieces):
         raise CorruptCheckpoint(checkpoint.path, f"the state of lane {covered} is missing")
     joined = [torch.cat([piece[f"state.{index}"] for piece in pieces], 1) for index in range(len(pieces[0]))]
     return tuple(joined) if kind == "tuple" else joined[0]
-
-
-def _state_kind(data: bytes) -> str:
-    """Returns ``tuple`` or ``tensor`` from the file's header, which safetensors has already validated."""
-    size = int.from_bytes(data[:8], "little")
-    return cast(str, json.loads(data[8 : 8 + size])["__metadata__"]["kind"])
 
 
 def weights_sha256(weights: dict[str, Tensor]) -> str:
@@ -386,19 +411,26 @@ def weights_sha256(weights: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def find_latest_valid(folder: Folder) -> tuple[LoadedCheckpoint | None, tuple[CorruptCheckpoint, ...]]:
-    """Finds and loads the last checkpoint of which every byte is valid; raises as ``list_checkpoints``.
+def find_latest_valid(folder: Folder) -> tuple[Checkpoint | None, tuple[CorruptCheckpoint, ...]]:
+    """Returns the last checkpoint of which every byte is valid; otherwise like ``load_latest``."""
+    return load_latest(*list_checkpoints(folder), verify_checkpoint)
+
+
+def load_latest(
+    checkpoints: list[Checkpoint], corrupt: list[CorruptCheckpoint], load: Callable[[Checkpoint], Result]
+) -> tuple[Result | None, tuple[CorruptCheckpoint, ...]]:
+    """Loads the last checkpoint that is valid; raises as ``list_checkpoints``, whose results are the first arguments.
 
     Returns:
-        its content, or None if there is none; and the corrupt checkpoints after it, the latest first
+        what ``load`` returns for it, or None if there is none; and the corrupt checkpoints after it, the latest first
     """
-    checkpoints, corrupt = list_checkpoints(folder)
-    loaded = None
-    while checkpoints and not loaded:
+    entries: list[Checkpoint | CorruptCheckpoint] = [*checkpoints, *corrupt]
+    skipped: list[CorruptCheckpoint] = []
+    for entry in sorted(entries, key=lambda entry: _step_and_name(entry.name), reverse=True):
         try:
-            loaded = verify_checkpoint(checkpoints.pop())
+            if isinstance(entry, CorruptCheckpoint):
+                raise entry
+            return load(entry), tuple(skipped)
         except CorruptCheckpoint as error:
-            corrupt.append(error)
-    latest_first = sorted(corrupt, key=lambda error: _step_and_name(error.name), reverse=True)
-    oldest = _step_and_name(loaded.checkpoint.name) if loaded else (-1, "")
-    return loaded, tuple(error for error in latest_first if _step_and_name(error.name) > oldest)
+            skipped.append(error)
+    return None, tuple(skipped)

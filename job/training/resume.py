@@ -1,30 +1,49 @@
-"""Which checkpoint a worker group resumes from."""
+"""Which checkpoint a worker group resumes from, and its content."""
 
+from dataclasses import dataclass
 from datetime import timedelta
 
 import torch.distributed as dist
+from torch import Tensor
 
-from job.distributed.collectives import broadcast_json
+from job.distributed.collectives import broadcast_json, broadcast_tensors, gather_json
 from job.distributed.context import World, resolve_precision
 from job.errors import UserError
 from job.training.checkpoint import (
+    MANIFEST,
+    Checkpoint,
     CorruptCheckpoint,
-    LoadedCheckpoint,
-    find_latest_valid,
+    is_lanes_file,
+    list_checkpoints,
     load_checkpoint,
-    read_manifest,
+    load_latest,
+    read_checkpoint_file,
+    read_progress,
+    verify_checkpoint,
 )
+from job.training.progress import Progress
 from job.training.run_spec import RunSpec
+from job.training.tensor_file import read_tensors
 
-CHECKPOINT_SCAN_TIMEOUT_S = 1800.0  # seconds for rank 0 to verify checkpoints, which may be many parts in a slow store
+CHECKPOINT_SCAN_TIMEOUT_S = 1800.0  # seconds to verify a checkpoint, which may be large and in a slow store
 
 
-def agree_on_resume_point(
-    spec: RunSpec, world: World
-) -> tuple[LoadedCheckpoint | None, tuple[CorruptCheckpoint, ...], str]:
-    """Lets rank 0 decide where all workers start; all must call it.
+@dataclass(frozen=True)
+class ResumePoint:
+    """A checkpoint's content, except for the lanes' state."""
 
-    Rank 0 decides because the workers may see the storage at different times and run on different hardware.
+    checkpoint: Checkpoint
+    weights: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    progress: Progress
+    precision: str
+
+
+def agree_on_resume_point(spec: RunSpec, world: World) -> tuple[ResumePoint | None, tuple[CorruptCheckpoint, ...], str]:
+    """Finds the last checkpoint of which every byte is valid; all workers must call it.
+
+    Rank 0 lists the checkpoints, since the workers may see the storage at different times, reads the weights and the
+    optimizer's state, and sends them to all. The files with the state of lanes, one per worker, are shared out.
 
     Returns:
         the checkpoint's content, or None for a new run; the later checkpoints, which are corrupt; and the precision
@@ -32,22 +51,51 @@ def agree_on_resume_point(
     Raises:
         UserError: all checkpoints are corrupt, and only a person may decide to start over
         OSError: the checkpoints cannot be read now
+        RuntimeError: this worker does not see a checkpoint that rank 0 sees
     """
-    loaded, decision = None, None
-    if world.rank == 0:
-        loaded, skipped = find_latest_valid(spec.checkpoints)
-        if skipped and not loaded:
-            raise UserError(f"{spec.checkpoints}: no valid checkpoint: {skipped[0]}", "remove the folder to start over")
-        precision = loaded.metadata["precision"] if loaded else spec.config.train.precision
-        reasons = [(corrupt.name, corrupt.reason) for corrupt in skipped]
-        name = loaded.checkpoint.name if loaded else None
-        decision = name, reasons, resolve_precision(precision, world.device).name
-    if world.size > 1:
-        group = dist.new_group(backend="gloo", timeout=timedelta(seconds=CHECKPOINT_SCAN_TIMEOUT_S))
-        decision = broadcast_json(decision, group)
+    timeout = timedelta(seconds=CHECKPOINT_SCAN_TIMEOUT_S)
+    group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
+    checkpoints, corrupt = _list_on_rank_0(spec, world, group)
+    resume_point, skipped = load_latest(checkpoints, corrupt, lambda checkpoint: _load(checkpoint, world, group))
+    if skipped and not resume_point:
+        raise UserError(f"{spec.checkpoints}: no valid checkpoint: {skipped[0]}", "remove the folder to start over")
+    precision = resume_point.precision if resume_point else spec.config.train.precision
+    precision = broadcast_json(resolve_precision(precision, world.device).name, group)  # the hardware may differ
+    if group:
         dist.destroy_process_group(group)
-    assert decision
-    name, reasons, precision = decision
-    if name and not loaded:
-        loaded = load_checkpoint(read_manifest(spec.checkpoints, name))
-    return loaded, tuple(CorruptCheckpoint(spec.checkpoints / name, reason) for name, reason in reasons), precision
+    return resume_point, skipped, precision
+
+
+def _list_on_rank_0(
+    spec: RunSpec, world: World, group: dist.ProcessGroup | None
+) -> tuple[list[Checkpoint], list[CorruptCheckpoint]]:
+    folder = spec.checkpoints
+    checkpoints, corrupt = list_checkpoints(folder) if world.rank == 0 else ([], [])
+    fields = [(valid.name, valid.step, valid.files, valid.validation_nats) for valid in checkpoints]
+    reasons = [(error.name, error.reason) for error in corrupt]
+    fields, reasons = broadcast_json((fields, reasons), group)
+    return [Checkpoint(folder, *values) for values in fields], [
+        CorruptCheckpoint(folder / name, reason) for name, reason in reasons
+    ]
+
+
+def _load(checkpoint: Checkpoint, world: World, group: dist.ProcessGroup | None) -> ResumePoint:
+    """Loads a checkpoint on all workers; raises CorruptCheckpoint on all if a file is not valid."""
+    if world.rank and not checkpoint.path.has(MANIFEST):
+        raise RuntimeError(f"{checkpoint.path}: worker {world.rank} does not see it; do all nodes mount this storage?")
+    lanes_files = sorted(filter(is_lanes_file, checkpoint.files))
+    weights: dict[str, Tensor] = {}
+    optimizer: dict[str, Tensor] = {}
+    reason = ""
+    try:
+        progress, metadata = read_progress(checkpoint)
+        verify_checkpoint(checkpoint, lanes_files[world.rank :: world.size])
+        if world.rank == 0:
+            weights = load_checkpoint(checkpoint).weights
+            optimizer, _ = read_checkpoint_file(checkpoint, "optimizer.safetensors", read_tensors)
+    except CorruptCheckpoint as error:
+        reason = error.reason
+    if reasons := [*filter(None, gather_json(reason, group))]:
+        raise CorruptCheckpoint(checkpoint.path, reasons[0])
+    weights, optimizer = (broadcast_tensors(tensors, group) for tensors in (weights, optimizer))
+    return ResumePoint(checkpoint, weights, optimizer, progress, metadata["precision"])

@@ -11,10 +11,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from job.errors import UserError
+
 _DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
+CHUNK_BYTES = 1 << 22  # that are read at a time
+
 _DTYPE_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
@@ -56,11 +60,13 @@ def read_tensors(stream: ReadableInto, size: int) -> tuple[dict[str, Tensor], di
         the tensors on the CPU by name, and the metadata
 
     Raises:
-        ValueError: it is not such a file
+        UserError: it is not such a file
     """
     try:
-        length = int.from_bytes(_read(stream, 8, size), "little")
-        header = json.loads(_read(stream, length, size - 8))
+        length = int.from_bytes(read_bytes(stream, 8), "little")
+        if length > size - 8:
+            raise ValueError("the header is longer than the file")
+        header = json.loads(read_bytes(stream, length))
         metadata = header.pop("__metadata__", {})
         tensors, position, end = {}, 0, size - 8 - length
         for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
@@ -74,23 +80,22 @@ def read_tensors(stream: ReadableInto, size: int) -> tuple[dict[str, Tensor], di
         if position != end:
             raise ValueError("bytes that belong to no tensor")
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, RecursionError, OverflowError) as error:
-        raise ValueError(f"not a safetensors file: {error}") from None
+        raise UserError(f"not a safetensors file: {error}") from None
     return tensors, metadata
 
 
-def read_exactly(stream: ReadableInto, buffer: memoryview, chunk_bytes: int = 1 << 22) -> None:
-    """Fills the buffer from the stream, in chunks; raises ValueError if the stream ends before."""
+def read_exactly(stream: ReadableInto, buffer: memoryview) -> None:
+    """Fills the buffer from the stream; raises ValueError if the stream ends before."""
     done = 0
     while done < len(buffer):
-        count = stream.readinto(buffer[done : done + chunk_bytes])
+        count = stream.readinto(buffer[done : done + CHUNK_BYTES])
         if not count:
             raise ValueError("the file is truncated")
         done += count
 
 
-def _read(stream: ReadableInto, length: int, limit: int) -> bytes:
-    if not 0 <= length <= limit:
-        raise ValueError("the header is longer than the file")
+def read_bytes(stream: ReadableInto, length: int) -> bytes:
+    """Returns the next bytes of the stream; raises ValueError if it ends before."""
     buffer = bytearray(length)
     read_exactly(stream, memoryview(buffer))
     return bytes(buffer)

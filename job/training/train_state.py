@@ -1,6 +1,7 @@
 """Everything that changes while a worker trains, and how it is built."""
 
 from dataclasses import dataclass, field, replace
+from io import BytesIO
 
 import torch
 
@@ -14,13 +15,15 @@ from job.distributed.gradient_sync import (
     assign_lanes,
 )
 from job.distributed.shared_memory import SharedMemoryGroup, create_group
-from job.nn.language_model import LanguageModel, build_model, load_weights
+from job.nn.language_model import LanguageModel, build_model, build_model_with_weights
 from job.nn.state import State, map_state
-from job.training.checkpoint import LoadedCheckpoint, load_lane_state, parse_safetensors
+from job.training.checkpoint import load_lane_state
 from job.training.cuda_graph import CudaGraphTrainStep, supports_cuda_graph
 from job.training.optimizer import build_optimizer, load_optimizer_tensors
 from job.training.progress import Progress
+from job.training.resume import ResumePoint
 from job.training.run_spec import RunSpec
+from job.training.tensor_file import read_tensors
 from job.training.train_step import EagerTrainStep, TrainStep
 
 
@@ -47,7 +50,7 @@ class TrainState:
 
 
 def build_train_state(
-    spec: RunSpec, world: World, precision_name: str, loaded: LoadedCheckpoint | None = None
+    spec: RunSpec, world: World, precision_name: str, resume_point: ResumePoint | None = None
 ) -> TrainState:
     """Builds a worker's training state; all workers of a run must call it.
 
@@ -55,7 +58,7 @@ def build_train_state(
         spec: the run
         world: this worker's place among the workers
         precision_name: precision of the run; a resumed run must keep that of its checkpoint
-        loaded: the checkpoint to resume from; None starts a new run
+        resume_point: where to resume, whose tensors become those of the state; None starts a new run
 
     Raises:
         UserError: the initial weights do not match the model, or a custom cell cannot be used
@@ -64,15 +67,12 @@ def build_train_state(
     config, device = spec.config, world.device
     stream = Stream(spec.dataset.train_tokens, config.stream, config.run.seed)
     precision = resolve_precision(precision_name, device)
-    model = build_model(config.model, len(spec.dataset.vocabulary), config.run.seed).to(device, precision.weights)
+    model = _build_model(spec, resume_point, precision.weights).to(device)
     optimizer = build_optimizer(config.optimizer, model)
     num_groups = config.train.lane_groups if config.train.reproducible else 0
     assignment = assign_lanes(config.stream.batch_size, num_groups, world.rank, world.size)
-    if loaded:
-        load_weights(model, loaded.weights, str(loaded.checkpoint.path))
-        load_optimizer_tensors(optimizer, model, loaded.optimizer)
-    elif spec.init:
-        load_weights(model, parse_safetensors(spec.init), config.model.init)
+    if resume_point:
+        load_optimizer_tensors(optimizer, model, resume_point.optimizer)
     shared_memory = create_group(config.scale.hang_timeout) if world.size > 1 and device.type == "cpu" else None
     loss_module = LossModule(model, stream.tokens_per_step, config.model.dropout, precision.autocast)
     gradients_class = DeterministicGradients if config.train.reproducible else AllReduceGradients
@@ -84,8 +84,19 @@ def build_train_state(
     train_state = TrainState(
         model, optimizer, train_step, stream, schedule_steps, assignment, shared_memory, precision, learning_rate
     )
-    if loaded:
-        train_state.progress = replace(loaded.progress, restarts=loaded.progress.restarts + 1)
-        lane_state = load_lane_state(loaded.checkpoint, assignment.lanes)
+    if resume_point:
+        train_state.progress = replace(resume_point.progress, restarts=resume_point.progress.restarts + 1)
+        lane_state = load_lane_state(resume_point.checkpoint, assignment.lanes)
         train_state.lane_state = map_state(lambda tensor: tensor.to(device), lane_state)
     return train_state
+
+
+def _build_model(spec: RunSpec, resume_point: ResumePoint | None, dtype: torch.dtype) -> LanguageModel:
+    config, vocabulary_size = spec.config, len(spec.dataset.vocabulary)
+    if resume_point:
+        weights, source = resume_point.weights, str(resume_point.checkpoint.path)
+    elif spec.init:
+        weights, source = read_tensors(BytesIO(spec.init), len(spec.init))[0], config.model.init
+    else:
+        return build_model(config.model, vocabulary_size, config.run.seed).to(dtype)
+    return build_model_with_weights(config.model, vocabulary_size, config.run.seed, weights, dtype, source)

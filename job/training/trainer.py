@@ -53,8 +53,7 @@ def train(spec: RunSpec, world: World, link: DriverLink) -> None:
     """
     try:
         configure_process(spec.config, world)
-        loaded, skipped_checkpoints, precision = agree_on_resume_point(spec, world)
-        train_state = build_train_state(spec, world, precision, loaded)
+        train_state, skipped_checkpoints = _resume(spec, world)
         writer = CheckpointWriter(spec, world, link.post)
         reporter = Reporter(world, link.post, train_state, spec)
         reporter.post(_started(spec.config, world, train_state, skipped_checkpoints))
@@ -66,6 +65,12 @@ def train(spec: RunSpec, world: World, link: DriverLink) -> None:
     except OSError as error:
         problem = f"{spec.checkpoints}: a checkpoint cannot be written or read: {error}"
         link.post(Failed(world.attempt, UnrecoverableError(problem)))
+
+
+def _resume(spec: RunSpec, world: World) -> tuple[TrainState, tuple[CorruptCheckpoint, ...]]:
+    """Returns the state to start from, and corrupt checkpoints. What was read is freed when this returns."""
+    resume_point, skipped_checkpoints, precision = agree_on_resume_point(spec, world)
+    return build_train_state(spec, world, precision, resume_point), skipped_checkpoints
 
 
 def configure_process(config: Config, world: World) -> None:
