@@ -31,7 +31,9 @@ RETRY_DELAYS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
 RETRY_JITTER = 0.5, 1.5  # factors of these, so that workers do not retry in step
 MAX_RETRY_S = RETRY_JITTER[1] * sum(RETRY_DELAYS_S)
 # Errors that a retry cannot fix, by their names in pyarrow's messages.
-PERMANENT_ERRORS = re.compile("ACCESS_DENIED|NO_SUCH|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|SIGNATURE_DOES_NOT_MATCH")
+PERMANENT_ERRORS = re.compile(
+    "ACCESS_DENIED|NO_SUCH_BUCKET|NO_SUCH_KEY|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|SIGNATURE_DOES_NOT_MATCH"
+)
 
 
 class TooLarge(OSError):

@@ -114,7 +114,7 @@ def test_committer_without_a_part_in_its_storage_fails_and_removes_nothing(tmp_p
     if fault == "removed":
         (folder / name).remove(lanes)
     assert committer.add(replace(receipt, host="node-2"))
-    with pytest.raises(UnrecoverableError, match=f"{lanes} is not there as it was written on node-2"):
+    with pytest.raises(UnrecoverableError, match=f"{lanes} is not there as it was written; node-2 writes elsewhere"):
         committer.commit(name)
     assert [checkpoint.name for checkpoint in list_checkpoints(folder)[0]] == names
 

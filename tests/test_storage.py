@@ -105,6 +105,19 @@ def test_remove_of_which_the_answer_is_lost_succeeds(store, name):
     assert inner.get_file_info(f"bucket/runs/{name}").type == fs.FileType.NotFound
 
 
+def test_write_of_which_the_completion_is_repeated_succeeds(store):
+    """The client repeats the last request of an upload that the store has completed already."""
+    answers = ["AWS Error NO_SUCH_UPLOAD during CompleteMultipartUpload operation"]
+
+    def lose(request: str, path: str) -> None:
+        if request == "open_output_stream" and answers:
+            raise OSError(answers.pop())
+
+    store.lose = lose
+    store.folder.write("model.safetensors", b"weights")
+    assert store.folder.read("model.safetensors") == b"weights"
+
+
 @pytest.mark.parametrize("verb", ["train", "tune", "doctor"])
 @pytest.mark.parametrize("uri", ["hdfs://namenode:8020/runs", "viewfs://cluster/runs"])
 def test_storage_without_atomic_writes_is_an_error(prose, tmp_path, verb, uri):

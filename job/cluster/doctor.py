@@ -79,8 +79,7 @@ def _describe_text(spec: RunSpec) -> str:
 
 def _check_disk_space(folder: Folder, spec: RunSpec) -> str:
     """Whether the checkpoints that exist at the same time fit."""
-    with folder.probe_file():
-        pass
+    folder.check_writable()
     config = spec.config
     model = build_model(config.model, len(spec.dataset.vocabulary), config.run.seed)
     copies = 3 if config.optimizer.name == "adamw" else 1  # Adam keeps two moments

@@ -84,22 +84,16 @@ class CheckpointCommitter:
 
     def _check_stored(self, name: str, receipts: list[PartReceipt]) -> None:
         """Compares the files in the storage with the receipts of the workers, one of which may write elsewhere."""
+        written = [(file, size, receipt.host) for receipt in receipts for file, (size, _) in receipt.files.items()]
         for delay_s in VISIBILITY_DELAYS_S:
             time.sleep(delay_s)
             sizes = (self.folder / name).sizes()
-            differing = {
-                file: receipt.host
-                for receipt in receipts
-                for file, (size, _) in receipt.files.items()
-                if sizes.get(file) != size
-            }
+            differing = [(file, host) for file, size, host in written if sizes.get(file) != size]
             if not differing:
                 return
-        hosts = ", ".join(sorted(set(differing.values())))
-        raise UnrecoverableError(
-            f"{self.folder / name}: {min(differing)} is not there as it was written on {hosts}, which writes elsewhere",
-            "make sure that all nodes mount the same storage",
-        )
+        hosts = ", ".join(sorted({host for _, host in differing}))
+        problem = f"{self.folder / name}: {differing[0][0]} is not there as it was written; {hosts} writes elsewhere"
+        raise UnrecoverableError(problem, "make sure that all nodes mount the same storage")
 
     @property
     def best(self) -> Checkpoint | None:
