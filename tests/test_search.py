@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from pyarrow import fs, parquet
 
 from job import storage
+from job.cluster.connection import connect
 from job.cluster.tune import run_search
 from job.config.config_file import load_config, load_search_config
+from job.config.schema import ScaleConfig
 from job.config.search_space import SearchConfig, search_differences
 from job.config.toml import config_to_toml, override_config, search_config_from_toml
 from job.console import Console
@@ -329,6 +331,20 @@ def test_import_checkpoint_last_exchanged_does_not_rewind_the_run(prose, tmp_pat
     import_checkpoint(exchange, run, perturbed)
     assert find_latest_valid(run / "checkpoints")[0].step == 10
     assert read_existing_run(run).config == perturbed
+
+
+def test_import_checkpoint_of_a_folder_that_was_removed_fails_with_one_line(tmp_path):
+    with pytest.raises(RunFailed, match="exchange/1: the checkpoint that another trial exported is missing"):
+        import_checkpoint(Folder(str(tmp_path / "exchange" / "1")), Folder(str(tmp_path)), load_config(None, {}))
+
+
+@pytest.mark.parametrize("concurrent", [10_000, 10**9])
+def test_connect_with_more_concurrent_runs_than_this_machine_can_hold_raises_user_error(monkeypatch, concurrent):
+    """Ray would start a process for each."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("job.cluster.connection.available_cpus", lambda: 4)
+    with contextlib.ExitStack() as stack, pytest.raises(UserError, match=r"more than 16 on each of the 4 cores here"):
+        connect(ScaleConfig(workers=1), stack, concurrent)
 
 
 def test_console_print_erases_redrawn_lines():

@@ -399,7 +399,7 @@ def test_restore_of_a_folder_with_a_pickled_file_reads_the_checkpoint_alone(pros
 
 def test_ray_tune_reads_and_writes_its_pickled_records_in_a_private_folder(tmp_path, monkeypatch):
     """It unpickles the error of a failed trial and the state of the search, also if somebody else wrote them."""
-    search = SearchConfig(space={"optimizer.learning_rate": {"grid": [1.0, 0.1]}}, concurrent=1)
+    search = SearchConfig(space={"optimizer.learning_rate": {"grid": [1.0, 0.1]}}, concurrent=1, minutes=1e308)
     trials = load_trials(Folder(str(tmp_path)), load_config(None, {}), search)
     folders, order = [], []
 

@@ -28,6 +28,7 @@ from job.config.schema import ScaleConfig
 from job.distributed.context import available_cpus
 from job.errors import UserError
 
+MAX_RUNS_PER_CORE = 16  # each is a process of some hundred megabytes
 TCP_TIMEOUT_S, INIT_TIMEOUT_S, QUERY_TIMEOUT_S = 10.0, 60.0, 30.0
 
 
@@ -65,11 +66,14 @@ def connect(scale: ScaleConfig, stack: contextlib.ExitStack, concurrent: int = 0
         the placement of one run, and the number of runs at the same time
 
     Raises:
-        UserError: the cluster can never hold the workers of one run
+        UserError: the cluster can never hold the workers of one run, or this machine the number of runs
     """
     if ray_address():
         return _join_and_place(scale, concurrent)
     cores, gpus = available_cpus(), torch.cuda.device_count()
+    if concurrent > cores * MAX_RUNS_PER_CORE:
+        problem = f"search.concurrent = {concurrent}: more than {MAX_RUNS_PER_CORE} on each of the {cores} cores here"
+        raise UserError(problem, "lower it")
     placement = local_placement(scale, cores, gpus)
     cpus_per_run = placement.max_workers * placement.cpus_per_worker
     num_runs = concurrent or max(1, cores // cpus_per_run)

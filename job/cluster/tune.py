@@ -168,7 +168,7 @@ def _run_tune(placement: Placement, callback: TrialCallback, context: TrialConte
     if context.base.scale.max_workers:
         # The workers reserve their own resources. The actor takes a share of the head node, so that no more trials
         # start than have resources for all their workers.
-        per_trial = {HEAD_NODE_RESOURCE: math.floor(0.9 / search.concurrent * 1e4) / 1e4}
+        per_trial = {HEAD_NODE_RESOURCE: max(1, 9000 // search.concurrent) / 10_000}
     if search.searcher == "optuna":
         searcher = OptunaSearcher(trials, OptunaSampler(search.space, trials.base.run.seed))
         samples: dict[str, Any] = {"search_alg": searcher, "num_samples": len(searcher.pending)}

@@ -2,6 +2,7 @@
 
 from job.config.schema import Config
 from job.config.toml import config_to_toml
+from job.errors import RunFailed
 from job.run.run_dir import CONFIG_FILE, read_existing_run
 from job.storage import Folder
 from job.training.checkpoint import Checkpoint, copy_checkpoint, list_checkpoints, remove_checkpoint
@@ -23,7 +24,10 @@ def import_checkpoint(source: Folder, run_folder: Folder, config: Config) -> Non
     Ray Tune may pass the checkpoint that this run last exported or imported again after the trial's
     process died. The run has continued since then, so nothing is copied, unless ``forget_exchange`` was called.
     """
-    checkpoint = list_checkpoints(source)[0][-1]
+    exported, _ = list_checkpoints(source)
+    if not exported:
+        raise RunFailed(f"{source}: the checkpoint that another trial exported is missing")
+    checkpoint = exported[-1]
     run = read_existing_run(run_folder)
     last_exchanged = run_folder.read(EXCHANGED_FILE, 100) if run_folder.has(EXCHANGED_FILE) else b""
     if run and run.config == config and last_exchanged == checkpoint.name.encode():
