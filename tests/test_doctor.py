@@ -1,16 +1,23 @@
 """The checks before a run that need no cluster: the doctor's table, and what a node's report means."""
 
+import errno
 import os
 import pickle
+import signal
 import subprocess
 import sys
+import tempfile
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import ray
 import torch
-from conftest import job
+from conftest import job, start_job
 
 from job.cluster.connection import join_cluster
+from job.cluster.local_cluster import check_machine, create_ray_folder, start_local_cluster
 from job.cluster.node_probe import NodeReport, cell_problem, probe, storage_problem, version_problem
 from job.cluster.ray_extensions import read_cluster_config
 from job.errors import UserError
@@ -139,6 +146,132 @@ def test_join_cluster_with_wrong_address_raises(address, problem, remedy):
         join_cluster(address)
     assert raised.value.problem.startswith(f"RAY_ADDRESS = {address}: {problem}")
     assert remedy in raised.value.remedy
+
+
+# --- a cluster on this machine ---
+
+
+@pytest.fixture
+def tmpdir_of_scheduler(tmp_path, monkeypatch):
+    """Sets the folder that TMPDIR names; RAY_TMPDIR is not set."""
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    return lambda folder: monkeypatch.setenv("TMPDIR", str(folder))
+
+
+@pytest.mark.parametrize("name", ["x" * 100, "ü" * 40, "missing/folder", "file"])
+def test_create_ray_folder_with_unusable_tmpdir_takes_another(tmp_path, tmpdir_of_scheduler, name):
+    if name == "file":
+        (tmp_path / name).touch()
+    elif name != "missing/folder":
+        (tmp_path / name).mkdir()
+    tmpdir_of_scheduler(tmp_path / name)
+    folder = Path(create_ray_folder())
+    try:
+        assert tmp_path not in folder.parents
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert list(folder.iterdir()) == []
+    finally:
+        folder.rmdir()
+    assert list(tmp_path.rglob("ray-*")) == []
+
+
+def test_create_ray_folder_prefers_ray_tmpdir(monkeypatch, tmpdir_of_scheduler):
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        tmpdir_of_scheduler("/var/tmp")
+        monkeypatch.setenv("RAY_TMPDIR", short)
+        assert Path(create_ray_folder()).parent == Path(short)
+
+
+def test_create_ray_folder_on_full_disks_raises_and_leaves_nothing(tmp_path, monkeypatch, tmpdir_of_scheduler):
+    tmpdir_of_scheduler(tmp_path)
+    monkeypatch.setattr("job.cluster.local_cluster.shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 20))
+    with pytest.raises(UserError) as raised:
+        create_ray_folder()
+    assert f"{tmp_path}: AF_UNIX path too long, /tmp: less than 64 MiB are free, /var/tmp" in raised.value.problem
+    assert "set RAY_TMPDIR" in raised.value.remedy
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_doctor_with_too_few_open_files_fails(prose, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    monkeypatch.setattr("job.cluster.local_cluster.resource.getrlimit", lambda _: (64, 64))
+    ended = doctor(prose, tmp_path, "--scale.workers", 1, "--scale.accelerator", "cpu")
+    assert ended.status == 1
+    assert "a process may open only 64 files" in ended.out
+    assert "→ raise the limit: ulimit -n 128" in ended.out
+    assert doctor(prose, tmp_path, "--scale.workers", 0, "--scale.accelerator", "cpu").status == 0  # needs no Ray
+
+
+def test_check_machine_without_loopback_raises(monkeypatch):
+    def refuse(*_):
+        raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+    monkeypatch.setattr("job.cluster.local_cluster.socket.create_connection", refuse)
+    with pytest.raises(UserError) as raised:
+        check_machine()
+    assert str(raised.value) == (
+        "127.0.0.1: Network is unreachable; Ray needs the loopback interface: ip link set lo up"
+    )
+
+
+class RayThatFails:
+    """Replaces the start of Ray by one that starts a process and then raises these errors, one per attempt."""
+
+    def __init__(self, *errors: Exception) -> None:
+        self.errors, self.folders, self.processes = list(errors), [], []
+
+    def __call__(self, num_cpus: int, folder: str) -> None:
+        self.folders.append(folder)
+        self.processes.append(subprocess.Popen(["sleep", "60"]))
+        os.write(2, b"page of advice\n")
+        if self.errors:
+            raise self.errors.pop(0)
+
+
+OVERLOADED = (
+    BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"),
+    Exception("The current node timed out during startup.\nThis could happen because\nof overload"),
+    RuntimeError("Failed to get cluster ID from GCS server: TimedOut"),
+)
+
+
+@pytest.mark.parametrize("errors", [OVERLOADED[:1], OVERLOADED[1:2], OVERLOADED[1:]])
+def test_start_local_cluster_after_temporary_failures_succeeds(errors, monkeypatch, capfd):
+    start = RayThatFails(*errors)
+    monkeypatch.setattr("job.cluster.local_cluster.start_private_cluster", start)
+    monkeypatch.setattr("job.cluster.local_cluster.RETRY_DELAY_S", 0)
+    with ExitStack() as stack:
+        start_local_cluster(2, stack)
+        *failed, started = start.processes
+        assert [process.wait() for process in failed] == [-signal.SIGKILL] * len(errors)
+        assert started.poll() is None
+        started.kill()
+        assert len(set(start.folders)) == len(errors) + 1
+    assert not Path(start.folders[0]).parent.exists()
+    assert capfd.readouterr().err == ""
+
+
+def test_start_local_cluster_that_always_fails_raises_one_line(monkeypatch, capfd):
+    start = RayThatFails(*OVERLOADED)
+    monkeypatch.setattr("job.cluster.local_cluster.start_private_cluster", start)
+    monkeypatch.setattr("job.cluster.local_cluster.RETRY_DELAY_S", 0)
+    with pytest.raises(UserError) as raised, ExitStack() as stack:
+        start_local_cluster(2, stack)
+    assert raised.value.problem == (
+        "Ray cannot start on this machine: RuntimeError: Failed to get cluster ID from GCS server: TimedOut"
+    )
+    assert [process.wait() for process in start.processes] == [-signal.SIGKILL] * 3
+    assert not Path(start.folders[0]).parent.exists()
+
+
+@pytest.mark.parametrize("name", ["RAY_health_check_period_ms", "RAY_worker_niceness"])
+def test_train_with_invalid_setting_of_ray_is_refused(prose, tmp_path, name):
+    """Ray's core crashes when it is imported."""
+    flags = ["--corpus.source", prose, "--run.storage", tmp_path, "--scale.workers", 1]
+    process = start_job("train", *flags, env={name: "many", "RAY_ADDRESS": ""})
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err.count("\n")) == (2, "", 1)
+    assert f"error: {name} = many: Ray cannot be imported" in err
 
 
 # --- without this package ---

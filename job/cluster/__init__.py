@@ -4,6 +4,10 @@ Sets environment variables before that import, unless the user has set them.
 """
 
 import os
+import subprocess
+import sys
+
+from job.errors import UserError
 
 # Read by Ray in the driver and the workers.
 RAY_ENV_DEFAULTS = {
@@ -32,5 +36,20 @@ TUNE_ENV_DEFAULTS = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # Ray Tune's own records are not used
 }
+
+
+def _check_ray_settings() -> None:
+    """Raises UserError if one of the user's settings of Ray's core, ``RAY_name``, would crash this process."""
+    changed = dict(os.environ.items() - RAY_ENV_DEFAULTS.items())
+    settings = {name: value for name, value in changed.items() if name.startswith("RAY_") and name[4:5].islower()}
+    if not settings or "ray" in sys.modules:
+        return
+    imported = subprocess.run([sys.executable, "-c", "import ray"], capture_output=True, check=False)
+    if imported.returncode:
+        values = ", ".join(f"{name} = {value}" for name, value in settings.items())
+        raise UserError(f"{values}: Ray cannot be imported with such a value", "correct or unset it")
+
+
+_check_ray_settings()
 for _name, _value in (RAY_ENV_DEFAULTS | NODE_ENV_DEFAULTS | TUNE_ENV_DEFAULTS).items():
     os.environ.setdefault(_name, _value)

@@ -4,15 +4,14 @@ import contextlib
 import os
 import signal
 import socket
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import ray
 import torch
 
 from job.cluster import NODE_ENV_DEFAULTS
-from job.cluster.local_cluster import start_local_cluster
+from job.cluster.local_cluster import start_local_cluster, suppress_stderr
 from job.cluster.ray_extensions import is_autoscaled, read_cluster_config
 from job.cluster.resources import (
     NO_AUTOSCALER,
@@ -106,7 +105,7 @@ def join_cluster(address: str) -> None:
     init = BackgroundTask(
         lambda: ray.init(address=address, log_to_driver=False, logging_level="error", runtime_env=environment)
     )
-    with _suppress_stderr():
+    with suppress_stderr():
         init.start()
         init.join(INIT_TIMEOUT_S)
     signal.signal(signal.SIGTERM, handler)  # Ray installs one that prints a stack trace or ends the process
@@ -128,7 +127,9 @@ def _check_port(address: str) -> None:
         socket.create_connection((host, int(port)), TCP_TIMEOUT_S).close()
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"RAY_ADDRESS = {address}: cannot connect: {reason}", "check that the cluster is up") from None
+        raise UserError(
+            f"RAY_ADDRESS = {address}: cannot connect: {reason}", "check that the cluster is up, or unset RAY_ADDRESS"
+        ) from None
 
 
 def _explain(reason: str) -> tuple[str, str]:
@@ -138,20 +139,6 @@ def _explain(reason: str) -> tuple[str, str]:
     if "failed to connect" in reason.lower():  # also the only message for a wrong token
         return reason, "check that Ray's head is there and its token in RAY_AUTH_TOKEN or ~/.ray/auth_token"
     return f"cannot join a cluster: {reason}", ""
-
-
-@contextlib.contextmanager
-def _suppress_stderr() -> Iterator[None]:
-    """Also for Ray's core, which writes to the file descriptor without Python."""
-    sys.stderr.flush()
-    saved, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(devnull, 2)
-    try:
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(devnull)
-        os.close(saved)
 
 
 def node_resources() -> list[Resources]:

@@ -13,6 +13,7 @@ import ray
 import torch
 
 from job.cluster.connection import join_cluster, node_resources, query_autoscaler, ray_address
+from job.cluster.local_cluster import check_machine, create_ray_folder
 from job.cluster.node_probe import VERSIONS, NodeReport, probe, probe_nodes, storage_problem, version_problem
 from job.cluster.ray_extensions import free_resources
 from job.cluster.resources import cluster_placement, local_placement
@@ -100,11 +101,18 @@ def _check_disk_space(folder: Folder, spec: RunSpec) -> str:
 
 def _check_this_machine(table: _Table, scale: ScaleConfig) -> None:
     gpus = torch.cuda.device_count()
-    table.check("cluster", lambda: f"starts one on this machine: {available_cpus()} cores, {gpus} GPUs")
+    table.check("cluster", _check_local_cluster, scale, gpus)
     if scale.max_workers or scale.gpu_requirement:
         table.check("workers", _check_local_placement, scale, gpus)
     if gpus:
         table.check("GPUs", _check_gpus, [NodeReport("this machine", {}, probe(".", gpus=True))])
+
+
+def _check_local_cluster(scale: ScaleConfig, gpus: int) -> str:
+    if scale.max_workers:
+        check_machine()
+        shutil.rmtree(create_ray_folder())
+    return f"starts one on this machine: {available_cpus()} cores, {gpus} GPUs"
 
 
 def _check_local_placement(scale: ScaleConfig, gpus: int) -> str:

@@ -5,9 +5,11 @@ import resource
 import shutil
 import signal
 import socket
+import sys
 import tempfile
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import ray
@@ -15,11 +17,12 @@ import ray
 from job.cluster.ray_extensions import LOOPBACK, start_private_cluster
 from job.errors import UserError
 
-START_ATTEMPTS, RETRY_DELAY_S = 3, 2.0
-MIN_OPEN_FILES = 512
+START_ATTEMPTS, RETRY_DELAY_S, CONNECT_TIMEOUT_S = 3, 2.0, 5.0
+REMOVE_ATTEMPTS, REMOVE_DELAY_S = 10, 0.2
+MIN_OPEN_FILES = 128
 MIN_FREE_BYTES = 64 << 20  # for Ray's logs
 # The path of the socket with the longest name, which ends with the time and a process ID.
-SESSION_PATH = "/r0/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
+SESSION_PATH = "/r1/session_2026-01-01_00-00-00_000000_0000000/sockets/plasma_store"
 
 
 def start_local_cluster(num_cpus: int, stack: ExitStack) -> None:
@@ -29,27 +32,31 @@ def start_local_cluster(num_cpus: int, stack: ExitStack) -> None:
     """
     check_machine()
     folder = create_ray_folder()
-    stack.callback(shutil.rmtree, folder, ignore_errors=True)
+    stack.callback(_remove, folder)
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        _start_with_retries(num_cpus, folder)
+        with suppress_stderr():
+            _start_with_retries(num_cpus, folder)
     finally:
         signal.signal(signal.SIGTERM, handler)  # Ray installs one that prints a stack trace or ends the process
 
 
 def _start_with_retries(num_cpus: int, folder: str) -> None:
-    """An overloaded machine may refuse to start a process, or start it too late for Ray."""
+    """Starts it again if that fails: an overloaded machine refuses to start processes, or is too slow for Ray."""
     children = _child_processes()
-    for attempt in range(START_ATTEMPTS):
+    for attempt in range(1, START_ATTEMPTS + 1):
         try:
             return start_private_cluster(num_cpus, f"{folder}/r{attempt}")
         except Exception as error:
-            reason = " ".join(str(error).split())
             ray.shutdown()
             for process in _child_processes() - children:  # that Ray has started before it failed
                 os.kill(process, signal.SIGKILL)
+            if attempt == START_ATTEMPTS:
+                raise UserError(
+                    f"Ray cannot start on this machine: {type(error).__name__}: {' '.join(str(error).split())}",
+                    "end other processes or raise the limits of ulimit -a; python -m job doctor checks what Ray needs",
+                ) from None
             time.sleep(RETRY_DELAY_S)
-    raise UserError(f"Ray cannot start on this machine: {reason}", "")
 
 
 def _child_processes() -> set[int]:
@@ -57,10 +64,19 @@ def _child_processes() -> set[int]:
     return {int(process) for task in tasks for process in task.read_text().split()}
 
 
+def _remove(folder: str) -> None:
+    for _ in range(REMOVE_ATTEMPTS):  # Ray's last processes may still create files
+        shutil.rmtree(folder, ignore_errors=True)
+        if not os.path.exists(folder):
+            return
+        time.sleep(REMOVE_DELAY_S)
+
+
 def check_machine() -> None:
     """Raises UserError if something that Ray needs is missing on this machine."""
     try:
-        socket.create_server((LOOPBACK, 0)).close()
+        with socket.create_server((LOOPBACK, 0)) as server:
+            socket.create_connection(server.getsockname(), CONNECT_TIMEOUT_S).close()
     except OSError as error:
         raise UserError(
             f"{LOOPBACK}: {error.strerror}", "Ray needs the loopback interface: ip link set lo up"
@@ -99,4 +115,19 @@ def _check_folder(folder: str) -> None:
         sock.bind(str(path))
     if shutil.disk_usage(folder).free < MIN_FREE_BYTES:
         raise OSError(f"less than {MIN_FREE_BYTES >> 20} MiB are free")
-    shutil.rmtree(f"{folder}/r0")
+    shutil.rmtree(f"{folder}/r1")
+
+
+@contextmanager
+def suppress_stderr() -> Iterator[None]:
+    """Discards what is written to standard error within the block, also by Ray's core, without Python."""
+    sys.stderr.flush()
+    saved, devnull = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(devnull, 2)
+    try:
+        yield
+    finally:
+        sys.stderr.flush()
+        os.dup2(saved, 2)
+        os.close(devnull)
+        os.close(saved)

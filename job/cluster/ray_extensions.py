@@ -48,6 +48,7 @@ from job.cluster.train_worker import one_line
 from job.training.events import WorkerGroupEnded
 
 LOOPBACK = "127.0.0.1"
+SHARED_MEMORY, OBJECT_STORE_BYTES = "/dev/shm", 1 << 30  # noqa: S108  the size of a store outside of shared memory
 HEAD_NODE_RESOURCE = HEAD_NODE_RESOURCE_NAME  # tasks that need some of it run on the head node
 AUTOSCALER_SCRIPT, CLUSTER_FLAG, CONFIG_FLAG = "monitor.py", "--gcs-address=", "--autoscaling-config="
 _SIOCGIFADDR = 0x8915  # netdevice(7), Linux
@@ -70,7 +71,12 @@ def start_private_cluster(num_cpus: int, folder: str) -> None:
     Source: _private/services.py (resolve_ip_for_localhost), _private/worker.py (init),
     _private/authentication/authentication_token_setup.py
     """
-    with _environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32)):
+    object_store: dict[str, Any] = {}
+    if not os.access(SHARED_MEMORY, os.W_OK):  # Ray would fail or wait forever
+        os.makedirs(folder)
+        object_store = {"_plasma_directory": folder, "object_store_memory": OBJECT_STORE_BYTES}
+    # An inherited port may be in use.
+    with _environment(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=secrets.token_hex(32), RAY_GCS_SERVER_PORT=""):
         Config.initialize("")
         AuthenticationTokenLoader.instance().reset_cache()
         resolve, ray_services.resolve_ip_for_localhost = ray_services.resolve_ip_for_localhost, lambda host: host
@@ -83,6 +89,7 @@ def start_private_cluster(num_cpus: int, folder: str) -> None:
                 logging_level="error",
                 _node_ip_address=LOOPBACK,
                 _temp_dir=folder,
+                **object_store,
             )
         finally:
             ray_services.resolve_ip_for_localhost = resolve
