@@ -34,12 +34,11 @@ from job.training.checkpoint import find_latest_valid
 from job.training.progress import perplexity
 from job.tuning.exchange import export_checkpoint, forget_exchange, import_checkpoint
 from job.tuning.optuna_sampler import OptunaSampler
-from job.tuning.params import baseline_params, trial_config, trial_folder, trial_params
 from job.tuning.plots import plot_curves
 from job.tuning.report import display_name
 from job.tuning.results import to_parquet
 from job.tuning.setup import check_search, resolve_search
-from job.tuning.trials import TRIALS_FILE, load_trials
+from job.tuning.trials import TRIALS_FILE, baseline_params, load_trials, trial_config, trial_folder, trial_params
 
 SPACE = {
     "optimizer.learning_rate": {"loguniform": [0.01, 4]},

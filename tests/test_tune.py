@@ -35,8 +35,7 @@ from job.training.checkpoint import copy_checkpoint, find_latest_valid
 from job.training.events import CheckpointCommitted, MetricsRow
 from job.training.progress import perplexity
 from job.tuning.exchange import EXCHANGE_FOLDER, import_checkpoint
-from job.tuning.params import trial_name
-from job.tuning.trials import load_trials
+from job.tuning.trials import load_trials, trial_name
 
 pytestmark = pytest.mark.cluster
 

@@ -28,8 +28,7 @@ from job.storage import Folder
 from job.training.checkpoint import Checkpoint
 from job.training.events import CheckpointCommitted, Event, MetricsRow
 from job.tuning.exchange import EXCHANGE_FOLDER, export_checkpoint, forget_exchange, import_checkpoint
-from job.tuning.params import trial_config, trial_folder
-from job.tuning.trials import read_score_rows
+from job.tuning.trials import read_score_rows, trial_config, trial_folder
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,9 @@ from job.console import Console, python_command
 from job.errors import RunFailed
 from job.inference.generate import generate_text
 from job.run.run_dir import open_checkpoint
-from job.tuning.params import baseline_params, trial_folder, trial_name
 from job.tuning.plots import plot_curves, plot_score_by_param
 from job.tuning.report import display_name, format_params, format_table
-from job.tuning.trials import Trial, Trials, read_score_rows, read_trial_run
+from job.tuning.trials import Trial, Trials, baseline_params, read_score_rows, read_trial_run, trial_folder, trial_name
 
 # In the search's folder. ``best.toml`` is written last: it marks the search as finished.
 BEST_FILE, SAMPLE_FILE = "best.toml", "sample.txt"

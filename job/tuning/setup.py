@@ -21,8 +21,8 @@ from job.run.run_dir import (
 )
 from job.run.setup import build_run_spec
 from job.storage import Folder
-from job.tuning.params import trial_folder, trial_params
 from job.tuning.rungs import check_scheduler
+from job.tuning.trials import trial_folder, trial_params
 
 _setup_inputs = attrgetter("corpus", "vocabulary", "stream", "model", "train.epochs")  # what build_run_spec reads
 
