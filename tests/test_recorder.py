@@ -8,7 +8,7 @@ import pytest
 
 from job.config.schema import Config, RunConfig
 from job.console import Console
-from job.errors import UnrecoverableError
+from job.errors import RunFailed, UnrecoverableError
 from job.run import checkpoint_committer
 from job.run.checkpoint_committer import CheckpointCommitter
 from job.run.lease import acquire_lease
@@ -16,7 +16,7 @@ from job.run.metrics import METRICS_FILE, MetricsLog, read_rows
 from job.run.recorder import Recorder
 from job.run.run_status import MAX_CONSECUTIVE_FAILURES, RunStatus
 from job.storage import Folder
-from job.training.checkpoint import PartReceipt, checkpoint_name, list_checkpoints, write_part
+from job.training.checkpoint import PartReceipt, checkpoint_name, commit_checkpoint, list_checkpoints, write_part
 from job.training.events import (
     CheckpointCommitted,
     Crashed,
@@ -191,6 +191,34 @@ def test_recorder_commit_posts_event_and_clears_failures(recorder):
     committed = [event.checkpoint.step for event in recorder.events if isinstance(event, CheckpointCommitted)]
     assert committed == [10]
     assert recorder.status.consecutive_failures == 0
+
+
+@pytest.mark.parametrize("after", ["metrics", "manifest"])
+def test_recorder_after_takeover_commits_and_removes_nothing(recorder, monkeypatch, after):
+    """The lease was checked before the upload of the metrics only, which may take longer than the lease lasts."""
+    folder, checkpoints = recorder.folder, recorder.committer.folder
+    recorder.handle(started("abcdef"))
+    for step in (10, 20, 30):
+        recorder.handle(PartWritten("abcdef", written_part(checkpoints, step, "abcdef")))
+
+    def take_over(*_) -> None:
+        owner = {**json.loads(folder.read("owner.json")), "token": "of the new owner"}
+        Folder(folder.address).write("owner.json", json.dumps(owner).encode())
+
+    def commit_and_take_over(*args):
+        checkpoint = commit_checkpoint(*args)
+        take_over()
+        return checkpoint
+
+    if after == "metrics":
+        monkeypatch.setattr(recorder.metrics, "sync", take_over)
+    else:
+        monkeypatch.setattr(checkpoint_committer, "commit_checkpoint", commit_and_take_over)
+    part = written_part(checkpoints, 40, "abcdef")
+    with pytest.raises(RunFailed, match="another driver has taken this run over"):
+        recorder.handle(PartWritten("abcdef", part))
+    steps = [checkpoint.step for checkpoint in list_checkpoints(checkpoints)[0]]
+    assert steps == [10, 20, 30] + [40] * (after == "manifest")
 
 
 def test_recorder_when_workers_see_another_storage_fails_and_removes_nothing(recorder):
