@@ -44,6 +44,10 @@ SIGNATURES = {
     f"{POLICY}.autoscaling_coordinator_client:TrainAutoscalingCoordinatorClient.cancel_resource_request": "self",
     # A run's own cluster
     "ray._private.services:resolve_ip_for_localhost": "host",
+    "ray._private.worker:_global_node": None,
+    "ray._private.node:Node.dead_processes": "self",
+    "ray._private.ray_constants:PROCESS_TYPE_GCS_SERVER": None,
+    "ray._private.ray_constants:PROCESS_TYPE_RAYLET": None,
     "ray._raylet:AuthenticationTokenLoader.instance": None,
     "ray._raylet:AuthenticationTokenLoader.reset_cache": None,
     "ray._raylet:Config.initialize": None,

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import time
 import uuid
@@ -176,6 +177,23 @@ def test_own_cluster_is_closed_to_other_machines_and_users(prose, tmp_path):
     _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (130, "")
     assert not session.parent.exists()
+
+
+@pytest.mark.parametrize("name", ["gcs_server", pytest.param("raylet", marks=pytest.mark.long)])
+def test_train_whose_cluster_dies_fails_with_what_was_saved(prose, tmp_path, name):
+    """Ray itself would end the driver without an error, after up to a minute."""
+    mark = uuid.uuid4().hex
+    flags = train_flags(prose, tmp_path, "run", "--train.epochs", 3000, "--scale.workers", 2)
+    process = start_job(*flags, "--train.checkpoint_every", 10, env={"RAY_ADDRESS": "", MARK: mark})
+    while not list(tmp_path.glob("run/checkpoints/*/manifest.json")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
+    (victim,) = (other for other in marked_processes(mark) if f"/{name} " in command_line(other))
+    os.kill(victim, signal.SIGKILL)
+    _, err = process.communicate(timeout=30)
+    assert (process.returncode, err.count("\n")) == (1, 1), err
+    assert err.startswith(f"error: Ray's process {name} ended unexpectedly")
+    assert re.search(r"saved at step \d[\d,]*\. Resume: the same command with --run\.name run\.", err)
 
 
 @pytest.mark.long

@@ -12,12 +12,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from job.cluster.connection import BackgroundTask, connect, node_resources, ray_address
 from job.cluster.event_channel import EventChannel
+from job.cluster.local_cluster import check_processes, disconnect
 from job.cluster.node_probe import check_nodes
 from job.cluster.ray_extensions import (
     ElasticTorchTrainer,
     NodeAddressTorchConfig,
     WorkerGroupFailureCallback,
     cancel_autoscaler_request,
+    ended_processes,
 )
 from job.cluster.resources import UNKNOWN_AUTOSCALER, Placement, cluster_placement
 from job.cluster.train_worker import one_line, train_worker
@@ -90,6 +92,7 @@ class RayLauncher:
         assert self.fit
         notice, stop_sent = WaitingNotice(self.placement, recorder.status.console), False
         while not recorder.is_done:
+            check_processes()
             events = _poll_events(event_channel)
             for event in events:
                 recorder.handle(event)
@@ -116,9 +119,9 @@ class RayLauncher:
         daemon and dies with this process, which also ends the local cluster or job.
         """
         if self.fit:
-            self.fit.join(SHUTDOWN_TIMEOUT_S)
+            self.fit.join(0 if ended_processes() else SHUTDOWN_TIMEOUT_S)
         if not self.in_trial and not (self.fit and self.fit.is_alive()):
-            ray.shutdown()
+            disconnect()
         self.stack.close()
 
 
@@ -150,7 +153,10 @@ def create_event_channel() -> Any:
 
 
 def _poll_events(event_channel: Any) -> list[Event]:
-    return [loads(payload) for payload in ray.get(event_channel.poll_events.remote(POLL_INTERVAL_S))]
+    call = event_channel.poll_events.remote(POLL_INTERVAL_S)
+    while not ray.wait([call], timeout=2 * POLL_INTERVAL_S)[0]:
+        check_processes()
+    return [loads(payload) for payload in ray.get(call)]
 
 
 def _build_trainer(spec: RunSpec, placement: Placement, folder: Folder, event_channel: Any) -> ElasticTorchTrainer:

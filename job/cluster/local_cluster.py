@@ -14,8 +14,8 @@ from pathlib import Path
 
 import ray
 
-from job.cluster.ray_extensions import LOOPBACK, start_private_cluster
-from job.errors import UserError
+from job.cluster.ray_extensions import LOOPBACK, ended_processes, start_private_cluster
+from job.errors import RunFailed, UserError
 
 START_ATTEMPTS, RETRY_DELAY_S, CONNECT_TIMEOUT_S = 3, 2.0, 5.0
 REMOVE_ATTEMPTS, REMOVE_DELAY_S = 10, 0.2
@@ -70,6 +70,18 @@ def _remove(folder: str) -> None:
         if not os.path.exists(folder):
             return
         time.sleep(REMOVE_DELAY_S)
+
+
+def check_processes(remedy: str = "") -> None:
+    """Raises RunFailed if a process of Ray that this process has started and needs has ended."""
+    if ended := ended_processes():
+        raise RunFailed(f"Ray's process {ended[0]} ended unexpectedly; it may have been killed for its memory", remedy)
+
+
+def disconnect() -> None:
+    """Ends the connection to the cluster, and a cluster that this process has started."""
+    if not ended_processes():  # Ray would wait for them; the others end with this process
+        ray.shutdown()
 
 
 def check_machine() -> None:

@@ -24,7 +24,8 @@ import torch.distributed as dist
 import yaml
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
 from ray._private import services as ray_services
-from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+from ray._private import worker as ray_worker
+from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS, PROCESS_TYPE_GCS_SERVER, PROCESS_TYPE_RAYLET
 from ray._private.state import available_resources_per_node
 from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 from ray.autoscaler._private.util import format_readonly_node_type
@@ -49,6 +50,7 @@ from job.training.events import WorkerGroupEnded
 
 LOOPBACK = "127.0.0.1"
 SHARED_MEMORY, OBJECT_STORE_BYTES = "/dev/shm", 1 << 30  # noqa: S108  the size of a store outside of shared memory
+ESSENTIAL_PROCESSES = (PROCESS_TYPE_GCS_SERVER, PROCESS_TYPE_RAYLET)
 HEAD_NODE_RESOURCE = HEAD_NODE_RESOURCE_NAME  # tasks that need some of it run on the head node
 AUTOSCALER_SCRIPT, CLUSTER_FLAG, CONFIG_FLAG = "monitor.py", "--gcs-address=", "--autoscaling-config="
 _SIOCGIFADDR = 0x8915  # netdevice(7), Linux
@@ -93,6 +95,18 @@ def start_private_cluster(num_cpus: int, folder: str) -> None:
             )
         finally:
             ray_services.resolve_ip_for_localhost = resolve
+
+
+def ended_processes() -> list[str]:
+    """The names of processes without which a cluster of this process cannot run, and which have ended.
+
+    Ray notices that after up to a minute, and its core then ends this process without an error. Empty for a cluster
+    that this process has only joined.
+
+    Source: _private/node.py, _private/ray_constants.py
+    """
+    node = ray_worker._global_node
+    return [name for name, _ in node.dead_processes() if name in ESSENTIAL_PROCESSES] if node else []
 
 
 @contextlib.contextmanager

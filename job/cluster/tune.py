@@ -15,12 +15,12 @@ from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import replace
 from typing import Any
 
-import ray
 from ray import tune
 from ray.tune.experiment import Trial as RayTrial
 
 from job.cluster.connection import BackgroundTask, connect
 from job.cluster.launcher import check_placement, create_event_channel
+from job.cluster.local_cluster import check_processes, disconnect
 from job.cluster.ray_extensions import HEAD_NODE_RESOURCE
 from job.cluster.resources import Placement
 from job.cluster.schedulers import OptunaSearcher, build_scheduler
@@ -113,7 +113,7 @@ def _connected(
     worker_scale = scale if scale.max_workers else replace(scale, workers=1)
     with ExitStack() as stack:
         placement, max_concurrent = connect(worker_scale, stack, min(search.concurrent, search.num_trials))
-        stack.callback(ray.shutdown)
+        stack.callback(disconnect)
         check_placement(placement, console, base.run.storage, *searched_cells(base, search))
         if scale.max_workers:
             if placement.max_workers < scale.max_workers:
@@ -144,6 +144,7 @@ def _run_trials(
         thread.start()
         while thread.is_alive():
             thread.join(POLL_INTERVAL_S)
+            check_processes(RESUME)
             if not callback.stop_requested and (stop_request.exit_code or time.monotonic() > deadline):
                 callback.stop_requested = True
                 event_channel.request.remote(stop=True)
