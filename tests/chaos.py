@@ -4,12 +4,17 @@
 
 Trains a two-layer LSTM with dropout on a cluster of several nodes on this machine. At random steps a worker, a
 node's raylet or the driver is killed (and the driver's command run again), a node leaves, a node joins, or a
-worker is stopped with SIGSTOP. Afterwards every step must appear once in the losses, and the losses must equal
-those of the undisturbed run:
+worker is stopped with SIGSTOP. Some faults end the run with one error line, after which they are repaired and the
+command is run again: a node's mount of the storage is lost, the head's GCS is killed, or a node without the compiled
+kernel joins (which may also have no effect). Afterwards every step must appear once in the losses, and the losses
+must equal those of the undisturbed run:
 
     reproducible    1 to 3 workers; identical bit for bit to the run on one
     fp64            1 to 3 workers, float64; within 1e-8 of the run on one
     one, two        that number of workers, float32; identical bit for bit to the run on as many
+
+At the end a driver is replaced by another one while its object store refuses requests (object_store.py). This and the
+loss of a mount need root.
 """
 
 import argparse
@@ -18,19 +23,25 @@ import json
 import os
 import random
 import secrets
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import job.cluster  # noqa: F401  sets the environment that Ray reads when it is imported
 
 ROOT = Path(__file__).parent.parent
 FAULTS = ("kill worker", "kill node", "kill driver", "node leaves", "node joins", "stop worker")
+SLOW_STORE = "slow store"  # for a driver that another one replaces: a run of its own, after the others
+ENDING_FAULTS = ("lose mount", "kill GCS", "no kernel")  # that may end the run with an error line
 # Flags, the number of workers, and that of the undisturbed run with the same losses.
 MODES = {
     "reproducible": (["--train.reproducible", "true", "--train.precision", "fp32"], "1-3", "0"),
@@ -39,44 +50,86 @@ MODES = {
     "two": (["--train.precision", "fp32"], "2", "2"),
 }
 RECOVERY_TIMEOUT_S = 240.0  # from a fault to the next step
+CAN_MOUNT = (
+    bool(shutil.which("unshare")) and subprocess.run(["unshare", "--mount", "true"], check=False).returncode == 0
+)
 MARK = "LANES_CHAOS_TEST"  # set for all processes of one test: others may run on this machine
+# Dead nodes are noticed after 3 seconds instead of 30.
+HEALTH_CHECK = {
+    "health_check_initial_delay_ms": 1000,
+    "health_check_period_ms": 1000,
+    "health_check_timeout_ms": 1000,
+    "health_check_failure_threshold": 3,
+}
+# Mounts the storage, $1, over another disk; $2 still leads to it once it is unmounted.
+MOUNT_STORAGE = """
+mount --make-rprivate / && mount --bind "$1" "$2" && mount -t tmpfs none "$1" && mount --bind "$2" "$1" || exit 1
+shift 2
+exec "$@"
+"""
 
 
 class ChaosRun:
     """The cluster and the driver's process, and the faults that can be injected into them."""
 
     def __init__(self, flags: list[str], folder: Path, workers: str, nodes: int = 3) -> None:
-        self.flags = [*flags, "--run.storage", str(folder), "--run.name", "disturbed", "--scale.workers", workers]
-        self.run = folder / "disturbed"
-        self.min_nodes = int(workers.partition("-")[0])  # of one CPU each; with fewer the run would wait
+        self.storage, self.storage_link, self.stderr = folder / "storage", folder / "link", folder / "stderr"
+        self.raylet = folder / "raylet.sh"
+        for path in (self.storage, self.storage_link):
+            path.mkdir()
+        self.write_raylet_script()
+        self.flags = [*flags, "--run.storage", str(self.storage), "--run.name", "disturbed", "--scale.workers", workers]
+        self.run = self.storage / "disturbed"
+        # Of one CPU each; with fewer nodes the run would wait.
+        self.min_nodes, self.max_workers = int(workers.partition("-")[0]), int(workers.rpartition("-")[2])
         self.mark = os.environ[MARK] = uuid.uuid4().hex
-        # Dead nodes are noticed after 3 seconds instead of 30.
-        health_check = {
-            "health_check_initial_delay_ms": 1000,
-            "health_check_period_ms": 1000,
-            "health_check_timeout_ms": 1000,
-            "health_check_failure_threshold": 3,
-        }
+        self.driver: subprocess.Popen[str] | None = None
+        self.start_cluster(nodes)
+
+    def start_cluster(self, nodes: int) -> None:
         from ray.cluster_utils import Cluster
 
-        head = {"num_cpus": 0, "include_dashboard": False, "_system_config": health_check}
+        head = {"num_cpus": 0, "include_dashboard": False, "_system_config": HEALTH_CHECK}
         self.cluster = Cluster(initialize_head=True, head_node_args=head)
-        self.nodes = [self.cluster.add_node(num_cpus=1) for _ in range(nodes)]
-        self.driver: subprocess.Popen[str] | None = None
+        self.nodes = [self.add_node() for _ in range(nodes)]
+
+    def add_node(self, **env: str) -> Any:
+        """Adds a node of one CPU, with its own mount of the storage if this user may mount."""
+        own_mounts = mock.patch("ray._private.services.RAYLET_EXECUTABLE", str(self.raylet))
+        with own_mounts if CAN_MOUNT else contextlib.nullcontext():
+            return self.cluster.add_node(num_cpus=1, env_vars=env or None)
+
+    def write_raylet_script(self) -> None:
+        """Writes a program that starts Ray's raylet with its own mount of the storage."""
+        from ray._private.services import RAYLET_EXECUTABLE
+
+        words = shlex.join([MOUNT_STORAGE, "sh", str(self.storage), str(self.storage_link), RAYLET_EXECUTABLE])
+        self.raylet.write_text(f'#!/bin/sh\nexec unshare --mount sh -c {words} "$@"\n')
+        self.raylet.chmod(0o755)
+
+    def remove_node(self, node: Any, *, allow_graceful: bool = False) -> None:
+        self.nodes.remove(node)
+        self.cluster.remove_node(node, allow_graceful=allow_graceful)
 
     def start_driver(self) -> None:
         # Fewer workers are tried sooner than by default.
         timeout = {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "8"}
-        self.driver = subprocess.Popen(
-            [sys.executable, "-m", "job", "train", *self.flags],
-            cwd=ROOT,
-            env={**os.environ, "RAY_ADDRESS": self.cluster.address, **timeout},
-            text=True,
-        )
+        with self.stderr.open("w") as stderr:
+            self.driver = subprocess.Popen(
+                [sys.executable, "-m", "job", "train", *self.flags],
+                cwd=ROOT,
+                env={**os.environ, "RAY_ADDRESS": self.cluster.address, **timeout},
+                stderr=stderr,
+                text=True,
+            )
+
+    def find(self, part: str) -> list[int]:
+        """The cluster's processes whose command lines contain these words."""
+        return [process for process in marked_processes(self.mark) if part in command_line(process)]
 
     def processes(self, title: str) -> list[int]:
         """The run's Ray processes whose titles start with these words."""
-        return [process for process in marked_processes(self.mark) if command_line(process).startswith(f"ray::{title}")]
+        return [process for process in self.find("ray::") if command_line(process).startswith(f"ray::{title}")]
 
     def workers(self) -> list[int]:
         return self.processes("RayTrainWorker")
@@ -117,11 +170,73 @@ class ChaosRun:
             workers = self.workers()
             if workers:
                 os.kill(rng.choice(workers), signal.SIGKILL if fault == "kill worker" else signal.SIGSTOP)
+        elif fault == "lose mount":
+            self.lose_mount(rng)
+        elif fault == "kill GCS":
+            self.kill_gcs()
+        elif fault == "no kernel":
+            self.add_node_without_kernel()
         elif fault == "node joins" or len(self.nodes) == self.min_nodes:
-            self.nodes.append(self.cluster.add_node(num_cpus=1))
+            self.nodes.append(self.add_node())
         else:
-            node = self.nodes.pop(rng.randrange(len(self.nodes)))
-            self.cluster.remove_node(node, allow_graceful=fault == "node leaves")
+            self.remove_node(rng.choice(self.nodes), allow_graceful=fault == "node leaves")
+
+    def lose_mount(self, rng: random.Random) -> None:
+        """Unmounts the storage on a node with a worker, whose files are then on the node's own disk."""
+        self.wait_for(self.workers, "worker")
+        namespace = mount_namespace(rng.choice(self.workers()))
+        (raylet,) = (process for process in self.find("/raylet/raylet ") if mount_namespace(process) == namespace)
+        enter = ("nsenter", f"--target={raylet}", "--mount")
+        subprocess.run([*enter, "umount", "--lazy", str(self.storage)], check=True)
+        self.wait_for_failure("same storage")
+        subprocess.run([*enter, "mount", "--bind", str(self.storage_link), str(self.storage)], check=True)
+        self.start_driver()
+
+    def kill_gcs(self) -> None:
+        """Kills the head's GCS, and a worker, which cannot be started again without it; starts another cluster."""
+        self.wait_for(self.workers, "worker")
+        for process in (*self.find("/gcs_server "), self.workers()[0]):
+            os.kill(process, signal.SIGKILL)
+        self.wait_for_failure("")
+        self.kill_processes()
+        self.start_cluster(len(self.nodes))
+        self.start_driver()
+
+    def add_node_without_kernel(self) -> None:
+        """Replaces nodes until a worker runs on one without the kernel. The run is refused or continues as before."""
+        while len(self.nodes) >= self.max_workers:
+            self.remove_node(self.nodes[0])
+        node = self.add_node(LANES_KERNEL="off")
+        self.nodes.append(node)
+        assert self.driver
+        self.wait_for(lambda: self.driver.poll() is not None or self.has_worker_without_kernel(), "worker there")
+        step = self.step()
+        if not self.wait_for_step(step + 30):
+            self.wait_for_failure("kernel")
+            self.remove_node(node)
+            self.nodes.append(self.add_node())
+            self.start_driver()
+
+    def has_worker_without_kernel(self) -> bool:
+        environments = (Path(f"/proc/{process}/environ").read_bytes() for process in self.workers())
+        with contextlib.suppress(OSError):
+            return any(b"LANES_KERNEL=off" in environment.split(b"\0") for environment in environments)
+        return False
+
+    def wait_for(self, condition: Callable[[], object], what: str) -> None:
+        deadline = time.monotonic() + RECOVERY_TIMEOUT_S
+        while not condition():
+            assert time.monotonic() < deadline, f"no {what} for {RECOVERY_TIMEOUT_S:.0f} s"
+            time.sleep(0.05)
+
+    def wait_for_failure(self, part: str) -> None:
+        """Waits until the driver ends with one error line, which contains this part and how to resume."""
+        assert self.driver
+        status = self.driver.wait(RECOVERY_TIMEOUT_S)
+        text = self.stderr.read_text()
+        assert status == 1 and text.startswith("error: ") and text.count("\n") == 1, (status, text)
+        assert part in text and "Resume: the same command" in text, text
+        print(f"    {text.rstrip()}", flush=True)
 
     def announce_preemption(self, node_id: str, seconds: int) -> None:
         """Announces to Ray that a spot node will be taken away, as a cloud's agent does."""
@@ -138,6 +253,15 @@ class ChaosRun:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process, signal.SIGKILL)
         self.cluster.shutdown()
+
+    def kill_processes(self) -> None:
+        for process in marked_processes(self.mark):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+
+def mount_namespace(process: int) -> str:
+    return os.readlink(f"/proc/{process}/ns/mnt")
 
 
 def marked_processes(mark: str) -> list[int]:
@@ -168,11 +292,17 @@ def losses(run: Path) -> list[tuple[int, float]]:
     return [(row["step"], row["nats"]) for row in rows if row["split"] == "train"]
 
 
-def draw_faults(count: int, seed: int) -> list[str]:
+def possible_faults(mode: str) -> list[str]:
+    """Without the kernel, other modes have other losses."""
+    is_possible = {"lose mount": CAN_MOUNT, "no kernel": mode in ("reproducible", "fp64")}
+    return [fault for fault in (*FAULTS, *ENDING_FAULTS) if is_possible.get(fault, True)]
+
+
+def draw_faults(count: int, seed: int, mode: str) -> list[str]:
     """Faults in a random order, each as often as the others, give or take one."""
-    rng, faults = random.Random(seed), list[str]()
+    rng, kinds, faults = random.Random(seed), possible_faults(mode), list[str]()
     while len(faults) < count:
-        faults += rng.sample(FAULTS, len(FAULTS))
+        faults += rng.sample(kinds, len(kinds))
     return faults[:count]
 
 
@@ -196,7 +326,7 @@ def run_chaos(flags: list[str], steps: int, faults: Sequence[str], seed: int, mo
     try:
         run.start_driver()
         for step, fault in zip(fault_steps, faults, strict=True):
-            assert run.wait_for_step(step), "the run ended before the last fault"
+            assert run.wait_for_step(step), f"the run ended before the last fault: {run.stderr.read_text()}"
             before, started = run.step(), time.monotonic()
             print(f"  at step {before} of {steps}: {fault}, {len(run.nodes)} nodes", flush=True)
             run.inject(fault, rng)
@@ -207,7 +337,7 @@ def run_chaos(flags: list[str], steps: int, faults: Sequence[str], seed: int, mo
         assert run.driver.wait(RECOVERY_TIMEOUT_S) == 0
     finally:
         run.close()
-    check_same_result(folder / "disturbed", folder / "undisturbed", steps, exact=mode != "fp64")
+    check_same_result(run.run, folder / "undisturbed", steps, exact=mode != "fp64")
 
 
 def check_same_result(run: Path, expected_run: Path, steps: int, exact: bool) -> None:
@@ -231,15 +361,23 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--mode", choices=MODES, default="reproducible")
-    parser.add_argument("--only", choices=FAULTS, help="inject only this fault")
+    parser.add_argument("--only", choices=(*FAULTS, *ENDING_FAULTS, SLOW_STORE), help="inject only this fault")
     arguments = parser.parse_args()
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     flags = ["--model.cell", "lstm", "--model.num_layers", "2", "--model.hidden_size", "64", "--model.dropout", "0.3"]
     flags += ["--optimizer.name", "adamw", "--optimizer.learning_rate", "0.002", "--corpus.cleaning", "d2l"]
     count, seed = arguments.faults, arguments.seed
-    faults = [arguments.only] * count if arguments.only else draw_faults(count, seed)
+    faults = [arguments.only] * count if arguments.only else draw_faults(count, seed, arguments.mode)
     with tempfile.TemporaryDirectory() as folder:
-        run_chaos(flags, arguments.steps, faults, seed, arguments.mode, Path(folder))
+        if arguments.only != SLOW_STORE:
+            run_chaos(flags, arguments.steps, faults, seed, arguments.mode, Path(folder))
+        if CAN_MOUNT and arguments.only in (None, SLOW_STORE):
+            from tests.object_store import run_takeover
+
+            print("a driver is replaced while its object store is slow", flush=True)
+            steps = ["--train.max_steps", "600", "--train.checkpoint_every", "20", "--train.log_every", "1"]
+            run_takeover([*flags, *steps], Path(folder))
+            print("same result, and the first driver wrote nothing more")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from chaos import CAN_MOUNT
 from conftest import ROOT, job, result, rows, start_job
 from ray_nodes import RAY, RayNodes, free_port
 from test_workers import train_flags
@@ -226,7 +227,6 @@ def succeeds(*command: str) -> bool:
     return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
-CAN_MOUNT = succeeds("unshare", "--mount", "true")
 CAN_ADD_NETWORK_NAMESPACES = succeeds("ip", "netns", "add", "lanes-try") and succeeds("ip", "netns", "del", "lanes-try")
 
 

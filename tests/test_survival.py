@@ -6,7 +6,6 @@ import os
 import pickle
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,9 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from chaos import CAN_MOUNT
 from conftest import ROOT, job, result, rows, start_job
+from object_store import bucket_address, run_takeover, s3_server
 
 from job import storage
 from job.cluster.event_channel import EventChannel
@@ -184,29 +185,18 @@ def test_train_on_full_disk_fails_and_resumes_once_there_is_space(prose, tmp_pat
 def bucket():
     """A function that gives the address of a path in a bucket on a local S3 server."""
     pytest.importorskip("moto")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = subprocess.Popen(
-        [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            patch.setenv(name, "test")
-        until = time.monotonic() + 30
-        while socket.socket().connect_ex(("127.0.0.1", port)):
-            assert time.monotonic() < until
-            time.sleep(0.1)
-        query = f"?scheme=http&endpoint_override=127.0.0.1%3A{port}&region=us-east-1"
-        from pyarrow import fs
+    with s3_server() as port:
+        yield lambda path: bucket_address(port, path)
 
-        options = {"endpoint_override": f"127.0.0.1:{port}", "scheme": "http", "region": "us-east-1"}
-        fs.S3FileSystem(allow_bucket_creation=True, **options).create_dir("bucket")
-        yield lambda path: f"s3://bucket/{path}{query}"
-    server.kill()
-    server.wait()
+
+@pytest.mark.long
+@pytest.mark.skipif(not CAN_MOUNT, reason="this machine allows no namespaces")
+def test_driver_replaced_while_its_object_store_is_slow_writes_nothing_more(prose, tmp_path):
+    """The second driver, in another PID namespace, waits for the end of the lease."""
+    pytest.importorskip("moto")
+    more = ["--train.log_every", 1, "--train.checkpoint_every", 20, "--train.max_steps", 400]
+    words = ["--corpus.source", prose, "--generate.prefix", "the", "--model.hidden_size", 16, *more]
+    run_takeover([str(word) for word in words], tmp_path)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from chaos import MARK, ChaosRun, command_line, marked_processes, run_chaos
+from chaos import CAN_MOUNT, MARK, ChaosRun, command_line, marked_processes, run_chaos
 from conftest import job, rows, start_job
 from test_reference import assert_reproduces
 
@@ -204,6 +204,13 @@ def test_chaos_run_gives_result_of_undisturbed_run(prose, tmp_path):
     flags += ["--train.epochs", "1000"]
     faults = ("kill worker", "kill node", "kill driver", "node joins")
     run_chaos(flags, 450, faults, 5, "reproducible", tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not CAN_MOUNT, reason="this machine allows no mount namespaces")
+def test_node_that_loses_its_mount_fails_the_run_which_resumes(prose, tmp_path):
+    flags = ["--corpus.source", str(prose), "--generate.prefix", "the", "--train.epochs", "1000"]
+    run_chaos(flags, 300, ["lose mount"], 5, "reproducible", tmp_path)
 
 
 @pytest.mark.slow
