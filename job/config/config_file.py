@@ -5,7 +5,7 @@ from pathlib import Path
 
 from job.config.schema import Config
 from job.config.search_space import SearchConfig
-from job.config.toml import ConfigValues, build_sections, decode_toml, expand_paths, parse_flags, parse_toml
+from job.config.toml import ConfigValues, build_sections, decode_toml, expand_paths, parse_config, parse_flags
 from job.errors import UserError, error_origin
 from job.paths import is_uri
 from job.storage import Folder
@@ -30,7 +30,7 @@ def load_search_config(path: str | None, flags: Mapping[str, str]) -> tuple[Conf
     if path is not None:
         text = _read_text(path)
         with error_origin(path):
-            values = expand_paths(parse_toml(text))
+            values = expand_paths(parse_config(text))
             build_sections(values)
     overrides = parse_flags(flags)
     with error_origin("command line"):

@@ -50,7 +50,11 @@ def config_field(default: Any, meaning: str, check: Check | None = None) -> Any:
 
 def path_field(default: str, meaning: str) -> Any:
     """Returns a field for a path or URI, in which ``$NAME`` and ``~`` are expanded when it is read from the user."""
-    return field(default=default, metadata={"meaning": meaning, "check": None, "is_path": True})
+    return field(default=default, metadata={"meaning": meaning, "check": _check_path, "is_path": True})
+
+
+def _check_path(value: str) -> str | None:
+    return "contains a NUL character" if "\0" in value else None
 
 
 def choice_field(default: str, *others: str, meaning: str = "") -> Any:

@@ -1,7 +1,6 @@
 """TOML and command-line flags to a configuration, and back."""
 
 import codecs
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, cast
@@ -9,6 +8,7 @@ from typing import Any, cast
 from job.config.schema import SECTIONS, Config
 from job.config.search_space import SearchConfig
 from job.config.section import Section, unknown_name
+from job.documents import parse_toml
 from job.errors import UserError, error_origin
 from job.paths import check_no_credentials, expand_path, unescape_stored
 
@@ -62,14 +62,14 @@ def decode_toml(data: bytes) -> str:
     return data.decode("utf-16" if is_utf16 else "utf-8-sig")
 
 
-def parse_toml(text: str) -> ConfigValues:
+def parse_config(text: str) -> ConfigValues:
     """Parses a configuration file, without a check of the values.
 
     Raises:
         UserError: if the text is not TOML, or has an unknown section or field
     """
     try:
-        document = tomllib.loads(text)
+        document = parse_toml(text)
     except ValueError as error:
         raise UserError(f"not TOML: {error}") from None
     for section, table in document.items():
@@ -99,7 +99,7 @@ def parse_flags(flags: Mapping[str, str]) -> ConfigValues:
 
 def _parse_value(text: str) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        return parse_toml(f"value = {text}")["value"]
     except ValueError:  # a string without quotes, or more digits than Python converts
         return text
 
@@ -147,7 +147,7 @@ def search_config_from_toml(text: str, origin: str) -> tuple[Config, SearchConfi
         UserError: if it is invalid
     """
     with error_origin(origin):
-        values = parse_toml(text)
+        values = parse_config(text)
         for name in values.keys() & PATH_FIELDS:
             values[name] = _map_text(values[name], lambda _, text: unescape_stored(text), name)
         sections, search = build_sections(values)

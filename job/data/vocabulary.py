@@ -12,6 +12,7 @@ import numpy as np
 
 from job.config.schema import VocabularyConfig
 from job.data.corpus import Corpus
+from job.documents import parse_json
 from job.errors import UserError
 
 UNKNOWN, UNKNOWN_ID = "<unk>", 0
@@ -140,12 +141,12 @@ def vocabulary_from_json(data: bytes, file: str) -> Vocabulary:
         UserError: the data is not a vocabulary
     """
     try:
-        content = json.loads(data)
+        content = parse_json(data)
         kind, tokens = content["kind"], content["tokens"]
-        is_valid = isinstance(tokens, list) and all(isinstance(token, str) for token in tokens)
-        is_valid = is_valid and len(set(tokens)) == len(tokens)
+        "".join(tokens).encode()  # raises if a token is not text
+        is_valid = isinstance(tokens, list) and len(set(tokens)) == len(tokens)
         is_valid = is_valid and (tokens == [] if kind == "byte" else kind in ("char", "word") and tokens[0] == UNKNOWN)
-    except (ValueError, LookupError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError):
         is_valid = False
     if not is_valid:
         raise UserError(f"{file}: not a vocabulary")

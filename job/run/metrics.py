@@ -9,10 +9,12 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
 
+from job.documents import parse_record
 from job.run.tensorboard import add_row, create_events
 from job.storage import Folder
 from job.training.progress import MAX_PERPLEXITY, finite_or_none
@@ -22,7 +24,7 @@ SEGMENTS = "metrics"  # the folder of the rows that follow those of METRICS_FILE
 TENSORBOARD = "tensorboard"
 SEGMENT_BYTES = 1 << 18  # a segment grows until it is as large
 TAIL_BYTES, READ_BYTES = 1 << 16, 1 << 20  # of a first read from the end, and of a block of a whole file
-_ROW_TYPES = {"split": str, "epoch": int, "step": int, "perplexity": float}
+_ROW_TYPES = {"split": str, "epoch": int, "step": int, "perplexity": float, "time": (float, NoneType)}
 _GROWING_FILE = re.compile(r"steps-(\d+)-\d+\..*")  # a segment or an events file: its first row's step, and a number
 
 
@@ -150,9 +152,8 @@ def _read_lines(folder: Folder, name: str) -> Iterator[bytes]:
 def _parse_row(line: bytes) -> dict[str, Any] | None:
     """Returns a line's row, or None if it is not one, such as a line that a crash has cut off."""
     try:
-        row: dict[str, Any] = json.loads(line, parse_constant=lambda _: MAX_PERPLEXITY)  # early versions stored NaN
-        return row if all(isinstance(row[name], cls) for name, cls in _ROW_TYPES.items()) else None
-    except (ValueError, LookupError, TypeError, RecursionError):
+        return parse_record(line, _ROW_TYPES, lambda _: MAX_PERPLEXITY)  # early versions stored NaN
+    except ValueError:
         return None
 
 

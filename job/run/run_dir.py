@@ -1,15 +1,17 @@
 """A run's folder: which run a configuration means, and what the folder contains."""
 
-import json
+import math
 import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import NoneType
 from typing import Any
 
 from job.config.schema import Config, config_differences
 from job.config.toml import config_from_toml, decode_toml
 from job.data.dataset import Dataset
+from job.documents import parse_record
 from job.errors import UserError
 from job.paths import is_uri
 from job.storage import Folder
@@ -30,6 +32,15 @@ CONFIG_FILE = "config.toml"
 RESULT_FILE = "result.json"  # its presence marks a run as finished
 SEARCH_FILE = "search.toml"  # the resolved configuration of a search
 _MAX_FILE_BYTES = 1 << 20  # of a result or a configuration
+_RESULT_TYPES: dict[str, Any] = {
+    **dict.fromkeys(("epochs", "steps", "workers"), int),
+    **dict.fromkeys(("perplexity", "seconds"), float),
+    **dict.fromkeys(("generated", "checkpoint"), str),
+    **dict.fromkeys(("validation_perplexity", "best_validation_perplexity"), (float, NoneType)),
+    **dict.fromkeys(("unknown_share", "validation_unknown_share"), (float, NoneType)),
+    "best_checkpoint": (str, NoneType),
+}
+_VALIDATION_FIELDS = {"validation_perplexity", "best_validation_perplexity", "best_checkpoint"}  # all or none
 
 
 @dataclass(frozen=True)
@@ -149,10 +160,12 @@ def read_config_text(folder: Folder, name: str) -> str | None:
 def read_result(folder: Folder) -> dict[str, Any] | None:
     """Reads the result of a finished run. Returns None if there is none or it is damaged."""
     try:
-        result = json.loads(folder.read(RESULT_FILE, _MAX_FILE_BYTES))
-        return result if type(result["epochs"]) is int and type(result["steps"]) is int else None
-    except (OSError, ValueError, LookupError, TypeError):
+        record = parse_record(folder.read(RESULT_FILE, _MAX_FILE_BYTES), _RESULT_TYPES)
+    except (OSError, ValueError):
         return None
+    result = {name: value for name, value in record.items() if value is not None}
+    is_valid = math.isfinite(result["seconds"]) and len(_VALIDATION_FIELDS & result.keys()) in (0, 3)
+    return result if is_valid else None
 
 
 def slugify(name: str) -> str:
@@ -174,14 +187,15 @@ def check_same_text(checkpoints: Folder, dataset: Dataset) -> None:
         try:
             old_corpus = read_progress(checkpoint)[1]["corpus"]
             vocabulary = read_vocabulary(checkpoint)
-        except (LookupError, UserError):
+            old_sha256, old_tokens = old_corpus["sha256"], f"{old_corpus['tokens']:,}"
+        except (LookupError, TypeError, ValueError):  # the checkpoint is damaged, or of an early version
             continue
-        if (old_corpus["sha256"], vocabulary) != (corpus["sha256"], dataset.vocabulary):
+        if (old_sha256, vocabulary) != (corpus["sha256"], dataset.vocabulary):
             has_same_length = old_corpus["tokens"] == corpus["tokens"]
             difference = "as many, but others, now" if has_same_length else f"{corpus['tokens']:,} now"
             raise UserError(
                 f"corpus.source = {corpus['source']}: is not the text that this run was started with "
-                f"({old_corpus['tokens']:,} tokens then, {difference})",
+                f"({old_tokens} tokens then, {difference})",
                 "restore the text or choose another run.name",
             )
         return

@@ -16,6 +16,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from socket import gethostname
+from types import NoneType
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor
 from job.config.schema import Config
 from job.config.toml import config_from_toml, config_to_toml
 from job.data.vocabulary import Vocabulary, vocabulary_from_json
+from job.documents import parse_record
 from job.errors import UserError
 from job.nn.state import State
 from job.storage import Folder, TooLarge
@@ -39,6 +41,10 @@ _MAX_MANIFEST_BYTES = 16 << 20  # at some hundred bytes per worker
 _NAME = re.compile(r"step-(\d{6,})-([0-9a-f]{6,32})")
 _LANES = re.compile(r"lanes-(\d{5,})-(\d{5,})\.safetensors")
 _FILE = re.compile(r"[a-z]+[a-z0-9-]*\.(safetensors|json|toml)")
+_PROGRESS_TYPES: dict[str, Any] = {"precision": str} | {
+    name: (float, int, NoneType) if value is None or type(value) is float else type(value)
+    for name, value in asdict(Progress()).items()
+}
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
@@ -365,7 +371,7 @@ def read_progress(checkpoint: Checkpoint) -> tuple[Progress, dict[str, Any]]:
 
 
 def _parse_progress(data: bytes) -> tuple[Progress, dict[str, Any]]:
-    metadata = json.loads(data, parse_constant=lambda _: None)  # early versions stored NaN
+    metadata = parse_record(data, _PROGRESS_TYPES, lambda _: None)  # early versions stored NaN
     values = {name: metadata.pop(name) for name in asdict(Progress())}
     for name in ("epoch_mean", "report_mean"):
         values[name] = LossSum(**values[name])

@@ -14,6 +14,7 @@ from typing import Any
 from job.config.schema import Config
 from job.config.search_space import METRIC_SPLITS, Params, SearchConfig
 from job.config.toml import override_config
+from job.documents import parse_json
 from job.errors import UserError
 from job.run.metrics import read_rows
 from job.run.run_dir import ExistingRun, read_existing_run
@@ -209,7 +210,7 @@ def load_trials(folder: Folder, base: Config, search: SearchConfig) -> Trials:
 def _read_records(folder: Folder) -> Records:
     """How trials ended, including those beyond the number of trials of this search."""
     try:
-        items = json.loads(folder.read(TRIALS_FILE, _MAX_RECORDS_BYTES)).items()
+        items = parse_json(folder.read(TRIALS_FILE, _MAX_RECORDS_BYTES)).items()
         return {name: {**record, "state": str(record["state"]), "why": str(record["why"])} for name, record in items}
     except (FileNotFoundError, NotADirectoryError):
         return {}
