@@ -3,9 +3,13 @@
 import gzip
 import hashlib
 import http.server
+import re
+import signal
 import threading
+import time
 
 import pytest
+from conftest import start_job
 
 from job.config.schema import CorpusConfig
 from job.data.corpus import read_corpus
@@ -26,17 +30,25 @@ def web(monkeypatch, tmp_path):
 
     pages = Pages()
     pages.requests = []
+    pages.ended = threading.Event()
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
             pages.requests.append(self.path)
+            if "silent" in self.path:
+                pages.ended.wait()
             body = pages.get(self.path)
             self.send_response(200 if body is not None else 404)
-            self.send_header("Content-Length", str(len(body or b"") + (10 if "short" in self.path else 0)))
-            if "zip" in self.path:
-                self.send_header("Content-Encoding", "gzip")
+            self.send_header(
+                "Content-Length", str(len(body or b"") + (10 if re.search("short|slow", self.path) else 0))
+            )
+            if encoding := re.search("gzip|deflate", self.path):
+                self.send_header("Content-Encoding", encoding[0])
             self.end_headers()
             self.wfile.write(body or b"")
+            if "slow" in self.path:
+                self.wfile.flush()
+                pages.ended.wait()
 
         def log_message(self, *_):
             pass
@@ -47,6 +59,7 @@ def web(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("job.data.download.TIME_MACHINE_URL", f"{pages.address}/book")
     yield pages
+    pages.ended.set()
     server.shutdown()
 
 
@@ -76,8 +89,8 @@ def test_download_failure_falls_back_to_embedded_text_only_for_auto(web, monkeyp
 
 
 def test_download_with_compressed_transfer_is_decompressed(web):
-    web["/zip.txt"] = gzip.compress(b"original text")
-    assert read(f"{web.address}/zip.txt").lines == ["original text"]
+    web["/gzip.txt"] = gzip.compress(b"original text")
+    assert read(f"{web.address}/gzip.txt").lines == ["original text"]
 
 
 @pytest.mark.parametrize(
@@ -88,7 +101,12 @@ def test_download_with_compressed_transfer_is_decompressed(web):
         ("/text.txt#sha256=" + "0" * 64, b"some text", "wrong checksum"),
         ("/short.txt", b"some text", r"download failed \(ChunkedEncodingError"),
         ("/empty.txt", b"", "contains no text"),
+        ("/a.gzip", gzip.compress(bytes(40_000_000)), "larger than [0-9,]+ bytes"),
+        ("/b.gzip", gzip.compress(b"some text " * 999)[:-9], "does not end where it should"),
+        ("/c.gzip", b"some text", "the answer is not gzip"),
+        ("/d.deflate", b"some text", "compressed with deflate"),
     ],
+    ids=lambda value: value if isinstance(value, str) and value.startswith("/") else "",
 )
 def test_download_of_invalid_text_raises_and_is_not_cached(web, path, body, problem):
     if body is not None:
@@ -102,3 +120,42 @@ def test_download_of_changed_time_machine_raises(web):
     web["/book"] = b"another book"
     with pytest.raises(UserError, match=r"time-machine: wrong checksum, sha1 is .*, expected 090b5e7e"):
         read("time-machine")
+
+
+@pytest.mark.parametrize(
+    "fragment",
+    ["", "sha256=", "sha256", "sha256=0", "sha256=" + "0" * 63, "sha256=" + "0" * 65, "sha256=" + "g" * 64,
+     "sha1=" + "0" * 40, "md5=1", "chapter-1", "sha256=" + "0" * 64 + "#"],
+)  # fmt: skip
+def test_download_with_fragment_that_is_no_checksum_is_refused_before_a_request(web, fragment):
+    web["/text.txt"] = b"some text"
+    with pytest.raises(UserError, match=f"#{fragment} is not a checksum"):
+        read(f"{web.address}/text.txt#{fragment}")
+    assert web.requests == []
+
+
+@pytest.mark.parametrize("path", ["/silent", "/slow"])
+def test_download_from_slow_server_is_refused(web, monkeypatch, path):
+    monkeypatch.setattr("job.data.download.SPEED_INTERVAL_S", 0.2)
+    web[path] = b"s"
+    with pytest.raises(UserError, match="download is too slow"):
+        read(f"{web.address}{path}")
+    web["/fast"] = b"some text"
+    assert read(f"{web.address}/fast").lines == ["some text"]
+
+
+@pytest.mark.parametrize("path", ["/silent", "/slow"])
+@pytest.mark.parametrize("verb", ["train", "tune"])
+def test_command_that_downloads_ends_at_the_first_interrupt(web, tmp_path, path, verb):
+    web[path] = b"s"
+    (tmp_path / "a.toml").write_text(
+        '[search]\nmetric = "perplexity"\n[search.space]\n"model.dropout" = { uniform = [0, 0.5] }'
+    )
+    flags = ["--corpus.source", f"{web.address}{path}", "--run.storage", tmp_path / "runs", "--scale.workers", 0]
+    process = start_job(verb, tmp_path / "a.toml", *flags)
+    while not web.requests and process.poll() is None:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=20)
+    assert (process.returncode, err) == (130, "")
+    assert not (tmp_path / "runs").exists()

@@ -5,7 +5,6 @@ import glob
 import importlib
 import os
 import re
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -123,17 +122,10 @@ def _read_source(source: str) -> tuple[str, dict[str, bytes]]:
 
 def _time_machine_or_embedded() -> tuple[str, bytes]:
     """Returns The Time Machine if it is cached or downloaded within seconds, else the embedded text."""
-    downloads: list[bytes] = []
-
-    def download() -> None:
-        with contextlib.suppress(UserError):
-            downloads.append(download_time_machine(max_retries=0))
-
-    # In a thread, because a name lookup may block for longer than any timeout of the request.
-    thread = threading.Thread(target=download, daemon=True)
-    thread.start()
-    thread.join(AUTO_DOWNLOAD_TIMEOUT_S)
-    return ("time-machine", downloads[0]) if downloads else ("embedded", _embedded_text())
+    try:
+        return "time-machine", download_time_machine(max_retries=0, limit_s=AUTO_DOWNLOAD_TIMEOUT_S)
+    except UserError:
+        return "embedded", _embedded_text()
 
 
 def _embedded_text() -> bytes:

@@ -1,7 +1,7 @@
 """Starts a run's workers through a launcher, waits for them, and finishes the run."""
 
 import json
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -88,11 +88,14 @@ def run_training(
     observer = wait_until_expired(folder, console.print)
     stop_request = stop_request or StopRequest()
     with stop_request.installed():
-        spec = build_run_spec(config, folder)
-        check_same_text(folder / "checkpoints", spec.dataset)
-        folder.check_writable()
+        stop_request.can_save = False
+        with suppress(KeyboardInterrupt):
+            spec = build_run_spec(config, folder)
+            check_same_text(folder / "checkpoints", spec.dataset)
+        stop_request.can_save = True
         if stop_request.exit_code:
             return stop_request.exit_code
+        folder.check_writable()
         if notice := cache_notice():
             console.warn(notice)
         console.print(_run_banner(spec, config.corpus.source))
@@ -124,6 +127,7 @@ def _run(launcher: Launcher, spec: RunSpec, recorder: Recorder, stop_request: St
         if finished.stopped:
             console.print(f"stopped at step {finished.progress.step:,}; {_describe_last_checkpoint(folder, cell)}")
             return stop_request.exit_code
+        stop_request.can_save = False
         print_result(_finish(spec, recorder, finished), folder, console, spec.config.model.cell)
         return 0
     except KeyboardInterrupt:

@@ -10,13 +10,14 @@ from types import FrameType
 class StopRequest:
     """Whether the run is to save and stop, or to save a checkpoint; set by signals or by the code that started it.
 
-    The first SIGINT or SIGTERM requests a stop, the second raises KeyboardInterrupt. SIGUSR1 requests a
-    checkpoint. SIGHUP is ignored, so that the run survives a closed terminal.
+    The first SIGINT or SIGTERM requests a stop, the second raises KeyboardInterrupt, and so does the first if there is
+    nothing to save. SIGUSR1 requests a checkpoint. SIGHUP is ignored, so that the run survives a closed terminal.
     """
 
     def __init__(self) -> None:
         self.exit_code = 0  # of the process; not 0 once a stop is requested
         self.checkpoint_requested = False
+        self.can_save = True
 
     def pop_checkpoint_request(self) -> bool:
         """Returns whether a checkpoint was requested since the last call."""
@@ -38,7 +39,8 @@ class StopRequest:
     def _on_signal(self, number: int, _: FrameType | None) -> None:
         if number == signal.SIGUSR1:
             self.checkpoint_requested = True
-        elif self.exit_code:
+            return
+        is_final = self.exit_code or not self.can_save
+        self.exit_code = self.exit_code or 128 + number
+        if is_final:
             raise KeyboardInterrupt
-        else:
-            self.exit_code = 128 + number
