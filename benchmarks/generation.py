@@ -7,14 +7,13 @@ import argparse
 import statistics
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch.nn import functional as F
 
 from benchmarks import measure, plain
 from benchmarks.speed import milliseconds
 from job.config.schema import GenerateConfig, ModelConfig
-from job.inference.generate import generate_batch, generate_tokens
+from job.inference.generate import generate_batch
 from job.nn.language_model import build_model
 
 LENGTH, LANES, TOKENS, UNITS = 500, 32, 28, 256
@@ -38,7 +37,7 @@ def variants(cell: str, generate_config: GenerateConfig) -> dict[str, Callable[[
     prefixes_NB = torch.randint(0, TOKENS, (8, LANES))
     return {
         "the book's": lambda: predict_ch8(book_model),
-        "one prefix": lambda: generate_tokens(model, np.zeros(1, np.int64), generate_config, 0),
+        "one prefix": lambda: generate_batch(model, prefixes_NB[:1, :1], generate_config, 0),
         f"{LANES} prefixes": lambda: generate_batch(model, prefixes_NB, generate_config, 0),
     }
 

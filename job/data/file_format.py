@@ -2,6 +2,11 @@
 
 import codecs
 
+
+def _encoded_text(encoding: str) -> tuple[str, str]:
+    return f"{encoding} text", f"convert it: iconv -f {encoding} -t UTF-8"
+
+
 _DECOMPRESS, _EXTRACT = "decompress it", "extract the text"
 _SIGNATURES = {
     b"\x1f\x8b": ("compressed with gzip", _DECOMPRESS),
@@ -13,12 +18,10 @@ _SIGNATURES = {
     b"PK\x03\x04": ("a zip archive (.docx, .epub and .odt files are, too)", _EXTRACT),
     b"7z\xbc\xaf\x27\x1c": ("a 7z archive", _EXTRACT),
     b"%PDF-": ("a PDF file", _EXTRACT),
-}
-_BYTE_ORDER_MARKS = {  # UTF-32 first: its mark begins with that of UTF-16
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
+    codecs.BOM_UTF32_LE: _encoded_text("UTF-32"),  # before UTF-16, with whose mark it begins
+    codecs.BOM_UTF32_BE: _encoded_text("UTF-32"),
+    codecs.BOM_UTF16_LE: _encoded_text("UTF-16"),
+    codecs.BOM_UTF16_BE: _encoded_text("UTF-16"),
 }
 _SAMPLE_BYTES = 4096
 
@@ -28,9 +31,8 @@ def describe_file_format(data: bytes) -> tuple[str, str] | None:
     for signature, description in _SIGNATURES.items():
         if data.startswith(signature):
             return description
-    marked = (name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark))
-    encoding = next(marked, None) or _unmarked_encoding(data[:_SAMPLE_BYTES])
-    return (f"{encoding} text", f"convert it: iconv -f {encoding} -t UTF-8") if encoding else None
+    encoding = _unmarked_encoding(data[:_SAMPLE_BYTES])
+    return _encoded_text(encoding) if encoding else None
 
 
 def _unmarked_encoding(sample: bytes) -> str | None:

@@ -58,10 +58,11 @@ def generate_text(checkpoint: LoadedCheckpoint, config: Config) -> str:
     ids = encode_prefix(prefix, checkpoint.config.corpus.cleaning, vocabulary)
     model = load_model(checkpoint, config.model.cell)
     if vocabulary.has_unknown and not config.generate.unknown:
-        bias = model.linear.bias
-        bias.data = bias.data.clone()  # the checkpoint's weights stay as they are
-        bias.data[UNKNOWN_ID] = -math.inf
-    continuation = vocabulary.decode(generate_tokens(model, ids, config.generate, config.run.seed))
+        bias = model.linear.bias  # copied, since the checkpoint's weights must not change
+        bias.data = bias.data.index_fill(0, torch.tensor(UNKNOWN_ID), -math.inf)
+    prefixes_NB = torch.from_numpy(ids.astype(np.int64))[:, None]
+    tokens_TB = generate_batch(model, prefixes_NB, config.generate, config.run.seed)
+    continuation = vocabulary.decode(tokens_TB[:, 0].tolist())
     needs_blank = vocabulary.kind == "word" and bool(continuation) and not prefix[-1].isspace()
     return prefix + " " * needs_blank + continuation
 
@@ -123,12 +124,6 @@ def encode_prefix(prefix: str, cleaning: str, vocabulary: Vocabulary) -> np.ndar
         problem = f"generate.prefix = {prefix!r}: none of its tokens is in the vocabulary"
         raise UserError(problem, "choose another prefix")
     return ids
-
-
-def generate_tokens(model: LanguageModel, prefix: np.ndarray, generate_config: GenerateConfig, seed: int) -> list[int]:
-    """Returns the token ids that continue one prefix (N,); the arguments are those of ``generate_batch``."""
-    prefixes_NB = torch.from_numpy(prefix.astype(np.int64))[:, None]
-    return generate_batch(model, prefixes_NB, generate_config, seed)[:, 0].tolist()
 
 
 @torch.no_grad()
