@@ -56,11 +56,11 @@ def _tune(line: CommandLine) -> int:
 
 def _generate(line: CommandLine) -> int:
     """Continue a text with a trained model. The configuration of its run overrides the defaults."""
-    from job.inference.generate import describe_unknown_tokens, generate_text
+    from job.inference.generate import generate_text, prefix_warnings
 
     loaded, config = _open(line.target, parse_flags(line.flags))
     print(generate_text(loaded, config))
-    if warning := describe_unknown_tokens(config, loaded.vocabulary):
+    for warning in prefix_warnings(config, loaded.vocabulary):
         Console(sys.stderr).warn(warning)
     return 0
 

@@ -1,7 +1,15 @@
 """``<unk>``: in prefixes and samples, its share in every text, and the text whose tokens make the vocabulary."""
 
+import io
+
 import pytest
 from conftest import job, result, rows
+
+from job.config.config_file import load_config
+from job.config.search_space import SearchConfig
+from job.console import Console
+from job.storage import Folder
+from job.tuning.setup import check_search
 
 SMALL = {"scale.workers": 0, "stream.batch_size": 4, "stream.num_steps": 5, "model.hidden_size": 8}
 SMALL |= {"train.epochs": 1, "train.max_steps": 2, "generate.length": 5, "generate.prefix": "the time"}
@@ -108,6 +116,19 @@ def test_run_with_vocabulary_of_training_text_resumes_only_with_the_same_scope(t
     assert (refused.status, 'vocabulary.scope ("training" → "corpus")' in refused.err) == (2, True)
     assert job("train", *arguments, "--vocabulary.scope", "training").status == 0
     assert result(run)["steps"] == 4
+
+
+def test_check_search_warns_about_unknown_tokens_of_its_configuration(tmp_path):
+    (tmp_path / "text").write_text(WORDS)
+    flags = {"corpus.source": tmp_path / "text", "vocabulary.kind": "word", "vocabulary.size": 3}
+    flags |= {"stream.batch_size": 4, "stream.num_steps": 5, "generate.prefix": "the naïve time"}
+    config = load_config(None, {name: str(value) for name, value in flags.items()})
+    search = SearchConfig(metric="perplexity", space={"optimizer.learning_rate": {"grid": [0.1, 1]}})
+    stream = io.StringIO()
+    check_search(config, search, Folder(str(tmp_path / "search")), Console(stream))
+    lines = stream.getvalue().splitlines()
+    assert lines[0].startswith("warning: the training text is 96.1% <unk>")
+    assert lines[1:] == ["warning: generate.prefix: not in the vocabulary, and read as <unk>: 'naïve'"]
 
 
 @pytest.mark.parametrize(

@@ -67,11 +67,11 @@ def generate_text(checkpoint: LoadedCheckpoint, config: Config) -> str:
     return prefix + " " * needs_blank + continuation
 
 
-def describe_unknown_tokens(config: Config, vocabulary: Vocabulary) -> str:
-    """Returns a warning that names the tokens of the prefix that are not in the vocabulary. Empty if all are."""
+def prefix_warnings(config: Config, vocabulary: Vocabulary) -> list[str]:
+    """Returns a warning that names the tokens of the prefix that are not in the vocabulary, if there are any."""
     tokens = vocabulary.unknown_tokens(clean_text(config.generate.prefix, config.corpus.cleaning))
     names = ", ".join(map(repr, tokens[:MAX_NAMED_TOKENS])) + ", …" * (len(tokens) > MAX_NAMED_TOKENS)
-    return f"generate.prefix: not in the vocabulary, and read as {UNKNOWN}: {names}" if tokens else ""
+    return [f"generate.prefix: not in the vocabulary, and read as {UNKNOWN}: {names}"] if tokens else []
 
 
 def resolve_prefix(prefix: str, cleaning: str, dataset: Dataset) -> str:

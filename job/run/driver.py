@@ -8,9 +8,9 @@ from typing import Any, Protocol
 from job.config.schema import BUILTIN_CELLS, Config
 from job.config.toml import config_to_toml
 from job.console import Console, format_duration, python_command
-from job.data.vocabulary import format_unknown_share, unknown_warnings
+from job.data.vocabulary import format_unknown_share
 from job.errors import RunFailed, UserError
-from job.inference.generate import describe_unknown_tokens, generate_text
+from job.inference.generate import generate_text
 from job.paths import cache_notice
 from job.run.lease import acquire_lease, wait_until_expired
 from job.run.metrics import read_rows
@@ -25,7 +25,7 @@ from job.run.run_dir import (
     read_existing_run,
     resolve_run,
 )
-from job.run.setup import build_run_spec
+from job.run.setup import build_run_spec, run_warnings
 from job.run.signals import StopRequest
 from job.storage import Folder
 from job.training.checkpoint import find_latest_valid, list_checkpoints, weights_sha256
@@ -99,8 +99,7 @@ def run_training(
         if notice := cache_notice():
             console.warn(notice)
         console.print(_run_banner(spec, config.corpus.source))
-        prefix_warning = describe_unknown_tokens(spec.config, spec.dataset.vocabulary)
-        for warning in filter(None, [*unknown_warnings(spec.dataset.unknown_shares), prefix_warning]):
+        for warning in run_warnings(spec):
             console.warn(warning)
         with closing(launcher):
             launcher.connect(spec.config, console)

@@ -8,9 +8,9 @@ from job.config.schema import Config
 from job.data.corpus import Corpus, read_corpus
 from job.data.dataset import Dataset, build_dataset
 from job.data.stream import Stream
-from job.data.vocabulary import Vocabulary, vocabulary_from_json
+from job.data.vocabulary import Vocabulary, unknown_warnings, vocabulary_from_json
 from job.errors import UserError, error_origin
-from job.inference.generate import resolve_prefix
+from job.inference.generate import prefix_warnings, resolve_prefix
 from job.nn.language_model import build_model, check_shapes, place_by_token, reference_state_dict
 from job.run.run_dir import open_checkpoint
 from job.storage import Folder
@@ -45,6 +45,11 @@ def build_run_spec(config: Config, folder: Folder) -> RunSpec:
     prefix = resolve_prefix(config.generate.prefix, config.corpus.cleaning, dataset)
     config = replace(config, generate=replace(config.generate, prefix=prefix))
     return RunSpec(config, dataset, folder / "checkpoints", _read_init(config, dataset.vocabulary))
+
+
+def run_warnings(spec: RunSpec) -> list[str]:
+    """Returns warnings about too many unknown tokens in a text, and unknown tokens in the prefix."""
+    return unknown_warnings(spec.dataset.unknown_shares) + prefix_warnings(spec.config, spec.dataset.vocabulary)
 
 
 def _check_sizes(dataset: Dataset, config: Config) -> None:

@@ -19,7 +19,7 @@ from job.run.run_dir import (
     slugify,
     with_resolved_corpus,
 )
-from job.run.setup import build_run_spec
+from job.run.setup import build_run_spec, run_warnings
 from job.storage import Folder
 from job.tuning.rungs import check_scheduler
 from job.tuning.trials import trial_folder, trial_params
@@ -71,6 +71,8 @@ def check_search(base: Config, search: SearchConfig, folder: Folder, console: Co
     if "corpus.validation_fraction" not in search.space.domains:
         _check_metric(base, search)
     spec = build_run_spec(base, folder)
+    for warning in run_warnings(spec):
+        console.warn(warning)
     base = replace(spec.config, generate=base.generate)  # a trial with another vocabulary has another prefix
     if not any(name.startswith(("corpus.", "vocabulary.")) for name in search.space.domains):
         check_same_text(trial_folder(folder, 0) / "checkpoints", spec.dataset)
