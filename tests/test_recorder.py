@@ -225,8 +225,8 @@ def test_recorder_when_workers_see_another_storage_fails_and_removes_nothing(rec
     """On a node without the mount the folder is empty, and the workers would start over."""
     committed(recorder.committer, 10)
     recorder.committer.committed_at.clear()  # by an earlier driver
-    recorder.handle(started("bbbbbb"))
-    assert "do not see step-000010-abcdef" in recorder.status.failed.problem
+    with pytest.raises(UnrecoverableError, match="do not see step-000010-abcdef"):
+        recorder.handle(started("bbbbbb"))
     assert [checkpoint.step for checkpoint in list_checkpoints(recorder.committer.folder)[0]] == [10]
 
 

@@ -14,6 +14,7 @@ from job.training.checkpoint import (
 )
 from job.training.events import Started
 
+REMEDY = "make sure that all nodes mount the same storage"
 VISIBILITY_DELAYS_S = (0.0, 1.0, 2.0, 4.0, 8.0)  # a network file system may show files of other nodes late
 COMMIT_VISIBILITY_S = 60.0  # longest time between a worker group's search for checkpoints and its Started event
 
@@ -33,18 +34,19 @@ class CheckpointCommitter:
         self.committed_at: dict[str, float] = {}  # by time.monotonic
         self.receipts: dict[str, list[PartReceipt]] = {}  # of incomplete checkpoints, by name
 
-    def find_unseen(self, event: Started) -> str:
-        """Returns the name of a checkpoint that a new worker group should have loaded or skipped and did not.
+    def check_seen(self, event: Started) -> None:
+        """Raises UnrecoverableError if a new worker group did not see a checkpoint that it should have loaded.
 
-        A group may miss what was committed while it was searching. Empty if there is none.
+        A group may miss what was committed while it was searching.
         """
         skipped = {corrupt.name for corrupt in event.skipped_checkpoints}
         checkpoints, _ = list_checkpoints(self.folder)
         for checkpoint in checkpoints:
             age_s = time.monotonic() - self.committed_at.get(checkpoint.name, 0.0)
             if checkpoint.step > event.step and checkpoint.name not in skipped and age_s > COMMIT_VISIBILITY_S:
-                return checkpoint.name
-        return ""
+                raise UnrecoverableError(
+                    f"{self.folder}: the workers start at step {event.step:,} and do not see {checkpoint.name}", REMEDY
+                )
 
     def resume(self, step: int, attempt: str) -> None:
         """Discards what earlier attempts wrote after the step at which a new one starts."""
@@ -93,7 +95,7 @@ class CheckpointCommitter:
                 return
         hosts = ", ".join(sorted({host for _, host in differing}))
         problem = f"{self.folder / name}: {differing[0][0]} is not there as it was written; {hosts} writes elsewhere"
-        raise UnrecoverableError(problem, "make sure that all nodes mount the same storage")
+        raise UnrecoverableError(problem, REMEDY)
 
     @property
     def best(self) -> Checkpoint | None:

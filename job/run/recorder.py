@@ -2,7 +2,7 @@
 
 from job.config.schema import Config
 from job.console import Console
-from job.errors import RunFailed, UnrecoverableError
+from job.errors import RunFailed
 from job.run.checkpoint_committer import CheckpointCommitter
 from job.run.lease import Lease
 from job.run.metrics import MetricsLog
@@ -79,12 +79,7 @@ class Recorder:
     def _start(self, event: Started) -> None:
         """Makes a worker group the current one; discards what earlier ones wrote after its first step."""
         self.status.start_attempt(event)
-        if unseen := self.committer.find_unseen(event):
-            self.status.failed = UnrecoverableError(
-                f"{self.committer.folder}: the workers start at step {event.step:,} and do not see {unseen}",
-                "make sure that all nodes mount the same storage",
-            )
-            return
+        self.committer.check_seen(event)
         self.folder.remove(RESULT_FILE)  # of the same run with fewer epochs or steps
         self.committer.resume(event.step, event.attempt)
         self.metrics.truncate(event.step)
