@@ -22,8 +22,8 @@ def test_reduce_adjacent_on_any_number_of_workers_equals_pairwise_sum(num_groups
         partial_sums = []
         for groups in split_evenly(num_groups, num_workers):
             subtrees = []
-            for leaf in leaves[groups.start : groups.stop]:
-                subtrees = reduce_adjacent([*subtrees, leaf], num_groups)
+            for span, value in leaves[groups.start : groups.stop]:
+                subtrees = reduce_adjacent([*subtrees, (span, value.clone())], num_groups)
             assert [span for span, _ in subtrees] == owned_subtrees(groups, num_groups)
             partial_sums += subtrees
         [(span, total)] = reduce_adjacent(partial_sums, num_groups)
@@ -51,7 +51,7 @@ def test_transfers_bring_each_node_to_its_sibling_in_log_rounds(num_groups):
         groups = split_evenly(num_groups, num_workers)
         rounds = transfers(groups)
         assert len(rounds) == (num_groups - 1).bit_length()
-        held = [reduce_adjacent([(range(i, i + 1), leaves[i]) for i in own], num_groups) for own in groups]
+        held = [reduce_adjacent([(range(i, i + 1), leaves[i].clone()) for i in own], num_groups) for own in groups]
         for messages in rounds:
             for ranks in ([message.source for message in messages], [message.target for message in messages]):
                 assert len(set(ranks)) == len(ranks)

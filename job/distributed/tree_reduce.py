@@ -7,6 +7,7 @@ of a node can compute the node by itself.
 """
 
 from collections.abc import Sequence
+from operator import iadd
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 
@@ -22,7 +23,7 @@ def reduce_adjacent(partial_sums: Sequence[PartialSum[Value]], num_groups: int) 
     """Merges adjacent partial sums as far as the tree allows.
 
     Args:
-        partial_sums: nodes of the tree, in the order of their groups
+        partial_sums: nodes of the tree, in the order of their groups; tensors are overwritten
         num_groups: number of lane groups in the whole tree
 
     Returns:
@@ -34,7 +35,7 @@ def reduce_adjacent(partial_sums: Sequence[PartialSum[Value]], num_groups: int) 
         for span, value in nodes:
             if merged and _are_siblings(merged[-1][0], span, size, num_groups):
                 left_span, left_value = merged[-1]
-                merged[-1] = range(left_span.start, span.stop), left_value + value
+                merged[-1] = range(left_span.start, span.stop), iadd(left_value, value)
             else:
                 merged.append((span, value))
         size *= 2
