@@ -395,7 +395,10 @@ def test_trials_end_keeps_the_records_of_trials_beyond_num_trials(tmp_path):
     base, folder = load_config(None, {}), Folder(str(tmp_path))
     all_four = load_trials(folder, base, SearchConfig(trials=4, space=space))
     for number in range(4):
-        all_four.start(number, all_four.by_number[number].params)
+        params = all_four.by_number[number].params
+        config = trial_config(base, folder, number, params)
+        trial_folder(folder, number).write("config.toml", config_to_toml(config).encode())
+        all_four.start(number, params)
         all_four.end(number, "stopped")
     all_four.write_records()
     one = load_trials(folder, base, SearchConfig(trials=1, space=space))
@@ -587,7 +590,7 @@ def test_search_whose_trial_is_a_link_to_another_disk_writes_there(small_search,
     (tmp_path / "it" / "trials" / "00001").symlink_to(elsewhere)
     assert small_search()[0] == 0
     assert (elsewhere / "result.json").exists()
-    checkpoint = find_latest_valid(Folder(str(elsewhere / "checkpoints")))[0].checkpoint
+    checkpoint = find_latest_valid(Folder(str(elsewhere / "checkpoints")))[0]
     (elsewhere / "checkpoints" / "of the user").mkdir()
     exchange = Folder(str(tmp_path / "exchange"))
     export_checkpoint(checkpoint, Folder(str(elsewhere)), exchange)
