@@ -13,10 +13,10 @@ from job.distributed.context import World, device_name, raise_malloc_thresholds
 from job.distributed.gradient_sync import ControlFlags
 from job.distributed.tree_reduce import tree_sum
 from job.errors import Diverged, UnrecoverableError, UserError
-from job.kernels.ops import kernel_unavailable_reason
 from job.training.checkpoint import CorruptCheckpoint, checkpoint_name
 from job.training.checkpoint_writer import CheckpointWriter
 from job.training.events import Event, Failed, Finished, Started
+from job.training.implementation import check_same_implementation, describe_missing_kernel, gather_implementations
 from job.training.loop import end_epoch, evaluate_lanes, is_done, train_steps
 from job.training.progress import LossSum, Progress, finite_or_none
 from job.training.reporter import Reporter
@@ -54,9 +54,12 @@ def train(spec: RunSpec, world: World, link: DriverLink) -> None:
     try:
         configure_process(spec.config, world)
         train_state, skipped_checkpoints = _resume(spec, world)
+        implementations = gather_implementations(world, train_state.precision)
+        if spec.config.train.reproducible:
+            check_same_implementation(implementations)
         writer = CheckpointWriter(spec, world, link.post)
         reporter = Reporter(world, link.post, train_state, spec)
-        reporter.post(_started(spec.config, world, train_state, skipped_checkpoints))
+        reporter.post(_started(spec, world, train_state, skipped_checkpoints, describe_missing_kernel(implementations)))
         Trainer(spec, world, link, train_state, writer, reporter).run()
     except UnrecoverableError as error:
         link.post(Failed(world.attempt, error))
@@ -81,17 +84,17 @@ def configure_process(config: Config, world: World) -> None:
 
 
 def _started(
-    config: Config, world: World, train_state: TrainState, skipped_checkpoints: tuple[CorruptCheckpoint, ...]
+    spec: RunSpec, world: World, train_state: TrainState, skipped: tuple[CorruptCheckpoint, ...], missing_kernel: str
 ) -> Started:
     progress, device = train_state.progress, device_name(world.device)
     if train_state.shared_memory:
         device += " in shared memory"
-    if config.model.cell in BUILTIN_CELLS and (reason := kernel_unavailable_reason(world.device)):
-        device += f" without the compiled kernel ({reason})"
+    if spec.config.model.cell in BUILTIN_CELLS and missing_kernel:
+        device += f" without the compiled kernel ({missing_kernel})"
     num_weights = sum(map(torch.numel, train_state.model.parameters()))
-    total_steps = train_state.stream.total_steps(config.train)
+    total_steps = train_state.stream.total_steps(spec.config.train)
     group = world.attempt, progress.step, progress.epoch, world.size
-    return Started(*group, device, train_state.precision.name, num_weights, total_steps, skipped_checkpoints)
+    return Started(*group, device, train_state.precision.name, num_weights, total_steps, skipped)
 
 
 @dataclass

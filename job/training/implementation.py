@@ -1,0 +1,64 @@
+"""How each worker computes, which decides the last bits of its results."""
+
+import platform
+from dataclasses import dataclass
+
+import torch
+
+from job.distributed.collectives import gather_json
+from job.distributed.context import Precision, World, device_name
+from job.errors import UnrecoverableError
+from job.kernels.ops import kernel_unavailable_reason, supports_dtype
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """How a worker computes, and its node.
+
+    The versions of Python, torch and this package are not part of it: they are compared before a run starts.
+    """
+
+    node: str
+    processor: str  # the GPU's model, or the CPU's architecture and the instructions that torch uses
+    uses_kernel: bool
+    kernel_unavailable: str  # the reason; empty if the kernel is available or the device is not a CPU
+
+    def __str__(self) -> str:
+        reason = f" ({self.kernel_unavailable})" if self.kernel_unavailable else ""
+        return f"{'with' if self.uses_kernel else 'without'} the compiled kernel{reason} on {self.processor}"
+
+
+def gather_implementations(world: World, precision: Precision) -> list[Implementation]:
+    """Returns the implementation of each worker, in the order of their ranks; all workers must call it."""
+    device = world.device
+    on_cpu = device.type == "cpu"
+    instructions = f" {torch.backends.cpu.get_cpu_capability()}" if on_cpu else ""
+    own = (
+        platform.node(),
+        device_name(device) + instructions,
+        on_cpu and supports_dtype(precision.autocast or precision.weights),
+        kernel_unavailable_reason(device),
+    )
+    return [Implementation(*values) for values in gather_json(own)]
+
+
+def check_same_implementation(implementations: list[Implementation]) -> None:
+    """Raises UnrecoverableError if the workers of a reproducible run would compute different bits."""
+    first = implementations[0]
+    for rank, other in enumerate(implementations):
+        if (other.processor, other.uses_kernel) != (first.processor, first.uses_kernel):
+            raise UnrecoverableError(
+                f"train.reproducible: worker {rank} on {other.node} would compute {other}, "
+                f"but worker 0 on {first.node} {first}, which gives other bits",
+                "use nodes that are alike; without the kernel: LANES_KERNEL=off on all of them",
+            )
+
+
+def describe_missing_kernel(implementations: list[Implementation]) -> str:
+    """Returns why the first worker without the kernel has none, and which worker if others have it. Else empty."""
+    missing = {rank: worker for rank, worker in enumerate(implementations) if worker.kernel_unavailable}
+    if not missing:
+        return ""
+    rank, worker = next(iter(missing.items()))
+    where = "" if len(missing) == len(implementations) else f"worker {rank} on {worker.node}: "
+    return where + worker.kernel_unavailable
