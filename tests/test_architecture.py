@@ -98,3 +98,19 @@ def test_user_errors_separate_problem_and_remedy():
                 problem = node.args[0] if node.args else node
                 texts = [text.value for text in ast.walk(problem) if isinstance(text, ast.Constant)]
                 assert not any("; " in str(text) for text in texts), f"{path}:{node.lineno}: give the remedy separately"
+
+
+def test_documented_tests_exist():
+    """Each failure in the matrix names a test that proves what it says."""
+    defined = {
+        node.name
+        for path in (ROOT / "tests").glob("test_*.py")
+        for node in ast.parse(path.read_text()).body
+        if isinstance(node, ast.FunctionDef)
+    }
+    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+        assert set(re.findall(r"`(test_\w+)`", path.read_text())) <= defined
+    matrix = (ROOT / "docs" / "reliability.md").read_text().partition("## What happens when")[2].splitlines()
+    failures = [line for line in matrix if line.startswith("| ")][2:]
+    assert len(failures) > 20
+    assert [line for line in failures if line.count(" | ") != 4 or "`test_" not in line] == []
