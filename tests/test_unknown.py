@@ -1,14 +1,21 @@
 """``<unk>``: in prefixes and samples, its share in every text, and the text whose tokens make the vocabulary."""
 
 import io
+from dataclasses import replace
 
 import pytest
+import torch
 from conftest import job, result, rows
 
 from job.config.config_file import load_config
 from job.config.search_space import SearchConfig
 from job.console import Console
+from job.inference.generate import generate_text, prefix_warnings
+from job.nn.language_model import build_model
+from job.run.setup import build_run_spec
 from job.storage import Folder
+from job.training.checkpoint import Checkpoint, LoadedCheckpoint
+from job.training.progress import Progress
 from job.tuning.setup import check_search
 
 SMALL = {"scale.workers": 0, "stream.batch_size": 4, "stream.num_steps": 5, "model.hidden_size": 8}
@@ -16,13 +23,28 @@ SMALL |= {"train.epochs": 1, "train.max_steps": 2, "generate.length": 5, "genera
 WORDS = "the time traveller and a man " * 20 + " ".join(f"rare{number}" for number in range(900))
 
 
-def train_small(tmp_path, text, **flags):
-    """Trains a run on the text, and returns its folder and how the command ended."""
+def write_flags(tmp_path, text, **flags):
     (tmp_path / "text").write_text(text)
     flags = {**SMALL, "corpus.source": tmp_path / "text", "run.storage": tmp_path, "run.name": "run", **flags}
+    return {name: str(value) for name, value in flags.items()}
+
+
+def train_small(tmp_path, text, **flags):
+    """Trains a run on the text, and returns its folder and how the command ended."""
+    flags = write_flags(tmp_path, text, **flags)
     ended = job("train", *[word for name, value in flags.items() for word in (f"--{name}", value)])
     assert ended.status == 0, ended.err
     return tmp_path / "run", ended
+
+
+def untrained_checkpoint(tmp_path, dtype=torch.float32, **flags):
+    """A checkpoint of a run on ``WORDS`` that has not started; its model expects ``<unk>`` after each token."""
+    spec = build_run_spec(load_config(None, write_flags(tmp_path, WORDS, **flags)), Folder(str(tmp_path)))
+    vocabulary = spec.dataset.vocabulary
+    weights = build_model(spec.config.model, len(vocabulary), 0).to(dtype).state_dict()
+    weights["linear.bias"][0] = 3
+    checkpoint = Checkpoint(spec.checkpoints, "step-000000-abcdef", 0, {}, None)
+    return LoadedCheckpoint(checkpoint, spec.config, vocabulary, weights, Progress())
 
 
 @pytest.mark.parametrize(
@@ -38,39 +60,53 @@ def train_small(tmp_path, text, **flags):
         ({"vocabulary.kind": "word"}, "the <unk> time", None),
     ],
 )
-def test_sample_begins_with_prefix_as_typed_and_unknown_tokens_are_named_once(tmp_path, flags, prefix, unknown):
-    run, trained = train_small(tmp_path, WORDS, **flags, **{"generate.prefix": prefix})
-    warning = f"warning: generate.prefix: not in the vocabulary, and read as <unk>: {unknown}\n"
-    assert trained.out.count(warning) == trained.out.count("warning") == (unknown is not None)
-    sample = result(run)["generated"]
-    generated = job("generate", run, "--generate.prefix", prefix)
-    assert (generated.status, generated.out) == (0, sample + "\n")
-    assert generated.err == (warning if unknown else "")
-    blank = " " if flags.get("vocabulary.kind") == "word" and not prefix.endswith(" ") else ""
-    assert sample.startswith(prefix + blank)
-    assert job("generate", run, "--generate.prefix", prefix, "--generate.length", 0).out == prefix + "\n"
+@pytest.mark.parametrize("length", [0, 5])
+def test_sample_begins_with_prefix_as_typed_and_unknown_tokens_are_named_once(tmp_path, flags, prefix, unknown, length):
+    flags = {**flags, "generate.prefix": prefix, "generate.length": length}
+    loaded = untrained_checkpoint(tmp_path, **flags)
+    text = generate_text(loaded, loaded.config)
+    assert text.startswith(prefix)
+    if not length:
+        assert text == prefix
+    elif loaded.vocabulary.kind == "word":
+        assert text.split()[: len(prefix.split())] == prefix.split()
+        assert len(text.split()) == len(prefix.split()) + length
+        assert "  " not in text.removeprefix(prefix)
+    elif loaded.vocabulary.kind == "char":
+        assert len(text) == len(prefix) + length
+    warnings = [f"generate.prefix: not in the vocabulary, and read as <unk>: {unknown}"] if unknown else []
+    assert prefix_warnings(loaded.config, loaded.vocabulary) == warnings
+
+
+def test_train_and_generate_warn_about_unknown_tokens_of_the_prefix_once(tmp_path):
+    run, trained = train_small(tmp_path, WORDS, **{"generate.prefix": "naïve theï"})
+    warning = "warning: generate.prefix: not in the vocabulary, and read as <unk>: 'ï'\n"
+    assert trained.out.count(warning) == trained.out.count("warning") == 1
+    assert (trained.err, result(run)["generated"][:10]) == ("", "naïve theï")
+    generated = job("generate", run)
+    assert (generated.status, generated.out, generated.err) == (0, result(run)["generated"] + "\n", warning)
+    refused = job("generate", run, "--generate.prefix", "ïω")
+    assert (refused.status, refused.out, refused.err.count("\n")) == (2, "", 1)
 
 
 @pytest.mark.parametrize(
-    "flags",
+    ("dtype", "flags"),
     [
-        {},
-        {"model.hidden_size": "32"},  # decoded by the kernel
-        {"model.hidden_size": "32", "model.cell": "lstm", "model.num_layers": "2"},
-        {"train.precision": "fp64"},
+        (torch.float32, {}),
+        (torch.float32, {"model.hidden_size": 32}),  # decoded by the kernel
+        (torch.float32, {"model.hidden_size": 32, "model.cell": "lstm", "model.num_layers": 2}),
+        (torch.float64, {"vocabulary.kind": "word"}),
+        (torch.float32, {"vocabulary.kind": "word", "vocabulary.size": 2}),
     ],
 )
-def test_generate_returns_unknown_only_if_asked(tmp_path, flags):
-    """Of a text that is mostly ``<unk>``, which a model then expects."""
-    flags = {"vocabulary.kind": "word", "vocabulary.size": "6", "generate.length": "40", **flags}
-    flags |= {"train.epochs": "8", "train.max_steps": "0", "optimizer.learning_rate": "1"}
-    run, _ = train_small(tmp_path, WORDS, **flags, **{"generate.prefix": "the time"})
-    assert "<unk>" not in result(run)["generated"]
-    assert len(result(run)["generated"].split()) == 42
-    for flag, contains in ((), False), (("--generate.unknown", "true"), True):
-        for temperature in (0, 1):
-            generated = job("generate", run, "--generate.temperature", temperature, *flag)
-            assert ("<unk>" in generated.out, generated.err) == (contains, "")
+def test_generate_text_contains_unknown_only_if_asked(tmp_path, dtype, flags):
+    loaded = untrained_checkpoint(tmp_path, dtype, **flags, **{"generate.length": 40})
+    weights = {name: weight.clone() for name, weight in loaded.weights.items()}
+    for temperature in (0.0, 1.0):
+        for unknown in (False, True):
+            generate = replace(loaded.config.generate, temperature=temperature, unknown=unknown)
+            assert ("<unk>" in generate_text(loaded, replace(loaded.config, generate=generate))) == unknown
+    assert all(torch.equal(weights[name], weight) for name, weight in loaded.weights.items())
 
 
 @pytest.mark.parametrize(
@@ -119,10 +155,8 @@ def test_run_with_vocabulary_of_training_text_resumes_only_with_the_same_scope(t
 
 
 def test_check_search_warns_about_unknown_tokens_of_its_configuration(tmp_path):
-    (tmp_path / "text").write_text(WORDS)
-    flags = {"corpus.source": tmp_path / "text", "vocabulary.kind": "word", "vocabulary.size": 3}
-    flags |= {"stream.batch_size": 4, "stream.num_steps": 5, "generate.prefix": "the naïve time"}
-    config = load_config(None, {name: str(value) for name, value in flags.items()})
+    flags = {"vocabulary.kind": "word", "vocabulary.size": 3, "generate.prefix": "the naïve time"}
+    config = load_config(None, write_flags(tmp_path, WORDS, **flags))
     search = SearchConfig(metric="perplexity", space={"optimizer.learning_rate": {"grid": [0.1, 1]}})
     stream = io.StringIO()
     check_search(config, search, Folder(str(tmp_path / "search")), Console(stream))
@@ -132,21 +166,20 @@ def test_check_search_warns_about_unknown_tokens_of_its_configuration(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flags", "text", "shown"),
+    ("kind", "texts"),
     [
-        ({}, "αβγδ ε", "83.3% <unk>"),
-        ({"vocabulary.kind": "word"}, "the Greek word λόγος", "75% <unk>"),
-        ({"vocabulary.kind": "word"}, "the the time time time traveller the time man 12", "10% <unk>"),
-        ({"vocabulary.kind": "word"}, "the time traveller", None),
-        ({"vocabulary.kind": "byte"}, "αβγδ ε", None),
+        ("char", {"tαβγδ ε": "83.3%", "the time": None}),
+        ("word", {"the Greek word λόγος": "100%", "the" + " the time" * 5 + " 12": "9.09%", "the time": None}),
+        ("byte", {"αβγδ ε": None}),
     ],
 )
-def test_evaluate_reports_share_of_unknown_targets(tmp_path, flags, text, shown):
-    run, _ = train_small(tmp_path, WORDS, **flags)
-    (tmp_path / "other").write_text(text[:1] + text if flags == {} else "the " + text)
-    evaluated = job("evaluate", run, "--corpus.source", tmp_path / "other")
-    assert evaluated.status == 0
-    assert evaluated.out.endswith(f"other, {shown})\n" if shown else "other)\n")
-    is_large = shown not in (None, "10% <unk>")
-    assert evaluated.err.startswith("warning: the evaluated text is") == is_large
-    assert evaluated.err.count("\n") == is_large
+def test_evaluate_reports_share_of_unknown_targets(tmp_path, kind, texts):
+    run, _ = train_small(tmp_path, WORDS, **{"vocabulary.kind": kind})
+    for text, share in texts.items():
+        (tmp_path / "other").write_text(text)
+        evaluated = job("evaluate", run, "--corpus.source", tmp_path / "other")
+        assert evaluated.status == 0
+        assert evaluated.out.endswith(f"other, {share} <unk>)\n" if share else "other)\n")
+        is_large = share not in (None, "9.09%")
+        assert evaluated.err.startswith("warning: the evaluated text is") == is_large
+        assert evaluated.err.count("\n") == is_large
