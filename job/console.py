@@ -87,6 +87,16 @@ def format_count(count: int) -> str:
     return f"{count:,}" if count < 1e8 else f"{float(min(count, LARGEST_COUNT)):.3g}"
 
 
+def format_bytes(count: float) -> str:
+    """Formats a number of bytes: ``512 KiB``, ``1.5 GiB``."""
+    count = min(count, LARGEST_COUNT)
+    for unit in ("bytes", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB" if count < 1e6 else f"{count:.3g} GiB"
+
+
 def format_duration(seconds: float) -> str:
     """Formats seconds: ``42 s``, ``3:05``, ``1:02:03``, ``1,234 days``."""
     whole = round(seconds)

@@ -18,11 +18,12 @@ from job.cluster.node_probe import VERSIONS, NodeReport, probe, probe_nodes, sto
 from job.cluster.ray_extensions import free_resources
 from job.cluster.resources import cluster_placement, local_placement
 from job.config.schema import Config, ScaleConfig
-from job.console import Console
+from job.console import Console, format_bytes
 from job.data.vocabulary import format_unknown_share
 from job.distributed.context import available_cpus
 from job.errors import UserError
 from job.nn.language_model import build_model
+from job.run.estimate import describe_needs
 from job.run.run_dir import resolve_storage
 from job.run.setup import build_run_spec
 from job.storage import Folder
@@ -57,6 +58,7 @@ def run_doctor(config: Config, console: Console) -> int:
     table.check("versions", _describe_versions)
     if table.check("text", lambda: _describe_text(build_spec())):
         table.check("storage", lambda: _check_disk_space(folder, build_spec()))
+        table.check("estimate", lambda: describe_needs(build_spec(), bool(ray_address())))
     if ray_address():
         _check_cluster(table, config, folder)
     else:
@@ -87,10 +89,10 @@ def _check_disk_space(folder: Folder, spec: RunSpec) -> str:
     weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
     needed = weights * copies * (config.train.keep_checkpoints + 2)
     if folder.local_path is None:
-        return f"{folder} is writable; checkpoints need {_format_bytes(needed)}"
+        return f"{folder} is writable; checkpoints need {format_bytes(needed)}"
     existing = next(path for path in (folder.local_path, *folder.local_path.parents) if path.exists())
     free = shutil.disk_usage(existing).free
-    text = f"{folder} is writable; {_format_bytes(free)} free, checkpoints need {_format_bytes(needed)}"
+    text = f"{folder} is writable; {format_bytes(free)} free, checkpoints need {format_bytes(needed)}"
     if free <= needed:
         raise UserError(text, "free disk space, or choose another run.storage")
     return text
@@ -102,7 +104,7 @@ def _check_disk_space(folder: Folder, spec: RunSpec) -> str:
 def _check_this_machine(table: _Table, scale: ScaleConfig) -> None:
     gpus = torch.cuda.device_count()
     table.check("cluster", _check_local_cluster, scale, gpus)
-    if scale.max_workers or scale.gpu_requirement:
+    if scale.max_workers or scale.gpu_requirement or scale.cpus_per_worker:
         table.check("workers", _check_local_placement, scale, gpus)
     if gpus:
         table.check("GPUs", _check_gpus, [NodeReport("this machine", {}, probe(".", gpus=True))])
@@ -184,7 +186,7 @@ def _check_all_storage(nodes: list[NodeReport], folder: Folder) -> str:
     nodes = [node for node in nodes if node.metadata["package"]]
     _raise_first(storage_problem(node, str(folder)) for node in nodes)
     free = [node.metadata["free"] for node in nodes if node.metadata["free"] is not None]
-    return f"writable on all {len(nodes)}{f', at least {_format_bytes(min(free))} free' if free else ''}"
+    return f"writable on all {len(nodes)}{f', at least {format_bytes(min(free))} free' if free else ''}"
 
 
 def _check_gpus(nodes: list[NodeReport]) -> str:
@@ -208,11 +210,3 @@ def _check_cluster_placement(scale: ScaleConfig) -> str:
     else:
         when = "can be placed once the autoscaler has added nodes"
     return f"{scale.workers} of {placement.describe()} {when}"
-
-
-def _format_bytes(count: float) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"

@@ -27,6 +27,7 @@ from job.cluster.waiting import WaitingNotice
 from job.config.schema import Config
 from job.console import Console
 from job.errors import RunFailed
+from job.run.estimate import check_workers
 from job.run.recorder import Recorder
 from job.run.signals import StopRequest
 from job.storage import Folder
@@ -52,8 +53,11 @@ class RayLauncher:
         self.fit: BackgroundTask | None = None
         self.stack = contextlib.ExitStack()
 
-    def connect(self, config: Config, console: Console) -> None:
+    def connect(self, spec: RunSpec, console: Console) -> None:
         """Connects to the cluster. Raises UserError if it can never place the workers or a node cannot run them."""
+        config = spec.config
+        if not self.in_trial and not ray_address():
+            check_workers(spec)
         if self.in_trial:
             self.placement = cluster_placement(config.scale, node_resources(), UNKNOWN_AUTOSCALER)
         else:

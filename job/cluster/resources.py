@@ -10,6 +10,7 @@ from typing import Any
 
 from job.config.schema import ScaleConfig
 from job.errors import UserError
+from job.run.estimate import check_cpus
 
 Resources = dict[str, float]
 
@@ -106,8 +107,9 @@ class Placement:
 
 
 def local_placement(scale: ScaleConfig, cores: int, gpus: int) -> Placement:
-    """Places workers on this machine. Raises UserError if it has too few GPUs for the configuration."""
+    """Places workers on this machine. Raises UserError if it has too few cores or GPUs for the configuration."""
     workers = scale.max_workers
+    check_cpus(scale.cpus_per_worker, cores)
     if scale.gpu_requirement and gpus < scale.min_workers:
         raise UserError(
             f"{scale.gpu_requirement}: this machine has {gpus} GPUs for {scale.min_workers} workers",

@@ -5,7 +5,7 @@ import re
 from dataclasses import dataclass, fields
 from typing import Any
 
-from job.config.section import Check, Section, at_least, choice_field, config_field, format_value, path_field
+from job.config.section import Check, Section, at_least, between, choice_field, config_field, format_value, path_field
 from job.errors import UserError
 
 BUILTIN_CELLS = ("rnn", "gru", "lstm")
@@ -103,7 +103,7 @@ class ModelConfig(Section):
 
     cell: str = config_field("rnn", "rnn, gru, lstm, or package.module:Class", _check_cell)
     hidden_size: int = config_field(256, "hidden units per layer", at_least(1))
-    num_layers: int = config_field(1, "recurrent layers", at_least(1))
+    num_layers: int = config_field(1, "recurrent layers", between(1, 1000))
     embedding_size: int = config_field(0, "embedding size; 0: one-hot input", at_least(0))
     dropout: float = config_field(0.0, "dropout between layers and before the output layer", _less_than(1))
     init: str = path_field("", "initial weights: a run, a checkpoint or a .safetensors file; empty: random")
@@ -167,7 +167,7 @@ class ScaleConfig(Section):
     cpus_per_worker: int = config_field(0, "cores per worker; 0: share of this machine, 1 on a cluster", at_least(0))
     placement: str = choice_field("pack", "spread", meaning="pack workers onto few nodes, or spread them")
     hang_timeout: float = config_field(
-        60.0, "seconds before an unresponsive worker is replaced, and between elastic resizes", _check_positive
+        60.0, "seconds before an unresponsive worker is replaced, and between elastic resizes", between(1e-3, 10**6)
     )
 
     @property
@@ -195,7 +195,7 @@ class GenerateConfig(Section):
     prefix: str = config_field(
         "time traveller", "text to continue (prompt); the default becomes the text's beginning if unknown to it"
     )
-    length: int = config_field(50, "tokens to generate", at_least(0))
+    length: int = config_field(50, "tokens to generate", between(0, 10**6))
     temperature: float = config_field(0.0, "sampling temperature; 0: greedy", at_least(0))
     unknown: bool = config_field(False, "generate <unk> like any other token; false: never")
 

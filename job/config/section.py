@@ -20,6 +20,11 @@ def at_least(low: float) -> Check:
     return lambda value: None if value >= low else f"must be at least {low}"
 
 
+def between(low: float, high: float) -> Check:
+    """Returns a check that a value is at least ``low`` and at most ``high``."""
+    return lambda value: None if low <= value <= high else f"must be at least {low} and at most {high:,}"
+
+
 def unknown_name(noun: str, name: str, names: Iterable[str]) -> UserError:
     """Returns the error for a name that is none of ``names``; its remedy is the nearest of them."""
     (nearest,) = difflib.get_close_matches(name, names, n=1, cutoff=0.0)

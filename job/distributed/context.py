@@ -74,6 +74,15 @@ def available_cpus() -> int:
     return max(1, min(cores, _cgroup_cpu_limit(Path("/sys/fs/cgroup"))))
 
 
+def machine_memory() -> int:
+    """Returns the bytes of memory that this process may use, by the machine and by its container's limit."""
+    limits = [os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of cgroup v2 and v1
+        with contextlib.suppress(OSError, ValueError):  # "max" is not a number
+            limits.append(int(Path("/sys/fs/cgroup", name).read_text()))
+    return min(limits)
+
+
 def _cgroup_cpu_limit(cgroup: Path) -> int:
     """Returns a control group's CPU quota in cores, rounded up; ``sys.maxsize`` if there is none."""
     with contextlib.suppress(OSError, ValueError):  # cgroup v2; "max" is not a number

@@ -37,7 +37,7 @@ from job.training.run_spec import RunSpec
 class Launcher(Protocol):
     """Starts a run's workers: in this process, or by Ray on a cluster."""
 
-    def connect(self, config: Config, console: Console) -> None:
+    def connect(self, spec: RunSpec, console: Console) -> None:
         """Makes sure that the workers can be placed. Raises UserError if not; nothing has been written by then."""
 
     def run(self, spec: RunSpec, recorder: Recorder, stop_request: StopRequest) -> None:
@@ -102,7 +102,7 @@ def run_training(
         for warning in run_warnings(spec):
             console.warn(warning)
         with closing(launcher):
-            launcher.connect(spec.config, console)
+            launcher.connect(spec, console)
             with (
                 acquire_lease(folder, observer) as lease,
                 closing(Recorder(spec.config, lease, console, on_event)) as recorder,

@@ -5,11 +5,11 @@ import uuid
 
 import torch
 
-from job.config.schema import Config
 from job.console import Console
 from job.distributed.context import World, available_cpus
 from job.distributed.gradient_sync import ControlFlags
 from job.errors import RunFailed, UserError
+from job.run.estimate import check_workers
 from job.run.recorder import Recorder
 from job.run.signals import StopRequest
 from job.training.events import Event
@@ -20,8 +20,10 @@ from job.training.trainer import train
 class LocalLauncher:
     """The launcher for ``scale.workers = 0``."""
 
-    def connect(self, config: Config, console: Console) -> None:
-        """Raises UserError if the configuration requires a GPU and there is none."""
+    def connect(self, spec: RunSpec, console: Console) -> None:
+        """Raises UserError if this machine lacks the cores or the memory, or a GPU that the configuration requires."""
+        config = spec.config
+        check_workers(spec)
         if config.scale.gpu_requirement and not torch.cuda.is_available():
             raise UserError(
                 f"{config.scale.gpu_requirement}: this machine has no GPU that torch can use", "leave it out"

@@ -12,6 +12,7 @@ from job.data.vocabulary import Vocabulary, unknown_warnings, vocabulary_from_js
 from job.errors import UserError, error_origin
 from job.inference.generate import prefix_warnings, resolve_prefix
 from job.nn.language_model import build_model, check_shapes, place_by_token, reference_state_dict
+from job.run.estimate import check_weights
 from job.run.run_dir import open_checkpoint
 from job.storage import Folder
 from job.training.run_spec import RunSpec
@@ -77,6 +78,7 @@ def _remedy_for_long_words(corpus: Corpus, vocabulary_kind: str) -> str:
 
 def _read_init(config: Config, vocabulary: Vocabulary) -> bytes | None:
     """Reads the weights that ``model.init`` names, for this vocabulary. Builds a model to check them and the cell."""
+    check_weights(config.model, len(vocabulary))
     try:
         model = build_model(config.model, len(vocabulary), config.run.seed)
     except (RuntimeError, MemoryError, TypeError, OverflowError) as error:  # torch's allocator, or sizes beyond all

@@ -1,0 +1,102 @@
+"""Estimates what a run needs, and refuses what this machine cannot have."""
+
+import time
+from dataclasses import replace
+from itertools import islice
+
+import torch
+
+from job.config.schema import Config, ModelConfig
+from job.console import format_bytes, format_count, format_duration
+from job.data.stream import Stream
+from job.distributed.context import World, available_cpus, machine_memory, resolve_precision
+from job.distributed.gradient_sync import ControlFlags
+from job.errors import UserError
+from job.training.loop import train_steps
+from job.training.run_spec import RunSpec
+from job.training.train_state import build_train_state
+from job.training.trainer import configure_process
+
+_NUM_GATES = {"rnn": 1, "gru": 3, "lstm": 4}
+_PROCESS_BYTES = 200 << 20  # of a worker without its model: Python, torch and Ray
+_NUM_MEASURED_STEPS = 3
+
+
+def count_weights(model_config: ModelConfig, vocabulary_size: int) -> int:
+    """Returns the number of weights without building the model; of a custom cell's, only those outside the cell."""
+    hidden, embedding = model_config.hidden_size, model_config.embedding_size
+    inputs = (embedding or vocabulary_size) + (model_config.num_layers - 1) * hidden  # of all layers
+    recurrent = hidden * (inputs + model_config.num_layers * (hidden + 2))
+    return _NUM_GATES.get(model_config.cell, 0) * recurrent + vocabulary_size * (embedding + hidden + 1)
+
+
+def worker_bytes(config: Config, num_weights: int) -> int:
+    """Returns the memory that one worker needs at least: its process, weights, gradients, moments, hidden states."""
+    num_lanes, is_double = config.stream.batch_size, config.train.precision == "fp64"
+    num_parts = config.train.lane_groups if config.train.reproducible else max(1, config.scale.max_workers)
+    num_hidden = (
+        config.stream.num_steps * -(-num_lanes // num_parts) * config.model.num_layers * config.model.hidden_size
+    )
+    copies = 4 if config.optimizer.name == "adamw" else 2
+    return _PROCESS_BYTES + num_weights * copies * (8 if is_double else 4) + num_hidden * (8 if is_double else 2)
+
+
+def check_weights(model_config: ModelConfig, vocabulary_size: int) -> None:
+    """Raises UserError, without building the model, if this machine cannot even hold its weights."""
+    num_weights = count_weights(model_config, vocabulary_size)
+    _check_memory(f"{format_count(num_weights)} weights", 4 * num_weights, "make it smaller")
+
+
+def check_workers(spec: RunSpec) -> None:
+    """Raises UserError if the workers of a run on CPUs of this machine need more cores or memory than it has."""
+    scale, workers = spec.config.scale, max(1, spec.config.scale.max_workers)
+    check_cpus(scale.cpus_per_worker, available_cpus())
+    if scale.accelerator == "cpu" or not torch.cuda.is_available():
+        num_weights = count_weights(spec.config.model, len(spec.dataset.vocabulary))
+        description = f"{format_count(num_weights)} weights on scale.workers = {scale.workers}"
+        required = workers * worker_bytes(spec.config, num_weights)
+        _check_memory(description, required, "lower scale.workers, or make the model or stream.num_steps smaller")
+
+
+def check_cpus(cpus_per_worker: int, cores: int) -> None:
+    """Raises UserError if this machine has fewer cores than one worker is to use."""
+    if cpus_per_worker > cores:
+        raise UserError(f"scale.cpus_per_worker = {cpus_per_worker}: this machine has {cores} cores", "lower it")
+
+
+def _check_memory(description: str, required: int, remedy: str) -> None:
+    if required > machine_memory():
+        problem = f"{description} need at least {format_bytes(required)}, and this machine has"
+        raise UserError(f"model: does not fit into memory: {problem} {format_bytes(machine_memory())}", remedy)
+
+
+def describe_needs(spec: RunSpec, on_cluster: bool) -> str:
+    """Measures some steps of one worker on this machine; returns the memory, checkpoint size and time of the run.
+
+    Raises UserError as ``check_workers``, unless the run is to be on a cluster.
+    """
+    if not on_cluster:
+        check_workers(spec)
+    config = spec.config
+    workers = max(1, config.scale.max_workers)
+    stream_config = replace(config.stream, batch_size=-(-config.stream.batch_size // workers))
+    optimizer_config = replace(config.optimizer, learning_rate=1e-9)  # so that no loss diverges
+    scale = replace(config.scale, workers=0)
+    alone = replace(spec, config=replace(config, stream=stream_config, optimizer=optimizer_config, scale=scale))
+    device = torch.device("cuda" if torch.cuda.is_available() and scale.accelerator != "cpu" else "cpu")
+    world = World(0, 1, device, scale.cpus_per_worker or max(1, available_cpus() // workers), "estimate")
+    configure_process(config, world)
+    train_state = build_train_state(alone, world, resolve_precision(config.train.precision, device).name)
+    seconds, started_at = [], time.monotonic()
+    for _ in islice(train_steps(train_state, alone.config, ControlFlags), _NUM_MEASURED_STEPS):
+        seconds.append(time.monotonic() - started_at)
+        started_at = time.monotonic()
+    num_weights = sum(map(torch.numel, train_state.model.parameters()))
+    num_windows = Stream(spec.dataset.train_tokens, config.stream, config.run.seed).partition(0).num_windows
+    checkpoint = sum(weight.numel() * weight.element_size() for weight in train_state.model.parameters())
+    checkpoint *= 3 if config.optimizer.name == "adamw" else 1
+    return (
+        f"{num_weights:,} weights; each of {workers} workers needs at least "
+        f"{format_bytes(worker_bytes(config, num_weights))} of memory, a checkpoint {format_bytes(checkpoint)}, "
+        f"an epoch about {format_duration(min(seconds) * num_windows)} at the speed of this machine"
+    )

@@ -1,0 +1,87 @@
+"""What a run needs, and the refusal of what this machine cannot have."""
+
+import os
+import signal
+
+import pytest
+from conftest import job
+from test_command_line import SMALL, assert_user_error, train_without_trace
+
+from job.config.config_file import load_config
+from job.config.schema import ModelConfig
+from job.distributed.context import machine_memory
+from job.nn.language_model import build_model
+from job.run.estimate import count_weights, worker_bytes
+from job.run.signals import StopRequest
+
+
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+@pytest.mark.parametrize(("layers", "embedding"), [(1, 0), (3, 5)])
+def test_count_weights_equals_the_built_model(cell, layers, embedding):
+    config = ModelConfig(cell=cell, hidden_size=7, num_layers=layers, embedding_size=embedding)
+    assert count_weights(config, 11) == sum(weight.numel() for weight in build_model(config, 11, 0).parameters())
+
+
+def test_worker_bytes_grows_with_each_size_and_shrinks_with_workers():
+    def needed(**flags):
+        return worker_bytes(load_config(None, {"stream.batch_size": "64", **flags}), 10**8)
+
+    for name, value in {
+        "stream.num_steps": "99999", "model.hidden_size": "99999", "train.precision": "fp64", "optimizer.name": "adamw",
+    }.items():  # fmt: skip
+        assert needed(**{name: value}) > needed()
+    assert needed(**{"scale.workers": "64"}) < needed()
+    assert needed() > 8 * 10**8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--model.num_layers", 10**6], ["model.num_layers = 1000000: must be at least 1 and at most 1,000"]),
+        (["--model.hidden_size", 10**9], ["does not fit into memory", "weights need at least"]),
+        (["--model.hidden_size", 10**200], ["does not fit into memory"]),
+        (["--model.embedding_size", 10**12], ["does not fit into memory"]),
+        (["--generate.length", 10**12], ["generate.length = 1000000000000: must be at least 0 and at most 1,000,000"]),
+        (["--scale.cpus_per_worker", 100_000], ["scale.cpus_per_worker = 100000: this machine has", "lower it"]),
+        (["--scale.hang_timeout", 1e300], ["scale.hang_timeout", "at most 1,000,000"]),
+        (["--stream.num_steps", 10**15], ["stream.num_steps", "tokens"]),
+        (
+            ["--scale.workers", 5000, "--stream.batch_size", 5000, "--stream.num_steps", 2],
+            ["does not fit into memory", "scale.workers = 5000"],
+        ),
+        (["--scale.workers", 2, "--scale.cpus_per_worker", 10**6], ["scale.cpus_per_worker = 1000000"]),
+    ],
+)
+def test_train_beyond_this_machine_is_refused_before_the_run(prose, tmp_path, monkeypatch, arguments, parts):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("job.cluster.connection.ray.init", pytest.fail)
+    assert_user_error(train_without_trace(tmp_path, "--corpus.source", prose, *arguments), *parts)
+
+
+def test_train_in_a_container_with_little_memory_is_refused(prose, tmp_path, monkeypatch):
+    monkeypatch.setattr("job.run.estimate.machine_memory", lambda: 100 << 20)
+    ended = train_without_trace(tmp_path, "--corpus.source", prose)
+    assert_user_error(ended, "on scale.workers = 0 need at least", "this machine has 100 MiB")
+
+
+def test_machine_memory_is_that_of_this_machine():
+    assert 0 < machine_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_doctor_estimates_memory_checkpoint_and_time(prose, tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    arguments = [*SMALL, "--corpus.source", prose, "--run.storage", tmp_path]
+    ended = job("doctor", *arguments)
+    (line,) = [line for line in ended.out.splitlines() if "estimate" in line]
+    assert "929 weights; each of 1 workers needs at least 200 MiB of memory, a checkpoint 4 KiB" in line, line
+    assert "an epoch about" in line
+    assert "FAIL  workers" in job("doctor", *arguments, "--scale.cpus_per_worker", 10**6).out
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_first_signal_with_nothing_to_save_interrupts(number):
+    stop_request = StopRequest()
+    stop_request.can_save = False
+    with pytest.raises(KeyboardInterrupt), stop_request.installed():
+        os.kill(os.getpid(), number)
+    assert stop_request.exit_code == 128 + number
