@@ -14,7 +14,7 @@ from typing import Any
 from job.config.schema import SECTIONS, Config, ModelConfig
 from job.config.section import format_value, unknown_name
 from job.config.toml import FILE_SECTIONS, ConfigValues, check_field, override_config, parse_flags
-from job.console import NO_BREAK, Console
+from job.console import NO_BREAK, Console, escape_controls
 from job.errors import RunFailed, UserError, error_origin
 from job.paths import check_no_credentials, expand_path, mask_credentials
 
@@ -59,7 +59,8 @@ def _generate(line: CommandLine) -> int:
     from job.inference.generate import generate_text, prefix_warnings
 
     loaded, config = _open(line.target, parse_flags(line.flags))
-    print(generate_text(loaded, config))
+    text = generate_text(loaded, config)
+    print(escape_controls(text) if sys.stdout.isatty() else text)
     for warning in prefix_warnings(config, loaded.vocabulary):
         Console(sys.stderr).warn(warning)
     return 0
@@ -260,11 +261,11 @@ def command() -> int:
         return 1
     except Exception as error:
         if "--debug" in sys.argv:
-            print(mask_credentials("".join(traceback.format_exception(error))), file=sys.stderr)
+            print(escape_controls(mask_credentials("".join(traceback.format_exception(error)))), file=sys.stderr)
         else:
             expected = isinstance(error, UserError | RunFailed)
             message = str(error) if expected else f"{type(error).__name__}: {error} (--debug shows where)"
-            print(f"error: {mask_credentials(' '.join(message.split()))}", file=sys.stderr)
+            print(f"error: {escape_controls(mask_credentials(' '.join(message.split())))}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
 
 

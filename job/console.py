@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TextIO
 
 NO_BREAK = "\xa0"  # a space at which textwrap does not break a line
+_CONTROLS = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
 LARGEST_COUNT = 10**300  # that a float can hold, rounded
 PLAIN_INTERVAL_S = 10.0  # seconds between two lines of progress if the stream is no terminal
 
@@ -31,6 +33,7 @@ class Console:
             text: the line; on a terminal it is wrapped to the terminal's width
             wrap: False for what may not change, such as a sample or a command to copy
         """
+        text = escape_controls(text)
         text = "\n".join(_wrap(text)) if wrap and self.is_tty else text
         self._write(f"{self._clear_sequence()}{text}\n")
         self.num_drawn = 0
@@ -53,7 +56,7 @@ class Console:
         width, height = shutil.get_terminal_size()
         if len(lines) >= height:
             lines = [*lines[: height - 2], lines[-1]]
-        text = "\n".join(line[: width - 1] for line in lines)
+        text = "\n".join(escape_controls(line)[: width - 1] for line in lines)
         self._write(f"{self._clear_sequence()}{text}")
         self.num_drawn = len(lines)
 
@@ -80,6 +83,11 @@ def _wrap(text: str) -> list[str]:
     width = max(1, shutil.get_terminal_size().columns - 1)
     wrapper = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
     return wrapper.wrap(text) or [""]
+
+
+def escape_controls(text: str) -> str:
+    r"""Returns the text with control characters, which a terminal obeys, as ``\x1b``; line ends and tabs stay."""
+    return _CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 def format_count(count: int) -> str:

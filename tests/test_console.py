@@ -7,7 +7,7 @@ import pytest
 from conftest import job, start_job
 
 from job.config.config_file import load_config
-from job.console import Console, format_count, format_duration
+from job.console import Console, escape_controls, format_bytes, format_count, format_duration
 from job.run.driver import print_result
 from job.run.run_status import RunStatus
 from job.storage import Folder
@@ -113,3 +113,43 @@ def test_help_in_ascii_shows_all_lines():
     assert (ended.returncode, err) == (0, "")
     assert out.splitlines()[1:] == job("train", "--help").out.encode("ascii", "replace").decode().splitlines()[1:]
     assert "?" in out
+
+
+HOSTILE = "a\x1b[2Jb\x9b2Jc\x07d\x1b]0;title\x07\re"
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+@pytest.mark.parametrize(
+    "show",
+    [Console.print, Console.warn, Console.progress, lambda console, text: console.redraw([text])],
+    ids=["print", "warn", "progress", "redraw"],
+)
+def test_console_shows_control_characters_of_a_text_escaped(monkeypatch, stream, show):
+    monkeypatch.setenv("COLUMNS", "200")
+    stream = stream()
+    show(Console(stream), HOSTILE)
+    shown = stream.buffer.getvalue().decode() if isinstance(stream, Terminal) else stream.getvalue()
+    assert r"a\x1b[2Jb\x9b2Jc\x07d\x1b]0;title\x07\x0de" in shown
+    assert not {"\x1b", "\x9b", "\x07", "\r"} & set(shown)
+
+
+def test_escape_controls_keeps_line_ends_tabs_and_other_text():
+    text = "one\ntwo\r\nthree\tnaïve 今天 \U0001f600"
+    assert escape_controls(text) == text
+
+
+def test_error_message_with_content_of_a_file_shows_control_characters_escaped(tmp_path):
+    for text in ('["a\\u001b[2J"]', '[model]\n"\\u009b2J" = 1', '[model]\ncell = "\\u001b[2J:A"'):
+        (tmp_path / "a.toml").write_text(text)
+        ended = job("train", tmp_path / "a.toml")
+        assert ended.status == 2
+        assert "\\x" in ended.err or "\\u" in ended.err
+        assert not {"\x1b", "\x9b"} & set(ended.err)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (1536, "2 KiB"), (3 << 29, "1.5 GiB"), (10**400, "e+290 GiB")],
+)
+def test_format_bytes(count, text):
+    assert format_bytes(count).endswith(text)

@@ -12,7 +12,9 @@ import sys
 import pytest
 from conftest import job
 from test_command_line import SMALL, assert_user_error
+from test_console import Terminal
 
+from job.__main__ import main
 from job.config.config_file import load_search_config
 from job.documents import parse_record
 from job.errors import UserError
@@ -217,3 +219,22 @@ def test_path_with_nul_is_an_error(run, tmp_path, line):
         rewrite(checkpoint, "config.toml", line.encode())
         assert_user_error(job("evaluate", checkpoint), "contains a NUL character")
     assert_no_crash(job("evaluate", checkpoint if "run" in line else run, "--corpus.source", "file:///a%00b"))
+
+
+def test_generate_with_control_characters_in_the_vocabulary_escapes_them_on_a_terminal_only(run, monkeypatch):
+    checkpoint = max((run / "checkpoints").iterdir())
+    vocabulary = json.loads((checkpoint / "vocabulary.json").read_bytes())
+    vocabulary["tokens"] = ["<unk>", *(chr(0x1B) + chr(0x100 + index) for index in range(1, len(vocabulary["tokens"])))]
+    vocabulary["kind"] = "word"
+    rewrite(checkpoint, "vocabulary.json", json.dumps(vocabulary).encode())
+    arguments = ["generate", checkpoint, "--generate.prefix", vocabulary["tokens"][1]]
+    piped = job(*arguments)
+    assert (piped.status, piped.err) == (0, "")
+    assert piped.out.count("\x1b") > 10
+    terminal = Terminal()
+    monkeypatch.setattr("sys.stdout", terminal)
+    assert main([str(argument) for argument in arguments]) == 0
+    terminal.flush()
+    shown = terminal.buffer.getvalue().decode()
+    assert "\x1b" not in shown
+    assert shown.count("\\x1b") == piped.out.count("\x1b")
