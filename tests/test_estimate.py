@@ -72,7 +72,7 @@ def test_doctor_estimates_memory_checkpoint_and_time(prose, tmp_path, monkeypatc
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     arguments = [*SMALL, "--corpus.source", prose, "--run.storage", tmp_path]
     ended = job("doctor", *arguments)
-    (line,) = [line for line in ended.out.splitlines() if "estimate" in line]
+    (line,) = [line for line in ended.out.splitlines() if line.startswith("ok    estimate")]
     assert "929 weights; each of 1 workers needs at least 200 MiB of memory, a checkpoint 4 KiB" in line, line
     assert "an epoch about" in line
     assert "FAIL  workers" in job("doctor", *arguments, "--scale.cpus_per_worker", 10**6).out
