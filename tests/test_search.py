@@ -608,3 +608,17 @@ def test_search_with_damaged_records_is_refused(small_search, tmp_path, content)
     (tmp_path / "it" / TRIALS_FILE).write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=r"it/trials\.json: invalid content; remove it to retry failed trials"):
         small_search()
+
+
+def test_search_interrupted_while_it_writes_results_completes_them(small_search, tmp_path, monkeypatch):
+    """Nothing is left to stop, and a search without its results would have to write all again."""
+
+    def plot(trials):
+        os.kill(os.getpid(), signal.SIGINT)
+        return plot_curves(trials)
+
+    monkeypatch.setattr("job.tuning.results.plot_curves", plot)
+    assert small_search()[0] == 0
+    assert (tmp_path / "it" / "best.toml").exists()
+    (tmp_path / "it" / "sample.txt").write_bytes(b"\xff")
+    assert "is finished" in small_search()[1]

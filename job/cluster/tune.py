@@ -86,17 +86,17 @@ def run_search(config: Config, search: SearchConfig, default_name: str, console:
                 trials = load_trials(lease.folder, *scaled)
                 if trials.num_pending:
                     _run_trials(trials, placement, lease, stop_request, console)
-                if not stop_request.exit_code:
-                    trials = load_trials(lease.folder, base, search)  # what the files say
-                    write_results(trials)
-                    print_results(trials, console)
+                if stop_request.exit_code:
+                    console.print(f"stopped; the same command resumes {folder}")
+                    return stop_request.exit_code
+                trials = load_trials(lease.folder, base, search)  # what the files say
+                write_results(trials)
+                print_results(trials, console)
+                return 0
             except OSError as error:
                 raise RunFailed(f"{folder}: cannot be read or written: {error.strerror or error}", RESUME) from None
             except UserError as error:
                 raise RunFailed(error.problem, error.remedy or RESUME) from None
-            if stop_request.exit_code:
-                console.print(f"stopped; the same command resumes {folder}")
-            return stop_request.exit_code
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """A search as text: the banner, the table of trials, the line of progress."""
 
+from textwrap import shorten
 from typing import Any
 
 from job.console import Console
@@ -13,7 +14,7 @@ def banner(trials: Trials) -> str:
     space = ", ".join(f"{name} = {domain}" for name, domain in search.space.domains.items())
     note = {"none": "", "asha": ", ASHA stops poor trials early", "pbt": ", poor trials copy good ones (PBT)"}
     size = f"{count} trials, {search.concurrent} at a time{note[search.scheduler]}"
-    return f"search {trials.base.run.name}: {size}; {space}"
+    return f"search {trials.base.run.name}: {size}; {shorten(space, 1000, placeholder=' …')}"
 
 
 def display_name(metric: str) -> str:

@@ -116,7 +116,7 @@ def print_results(trials: Trials, console: Console) -> None:
     if baseline and baseline is not winner and baseline.scores:
         value = f"{trials.score(baseline):.4g} with {format_params(baseline)}"
         lines.append(f"the configuration itself, trial {baseline.number}: {value}")
-    lines += ["", f"    {folder.read(SAMPLE_FILE).decode().rstrip()}", ""]
+    lines += ["", f"    {folder.read(SAMPLE_FILE).decode(errors='replace').rstrip()}", ""]
     files = (("best", BEST_FILE), ("curves", CURVES_FILE), ("space", SPACE_FILE), ("results", PARQUET_FILE))
     lines += [f"{name:<11}{folder / file}" for name, file in files]
     lines.append(f"{'checkpoint':<11}{checkpoint.path}")
