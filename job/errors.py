@@ -44,3 +44,13 @@ def error_origin(origin: str) -> Iterator[None]:
         yield
     except UserError as error:
         raise UserError(f"{origin}: {error.problem}", error.remedy) from None
+
+
+@contextlib.contextmanager
+def report_os_error(problem: str, remedy: str = "") -> Iterator[None]:
+    """Raises a UserError in place of an OSError in the block: the problem, and the reason."""
+    try:
+        yield
+    except OSError as error:
+        reason, *_ = (error.strerror or str(error) or type(error).__name__).splitlines()
+        raise UserError(f"{problem}: {reason}", remedy) from None

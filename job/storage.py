@@ -19,7 +19,7 @@ from urllib.parse import quote
 import pyarrow
 from pyarrow import fs
 
-from job.errors import UserError
+from job.errors import UserError, report_os_error
 from job.paths import check_no_credentials, escape_dollars, is_uri
 
 _URI_CHARACTERS = "%/:?#[]@!$&'()*+,;=~"  # have a meaning in a URI; others, such as blanks, are percent-encoded
@@ -258,27 +258,18 @@ class Folder:
         """
         name = f".writable-{uuid.uuid4().hex[:8]}"
         local, remedy = self.local_path, "choose another folder or grant write access"
-        with _report_denied(f"run.storage = {self}: cannot be written to", remedy):
+        with report_os_error(f"run.storage = {self}: cannot be written to", remedy):
             missing = [folder for folder in (local, *local.parents) if not folder.exists()] if local else []
             self.write(name, b"")
             self.write(name, b"")
         try:
             yield name
         finally:
-            with _report_denied(f"run.storage = {self}: files cannot be deleted", remedy):
+            with report_os_error(f"run.storage = {self}: files cannot be deleted", remedy):
                 self.remove(name)
             with contextlib.suppress(OSError):  # another run may be using the folders by now
                 for folder in missing:
                     folder.rmdir()
-
-
-@contextlib.contextmanager
-def _report_denied(problem: str, remedy: str) -> Iterator[None]:
-    """Raises a UserError for an OSError in the block."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{problem}: {error.strerror or str(error).splitlines()[0]}", remedy) from None
 
 
 def _open_location(address: str) -> tuple[fs.FileSystem, str]:

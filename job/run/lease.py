@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from job.errors import RunFailed, UserError
+from job.errors import RunFailed, UserError, report_os_error
 from job.storage import Folder
 
 OWNER_FILE = "owner.json"
@@ -140,10 +140,8 @@ class LeaseObserver:
 
         Raises UserError if the lease cannot be read, since it may be that of a live driver.
         """
-        try:
+        with report_os_error(f"{self.folder}/{OWNER_FILE}: cannot be read"):
             files = _read(self.folder, OWNER_FILE), _read(self.folder, HEARTBEAT_FILE)
-        except OSError as error:
-            raise UserError(f"{self.folder}/{OWNER_FILE}: cannot be read: {error.strerror or error}") from None
         has_changed = self.files is not None and files != self.files
         if files != self.files:
             self.files, self.unchanged_since = files, time.monotonic()

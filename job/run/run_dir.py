@@ -12,7 +12,7 @@ from job.config.schema import Config, config_differences
 from job.config.toml import config_from_toml, decode_toml
 from job.data.dataset import Dataset
 from job.documents import parse_record
-from job.errors import UserError
+from job.errors import UserError, report_os_error
 from job.paths import is_uri
 from job.storage import Folder
 from job.training.checkpoint import (
@@ -94,10 +94,8 @@ def resolve_run(config: Config, default_name: str, *, retry: bool = False) -> tu
 
 def _last_or_next_run(storage: Folder, config: Config, stem: str) -> tuple[str, ExistingRun | None]:
     """The last of the runs ``stem-1``, ``stem-2``, … if this configuration can resume it, otherwise the next one."""
-    try:
+    with report_os_error(f"run.storage = {storage}: cannot be read"):
         names = storage.names()
-    except OSError as error:
-        raise UserError(f"run.storage = {storage}: cannot be read: {error}") from None
     numbers = [int(m[1]) for m in (re.fullmatch(rf"{re.escape(stem)}-(\d+)", name) for name in names) if m]
     last = max(numbers, default=0)
     if last and config.run.resume != "never":

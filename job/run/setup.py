@@ -9,7 +9,7 @@ from job.data.corpus import Corpus, read_corpus
 from job.data.dataset import Dataset, build_dataset
 from job.data.stream import Stream
 from job.data.vocabulary import Vocabulary, unknown_warnings, vocabulary_from_json
-from job.errors import UserError, error_origin
+from job.errors import UserError, error_origin, report_os_error
 from job.inference.generate import prefix_warnings, resolve_prefix
 from job.nn.language_model import build_model, check_shapes, place_by_token, reference_state_dict
 from job.run.estimate import check_weights
@@ -101,7 +101,7 @@ def _read_weights(source: str) -> tuple[dict[str, Tensor], Vocabulary]:
     """Reads the weights and the vocabulary of a run, of a checkpoint, or of a file next to its ``vocabulary.json``."""
     path = Folder.resolve(source)
     folder = path.parent
-    try:
+    with report_os_error("cannot be read"):
         try:
             weights, _ = folder.read_with(path.name, read_tensors)
         except FileNotFoundError:
@@ -115,6 +115,4 @@ def _read_weights(source: str) -> tuple[dict[str, Tensor], Vocabulary]:
                 f"copy the {VOCABULARY_FILE} of its run next to it, or give the run's folder",
             )
         vocabulary = vocabulary_from_json(folder.read(VOCABULARY_FILE), str(folder / VOCABULARY_FILE))
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror or error}") from None
     return weights, vocabulary

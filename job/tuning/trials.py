@@ -15,7 +15,7 @@ from job.config.schema import Config
 from job.config.search_space import METRIC_SPLITS, Params, SearchConfig
 from job.config.toml import override_config
 from job.documents import parse_json
-from job.errors import UserError
+from job.errors import UserError, report_os_error
 from job.run.metrics import read_rows
 from job.run.run_dir import ExistingRun, read_existing_run
 from job.storage import Folder
@@ -194,10 +194,8 @@ class Trials:
 def load_trials(folder: Folder, base: Config, search: SearchConfig) -> Trials:
     """Reads the trials that earlier runs of the search left. Raises UserError if they cannot be read."""
     records = _read_records(folder)
-    try:
+    with report_os_error(f"{folder / TRIALS_DIR}: cannot be read"):
         started = set((folder / TRIALS_DIR).names())  # one request, however many trials have not been started
-    except OSError as error:
-        raise UserError(f"{folder / TRIALS_DIR}: cannot be read: {error}") from None
     trials = Trials(folder, base, search, records)
     for number in range(search.num_trials):
         name = trial_name(number)
