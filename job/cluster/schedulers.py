@@ -64,7 +64,7 @@ class SyncPBT(NotPickled, PopulationBasedTraining):
 
 
 class OptunaSearcher(NotPickled, Searcher):
-    """Lets Optuna choose the parameters of new trials. Trials that were started earlier run first."""
+    """Lets Optuna choose the parameters of new trials. Trials that were started earlier keep theirs."""
 
     def __init__(self, trials: Trials, sampler: OptunaSampler) -> None:
         super().__init__()
