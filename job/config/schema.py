@@ -167,7 +167,7 @@ class ScaleConfig(Section):
     cpus_per_worker: int = config_field(0, "cores per worker; 0: share of this machine, 1 on a cluster", at_least(0))
     placement: str = choice_field("pack", "spread", meaning="pack workers onto few nodes, or spread them")
     hang_timeout: float = config_field(
-        60.0, "seconds before an unresponsive worker is replaced, and between elastic resizes", between(1e-3, 10**6)
+        60.0, "seconds before an unresponsive worker is replaced, and between elastic resizes", between(1e-3, 10**9)
     )
 
     @property

@@ -96,7 +96,7 @@ def describe_needs(spec: RunSpec, on_cluster: bool) -> str:
     checkpoint = sum(weight.numel() * weight.element_size() for weight in train_state.model.parameters())
     checkpoint *= 3 if config.optimizer.name == "adamw" else 1
     return (
-        f"{num_weights:,} weights; each of {workers} workers needs at least "
+        f"{num_weights:,} weights; each worker needs at least "
         f"{format_bytes(worker_bytes(config, num_weights))} of memory, a checkpoint {format_bytes(checkpoint)}, "
         f"an epoch about {format_duration(min(seconds) * num_windows)} at the speed of this machine"
     )
