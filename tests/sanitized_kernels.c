@@ -279,7 +279,7 @@ static void *run_timeout(void *argument) {
     member *self = argument;
     float data[3] = {0};
     check(all_reduce(&self->group, 4, 3, data) == 1, "a timeout");
-    check(self->group.stalled_rank == self->group.workers - 1, "the stalled rank");
+    check(self->group.stalled_rank == 1, "the stalled rank");
     return NULL;
 }
 
@@ -305,7 +305,7 @@ int main(void) {
     check(struct_size("ShmGroup") == sizeof(ShmGroup) && struct_size("Other") == -1, "struct_size");
     for (index_t workers = 2; workers <= 5; workers++)
         for (int item_size = 4; item_size <= 8; item_size += 4) run_group(run_member, workers, workers, item_size, 192);
-    run_group(run_timeout, 3, 2, 4, 64);
+    run_group(run_timeout, 2, 1, 4, 64);
     printf("done, %s\n", supports_bf16() ? "with bf16" : "without bf16");
     return 0;
 }
