@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import torch
@@ -163,3 +164,12 @@ def test_build_run_spec_init_of_a_folder_without_checkpoint_raises_user_error(tm
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="neither a run with a checkpoint nor a checkpoint"):
         spec_of(tmp_path, "aaab" * 3000, tmp_path / "empty")
+
+
+def test_train_resumed_after_its_initial_weights_were_removed_continues(train):
+    text = random_text(LETTERS, 4000, seed=1)
+    first = train(text)
+    second = train(text, "second", **{"model.init": str(first)})
+    shutil.rmtree(first)
+    train(text, "second", **{"model.init": str(first), "train.max_steps": "5"})
+    assert json.loads((second / "result.json").read_text())["steps"] == 5

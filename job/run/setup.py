@@ -15,6 +15,7 @@ from job.nn.language_model import build_model, check_shapes, place_by_token, ref
 from job.run.estimate import check_weights
 from job.run.run_dir import open_checkpoint
 from job.storage import Folder
+from job.training.checkpoint import list_checkpoints
 from job.training.run_spec import RunSpec
 from job.training.tensor_file import read_tensors, tensor_file
 
@@ -45,7 +46,8 @@ def build_run_spec(config: Config, folder: Folder) -> RunSpec:
         raise UserError(error.problem, _remedy_for_long_words(corpus, config.vocabulary.kind) or error.remedy) from None
     prefix = resolve_prefix(config.generate.prefix, config.corpus.cleaning, dataset)
     config = replace(config, generate=replace(config.generate, prefix=prefix))
-    return RunSpec(config, dataset, folder / "checkpoints", _read_init(config, dataset.vocabulary))
+    checkpoints = folder / "checkpoints"
+    return RunSpec(config, dataset, checkpoints, _read_init(config, dataset.vocabulary, checkpoints))
 
 
 def run_warnings(spec: RunSpec) -> list[str]:
@@ -76,14 +78,17 @@ def _remedy_for_long_words(corpus: Corpus, vocabulary_kind: str) -> str:
     return f"set vocabulary.kind = char: blanks separate words, which have {mean_length:,} characters here on average"
 
 
-def _read_init(config: Config, vocabulary: Vocabulary) -> bytes | None:
-    """Reads the weights that ``model.init`` names, for this vocabulary. Builds a model to check them and the cell."""
+def _read_init(config: Config, vocabulary: Vocabulary, checkpoints: Folder) -> bytes | None:
+    """Reads the weights that ``model.init`` names, for this vocabulary. Builds a model to check them and the cell.
+
+    Returns None if they are not needed: without ``model.init``, and if the run resumes from a checkpoint.
+    """
     check_weights(config.model, len(vocabulary))
     try:
         model = build_model(config.model, len(vocabulary), config.run.seed)
     except (RuntimeError, MemoryError, TypeError, OverflowError) as error:  # torch's allocator, or sizes beyond all
         raise UserError(f"model: does not fit into memory: {str(error).splitlines()[0]}", "make it smaller") from None
-    if not config.model.init:
+    if not config.model.init or list_checkpoints(checkpoints)[0]:
         return None
     origin = f"model.init = {config.model.init}"
     with error_origin(origin):
