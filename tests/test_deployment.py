@@ -16,7 +16,7 @@ import pytest
 import yaml
 from conftest import ROOT, job
 
-from job.cluster.resources import UNKNOWN_AUTOSCALER, parse_cluster_config
+from job.cluster.resources import parse_cluster_config
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 RAY = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
@@ -97,7 +97,7 @@ def test_cluster_files_are_accepted_by_ray():
 
 def test_limits_of_local_cluster_are_unknown():
     """Its machines are of the head's node type and join one by one; the autoscaler's file has no maximum."""
-    assert parse_cluster_config(validated(read("clusters/local.yaml"))) == UNKNOWN_AUTOSCALER
+    assert parse_cluster_config(validated(read("clusters/local.yaml"))) is None
 
 
 @pytest.mark.parametrize("name", CLUSTERS)

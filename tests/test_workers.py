@@ -16,7 +16,7 @@ from conftest import job, rows, start_job
 from test_reference import assert_reproduces
 
 from job.cluster.ray_extensions import FreeResourceScalingPolicy, NodeAddressTorchConfig
-from job.cluster.resources import NO_AUTOSCALER, cluster_placement
+from job.cluster.resources import cluster_placement
 from job.config.schema import ScaleConfig
 from job.kernels.build import load_library
 
@@ -92,7 +92,7 @@ def test_scaling_policy_does_not_grow_onto_occupied_nodes(monkeypatch):
     scale = ScaleConfig(workers="1-3")
     policy = FreeResourceScalingPolicy(
         ScalingConfig(num_workers=(1, 3), resources_per_worker=node, elastic_resize_monitor_interval_s=0),
-        cluster_placement(scale, [node] * 3, NO_AUTOSCALER),
+        cluster_placement(scale, [node] * 3, []),
     )
     monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda: None)
     monkeypatch.setattr(policy, "_get_reserved_resources", lambda: {"a": node, "b": node, "c": node})

@@ -13,16 +13,7 @@ import torch
 from job.cluster import NODE_ENV_DEFAULTS
 from job.cluster.local_cluster import start_local_cluster, suppress_stderr
 from job.cluster.ray_extensions import is_autoscaled, read_cluster_config
-from job.cluster.resources import (
-    NO_AUTOSCALER,
-    UNKNOWN_AUTOSCALER,
-    Autoscaler,
-    Placement,
-    Resources,
-    cluster_placement,
-    local_placement,
-    parse_cluster_config,
-)
+from job.cluster.resources import Placement, Resources, cluster_placement, local_placement, parse_cluster_config
 from job.config.schema import ScaleConfig
 from job.distributed.context import available_cpus
 from job.errors import UserError
@@ -85,15 +76,14 @@ def connect(scale: ScaleConfig, stack: contextlib.ExitStack, concurrent: int = 0
 def _join_and_place(scale: ScaleConfig, concurrent: int) -> tuple[Placement, int]:
     join_cluster(ray_address())
     try:
-        nodes, autoscaler = node_resources(), query_autoscaler()
-        placement = cluster_placement(scale, nodes, autoscaler)
+        nodes, addable = node_resources(), query_autoscaler()
+        placement = cluster_placement(scale, nodes, addable)
     except UserError:
         ray.shutdown()
         raise
-    if concurrent and not autoscaler.limits_known:
+    if concurrent and addable is None:
         return placement, concurrent
-    capacity = placement.capacity(nodes) + placement.autoscaled_capacity(autoscaler)
-    num_runs = max(1, capacity // placement.max_workers)
+    num_runs = max(1, placement.capacity(nodes + (addable or [])) // placement.max_workers)
     return placement, min(num_runs, concurrent or num_runs)
 
 
@@ -146,18 +136,18 @@ def node_resources() -> list[Resources]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def query_autoscaler() -> Autoscaler:
-    """Determines how many nodes of which types this cluster's autoscaler may add.
+def query_autoscaler() -> list[Resources] | None:
+    """The resources of each node that this cluster's autoscaler may add: none without one, None if unknown.
 
     Nodes that it has already added count again, because Ray's report of them lags. If capacity is overestimated,
     a run waits with a notice; if it were underestimated, the run would be refused.
     """
     if is_autoscaled() is False:
-        return NO_AUTOSCALER
+        return []
     try:
         cluster_config = read_cluster_config(QUERY_TIMEOUT_S)
-        if cluster_config is None:
-            return UNKNOWN_AUTOSCALER if is_autoscaled() else NO_AUTOSCALER
-        return parse_cluster_config(cluster_config)
+        if cluster_config is not None:
+            return parse_cluster_config(cluster_config)
+        return None if is_autoscaled() else []
     except (ray.exceptions.RayError, LookupError, TypeError, ValueError):
-        return UNKNOWN_AUTOSCALER
+        return None

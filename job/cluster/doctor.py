@@ -165,7 +165,7 @@ def _check_auth_token() -> str:
 
 def _join() -> str:
     join_cluster(ray_address())
-    autoscaler = "an autoscaler adds more" if query_autoscaler().can_add_nodes else "no autoscaler"
+    autoscaler = "an autoscaler adds more" if query_autoscaler() != [] else "no autoscaler"
     return f"{ray_address()}: {len(node_resources())} nodes, {autoscaler}"
 
 

@@ -21,7 +21,7 @@ from job.cluster.ray_extensions import (
     cancel_autoscaler_request,
     ended_processes,
 )
-from job.cluster.resources import UNKNOWN_AUTOSCALER, Placement, cluster_placement
+from job.cluster.resources import Placement, cluster_placement
 from job.cluster.train_worker import one_line, train_worker
 from job.cluster.waiting import WaitingNotice
 from job.config.schema import Config
@@ -59,7 +59,7 @@ class RayLauncher:
         if not self.in_trial and not ray_address():
             check_workers(spec)
         if self.in_trial:
-            self.placement = cluster_placement(config.scale, node_resources(), UNKNOWN_AUTOSCALER)
+            self.placement = cluster_placement(config.scale, node_resources(), None)
         else:
             self.placement, _ = connect(config.scale, self.stack)
             check_placement(self.placement, console, config.run.storage, config.model.cell)

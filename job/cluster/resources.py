@@ -13,54 +13,24 @@ from job.errors import UserError
 from job.run.estimate import check_cpus
 
 Resources = dict[str, float]
+MAX_NODES = 10_000  # of one type, that an autoscaler is expected to add
 
 
-@dataclass(frozen=True)
-class NodeType:
-    """A type of node that an autoscaler may add, at most ``max_count`` times."""
+def parse_cluster_config(cluster_config: dict[str, Any]) -> list[Resources] | None:
+    """The resources of each node that an autoscaler may add, by a configuration for ``ray up``.
 
-    resources: Resources
-    max_count: int
-
-
-@dataclass(frozen=True)
-class Autoscaler:
-    """What a cluster's autoscaler may add.
-
-    Args:
-        node_types: the types of nodes that it may add; empty without an autoscaler
-        limits_known: False if there is an autoscaler whose node types cannot be determined
-    """
-
-    node_types: tuple[NodeType, ...] = ()
-    limits_known: bool = True
-
-    @property
-    def can_add_nodes(self) -> bool:
-        """Whether there is an autoscaler that adds nodes."""
-        return bool(self.node_types) or not self.limits_known
-
-
-NO_AUTOSCALER = Autoscaler()
-UNKNOWN_AUTOSCALER = Autoscaler(limits_known=False)
-
-
-def parse_cluster_config(cluster_config: dict[str, Any]) -> Autoscaler:
-    """The limits in a configuration for ``ray up``. An empty one has no autoscaler.
-
-    They are unknown for a list of existing machines (provider ``local``) and for node types without resources.
+    Returns an empty list without an autoscaler (an empty configuration), and None if its limits are unknown: for a
+    list of existing machines (provider ``local``) and for node types without resources.
     """
     if not cluster_config:
-        return NO_AUTOSCALER
-    max_workers = int(cluster_config["max_workers"])
-    node_types = [
-        NodeType(node_type["resources"], min(max_workers, node_type.get("max_workers", max_workers)))
-        for name, node_type in cluster_config["available_node_types"].items()
-        if name != cluster_config["head_node_type"]
-    ]
-    if cluster_config["provider"]["type"] == "local" or not all(node_type.resources for node_type in node_types):
-        return UNKNOWN_AUTOSCALER
-    return Autoscaler(tuple(node_types))
+        return []
+    limit = min(int(cluster_config["max_workers"]), MAX_NODES)
+    head, node_types = cluster_config["head_node_type"], cluster_config["available_node_types"]
+    workers = [node_type for name, node_type in node_types.items() if name != head]
+    if cluster_config["provider"]["type"] == "local" or not all(node_type["resources"] for node_type in workers):
+        return None
+    counts = [min(limit, node_type.get("max_workers", limit)) for node_type in workers]
+    return [node_type["resources"] for node_type, count in zip(workers, counts, strict=True) for _ in range(count)]
 
 
 @dataclass(frozen=True)
@@ -101,10 +71,6 @@ class Placement:
         """The number of workers that fit on nodes with these resources."""
         return sum(math.floor(min(node.get(name, 0) / need for name, need in self.resources.items())) for node in nodes)
 
-    def autoscaled_capacity(self, autoscaler: Autoscaler) -> int:
-        """The number of workers that fit on the nodes that an autoscaler is known to be able to add."""
-        return sum(self.capacity([node_type.resources]) * node_type.max_count for node_type in autoscaler.node_types)
-
 
 def local_placement(scale: ScaleConfig, cores: int, gpus: int) -> Placement:
     """Places workers on this machine. Raises UserError if it has too few cores or GPUs for the configuration."""
@@ -124,13 +90,13 @@ def local_placement(scale: ScaleConfig, cores: int, gpus: int) -> Placement:
     return Placement(min(scale.min_workers, workers), workers, use_gpu, cpus, scale.placement.upper(), notice=notice)
 
 
-def cluster_placement(scale: ScaleConfig, nodes: list[Resources], autoscaler: Autoscaler) -> Placement:
-    """Places workers on a cluster's nodes and on those that its autoscaler may add.
+def cluster_placement(scale: ScaleConfig, nodes: list[Resources], addable: list[Resources] | None) -> Placement:
+    """Places workers on a cluster's nodes and on those that its autoscaler may add; None: their limits are unknown.
 
     Raises UserError if the cluster can never hold the workers.
     """
-    gpus = sum(node.get("GPU", 0) for node in nodes)
-    gpus += sum(node_type.resources.get("GPU", 0) * node_type.max_count for node_type in autoscaler.node_types)
+    all_nodes = nodes + (addable or [])
+    gpus = sum(node.get("GPU", 0) for node in all_nodes)
     placement = Placement(
         scale.min_workers,
         scale.max_workers,
@@ -139,8 +105,8 @@ def cluster_placement(scale: ScaleConfig, nodes: list[Resources], autoscaler: Au
         scale.placement.upper(),
         scale.accelerator_type,
     )
-    capacity = placement.capacity(nodes) + placement.autoscaled_capacity(autoscaler)
-    if autoscaler.limits_known and capacity < scale.min_workers:
+    capacity = placement.capacity(all_nodes)
+    if addable is not None and capacity < scale.min_workers:
         raise UserError(
             f"scale.workers = {scale.workers}: this cluster can never place more than {capacity} workers of "
             f"{placement.describe()}",

@@ -31,7 +31,7 @@ class WaitingNotice:
         needed = self.placement.min_workers
         missing = max(0, needed - self.placement.capacity(free_resources()))
         reason = "not enough resources are free" if missing else "Ray has not placed them yet"
-        growth = "; the autoscaler has been asked for more nodes" if query_autoscaler().can_add_nodes else ""
+        growth = "; the autoscaler has been asked for more nodes" if query_autoscaler() != [] else ""
         self.console.print(
             f"waiting for {missing or needed} of {needed} workers ({self.placement.describe()}): {reason}{growth}"
         )
