@@ -622,3 +622,29 @@ def test_search_interrupted_while_it_writes_results_completes_them(small_search,
     assert (tmp_path / "it" / "best.toml").exists()
     (tmp_path / "it" / "sample.txt").write_bytes(b"\xff")
     assert "is finished" in small_search()[1]
+
+
+@pytest.mark.parametrize("file", ["search.toml", "trials.json", "sample.txt", "trials.parquet", "best.toml"])
+def test_search_killed_while_it_writes_a_record_resumes_with_the_same_result(small_search, tmp_path, file):
+    assert small_search()[0] == 0
+    folder = tmp_path / "it"
+    best = (folder / "best.toml").read_bytes()
+    shutil.rmtree(folder)
+    write = storage._write_local
+
+    class Killed(BaseException):
+        pass
+
+    def kill(folder, name, data):
+        if name == file:
+            (folder / f".{name}.1-1").write_bytes(b"".join(data)[:100])
+            raise Killed
+        write(folder, name, data)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(storage, "_write_local", kill)
+        small_search()
+    assert not (folder / "best.toml").exists()
+    assert small_search()[0] == 0
+    assert (folder / "best.toml").read_bytes() == best
+    assert parquet.read_table(folder / "trials.parquet").column("state").to_pylist() == ["finished"] * 2
