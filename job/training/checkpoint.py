@@ -30,6 +30,7 @@ from job.errors import UserError
 from job.nn.state import State
 from job.storage import Folder, TooLarge
 from job.training.progress import LossSum, Progress, finite_or_none
+from job.training.run_spec import RunSpec
 from job.training.tensor_file import CHUNK_BYTES, ReadableInto, read_bytes, read_tensors, tensor_bytes, tensor_file
 
 Result = TypeVar("Result")
@@ -122,30 +123,24 @@ def serialize_lane_state(lanes: range, state: State) -> FileContents:
 
 
 def serialize_model(
-    config: Config,
-    vocabulary: Vocabulary,
-    weights: dict[str, Tensor],
-    optimizer: dict[str, Tensor],
-    progress: Progress,
-    metadata: dict[str, Any],
+    spec: RunSpec, precision: str, progress: Progress, tensors: dict[str, dict[str, Tensor]]
 ) -> FileContents:
     """Returns the files that rank 0 writes for all workers.
 
     Args:
-        config: of the run
-        vocabulary: of the run
-        weights: all tensors of the model, on the CPU, by name
-        optimizer: the tensors of ``optimizer_tensors``, on the CPU
+        spec: the run
+        precision: of the run
         progress: of the run
-        metadata: ``precision`` of the weights, and ``corpus`` as in ``Dataset.metadata``
+        tensors: those of ``model`` and those of its ``optimizer``, by name and on the CPU
     """
-    return {
-        "model.safetensors": tensor_file(weights),
-        "optimizer.safetensors": tensor_file(optimizer),
-        "progress.json": [json.dumps({**asdict(progress), **metadata}, indent=1).encode()],
-        "vocabulary.json": [vocabulary.to_json().encode()],
-        "config.toml": [config_to_toml(config).encode()],
+    metadata = {"precision": precision, "corpus": spec.dataset.metadata}
+    texts = {
+        "progress.json": json.dumps({**asdict(progress), **metadata}, indent=1),
+        "vocabulary.json": spec.dataset.vocabulary.to_json(),
+        "config.toml": config_to_toml(spec.config),
     }
+    files: FileContents = {file: [text.encode()] for file, text in texts.items()}
+    return files | {f"{name}.safetensors": tensor_file(tensors[name]) for name in tensors}
 
 
 def write_part(folder: Folder, name: str, files: FileContents, workers: int, progress: Progress | None) -> PartReceipt:
@@ -260,13 +255,12 @@ def read_manifest(folder: Folder, name: str) -> Checkpoint:
 def _checkpoint_from_manifest(folder: Folder, name: str, content: dict[str, Any]) -> Checkpoint:
     files = {file: (entry["bytes"], entry["sha256"]) for file, entry in content["files"].items()}
     step, nats = content["step"], content["validation_nats"]
-    is_valid = type(step) is int and (nats is None or type(nats) is float)
-    for file, (size, digest) in files.items():
-        is_valid = is_valid and bool(_FILE.fullmatch(file)) and type(size) is int and type(digest) is str
-    if not is_valid:
+    has_valid_files = all(
+        _FILE.fullmatch(file) and type(size) is int and type(digest) is str for file, (size, digest) in files.items()
+    )
+    if not (has_valid_files and type(step) is int and isinstance(nats, float | None)):
         raise ValueError("types")
-    nats = None if nats is None else finite_or_none(nats)  # early versions stored NaN
-    return Checkpoint(folder, name, step, files, nats)
+    return Checkpoint(folder, name, step, files, nats and finite_or_none(nats))  # early versions stored NaN
 
 
 class _HashedStream:
@@ -345,11 +339,6 @@ def _read_small_file(checkpoint: Checkpoint, file: str, parse: Callable[[bytes],
 def read_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
     """Reads ``vocabulary.json`` alone."""
     return _read_small_file(checkpoint, "vocabulary.json", lambda data: vocabulary_from_json(data, "vocabulary.json"))
-
-
-def is_lanes_file(file: str) -> bool:
-    """Whether a file of a checkpoint holds the state of lanes."""
-    return bool(_LANES.fullmatch(file))
 
 
 def verify_checkpoint(checkpoint: Checkpoint, files: Iterable[str] | None = None) -> Checkpoint:

@@ -52,16 +52,16 @@ class CheckpointWriter:
         self.last_step = progress.step
         lanes, precision = train_state.assignment.lanes, train_state.precision.name
         lane_state = map_state(_copy_to_cpu, train_state.lane_state)
-        written = (
-            (model.state_dict(), optimizer_tensors(train_state.optimizer, model)) if self.world.rank == 0 else ({}, {})
-        )
-        weights, optimizer = ({name: _copy_to_cpu(tensor) for name, tensor in tensors.items()} for tensors in written)
+        parts = {"model": model.state_dict(), "optimizer": optimizer_tensors(train_state.optimizer, model)}
+        tensors = {
+            part: {name: _copy_to_cpu(tensor) for name, tensor in parts[part].items()}
+            for part in (parts if self.world.rank == 0 else ())
+        }
 
         def write() -> None:
-            files, dataset = serialize_lane_state(lanes, lane_state), self.spec.dataset
-            if self.world.rank == 0:
-                metadata = {"precision": precision, "corpus": dataset.metadata}
-                files |= serialize_model(self.spec.config, dataset.vocabulary, weights, optimizer, progress, metadata)
+            files = serialize_lane_state(lanes, lane_state)
+            if tensors:
+                files |= serialize_model(self.spec, precision, progress, tensors)
             name = checkpoint_name(progress.step, self.world.attempt)
             rank_0_progress = None if self.world.rank else progress
             receipt = write_part(self.spec.checkpoints, name, files, self.world.size, rank_0_progress)

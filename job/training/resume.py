@@ -13,7 +13,6 @@ from job.training.checkpoint import (
     MANIFEST,
     Checkpoint,
     CorruptCheckpoint,
-    is_lanes_file,
     list_checkpoints,
     load_checkpoint,
     load_latest,
@@ -83,7 +82,7 @@ def _load(checkpoint: Checkpoint, world: World, group: dist.ProcessGroup | None)
     """Loads a checkpoint on all workers; raises CorruptCheckpoint on all if a file is not valid."""
     if world.rank and not checkpoint.path.has(MANIFEST):
         raise RuntimeError(f"{checkpoint.path}: worker {world.rank} does not see it; do all nodes mount this storage?")
-    lanes_files = sorted(filter(is_lanes_file, checkpoint.files))
+    lanes_files = sorted(file for file in checkpoint.files if file.startswith("lanes-"))
     weights: dict[str, Tensor] = {}
     optimizer: dict[str, Tensor] = {}
     reason = ""
