@@ -208,9 +208,15 @@ def test_chaos_run_gives_result_of_undisturbed_run(prose, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.skipif(not CAN_MOUNT, reason="this machine allows no mount namespaces")
-def test_node_that_loses_its_mount_fails_the_run_which_resumes(prose, tmp_path):
+def test_run_that_a_lost_mount_ends_resumes_with_the_same_result(prose, tmp_path):
     flags = ["--corpus.source", str(prose), "--generate.prefix", "the", "--train.epochs", "1000"]
     run_chaos(flags, 300, ["lose mount"], 5, "reproducible", tmp_path)
+
+
+@pytest.mark.long
+def test_run_that_a_dead_head_or_another_kernel_ends_resumes_with_the_same_result(prose, tmp_path):
+    flags = ["--corpus.source", str(prose), "--generate.prefix", "the", "--train.epochs", "1000"]
+    run_chaos(flags, 400, ["no kernel", "kill GCS"], 5, "reproducible", tmp_path)
 
 
 @pytest.mark.slow

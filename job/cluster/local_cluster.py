@@ -18,6 +18,7 @@ from job.cluster.ray_extensions import LOOPBACK, ended_processes, start_private_
 from job.errors import RunFailed, UserError
 
 START_ATTEMPTS, RETRY_DELAY_S, CONNECT_TIMEOUT_S = 3, 2.0, 5.0
+HEAD_TIMEOUT_S = 35.0  # after 60 s Ray's core ends this process without an error
 REMOVE_ATTEMPTS, REMOVE_DELAY_S = 10, 0.2
 MIN_OPEN_FILES = 128
 MIN_FREE_BYTES = 64 << 20  # for Ray's logs
@@ -73,9 +74,24 @@ def _remove(folder: str) -> None:
 
 
 def check_processes(remedy: str = "") -> None:
-    """Raises RunFailed if a process of Ray that this process has started and needs has ended."""
+    """Raises RunFailed if a process of Ray that this process has started and needs has ended, or the cluster's head."""
     if ended := ended_processes():
         raise RunFailed(f"Ray's process {ended[0]} ended unexpectedly; it may have been killed for its memory", remedy)
+    address = ray.get_runtime_context().gcs_address
+    deadline = time.monotonic() + HEAD_TIMEOUT_S
+    while not _accepts_connections(address):
+        if time.monotonic() > deadline:
+            raise RunFailed(f"the cluster's head at {address} has ended or cannot be reached", remedy)
+        time.sleep(RETRY_DELAY_S)
+
+
+def _accepts_connections(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), CONNECT_TIMEOUT_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def disconnect() -> None:
