@@ -25,6 +25,7 @@ RAY_ENV_DEFAULTS = {
 # Also set for Ray's processes on the nodes of a cluster.
 NODE_ENV_DEFAULTS = {
     "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",  # for workers that hang
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "1",  # a worker whose collective times out ends, as with Ray's own set-up
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # cuBLAS is reproducible only with this
     "OMP_WAIT_POLICY": "PASSIVE",  # as in job/__init__.py
 }
