@@ -1,6 +1,7 @@
 """What a run needs, and the refusal of what this machine cannot have."""
 
 import os
+import re
 import signal
 
 import pytest
@@ -76,6 +77,8 @@ def test_doctor_estimates_memory_checkpoint_and_time(prose, tmp_path, monkeypatc
     assert "915 weights; each worker needs at least 200 MiB of memory, a checkpoint 4 KiB" in line, line
     assert "an epoch about" in line
     assert "FAIL  workers" in job("doctor", *arguments, "--scale.cpus_per_worker", 10**6).out
+    monkeypatch.setattr("job.run.estimate.train_steps", lambda *_: (1 / 0 for _ in "a"))
+    assert re.search("FAIL +estimate +a training step fails: ZeroDivisionError", job("doctor", *arguments).out)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

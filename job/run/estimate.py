@@ -73,7 +73,7 @@ def _check_memory(description: str, required: int, remedy: str) -> None:
 def describe_needs(spec: RunSpec, on_cluster: bool) -> str:
     """Measures some steps of one worker on this machine; returns the memory, checkpoint size and time of the run.
 
-    Raises UserError as ``check_workers``, unless the run is to be on a cluster.
+    Raises UserError if a step fails, and, unless the run is to be on a cluster, as ``check_workers``.
     """
     if not on_cluster:
         check_workers(spec)
@@ -88,9 +88,12 @@ def describe_needs(spec: RunSpec, on_cluster: bool) -> str:
     configure_process(config, world)
     train_state = build_train_state(alone, world, resolve_precision(config.train.precision, device).name)
     seconds, started_at = [], time.monotonic()
-    for _ in islice(train_steps(train_state, alone.config, ControlFlags), _NUM_MEASURED_STEPS):
-        seconds.append(time.monotonic() - started_at)
-        started_at = time.monotonic()
+    try:
+        for _ in islice(train_steps(train_state, alone.config, ControlFlags), _NUM_MEASURED_STEPS):
+            seconds.append(time.monotonic() - started_at)
+            started_at = time.monotonic()
+    except Exception as error:  # of the user's cell, for example
+        raise UserError(f"a training step fails: {type(error).__name__}: {error}") from None
     num_weights = sum(map(torch.numel, train_state.model.parameters()))
     num_windows = Stream(spec.dataset.train_tokens, config.stream, config.run.seed).partition(0).num_windows
     checkpoint = sum(weight.numel() * weight.element_size() for weight in train_state.model.parameters())
