@@ -111,6 +111,6 @@ def test_documented_tests_exist():
     for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
         assert set(re.findall(r"`(test_\w+)`", path.read_text())) <= defined
     matrix = (ROOT / "docs" / "reliability.md").read_text().partition("## What happens when")[2].splitlines()
-    failures = [line for line in matrix if line.startswith("| ")][2:]
+    failures = [line for line in matrix if line.startswith("| ") and not line.startswith(("| failure", "| ---"))]
     assert len(failures) > 20
     assert [line for line in failures if line.count(" | ") != 4 or "`test_" not in line] == []
