@@ -22,8 +22,7 @@ from job.console import Console, format_bytes
 from job.data.vocabulary import format_unknown_share
 from job.distributed.context import available_cpus
 from job.errors import UserError
-from job.nn.language_model import build_model
-from job.run.estimate import describe_needs
+from job.run.estimate import checkpoint_bytes, describe_needs
 from job.run.run_dir import resolve_storage
 from job.run.setup import build_run_spec
 from job.storage import Folder
@@ -83,11 +82,7 @@ def _describe_text(spec: RunSpec) -> str:
 def _check_disk_space(folder: Folder, spec: RunSpec) -> str:
     """Whether the checkpoints that exist at the same time fit."""
     folder.check_writable()
-    config = spec.config
-    model = build_model(config.model, len(spec.dataset.vocabulary), config.run.seed)
-    copies = 3 if config.optimizer.name == "adamw" else 1  # Adam keeps two moments
-    weights = sum(weight.numel() * weight.element_size() for weight in model.parameters())
-    needed = weights * copies * (config.train.keep_checkpoints + 2)
+    needed = checkpoint_bytes(spec) * (spec.config.train.keep_checkpoints + 2)
     if folder.local_path is None:
         return f"{folder} is writable; checkpoints need {format_bytes(needed)}"
     existing = next(path for path in (folder.local_path, *folder.local_path.parents) if path.exists())

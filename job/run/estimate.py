@@ -12,6 +12,7 @@ from job.data.stream import Stream
 from job.distributed.context import World, available_cpus, machine_memory, resolve_precision
 from job.distributed.gradient_sync import ControlFlags
 from job.errors import UserError
+from job.nn.language_model import reference_state_dict
 from job.training.loop import train_steps
 from job.training.run_spec import RunSpec
 from job.training.train_state import build_train_state
@@ -39,6 +40,13 @@ def worker_bytes(config: Config, num_weights: int) -> int:
     )
     copies = 4 if config.optimizer.name == "adamw" else 2
     return _PROCESS_BYTES + num_weights * copies * (8 if is_double else 4) + num_hidden * (8 if is_double else 2)
+
+
+def checkpoint_bytes(spec: RunSpec) -> int:
+    """Returns the size of a checkpoint, without the lanes' state: weights and moments."""
+    shapes = reference_state_dict(spec.config.model, len(spec.dataset.vocabulary))
+    copies = 3 if spec.config.optimizer.name == "adamw" else 1
+    return copies * (8 if spec.config.train.precision == "fp64" else 4) * sum(map(torch.numel, shapes.values()))
 
 
 def check_weights(model_config: ModelConfig, vocabulary_size: int) -> None:
@@ -96,10 +104,8 @@ def describe_needs(spec: RunSpec, on_cluster: bool) -> str:
         raise UserError(f"a training step fails: {type(error).__name__}: {error}") from None
     num_weights = sum(map(torch.numel, train_state.model.parameters()))
     num_windows = Stream(spec.dataset.train_tokens, config.stream, config.run.seed).partition(0).num_windows
-    checkpoint = sum(weight.numel() * weight.element_size() for weight in train_state.model.parameters())
-    checkpoint *= 3 if config.optimizer.name == "adamw" else 1
     return (
-        f"{num_weights:,} weights; each worker needs at least "
-        f"{format_bytes(worker_bytes(config, num_weights))} of memory, a checkpoint {format_bytes(checkpoint)}, "
+        f"{num_weights:,} weights; each worker needs at least {format_bytes(worker_bytes(config, num_weights))} "
+        f"of memory, a checkpoint {format_bytes(checkpoint_bytes(spec))}, "
         f"an epoch about {format_duration(min(seconds) * num_windows)} at the speed of this machine"
     )
