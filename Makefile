@@ -31,7 +31,7 @@ test-long: setup  ## the long tests: traces of the book, faults on several nodes
 test-quick: setup  ## the tests that need no Ray (under a minute)
 	$(RUN) -m pytest -m "not cluster and not slow and not long" --numprocesses 2
 
-storm: setup  ## the chaos test: one run, twelve faults, the same result (ten minutes; STORM="--mode fp64" and so on)
+storm: setup  ## the chaos test: twelve faults and a slow object store, the same result (12 minutes; STORM="--mode fp64" and so on)
 	$(RUN) -m tests.chaos $(STORM)
 
 lint: setup  ## formatter, linter, type checker, spelling and replaced words, as CI runs them
