@@ -115,7 +115,7 @@ def test_write_tensorboard_of_a_search_keeps_the_time_of_each_score(tmp_path):
     log.append(row("epoch", 1, 10, time=1000.25))
     log.append(row("epoch", 2, 20, time=1060.5))
     log.close()
-    _write_tensorboard(Trials(Folder(str(tmp_path)), load_config(None, {}), search, {0: trial}, {}), trial)
+    _write_tensorboard(Trials(Folder(str(tmp_path)), load_config(None, {}), search, {}), trial)
     events = read_events(tmp_path / "tensorboard" / "00000")
     assert [(event.step, event.wall_time) for event in events] == [(1, 1000.25), (2, 1060.5)]
 
