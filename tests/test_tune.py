@@ -402,10 +402,11 @@ def test_ray_tune_reads_and_writes_its_pickled_records_in_a_private_folder(tmp_p
     trials = load_trials(Folder(str(tmp_path)), load_config(None, {}), search)
     folders, order = [], []
 
-    def run(*args, storage_path, **options):
-        folders.append((storage_path, os.stat(storage_path).st_mode & 0o777))
+    def create_tuner(trainable, *, run_config, **options):
+        folders.append((run_config.storage_path, os.stat(run_config.storage_path).st_mode & 0o777))
+        return SimpleNamespace(fit=lambda: None)
 
-    monkeypatch.setattr("job.cluster.tune.tune.run", run)
+    monkeypatch.setattr("job.cluster.tune.tune.Tuner", create_tuner)
     monkeypatch.setattr("job.cluster.tune.create_event_channel", lambda: None)
     lease = SimpleNamespace(check_if_stale=lambda: order.append("checked"))
     _run_trials(trials, SimpleNamespace(resources={"CPU": 1}), lease, StopRequest(), Console(io.StringIO()))

@@ -13,7 +13,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import replace
-from typing import Any
 
 from ray import tune
 from ray.tune.experiment import Trial as RayTrial
@@ -169,32 +168,39 @@ def _run_tune(placement: Placement, callback: TrialCallback, context: TrialConte
         # The workers reserve their own resources. The actor takes a share of the head node, so that no more trials
         # start than have resources for all their workers.
         per_trial = {HEAD_NODE_RESOURCE: max(1, 9000 // search.concurrent) / 10_000}
+    searcher, num_samples, param_space = None, 1, {}
     if search.searcher == "optuna":
         searcher = OptunaSearcher(trials, OptunaSampler(search.space, trials.base.run.seed))
-        samples: dict[str, Any] = {"search_alg": searcher, "num_samples": len(searcher.pending)}
+        num_samples = len(searcher.pending)
     else:
         pending = [{"number": trial.number, "params": trial.params} for trial in trials if not trial.is_done]
-        samples = {"config": {"trial": tune.grid_search(pending)}}
-    tune.run(
-        tune.with_parameters(TrialTrainable, context=context),
-        **samples,
-        resources_per_trial=tune.PlacementGroupFactory([per_trial]),
-        scheduler=build_scheduler(callback),
-        # Population-based training needs all trials; it pauses those that the resources cannot hold.
-        max_concurrent_trials=None if search.scheduler == "pbt" else search.concurrent,
-        max_failures=MAX_TRIAL_FAILURES,
-        raise_on_failed_trial=False,
-        reuse_actors=True,
-        trial_name_creator=_ray_trial_name,
-        trial_dirname_creator=_ray_trial_name,
-        name="search",
-        storage_path=records,
-        # Only for the exchange between trials: the runs keep their own checkpoints.
-        checkpoint_config=tune.CheckpointConfig(num_to_keep=NUM_EXCHANGE_CHECKPOINTS, checkpoint_at_end=False),
-        callbacks=[callback],
-        stop=callback,
-        verbose=0,
+        param_space = {"trial": tune.grid_search(pending)}
+    trainable = tune.with_parameters(TrialTrainable, context=context)
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, tune.PlacementGroupFactory([per_trial])),
+        param_space=param_space,
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            num_samples=num_samples,
+            scheduler=build_scheduler(callback),
+            # Population-based training needs all trials; it pauses those that the resources cannot hold.
+            max_concurrent_trials=None if search.scheduler == "pbt" else search.concurrent,
+            reuse_actors=True,
+            trial_name_creator=_ray_trial_name,
+            trial_dirname_creator=_ray_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name="search",
+            storage_path=records,
+            failure_config=tune.FailureConfig(max_failures=MAX_TRIAL_FAILURES),
+            # Only for the exchange between trials: the runs keep their own checkpoints.
+            checkpoint_config=tune.CheckpointConfig(num_to_keep=NUM_EXCHANGE_CHECKPOINTS, checkpoint_at_end=False),
+            callbacks=[callback],
+            stop=callback,
+            verbose=0,
+        ),
     )
+    tuner.fit()
 
 
 def _ray_trial_name(trial: RayTrial) -> str:
