@@ -9,6 +9,7 @@ import threading
 import time
 
 import pytest
+import urllib3
 from conftest import start_job
 
 from job.config.schema import CorpusConfig
@@ -38,7 +39,8 @@ def web(monkeypatch, tmp_path):
             if "silent" in self.path:
                 pages.ended.wait()
             body = pages.get(self.path)
-            self.send_response(200 if body is not None else 404)
+            self.send_response(302 if "moved" in self.path else 200 if body is not None else 404)
+            self.send_header("Location", self.path.replace("moved", "text"))
             self.send_header(
                 "Content-Length", str(len(body or b"") + (10 if re.search("short|slow", self.path) else 0))
             )
@@ -91,6 +93,22 @@ def test_download_failure_falls_back_to_embedded_text_only_for_auto(web, monkeyp
 def test_download_with_compressed_transfer_is_decompressed(web):
     web["/gzip.txt"] = gzip.compress(b"original text")
     assert read(f"{web.address}/gzip.txt").lines == ["original text"]
+
+
+def test_download_follows_redirect_without_reading_its_body(web, monkeypatch):
+    """A compressed body of a redirect was inflated in memory, whatever its size."""
+    lengths = []
+
+    def read_counted(*arguments, **options):
+        lengths.append(len(data := read_body(*arguments, **options)))
+        return data
+
+    read_body = urllib3.HTTPResponse.read
+    monkeypatch.setattr(urllib3.HTTPResponse, "read", read_counted)
+    web["/moved.gzip"], web["/text.gzip"] = gzip.compress(bytes(1 << 20)), gzip.compress(b"some text")
+    assert read(f"{web.address}/moved.gzip").lines == ["some text"]
+    assert web.requests == ["/moved.gzip", "/text.gzip"]
+    assert sum(lengths) < 1000
 
 
 @pytest.mark.parametrize(

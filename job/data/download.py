@@ -7,6 +7,7 @@ import re
 import threading
 import time
 import zlib
+from typing import Any
 
 import requests
 from requests.adapters import HTTPAdapter
@@ -116,12 +117,19 @@ def _fetch(url: str, max_retries: int, body: bytearray) -> None:
             session.mount("http://", adapter)
             session.mount("https://", adapter)
             session.headers["Accept-Encoding"] = "identity"
+            session.hooks["response"].append(_skip_body_of_redirect)
             with session.get(url, timeout=(CONNECT_TIMEOUT_S, READ_TIMEOUT_S), stream=True) as response:
                 response.raise_for_status()
                 _read_body(response, body)
     except requests.RequestException as error:
         reason = str(error) if isinstance(error, requests.HTTPError) else type(error).__name__
         raise UserError(f"download failed ({reason})", "check the URL and the network, or give a file") from None
+
+
+def _skip_body_of_redirect(response: requests.Response, **_: Any) -> None:
+    """Closes a redirect, whose body requests would otherwise decompress in memory, at any length."""
+    if response.is_redirect:
+        response.close()
 
 
 def _read_body(response: requests.Response, body: bytearray) -> None:
