@@ -70,7 +70,8 @@ class Folder:
         address: an absolute local path, or a URI
         retry: retry failed requests to an object store for one to two minutes
         location: the file system and the path in it; opened from the address if None
-        before_change: called before each attempt of a request that changes something, and may raise; not pickled
+        before_change: called before each attempt of a request that changes something, and again before a local file
+            is renamed into place; may raise; not pickled
     """
 
     address: str
@@ -186,7 +187,7 @@ class Folder:
         """Writes a file, part by part, atomically and durably: it is on the disk when this returns."""
         self._check_change()
         if self.local_path is not None:
-            return _write_local(self.local_path, name, parts)
+            return _write_local(self.local_path, name, parts, self._check_change)
         file_system, path = self._location
         with file_system.open_output_stream(f"{path}/{name}") as stream:
             for part in parts:
@@ -284,7 +285,9 @@ def _open_location(address: str) -> tuple[fs.FileSystem, str]:
         raise UserError(f"{address}: cannot be reached: {reason}", "check region, credentials and network") from None
 
 
-def _write_local(folder: Path, name: str, parts: Iterable[bytes | memoryview]) -> None:
+def _write_local(
+    folder: Path, name: str, parts: Iterable[bytes | memoryview], check_change: Callable[[], None]
+) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / f".{name}.{os.getpid()}-{threading.get_ident()}"
     try:
@@ -293,6 +296,7 @@ def _write_local(folder: Path, name: str, parts: Iterable[bytes | memoryview]) -
                 stream.write(part)
             stream.flush()
             os.fsync(stream.fileno())
+        check_change()  # again: a network file system that does not respond may have blocked the write for minutes
         os.replace(temporary, folder / name)
     except BaseException:
         temporary.unlink(missing_ok=True)

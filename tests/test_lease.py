@@ -260,6 +260,22 @@ def test_retried_write_after_takeover_is_not_repeated(store, stored_folder, file
     assert b"of the new owner" in stored_folder.read("owner.json")
 
 
+def test_local_write_that_blocks_until_after_a_takeover_is_not_completed(folder, monkeypatch):
+    """A driver whose file system did not respond committed a manifest after it had been taken over."""
+    fsync = os.fsync
+    with acquire_lease(folder) as lease:
+
+        def block(descriptor: int) -> None:
+            monkeypatch.setattr(os, "fsync", fsync)
+            take_over(folder)
+            fsync(descriptor)
+
+        monkeypatch.setattr(os, "fsync", block)
+        with pytest.raises(RunFailed, match="another driver has taken this run over"):
+            lease.folder.write("manifest.json", b"of the old owner")
+        assert folder.names() == [".lock", "owner.json"]
+
+
 def test_retried_acquisition_after_another_driver_was_faster_is_refused(store, stored_folder):
     acquire_lease(stored_folder).release()
     faster = json.dumps({"host": "elsewhere"}).encode()

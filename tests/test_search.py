@@ -520,10 +520,10 @@ def test_search_after_takeover_writes_no_records(small_search, tmp_path, monkeyp
 def test_search_on_full_or_read_only_storage_fails_with_one_line_and_resumes(small_search, monkeypatch, file, number):
     write = storage._write_local
 
-    def fail(folder, name, data):
+    def fail(folder, name, data, check_change):
         if name == file:
             raise OSError(number, os.strerror(number))
-        write(folder, name, data)
+        write(folder, name, data, check_change)
 
     with monkeypatch.context() as patch, pytest.raises(RunFailed) as error:
         patch.setattr(storage, "_write_local", fail)
@@ -635,11 +635,11 @@ def test_search_killed_while_it_writes_a_record_resumes_with_the_same_result(sma
     class Killed(BaseException):
         pass
 
-    def kill(folder, name, data):
+    def kill(folder, name, data, check_change):
         if name == file:
             (folder / f".{name}.1-1").write_bytes(b"".join(data)[:100])
             raise Killed
-        write(folder, name, data)
+        write(folder, name, data, check_change)
 
     with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
         patch.setattr(storage, "_write_local", kill)
