@@ -10,7 +10,7 @@ from test_command_line import SMALL, assert_user_error, train_without_trace
 
 from job.config.config_file import load_config
 from job.config.schema import ModelConfig
-from job.distributed.context import machine_memory
+from job.distributed.context import available_cpus, machine_memory
 from job.nn.language_model import build_model
 from job.run.estimate import count_weights, worker_bytes
 from job.run.signals import StopRequest
@@ -79,6 +79,16 @@ def test_doctor_estimates_memory_checkpoint_and_time(prose, tmp_path, monkeypatc
     assert "FAIL  workers" in job("doctor", *arguments, "--scale.cpus_per_worker", 10**6).out
     monkeypatch.setattr("job.run.estimate.train_steps", lambda *_: (1 / 0 for _ in "a"))
     assert re.search("FAIL +estimate +a training step fails: ZeroDivisionError", job("doctor", *arguments).out)
+
+
+def test_doctor_for_nodes_with_more_cores_measures_on_the_cores_of_this_machine(prose, tmp_path, monkeypatch):
+    """It crashed with as many threads as the nodes' workers have."""
+    threads = []
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    monkeypatch.setattr("job.run.estimate.configure_process", lambda _, world: threads.append(world.threads))
+    arguments = [*SMALL, "--corpus.source", prose, "--run.storage", tmp_path, "--address", "127.0.0.1:1"]
+    assert "ok    estimate" in job("doctor", *arguments, "--scale.cpus_per_worker", 10**6).out
+    assert threads == [available_cpus()]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
