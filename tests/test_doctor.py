@@ -17,7 +17,7 @@ import torch
 from conftest import job, start_job
 
 from job.cluster.connection import join_cluster
-from job.cluster.local_cluster import check_machine, create_ray_folder, start_local_cluster
+from job.cluster.local_cluster import check_machine, child_processes, create_ray_folder, start_local_cluster
 from job.cluster.node_probe import NodeReport, cell_problem, probe, storage_problem, version_problem
 from job.cluster.ray_extensions import read_cluster_config
 from job.errors import UserError
@@ -262,6 +262,16 @@ def test_start_local_cluster_that_always_fails_raises_one_line(monkeypatch, capf
     )
     assert [process.wait() for process in start.processes] == [-signal.SIGKILL] * 3
     assert not Path(start.folders[0]).parent.exists()
+
+
+def test_child_processes_of_a_thread_that_cannot_be_read_are_left_out(tmp_path, monkeypatch):
+    """A thread that ended meanwhile raised an error."""
+    for thread in ("1", "2"):
+        (tmp_path / thread).mkdir()
+    (tmp_path / "1" / "children").write_text("12 13 ")
+    (tmp_path / "2" / "children").mkdir()
+    monkeypatch.setattr("job.cluster.local_cluster.Path", lambda _: tmp_path)
+    assert child_processes() == {12, 13}
 
 
 @pytest.mark.parametrize("name", ["RAY_health_check_period_ms", "RAY_worker_niceness"])

@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import ray
@@ -44,14 +44,15 @@ def start_local_cluster(num_cpus: int, stack: ExitStack) -> None:
 
 def _start_with_retries(num_cpus: int, folder: str) -> None:
     """Starts it again if that fails: an overloaded machine refuses to start processes, or is too slow for Ray."""
-    children = _child_processes()
+    children = child_processes()
     for attempt in range(1, START_ATTEMPTS + 1):
         try:
             return start_private_cluster(num_cpus, f"{folder}/r{attempt}")
         except Exception as error:
             ray.shutdown()
-            for process in _child_processes() - children:  # that Ray has started before it failed
-                os.kill(process, signal.SIGKILL)
+            for process in child_processes() - children:  # that Ray has started before it failed
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
             if attempt == START_ATTEMPTS:
                 raise UserError(
                     f"Ray cannot start on this machine: {type(error).__name__}: {' '.join(str(error).split())}",
@@ -60,9 +61,13 @@ def _start_with_retries(num_cpus: int, folder: str) -> None:
             time.sleep(RETRY_DELAY_S)
 
 
-def _child_processes() -> set[int]:
-    tasks = Path("/proc/self/task").glob("*/children")
-    return {int(process) for task in tasks for process in task.read_text().split()}
+def child_processes() -> set[int]:
+    """Returns the child processes of this process, of all its threads. Empty where the system does not list them."""
+    processes: set[int] = set()
+    for task in Path("/proc/self/task").glob("*/children"):
+        with suppress(OSError):  # the thread has ended
+            processes |= set(map(int, task.read_text().split()))
+    return processes
 
 
 def _remove(folder: str) -> None:
