@@ -2,6 +2,7 @@
 
 import io
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -16,7 +17,14 @@ from job.run.metrics import METRICS_FILE, MetricsLog, read_rows
 from job.run.recorder import Recorder
 from job.run.run_status import MAX_CONSECUTIVE_FAILURES, RunStatus
 from job.storage import Folder
-from job.training.checkpoint import PartReceipt, checkpoint_name, commit_checkpoint, list_checkpoints, write_part
+from job.training.checkpoint import (
+    CorruptCheckpoint,
+    PartReceipt,
+    checkpoint_name,
+    commit_checkpoint,
+    list_checkpoints,
+    write_part,
+)
 from job.training.events import (
     CheckpointCommitted,
     Crashed,
@@ -228,6 +236,19 @@ def test_recorder_when_workers_see_another_storage_fails_and_removes_nothing(rec
     with pytest.raises(UnrecoverableError, match="do not see step-000010-abcdef"):
         recorder.handle(started("bbbbbb"))
     assert [checkpoint.step for checkpoint in list_checkpoints(recorder.committer.folder)[0]] == [10]
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_recorder_when_workers_skip_a_checkpoint_removes_it_only_if_it_is_damaged(recorder, is_damaged):
+    """A node that sees an incomplete copy of the folder reported a complete checkpoint as corrupt, and it was lost."""
+    (name,) = committed(recorder.committer, 10)
+    path = recorder.committer.folder / name
+    if is_damaged:
+        path.write("model.safetensors", b"x")
+    skipping = replace(started("bbbbbb"), skipped_checkpoints=(CorruptCheckpoint(path, "a file is missing"),))
+    with nullcontext() if is_damaged else pytest.raises(UnrecoverableError, match="do not see step-000010-abcdef"):
+        recorder.handle(skipping)
+    assert recorder.committer.folder.names() == ([] if is_damaged else [name])
 
 
 def test_recorder_commits_part_that_arrived_before_its_group_started(recorder):

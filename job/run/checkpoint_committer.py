@@ -6,11 +6,13 @@ from job.errors import UnrecoverableError
 from job.storage import Folder
 from job.training.checkpoint import (
     Checkpoint,
+    CorruptCheckpoint,
     PartReceipt,
     commit_checkpoint,
     discard_after,
     list_checkpoints,
     remove_checkpoint,
+    verify_checkpoint,
 )
 from job.training.events import Started
 
@@ -37,13 +39,14 @@ class CheckpointCommitter:
     def check_seen(self, event: Started) -> None:
         """Raises UnrecoverableError if a new worker group did not see a checkpoint that it should have loaded.
 
-        A group may miss what was committed while it was searching.
+        A group may miss what was committed while it was searching. What it skipped must be corrupt here, too.
         """
         skipped = {corrupt.name for corrupt in event.skipped_checkpoints}
         checkpoints, _ = list_checkpoints(self.folder)
         for checkpoint in checkpoints:
             age_s = time.monotonic() - self.committed_at.get(checkpoint.name, 0.0)
-            if checkpoint.step > event.step and checkpoint.name not in skipped and age_s > COMMIT_VISIBILITY_S:
+            is_missed = _is_intact(checkpoint) if checkpoint.name in skipped else age_s > COMMIT_VISIBILITY_S
+            if checkpoint.step > event.step and is_missed:
                 raise UnrecoverableError(
                     f"{self.folder}: the workers start at step {event.step:,} and do not see {checkpoint.name}", REMEDY
                 )
@@ -102,3 +105,12 @@ class CheckpointCommitter:
         """The checkpoint with the lowest validation loss, or None if none has one."""
         scored = [checkpoint for checkpoint in self.checkpoints if checkpoint.validation_nats is not None]
         return min(scored, key=lambda checkpoint: checkpoint.validation_nats or 0.0, default=None)
+
+
+def _is_intact(checkpoint: Checkpoint) -> bool:
+    """Whether every byte of a checkpoint is as its manifest says."""
+    try:
+        verify_checkpoint(checkpoint)
+    except CorruptCheckpoint:
+        return False
+    return True
