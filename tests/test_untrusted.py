@@ -173,6 +173,9 @@ def test_generate_from_checkpoint_with_malformed_file_is_an_error(run, name):
     checkpoint = max((run / "checkpoints").iterdir())
     record = {} if name == "config.toml" else json.loads((checkpoint / name).read_bytes())
     documents = [*MALFORMED.values(), *(changed(record, **{field: [None]}) for field in record if field != "corpus")]
+    if name == "progress.json":
+        losses = {"nats": "x", "tokens": 1}, {"nats": 1.0, "tokens": [1]}, {"nats": 1.0}
+        documents += [json.dumps({**record, "epoch_mean": loss}).encode() for loss in losses]
     if name == "vocabulary.json":
         documents.append(changed(record, tokens=["<unk>", "\ud800"]))
     for data in documents:
@@ -181,6 +184,18 @@ def test_generate_from_checkpoint_with_malformed_file_is_an_error(run, name):
         else:
             rewrite(checkpoint, name, data)
         assert_user_error(job("generate", checkpoint))
+
+
+@pytest.mark.parametrize("window", [10**12, -1])
+def test_train_from_checkpoint_with_position_outside_the_text_is_an_error(run, prose, window):
+    """The run never ended."""
+    for checkpoint in (run / "checkpoints").iterdir():
+        record = json.loads((checkpoint / "progress.json").read_bytes())
+        rewrite(checkpoint, "progress.json", json.dumps({**record, "window": window}).encode())
+    arguments = [*SMALL, "--corpus.source", prose, "--run.storage", run.parent, "--run.name", "run"]
+    ended = job("train", *arguments, "--train.epochs", 4)
+    assert ended.status == 1
+    assert "its window is not one of the text" in ended.err
 
 
 DEEP_TOML = "{ a = " * 2000 + "1" + " }" * 2000

@@ -363,7 +363,7 @@ def _parse_progress(data: bytes) -> tuple[Progress, dict[str, Any]]:
     metadata = parse_record(data, _PROGRESS_TYPES, lambda _: None)  # early versions stored NaN
     values = {name: metadata.pop(name) for name in asdict(Progress())}
     for name in ("epoch_mean", "report_mean"):
-        values[name] = LossSum(**values[name])
+        values[name] = LossSum(float(values[name]["nats"]), int(values[name]["tokens"]))
     return Progress(**values), metadata
 
 

@@ -17,7 +17,7 @@ from job.distributed.gradient_sync import (
 from job.distributed.shared_memory import SharedMemoryGroup, create_group
 from job.nn.language_model import LanguageModel, build_model, build_model_with_weights
 from job.nn.state import State, map_state
-from job.training.checkpoint import load_lane_state
+from job.training.checkpoint import CorruptCheckpoint, load_lane_state
 from job.training.cuda_graph import CudaGraphTrainStep, supports_cuda_graph
 from job.training.optimizer import build_optimizer, load_optimizer_tensors
 from job.training.progress import Progress
@@ -62,7 +62,7 @@ def build_train_state(
 
     Raises:
         UserError: the initial weights do not match the model, or a custom cell cannot be used
-        CorruptCheckpoint: the checkpoint has no valid state of this worker's lanes
+        CorruptCheckpoint: the checkpoint's position is not in the text, or it has no valid state of this worker's lanes
     """
     config, device = spec.config, world.device
     stream = Stream(spec.dataset.train_tokens, config.stream, config.run.seed)
@@ -85,6 +85,8 @@ def build_train_state(
         model, optimizer, train_step, stream, schedule_steps, assignment, shared_memory, precision, learning_rate
     )
     if resume_point:
+        if not 0 <= resume_point.progress.window <= stream.partition(resume_point.progress.epoch).num_windows:
+            raise CorruptCheckpoint(resume_point.checkpoint.path, "its window is not one of the text")
         train_state.progress = replace(resume_point.progress, restarts=resume_point.progress.restarts + 1)
         lane_state = load_lane_state(resume_point.checkpoint, assignment.lanes)
         train_state.lane_state = map_state(lambda tensor: tensor.to(device), lane_state)
