@@ -408,6 +408,7 @@ def test_ray_tune_reads_and_writes_its_pickled_records_in_a_private_folder(tmp_p
 
     monkeypatch.setattr("job.cluster.tune.tune.Tuner", create_tuner)
     monkeypatch.setattr("job.cluster.tune.create_event_channel", lambda: None)
+    monkeypatch.setattr("job.cluster.tune.check_processes", lambda remedy: None)  # would start Ray
     lease = SimpleNamespace(check_if_stale=lambda: order.append("checked"))
     _run_trials(trials, SimpleNamespace(resources={"CPU": 1}), lease, StopRequest(), Console(io.StringIO()))
     ((path, mode),) = folders
