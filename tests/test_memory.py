@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from job.config.schema import Config, ModelConfig, OptimizerConfig, StreamConfig
+from job.config.schema import Config, GenerateConfig, ModelConfig, OptimizerConfig, StreamConfig
 from job.data.dataset import Dataset
 from job.data.vocabulary import Vocabulary
 from job.distributed.context import World
-from job.inference.generate import load_model
+from job.inference.generate import generate_batch, load_model
 from job.run.run_dir import open_checkpoint
 from job.storage import Folder
 from job.training.checkpoint import commit_checkpoint, find_latest_valid, weights_sha256
@@ -112,3 +112,29 @@ def test_driver_reads_weights_once_and_no_optimizer(saved):
         weights_sha256(loaded.weights)
 
     assert peak_growth(load) < 1.7 * size
+
+
+class ConstantModel(torch.nn.Module):
+    """Predicts the same token always."""
+
+    def __init__(self):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.tensor([[[0.0, 1.0]]]))
+
+    def forward(self, tokens_TB, state):
+        return self.logits, state
+
+    def generate_greedy(self, first_B, state, length):
+        return None
+
+
+def test_generation_takes_the_memory_of_its_tokens_alone():
+    """A tensor for each token took 700 MB for the longest sample."""
+    length, results = 50_000, []
+    prefix_NB = torch.zeros(1, 1, dtype=torch.int64)
+
+    def generate():
+        results.append(generate_batch(ConstantModel(), prefix_NB, GenerateConfig(length=length), 0))
+
+    assert peak_growth(generate) < 10 << 20
+    assert results[0].sum() == length

@@ -151,12 +151,12 @@ def generate_batch(model: LanguageModel, prefixes_NB: Tensor, generate_config: G
         if greedy_TB is not None:
             return greedy_TB
         inputs_TB = inputs_TB[-1:]
-    generated = [inputs_TB[:0]]
-    for _ in range(length):
+    generated_TB = inputs_TB.new_empty(length, inputs_TB.shape[1])
+    for step in range(length):
         logits_TBV, state = model(inputs_TB, state)
-        inputs_TB = _sample(logits_TBV[-1], temperature, generator)[None]
-        generated.append(inputs_TB)
-    return torch.cat(generated)
+        generated_TB[step] = _sample(logits_TBV[-1], temperature, generator)
+        inputs_TB = generated_TB[step : step + 1]
+    return generated_TB
 
 
 def _sample(logits_BV: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
