@@ -86,7 +86,7 @@ def _wrap(text: str) -> list[str]:
 
 
 def escape_controls(text: str) -> str:
-    r"""Returns the text with control characters, which a terminal obeys, as ``\x1b``; line ends and tabs stay."""
+    r"""Returns the text with control characters, which a terminal interprets, as ``\x1b``; line ends and tabs stay."""
     return _CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 

@@ -1,4 +1,4 @@
-"""Parses JSON and TOML that may be malformed, whoever wrote it."""
+"""Parses JSON and TOML that may be malformed."""
 
 import json
 import tomllib

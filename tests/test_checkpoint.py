@@ -372,6 +372,6 @@ def test_generate_with_sizes_that_weights_do_not_have_is_refused_without_memory(
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     ended = job("generate", place, "--generate.prefix", "the", "--model.cell", cell)
     assert (ended.status, ended.err.count("\n")) == (2, 1)
-    if cell == "lstm" or field != "num_layers":  # how many layers a custom cell has is its own business
+    if cell == "lstm" or field != "num_layers":  # of a custom cell only what surrounds it is compared
         assert message in ended.err
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200 << 10  # KiB

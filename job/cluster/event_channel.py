@@ -72,7 +72,7 @@ class EventChannel:
             self.request_made.notify_all()
 
     async def wait_for_requests(self, known: tuple[int, int]) -> tuple[int, int]:
-        """Waits until there are other requests than the caller knows of.
+        """Waits until the numbers of requests differ from those that the caller has.
 
         Args:
             known: the numbers of requests for a checkpoint and to stop that this returned last; (0, 0) at first

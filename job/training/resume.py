@@ -42,7 +42,7 @@ def agree_on_resume_point(spec: RunSpec, world: World) -> tuple[ResumePoint | No
     """Finds the last checkpoint of which every byte is valid; all workers must call it.
 
     Rank 0 lists the checkpoints, since the workers may see the storage at different times, reads the weights and the
-    optimizer's state, and sends them to all. The files with the state of lanes, one per worker, are shared out.
+    optimizer's state, and sends them to all. Each worker verifies some of the files with the state of lanes.
 
     Returns:
         the checkpoint's content, or None for a new run; the later checkpoints, which are corrupt; and the precision
