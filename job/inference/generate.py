@@ -89,22 +89,24 @@ def resolve_prefix(prefix: str, cleaning: str, dataset: Dataset) -> str:
     if prefix == GenerateConfig.prefix:
         ids = vocabulary.encode(clean_text(prefix, cleaning))
         is_known = ~vocabulary.is_unknown(ids) if vocabulary.has_unknown else np.isin(ids, tokens)
-        prefix = prefix if is_known.all() else _first_known_text(vocabulary, tokens) or prefix
+        prefix = prefix if is_known.all() else _first_known_text(vocabulary, tokens)
     encode_prefix(prefix, cleaning, vocabulary)
     return prefix
 
 
 def _first_known_text(vocabulary: Vocabulary, tokens: np.ndarray) -> str:
-    """Returns the first known characters or words, without blanks before them. Empty if there are only blanks."""
+    """Returns the first known characters or words, without blanks before them unless there are only blanks."""
     is_known = ~vocabulary.is_unknown(tokens)
     if not is_known.any():
         problem = "vocabulary: contains no token of the training text"
         raise UserError(problem, "raise vocabulary.size or lower vocabulary.min_frequency")
     blank_ids = [index for index in range(len(vocabulary)) if not vocabulary.decode([index]).strip()]
-    start = int(np.argmax(is_known & ~np.isin(tokens, blank_ids)))
+    is_word = is_known & ~np.isin(tokens, blank_ids)
+    start = int(np.argmax(is_word if is_word.any() else is_known))
     stop = start + 4 * PREFIX_CHARACTERS  # a character has up to four bytes
     num_known = np.cumprod(is_known[start:stop]).sum()
-    text = vocabulary.decode(tokens[start : start + num_known].tolist()).lstrip()
+    text = vocabulary.decode(tokens[start : start + num_known].tolist())
+    text = text.lstrip() or text
     return " ".join(text.split()[:PREFIX_WORDS]) if vocabulary.kind == "word" else text[:PREFIX_CHARACTERS]
 
 
