@@ -156,6 +156,22 @@ def test_load_config_with_byte_order_mark_equals_without(tmp_path, encoding, pre
     assert load_config(f"{prefix}{path}", {}).generate.prefix == "über"
 
 
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        ("[train]\n# é".encode("latin-1"), "not utf-8 text at byte 10"),
+        (b"\x80", "not utf-8 text at byte 0"),
+        (b"\xff\xfe[\0]", "not utf-16-le text at byte 4"),
+    ],
+)
+def test_load_config_in_another_encoding_names_place_and_remedy(tmp_path, data, problem):
+    path = tmp_path / "config.toml"
+    path.write_bytes(data)
+    with pytest.raises(UserError) as raised:
+        load_config(str(path), {})
+    assert str(raised.value) == f"{path}: {problem}; convert it to UTF-8"
+
+
 def test_read_existing_run_with_byte_order_mark_equals_without(tmp_path):
     (tmp_path / "config.toml").write_bytes(b"\xef\xbb\xbf" + config_to_toml(Config()).encode())
     existing = read_existing_run(Folder(str(tmp_path)))

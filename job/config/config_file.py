@@ -46,5 +46,7 @@ def _read_text(path: str) -> str:
         return decode_toml(Path(path).read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: no such configuration file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not {error.encoding} text at byte {error.start}", "convert it to UTF-8") from None
+    except OSError as error:
         raise UserError(f"{path}: cannot be read as a configuration: {error}") from None
