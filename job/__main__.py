@@ -108,12 +108,15 @@ def _open(target: str | None, values: ConfigValues) -> tuple[Any, Config]:
 def _doctor(line: CommandLine) -> int:
     """Check the configuration, the storage and the cluster before a run."""
     from job.cluster.doctor import run_doctor
-    from job.config.config_file import load_config
+    from job.config.config_file import load_search_config
 
     address = line.flags.pop("address", None)
     if address is not None:
         os.environ["RAY_ADDRESS"] = address
-    return run_doctor(load_config(line.target, line.flags), Console())
+    config, search = load_search_config(line.target, line.flags)
+    return run_doctor(
+        config, search, Path(line.target or ("search" if search.space.domains else "run")).stem, Console()
+    )
 
 
 @dataclass(frozen=True)

@@ -40,8 +40,9 @@ def test_doctor_without_problems_exits_with_zero(prose, tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "")
     ended = doctor(prose, tmp_path / "runs", "--scale.accelerator", "cpu")
     assert ended.status == 0
-    assert [line.split()[:2] for line in ended.out.splitlines()[:3]] == [
+    assert [line.split()[:2] for line in ended.out.splitlines()[:4]] == [
         ["ok", "versions"],
+        ["ok", "name"],
         ["ok", "text"],
         ["ok", "storage"],
     ]
@@ -55,6 +56,46 @@ def test_doctor_with_problem_exits_with_one(prose, tmp_path, monkeypatch):
     assert ended.status == 1
     assert [line.split()[1] for line in ended.out.splitlines() if line.startswith("FAIL")] == ["text"]
     assert ended.out.endswith("1 problem to fix\n")
+
+
+@pytest.mark.parametrize(
+    ("text", "flags", "problem"),
+    [
+        ("abc " * 500, ["--train.epochs", 1], "exists with another configuration: train.epochs (2 → 1)"),
+        ("abx " * 500, [], "is not the text that this run was started with"),
+        ("abc " * 500, ["--run.resume", "never"], "run.resume = never"),
+    ],
+)
+def test_doctor_of_a_run_that_cannot_resume_fails(tmp_path, monkeypatch, text, flags, problem):
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    corpus = tmp_path / "text.txt"
+    corpus.write_text("abc " * 500)
+    arguments = ["--run.name", "mine", "--scale.workers", 0, "--model.hidden_size", 8, "--train.epochs", 2]
+    arguments += ["--stream.batch_size", 2, "--optimizer.schedule", "cosine"]
+    assert job("train", "--corpus.source", corpus, "--run.storage", tmp_path, *arguments).status == 0
+    assert doctor(corpus, tmp_path, *arguments, "--generate.prefix", "a").status == 0
+    corpus.write_text(text)
+    ended = doctor(corpus, tmp_path, *arguments, "--generate.prefix", "a", *flags)
+    assert ended.status == 1
+    assert problem in ended.out
+
+
+@pytest.mark.parametrize(
+    ("search", "text"),
+    [
+        ('metric = "perplexity"\nscheduler = "asha"', 'search.scheduler = "asha": has no effect'),
+        ('metric = "validation_perplexity"', "is never reported"),
+        ('metric = "perplexity"', "4 trials can start"),
+    ],
+)
+def test_doctor_checks_the_search_of_a_configuration(prose, tmp_path, monkeypatch, search, text):
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    config = tmp_path / "search.toml"
+    space = '[search.space]\n"optimizer.learning_rate" = { uniform = [0.1, 1] }'
+    config.write_text(f"[train]\nepochs = 1\n[search]\ntrials = 4\n{search}\n{space}")
+    ended = doctor(prose, tmp_path / "runs", "--scale.workers", 0, config)
+    assert ended.status == int("can start" not in text)
+    assert text in ended.out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

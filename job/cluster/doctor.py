@@ -1,4 +1,4 @@
-"""The ``doctor`` verb: checks configuration, storage and cluster before a run, and prints a fix for each problem."""
+"""The ``doctor`` verb: checks configuration, search, storage and cluster; prints the remedy of each problem."""
 
 import os
 import shutil
@@ -18,15 +18,17 @@ from job.cluster.node_probe import VERSIONS, NodeReport, probe, probe_nodes, sto
 from job.cluster.ray_extensions import free_resources
 from job.cluster.resources import cluster_placement, local_placement
 from job.config.schema import Config, ScaleConfig
+from job.config.search_space import SearchConfig
 from job.console import Console, format_bytes
 from job.data.vocabulary import format_unknown_share
 from job.distributed.context import available_cpus
 from job.errors import UserError
 from job.run.estimate import checkpoint_bytes, describe_needs
-from job.run.run_dir import resolve_storage
-from job.run.setup import build_run_spec
+from job.run.run_dir import check_same_text, resolve_run, resolve_storage
+from job.run.setup import build_run_spec, run_warnings
 from job.storage import Folder
 from job.training.run_spec import RunSpec
+from job.tuning.setup import check_search, resolve_search
 
 MAX_GPU_USE = 0.1  # share of a GPU's memory that other processes may use
 
@@ -50,16 +52,31 @@ class _Table:
         return status == "ok"
 
 
-def run_doctor(config: Config, console: Console) -> int:
-    """Prints a row for each check as it completes. Returns the exit status: 1 if a check failed."""
-    table, folder = _Table(console), resolve_storage(config.run.storage)
-    build_spec = cache(lambda: build_run_spec(config, folder))
+def run_doctor(config: Config, search: SearchConfig, default_name: str, console: Console) -> int:
+    """Prints a row for each check as it completes. Returns the exit status: 1 if a check failed.
+
+    Args:
+        config: as the user gave it
+        search: of the same file; it is checked if its space is not empty
+        default_name: the name, without its number, of a run or search whose ``run.name`` is empty
+        console: shows the table
+    """
+    table, storage = _Table(console), resolve_storage(config.run.storage)
     table.check("versions", _describe_versions)
-    if table.check("text", lambda: _describe_text(build_spec())):
-        table.check("storage", lambda: _check_disk_space(folder, build_spec()))
+    resolve = cache(lambda: _resolve(config, search, default_name))
+    build_spec = cache(lambda: build_run_spec(resolve()[1], resolve()[0]))
+    if table.check("name", lambda: str(resolve()[0])) and table.check(
+        "text", lambda: _describe_text(build_spec(), resolve()[0])
+    ):
+        table.check("storage", lambda: _check_disk_space(storage, build_spec()))
         table.check("estimate", lambda: describe_needs(build_spec(), bool(ray_address())))
+        if search.space.domains:
+            table.check("search", lambda: _check_search(*resolve(), search, console))
+        else:
+            for warning in run_warnings(build_spec()):
+                console.warn(warning)
     if ray_address():
-        _check_cluster(table, config, folder)
+        _check_cluster(table, config, storage)
     else:
         _check_this_machine(table, config.scale)
     failures = table.failures
@@ -73,10 +90,24 @@ def _describe_versions() -> str:
     return ", ".join(f"{name} {local[name]}" for name in ("python", *VERSIONS))
 
 
-def _describe_text(spec: RunSpec) -> str:
+def _resolve(config: Config, search: SearchConfig, default_name: str) -> tuple[Folder, Config]:
+    """Returns the folder of the run, or of the search if there is one, and the configuration as it would be used."""
+    if search.space.domains:
+        return resolve_search(config, search, default_name)
+    folder, config, _ = resolve_run(config, default_name)
+    return folder, config
+
+
+def _describe_text(spec: RunSpec, folder: Folder) -> str:
+    check_same_text(folder / "checkpoints", spec.dataset)
     source, tokens = spec.dataset.metadata["source"], spec.dataset.metadata["tokens"]
     unknown = format_unknown_share(spec.dataset.unknown_shares["training"])
     return f"{source}: {tokens:,} tokens, vocabulary of {len(spec.dataset.vocabulary):,}{unknown}"
+
+
+def _check_search(folder: Folder, config: Config, search: SearchConfig, console: Console) -> str:
+    check_search(config, search, folder, console)
+    return f"{search.num_trials:,} trials can start"
 
 
 def _check_disk_space(folder: Folder, spec: RunSpec) -> str:
