@@ -196,7 +196,8 @@ def test_asha_stops_poor_trials_and_keeps_their_checkpoints(prose, tmp_path, on_
     assert ended.status == 0, ended.err
     states = {name: record["state"] for name, record in records(tmp_path / "asha").items()}
     assert list(states.values()).count("stopped") >= 3
-    assert "finished" in states.values()
+    assert set(states.values()) == {"stopped", "finished"}, records(tmp_path / "asha")
+    assert len(states) == 6
     assert outcome(tmp_path / "asha")[1].learning_rate == 1.0
     for name, state in states.items():
         checkpoint, problems = find_latest_valid(Folder(str(tmp_path / "asha" / "trials" / name / "checkpoints")))
