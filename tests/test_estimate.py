@@ -98,3 +98,22 @@ def test_first_signal_with_nothing_to_save_interrupts(number):
     with pytest.raises(KeyboardInterrupt), stop_request.installed():
         os.kill(os.getpid(), number)
     assert stop_request.exit_code == 128 + number
+
+
+@pytest.mark.parametrize("verb", ["train", "tune"])
+def test_first_interrupt_while_the_storage_is_checked_ends_the_command(prose, tmp_path, monkeypatch, verb):
+    """Requests to a storage that does not answer are retried for minutes."""
+    passed = []
+
+    def check_writable(_):
+        passed.append("start")
+        signal.raise_signal(signal.SIGINT)
+        passed.append("end")
+
+    monkeypatch.setattr("job.storage.Folder.check_writable", check_writable)
+    config = tmp_path / "config.toml"
+    space = '[search]\nmetric = "perplexity"\n[search.space]\n"model.dropout" = { uniform = [0, 0.5] }'
+    config.write_text(space if verb == "tune" else "")
+    ended = job(verb, config, *SMALL, "--corpus.source", prose, "--run.storage", tmp_path / "runs")
+    assert (ended.status, ended.err, passed) == (130, "", ["start"])
+    assert not (tmp_path / "runs").exists()

@@ -68,9 +68,9 @@ def run_search(config: Config, search: SearchConfig, default_name: str, console:
     folder = replace(folder, retry=True)
     observer = wait_until_expired(folder, console.print)
     base = check_search(config, search, folder, console)  # the first Ctrl-C ends it: nothing has been started
+    folder.check_writable()
     stop_request = StopRequest()
     with stop_request.installed():
-        folder.check_writable()
         if notice := cache_notice():
             console.warn(notice)
         if stop_request.exit_code:

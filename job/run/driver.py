@@ -92,10 +92,10 @@ def run_training(
         with suppress(KeyboardInterrupt):
             spec = build_run_spec(config, folder)
             check_same_text(folder / "checkpoints", spec.dataset)
+            folder.check_writable()
         stop_request.can_save = True
         if stop_request.exit_code:
             return stop_request.exit_code
-        folder.check_writable()
         if notice := cache_notice():
             console.warn(notice)
         console.print(_run_banner(spec, config.corpus.source))
