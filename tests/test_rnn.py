@@ -7,12 +7,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from job.config.schema import GenerateConfig, ModelConfig
+from job.errors import UserError
 from job.inference.generate import generate_batch
 from job.kernels import ops
 from job.kernels.build import load_library, unavailable_reason
 from job.nn.dropout import Dropout, dropout_keys
 from job.nn.language_model import build_model, linear_cross_entropy
-from job.nn.rnn import _flatten_weights, rnn_layer
+from job.nn.rnn import RecurrentLayers, _flatten_weights, rnn_layer
 from job.nn.rnn_fallback import gru_layer, tanh_layer
 
 CELLS = {"RNN_TANH": nn.RNN, "GRU": nn.GRU, "LSTM": nn.LSTM}
@@ -172,3 +173,19 @@ def test_flatten_weights_makes_equal_contiguous_weights():
     assert [flat.data_ptr() for flat in flat_weights[1:]] == ends[:-1]
     sum(flat.square().sum() for flat in flat_weights).backward()
     assert all(torch.allclose(weight.grad, 2 * weight) for weight in weights)
+
+
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+@pytest.mark.parametrize("shape", [(2, 3, 16), (2, 3, 64), (2, 2, 32), (1, 3, 32), (2, 3, 32, 1)])
+def test_layers_with_state_of_other_sizes_raise_user_error(cell, shape):
+    """The kernel wrote beyond the end of its memory, by as much as a checkpoint's state was too small."""
+    layers = RecurrentLayers(cell, 8, 32, 2)
+    state = torch.zeros(shape)
+    with pytest.raises(UserError, match="the state of the lanes does not have the sizes of the model"):
+        layers(torch.zeros(5, 3, 8), (state, state) if cell == "lstm" else state)
+
+
+@pytest.mark.parametrize(("cell", "num_tensors"), [("rnn", 2), ("gru", 0), ("lstm", 1)])
+def test_layers_with_another_number_of_states_raise_user_error(cell, num_tensors):
+    with pytest.raises(UserError, match="the state of the lanes does not have the sizes of the model"):
+        RecurrentLayers(cell, 8, 32, 2)(torch.zeros(5, 3, 8), (torch.zeros(2, 3, 32),) * num_tensors)

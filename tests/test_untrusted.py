@@ -10,17 +10,21 @@ import shutil
 import sys
 
 import pytest
+import torch
 from conftest import job
 from test_command_line import SMALL, assert_user_error
 from test_console import Terminal
 
 from job.__main__ import main
 from job.config.config_file import load_search_config
+from job.config.schema import ModelConfig, OptimizerConfig
 from job.documents import parse_record
 from job.errors import UserError
 from job.inference.generate import generate_text
+from job.nn.language_model import build_model
 from job.run.run_dir import open_checkpoint
 from job.storage import Folder
+from job.training.optimizer import build_optimizer, load_optimizer_tensors
 from job.tuning.trials import load_trials
 
 EVIL = "evil:Cell"
@@ -196,6 +200,15 @@ def test_train_from_checkpoint_with_position_outside_the_text_is_an_error(run, p
     ended = job("train", *arguments, "--train.epochs", 4)
     assert ended.status == 1
     assert "its window is not one of the text" in ended.err
+
+
+@pytest.mark.parametrize("name", ["exp_avg/linear.bias", "exp_avg/absent", "absent"])
+def test_load_optimizer_tensors_that_do_not_fit_the_model_raises_user_error(name):
+    """A foreign name ended a worker with a KeyError, another shape with that of torch."""
+    model = build_model(ModelConfig(hidden_size=4), 5, 0)
+    optimizer = build_optimizer(OptimizerConfig(name="adamw"), model)
+    with pytest.raises(UserError, match=f"optimizer.safetensors: {name} does not fit the model"):
+        load_optimizer_tensors(optimizer, model, {name: torch.zeros(3)})
 
 
 DEEP_TOML = "{ a = " * 2000 + "1" + " }" * 2000

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from job.errors import UserError
 from job.kernels.ops import VECTOR_WIDTH, can_use_kernel, combine_biases, compute_dtype, fused_rnn
 from job.nn.dropout import Dropout
 from job.nn.rnn_fallback import gru_layer, tanh_layer
@@ -55,11 +56,18 @@ class RecurrentLayers(nn.RNNBase):
         return outputs, stacked if self.mode == "LSTM" else stacked[0]
 
     def state_tensors(self, state: State, num_lanes: int) -> tuple[Tensor, ...]:
-        """Returns the state as a tuple of tensors (L, B, H): h, and an LSTM's c; zeros if it is None."""
+        """Returns the state as a tuple of tensors (L, B, H): h, and an LSTM's c; zeros if it is None.
+
+        Raises UserError if it has other sizes: it may come from a file, and the kernel does not check them.
+        """
         if state is None:
             zeros_LBH = cast(Tensor, self.weight_hh_l0).new_zeros(self.num_layers, num_lanes, self.hidden_size)
             return (zeros_LBH, zeros_LBH) if self.mode == "LSTM" else (zeros_LBH,)
-        return (state,) if isinstance(state, Tensor) else state
+        tensors = (state,) if isinstance(state, Tensor) else state
+        shape = (self.num_layers, num_lanes, self.hidden_size)
+        if len(tensors) != 1 + (self.mode == "LSTM") or any(tensor.shape != shape for tensor in tensors):
+            raise UserError("the state of the lanes does not have the sizes of the model")
+        return tensors
 
 
 def rnn_layer(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from job.config.schema import OptimizerConfig
+from job.errors import UserError
 
 
 def build_optimizer(optimizer_config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -55,10 +56,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dic
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Restores the state that ``optimizer_tensors`` returned."""
+    """Restores the state that ``optimizer_tensors`` returned. Raises UserError if it is not one of this model."""
     parameters = dict(model.named_parameters())
     for path, tensor in tensors.items():
         key, _, name = path.partition("/")
-        parameter = parameters[name]
+        parameter = parameters.get(name)
+        if parameter is None or tensor.shape not in ((), parameter.shape):
+            raise UserError(f"optimizer.safetensors: {path} does not fit the model")
         # torch stores a fused optimizer's step counts on the parameter's device, all in float32.
         optimizer.state[parameter][key] = tensor.to(parameter.device)
