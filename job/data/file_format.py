@@ -17,13 +17,18 @@ _SIGNATURES = {
     b"\xfd7zXZ\0": ("compressed with xz", _DECOMPRESS),
     b"PK\x03\x04": ("a zip archive (.docx, .epub and .odt files are, too)", _EXTRACT),
     b"7z\xbc\xaf\x27\x1c": ("a 7z archive", _EXTRACT),
+    b"Rar!\x1a\x07": ("a RAR archive", _EXTRACT),
     b"%PDF-": ("a PDF file", _EXTRACT),
+    b"\xd0\xcf\x11\xe0": ("an early Office document (.doc)", _EXTRACT),
+    b"PAR1": ("a Parquet file", _EXTRACT),
+    b"ARROW1\0": ("an Arrow file", _EXTRACT),
     codecs.BOM_UTF32_LE: _encoded_text("UTF-32"),  # before UTF-16, with whose mark it begins
     codecs.BOM_UTF32_BE: _encoded_text("UTF-32"),
     codecs.BOM_UTF16_LE: _encoded_text("UTF-16"),
     codecs.BOM_UTF16_BE: _encoded_text("UTF-16"),
 }
 _SAMPLE_BYTES = 4096
+_TAR_OFFSET, _TAR_SIGNATURE = 257, b"ustar"
 
 
 def describe_file_format(data: bytes) -> tuple[str, str] | None:
@@ -31,6 +36,8 @@ def describe_file_format(data: bytes) -> tuple[str, str] | None:
     for signature, description in _SIGNATURES.items():
         if data.startswith(signature):
             return description
+    if data.startswith(_TAR_SIGNATURE, _TAR_OFFSET):
+        return "a tar archive", _EXTRACT
     encoding = _unmarked_encoding(data[:_SAMPLE_BYTES])
     return _encoded_text(encoding) if encoding else None
 
