@@ -14,8 +14,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 # Without a home folder that can be written, matplotlib warns, and torch (for a user without a name) and Ray fail.
+# Matplotlib also warns if only the folder of configurations or caches belongs to another user.
 _home = os.path.expanduser("~")
-if not os.access(_home, os.W_OK | os.X_OK):
+_folders = [folder for folder in (f"{_home}/.config", f"{_home}/.cache") if os.path.lexists(folder)]
+if not all(os.access(folder, os.W_OK | os.X_OK) for folder in (_home, *_folders)):
     with contextlib.suppress(OSError):
         for _name in ("MPLCONFIGDIR", "TORCHINDUCTOR_CACHE_DIR"):
             os.environ.setdefault(_name, str(cache_folder() / _name.lower()))

@@ -26,8 +26,7 @@ def temporary(monkeypatch, tmp_path):
     return tmp_path / f"lanes-{os.geteuid()}"
 
 
-@pytest.mark.parametrize("home", [None, "/dev/null", "/dev/null/home"])
-def test_train_without_writable_home_finishes_with_a_notice(tmp_path, home):
+def train(tmp_path, home):
     corpus = tmp_path / "text.txt"
     corpus.write_text("a rose is a rose is a rose " * 40)
     environment = {name: text for name, text in os.environ.items() if name not in ("HOME", "LOGNAME", "USER")}
@@ -45,10 +44,25 @@ def test_train_without_writable_home_finishes_with_a_notice(tmp_path, home):
         "train",
         *(f"--{name}={value}" for name, value in flags.items()),
     ]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("home", [None, "/dev/null", "/dev/null/home"])
+def test_train_without_writable_home_finishes_with_a_notice(tmp_path, home):
+    done = train(tmp_path, home)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count(f"caches are in {tmp_path}/lanes-{os.geteuid()}") == 1
     assert not (tmp_path / "~").exists()
+
+
+@pytest.mark.parametrize(("name", "notices"), [(".config", 0), (".cache", 1)])
+def test_train_without_writable_folder_in_home_prints_no_other_warning(tmp_path, name, notices):
+    home = tmp_path / "home"
+    home.mkdir()
+    (home / name).touch()  # instead of a folder of another user, which root could write
+    done = train(tmp_path, str(home))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("caches are in") == notices
 
 
 def test_cache_folder_prefers_xdg_then_home(monkeypatch, temporary, tmp_path):
