@@ -14,7 +14,7 @@ from pathlib import Path
 
 import ray
 
-from job.cluster.ray_extensions import LOOPBACK, ended_processes, start_private_cluster
+from job.cluster.ray_extensions import LOOPBACK, ended_processes, shutdown, start_private_cluster
 from job.errors import RunFailed, UserError
 
 START_ATTEMPTS, RETRY_DELAY_S, CONNECT_TIMEOUT_S = 3, 2.0, 5.0
@@ -49,7 +49,7 @@ def _start_with_retries(num_cpus: int, folder: str) -> None:
         try:
             return start_private_cluster(num_cpus, f"{folder}/r{attempt}")
         except Exception as error:
-            ray.shutdown()
+            shutdown()
             for process in child_processes() - children:  # that Ray has started before it failed
                 with suppress(ProcessLookupError):
                     os.kill(process, signal.SIGKILL)
@@ -102,7 +102,7 @@ def _accepts_connections(address: str) -> bool:
 def disconnect() -> None:
     """Ends the connection to the cluster, and a cluster that this process has started."""
     if not ended_processes():  # Ray would wait for them; the others end with this process
-        ray.shutdown()
+        shutdown()
 
 
 def check_machine() -> None:

@@ -97,6 +97,17 @@ def start_private_cluster(num_cpus: int, folder: str) -> None:
             ray_services.resolve_ip_for_localhost = resolve
 
 
+def shutdown() -> None:
+    """Ends the connection to a cluster, and a cluster that this process has started.
+
+    Ray's core would use the token of a run's own cluster for the next cluster that this process joins.
+
+    Source: _private/authentication/authentication_token_setup.py
+    """
+    ray.shutdown()
+    AuthenticationTokenLoader.instance().reset_cache()
+
+
 def ended_processes() -> list[str]:
     """The names of processes without which a cluster of this process cannot run, and which have ended.
 
