@@ -21,7 +21,7 @@ from job.config.search_space import METRIC_SPLITS, SearchConfig
 from job.console import Console
 from job.errors import Diverged, UnrecoverableError, UserError
 from job.run.driver import run_training
-from job.run.lease import HEARTBEAT_INTERVAL_S, LEASE_TIMEOUT_S, LeaseObserver, acquire_lease
+from job.run.lease import HEARTBEAT_INTERVAL_S, LEASE_TIMEOUT_S, POLL_INTERVAL_S, LeaseObserver, acquire_lease
 from job.run.local_launcher import LocalLauncher
 from job.run.signals import StopRequest
 from job.storage import Folder
@@ -120,7 +120,7 @@ def watch_until_free(run_folder: Folder, is_stop_requested: Callable[[], bool]) 
     deadline = time.monotonic() + LEASE_TIMEOUT_S + 2 * HEARTBEAT_INTERVAL_S
     observer = LeaseObserver(run_folder)
     while observer.is_held() is not False and not is_stop_requested() and time.monotonic() < deadline:
-        time.sleep(0.5)
+        time.sleep(POLL_INTERVAL_S)
     return observer
 
 

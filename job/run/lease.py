@@ -33,7 +33,7 @@ LOCK_FILE = ".lock"
 HEARTBEAT_INTERVAL_S = 10.0
 LEASE_TIMEOUT_S = 60.0  # without a heartbeat
 _MAX_HEARTBEAT_AGE_S = 20.0  # at the start of a write
-_POLL_INTERVAL_S = 0.5
+POLL_INTERVAL_S = 0.5
 _MAX_FILE_BYTES = 4096
 
 
@@ -210,7 +210,7 @@ def wait_until_expired(folder: Folder, notify: Callable[[str], None]) -> LeaseOb
         driver = f"{folder}'s driver, {observer.describe_owner()}"
         notify(f"waiting for a heartbeat of {driver}, for at most {LEASE_TIMEOUT_S:.0f} s")
     while is_held is None:
-        time.sleep(_POLL_INTERVAL_S)
+        time.sleep(POLL_INTERVAL_S)
         is_held = observer.is_held()
     if is_held:
         raise observer.in_use()
