@@ -7,14 +7,15 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import Field, dataclass, field
+from dataclasses import Field, asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from job.config.schema import SECTIONS, Config, ModelConfig
 from job.config.section import format_value, unknown_name
 from job.config.toml import FILE_SECTIONS, ConfigValues, check_field, override_config, parse_flags
-from job.console import NO_BREAK, Console, escape_controls
+from job.console import NO_BREAK, Console, escape_controls, format_json
 from job.errors import RunFailed, UserError, error_origin
 from job.paths import check_no_credentials, expand_path, mask_credentials
 
@@ -25,6 +26,7 @@ class CommandLine:
 
     target: str | None
     flags: dict[str, str]
+    json: bool = False  # print one JSON object instead of text
 
 
 def _train(line: CommandLine) -> int:
@@ -59,7 +61,9 @@ def _generate(line: CommandLine) -> int:
     from job.inference.generate import generate_text, prefix_warnings
 
     loaded, config = _open(line.target, parse_flags(line.flags))
-    text = generate_text(loaded, config)
+    text, prefix = generate_text(loaded, config), config.generate.prefix
+    if line.json:
+        text = format_json({"prefix": prefix, "continuation": text.removeprefix(prefix), **_describe(loaded)})
     print(escape_controls(text) if sys.stdout.isatty() else text)
     for warning in prefix_warnings(config, loaded.vocabulary):
         Console(sys.stderr).warn(warning)
@@ -78,11 +82,17 @@ def _evaluate(line: CommandLine) -> int:
     loaded, config = _open(line.target, values)
     result = evaluate_text(loaded, config)
     unit = "byte" if loaded.vocabulary.kind == "byte" else "character"
-    Console().print(
-        f"perplexity {perplexity(result.loss.nats_per_token):.6g}, {result.bits_per_character:.4f} bits per {unit}, "
-        f"{result.loss.nats_per_token:.6f} nats per token over {result.loss.tokens:,} targets "
-        f"(step {loaded.checkpoint.step:,}, {config.corpus.source}{format_unknown_share(result.unknown_share)})"
-    )
+    nats = result.loss.nats_per_token
+    if line.json:
+        values = {"perplexity": perplexity(nats), f"bits_per_{unit}": result.bits_per_character, "nats_per_token": nats}
+        values |= {"targets": result.loss.tokens, "unknown_share": result.unknown_share}
+        print(format_json({**values, "source": config.corpus.source, **_describe(loaded)}))
+    else:
+        Console().print(
+            f"perplexity {perplexity(nats):.6g}, {result.bits_per_character:.4f} bits per {unit}, "
+            f"{nats:.6f} nats per token over {result.loss.tokens:,} targets "
+            f"(step {loaded.checkpoint.step:,}, {config.corpus.source}{format_unknown_share(result.unknown_share)})"
+        )
     for warning in unknown_warnings({"evaluated": result.unknown_share}):
         Console(sys.stderr).warn(warning)
     return 0
@@ -105,18 +115,30 @@ def _open(target: str | None, values: ConfigValues) -> tuple[Any, Config]:
     return loaded, override_config(loaded.config, {"model.cell": ModelConfig.cell, **values})
 
 
+def _describe(loaded: Any) -> dict[str, Any]:
+    """Returns the fields of JSON output that name a LoadedCheckpoint."""
+    return {"checkpoint": loaded.checkpoint.path.address, "step": loaded.checkpoint.step}
+
+
 def _doctor(line: CommandLine) -> int:
     """Check the configuration, the storage and the cluster before a run."""
-    from job.cluster.doctor import run_doctor
+    from job.cluster.doctor import print_check, run_checks
     from job.config.config_file import load_search_config
 
     address = line.flags.pop("address", None)
     if address is not None:
         os.environ["RAY_ADDRESS"] = address
     config, search = load_search_config(line.target, line.flags)
-    return run_doctor(
-        config, search, Path(line.target or ("search" if search.space.domains else "run")).stem, Console()
-    )
+    name = Path(line.target or ("search" if search.space.domains else "run")).stem
+    console = Console(sys.stderr if line.json else sys.stdout)
+    checks = run_checks(config, search, name, console, (lambda _: None) if line.json else partial(print_check, console))
+    problems = sum(not check.is_ok for check in checks)
+    if line.json:
+        print(format_json({"checks": [asdict(check) for check in checks], "problems": problems}))
+    else:
+        console.print()
+        console.print(f"{problems} problem{'s' * (problems > 1)} to fix" if problems else "all checks passed")
+    return int(problems > 0)
 
 
 @dataclass(frozen=True)
@@ -140,14 +162,17 @@ class Verb:
         return name in self.fields or name.partition(".")[0] in self.fields
 
 
+JSON_FLAG = {"json": "print one JSON object"}  # takes no value
 VERBS = {
     "train": Verb(_train, "[CONFIG.toml]", tuple(SECTIONS)),
     "tune": Verb(_tune, "CONFIG.toml", tuple(FILE_SECTIONS)),
-    "generate": Verb(_generate, "RUN|CHECKPOINT", ("generate", "run.seed", "model.cell")),
+    "generate": Verb(_generate, "RUN|CHECKPOINT", ("generate", "run.seed", "model.cell"), JSON_FLAG),
     "evaluate": Verb(
-        _evaluate, "RUN|CHECKPOINT", ("corpus.source", "corpus.cleaning", "corpus.max_tokens", "model.cell")
+        _evaluate, "RUN|CHECKPOINT", ("corpus.source", "corpus.cleaning", "corpus.max_tokens", "model.cell"), JSON_FLAG
     ),
-    "doctor": Verb(_doctor, "[CONFIG.toml]", tuple(SECTIONS), {"address": "a running Ray cluster: HOST:PORT"}),
+    "doctor": Verb(
+        _doctor, "[CONFIG.toml]", tuple(SECTIONS), {"address": "a running Ray cluster: HOST:PORT", **JSON_FLAG}
+    ),
 }
 
 
@@ -155,11 +180,17 @@ def _parse_arguments(verb_name: str, arguments: Sequence[str]) -> CommandLine:
     """Parses ``[TARGET] [--name VALUE | --name=VALUE …]``."""
     target: str | None = None
     flags: dict[str, str] = {}
+    json = False
     remaining = iter(arguments)
     for argument in remaining:
         if argument.startswith("--"):
             name, *values = argument[2:].split("=", 1)
             _check_flag(verb_name, name)
+            if name in JSON_FLAG:
+                if values:
+                    raise UserError(f"--{name}: takes no value")
+                json = True
+                continue
             value = values[0] if values else next(remaining, None)
             if value is None:
                 raise UserError(f"--{name}: a value is missing")
@@ -170,13 +201,15 @@ def _parse_arguments(verb_name: str, arguments: Sequence[str]) -> CommandLine:
             check_no_credentials(VERBS[verb_name].arguments, argument)
             with error_origin(argument):
                 target = expand_path(argument)
-    return CommandLine(target, flags)
+    return CommandLine(target, flags, json)
 
 
 def _check_flag(verb_name: str, name: str) -> None:
     verb = VERBS[verb_name]
     if name in verb.flags:
         return
+    if others := [other for other, verb in VERBS.items() if name in verb.flags]:
+        raise UserError(f"--{name}: {verb_name} does not accept it", f"{', '.join(others)} can use it")
     check_field(name)
     if verb.accepts(name):
         return

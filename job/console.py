@@ -1,6 +1,8 @@
 """Terminal output of a run: a line redrawn in place on a TTY, plain lines elsewhere."""
 
 import contextlib
+import json
+import math
 import os
 import re
 import shlex
@@ -9,7 +11,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 NO_BREAK = "\xa0"  # a space at which textwrap does not break a line
 _CONTROLS = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
@@ -88,6 +90,19 @@ def _wrap(text: str) -> list[str]:
 def escape_controls(text: str) -> str:
     r"""Returns the text with control characters, which a terminal interprets, as ``\x1b``; line ends and tabs stay."""
     return _CONTROLS.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
+
+
+def format_json(value: Any) -> str:
+    """Returns a value as JSON in ASCII, control characters escaped; numbers that are not finite become null."""
+    return json.dumps(_finite(value), indent=1).replace("\x7f", "\\u007f")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def format_count(count: int) -> str:

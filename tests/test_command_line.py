@@ -160,7 +160,7 @@ sys.exit(main({[verb, "--help"] if verb else ["--help"]}))
 def test_help_for_generate_lists_only_accepted_flags():
     flags = re.findall(r"(?m)^  --(\S+)", job("generate", "-h").out)
     fields = ["prefix", "length", "temperature", "unknown"]
-    assert flags == ["run.seed", "model.cell", *(f"generate.{name}" for name in fields), "debug"]
+    assert flags == ["run.seed", "model.cell", *(f"generate.{name}" for name in fields), "json", "debug"]
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -33,35 +33,54 @@ from job.tuning.setup import check_search, resolve_search
 MAX_GPU_USE = 0.1  # share of a GPU's memory that other processes may use
 
 
-class _Table:
-    """The rows of the checks, each printed when its check has run."""
+@dataclass(frozen=True)
+class Check:
+    """What a check found; a problem has a remedy if one is known."""
 
-    def __init__(self, console: Console) -> None:
-        self.console, self.failures = console, 0
+    subject: str
+    is_ok: bool
+    text: str
+    remedy: str
+
+
+class _Checks(list[Check]):
+    """The checks that have run; each is passed to ``report`` when it has."""
+
+    def __init__(self, report: Callable[[Check], None]) -> None:
+        super().__init__()
+        self.report = report
 
     def check(self, subject: str, function: Callable[..., str], *arguments: Any) -> bool:
         """Calls a function that returns what it found, or raises UserError. Returns whether there is no problem."""
         try:
-            status, text, remedy = "ok", function(*arguments), ""
+            check = Check(subject, True, function(*arguments), "")
         except UserError as error:
-            status, text, remedy = "FAIL", error.problem, error.remedy
-            self.failures += 1
-        self.console.print(f"{status:<6}{subject:<20}{text}")
-        if remedy:
-            self.console.print(f"{'':<26}→ {remedy}")
-        return status == "ok"
+            check = Check(subject, False, error.problem, error.remedy)
+        self.append(check)
+        self.report(check)
+        return check.is_ok
 
 
-def run_doctor(config: Config, search: SearchConfig, default_name: str, console: Console) -> int:
-    """Prints a row for each check as it completes. Returns the exit status: 1 if a check failed.
+def print_check(console: Console, check: Check) -> None:
+    """Prints a check as a row of a table, and its remedy below it."""
+    console.print(f"{'ok' if check.is_ok else 'FAIL':<6}{check.subject:<20}{check.text}")
+    if check.remedy:
+        console.print(f"{'':<26}→ {check.remedy}")
+
+
+def run_checks(
+    config: Config, search: SearchConfig, default_name: str, console: Console, report: Callable[[Check], None]
+) -> list[Check]:
+    """Returns what all checks found.
 
     Args:
         config: as the user gave it
         search: of the same file; it is checked if its space is not empty
         default_name: the name, without its number, of a run or search whose ``run.name`` is empty
-        console: shows the table
+        console: shows warnings and progress
+        report: called with each check as it completes
     """
-    table, storage = _Table(console), resolve_storage(config.run.storage)
+    table, storage = _Checks(report), resolve_storage(config.run.storage)
     table.check("versions", _describe_versions)
     resolve = cache(lambda: _resolve(config, search, default_name))
     build_spec = cache(lambda: build_run_spec(resolve()[1], resolve()[0]))
@@ -79,10 +98,7 @@ def run_doctor(config: Config, search: SearchConfig, default_name: str, console:
         _check_cluster(table, config, storage)
     else:
         _check_this_machine(table, config.scale)
-    failures = table.failures
-    console.print()
-    console.print(f"{failures} problem{'s' * (failures > 1)} to fix" if failures else "all checks passed")
-    return int(failures > 0)
+    return table
 
 
 def _describe_versions() -> str:
@@ -127,7 +143,7 @@ def _check_disk_space(folder: Folder, spec: RunSpec) -> str:
 # --- this machine ---
 
 
-def _check_this_machine(table: _Table, scale: ScaleConfig) -> None:
+def _check_this_machine(table: _Checks, scale: ScaleConfig) -> None:
     gpus = torch.cuda.device_count()
     table.check("cluster", _check_local_cluster, scale, gpus)
     if scale.max_workers or scale.gpu_requirement or scale.cpus_per_worker:
@@ -152,7 +168,7 @@ def _check_local_placement(scale: ScaleConfig, gpus: int) -> str:
 # --- a cluster ---
 
 
-def _check_cluster(table: _Table, config: Config, folder: Folder) -> None:
+def _check_cluster(table: _Checks, config: Config, folder: Folder) -> None:
     table.check("token", _check_auth_token)
     if not table.check("cluster", _join):
         return
