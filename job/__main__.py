@@ -32,7 +32,7 @@ class CommandLine:
 def _train(line: CommandLine) -> int:
     """Train a model, or resume a run."""
     from job.config.config_file import load_config
-    from job.run.driver import Launcher, run_training
+    from job.run.driver import Launcher, print_result, run_training
 
     config = load_config(line.target, line.flags)
     launcher: Launcher
@@ -44,7 +44,11 @@ def _train(line: CommandLine) -> int:
         from job.run.local_launcher import LocalLauncher
 
         launcher = LocalLauncher()
-    return run_training(config, Path(line.target or "run").stem, Console(), launcher)
+    console = Console()
+    outcome = run_training(config, Path(line.target or "run").stem, console, launcher)
+    if outcome.result:
+        print_result(outcome, console)
+    return outcome.exit_code
 
 
 def _tune(line: CommandLine) -> int:

@@ -7,8 +7,9 @@ import pytest
 from conftest import job, start_job
 
 from job.config.config_file import load_config
+from job.config.schema import Config
 from job.console import Console, escape_controls, format_bytes, format_count, format_duration
-from job.run.driver import print_result
+from job.run.driver import RunOutcome, print_result
 from job.run.run_status import RunStatus
 from job.storage import Folder
 from job.training.events import Started
@@ -56,7 +57,7 @@ def test_print_result_of_any_numbers_fits_the_terminal(monkeypatch, columns, epo
     perplexity = math.exp(nats)
     result = {"perplexity": perplexity, "epochs": epochs, "steps": total_steps, "seconds": 1e12, "workers": 10**6}
     result |= {"generated": "a  b" * 30, "checkpoint": "checkpoints/step-1", "restarts": 0}
-    print_result(result, Folder("/runs/run-1"), Console(terminal), "rnn")
+    print_result(RunOutcome(Folder("/runs/run-1"), Config(), result), Console(terminal))
     numbers = terminal.lines[: terminal.lines.index("")]
     assert max(map(len, numbers)) < columns
     assert " ".join(numbers).endswith(" workers")

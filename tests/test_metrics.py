@@ -49,9 +49,8 @@ def parse_events(data: bytes) -> list[Event]:
     return events
 
 
-def drawn_lines(monkeypatch, all_rows):
+def drawn_lines(all_rows):
     """The axis and the points of each line of the curve."""
-    monkeypatch.setattr("job.run.plot.to_png", lambda figure: figure)
     (axes,) = plot_perplexity(all_rows, "run").axes
     return axes.get_xlabel(), [list(line.get_xdata()) for line in axes.lines]
 
@@ -66,8 +65,8 @@ def drawn_lines(monkeypatch, all_rows):
         ([row("train", 1, 9), row("epoch", 1, 9), row("train", 2, 18), row("epoch", 2, 18)], "epoch", [[1, 2]]),
     ],
 )
-def test_plot_perplexity_of_one_epoch_draws_the_rows_of_train(monkeypatch, all_rows, axis, lines):
-    assert drawn_lines(monkeypatch, all_rows) == (axis, lines)
+def test_plot_perplexity_of_one_epoch_draws_the_rows_of_train(all_rows, axis, lines):
+    assert drawn_lines(all_rows) == (axis, lines)
 
 
 @pytest.mark.parametrize("times", [[1000.25, 1060.5], [1000.25, None], [7.0, 7.0]])

@@ -184,14 +184,14 @@ class TrialRunner:
                 return {"state": "interrupted"}
             acquire_lease(self.folder, observer).release()  # removes that of a dead actor
             with open(os.devnull, "w") as null:
-                exit_code = run_training(
+                outcome = run_training(
                     self.config, "", Console(null), launcher, self.stop_request, self._on_event, retry=True
                 )
         except Diverged as error:
             return {"state": "diverged", "reason": error.problem}
         except (UnrecoverableError, UserError) as error:
             return {"state": "failed", "reason": error.problem}
-        return {"state": "interrupted" if exit_code else "finished"}
+        return {"state": "interrupted" if outcome.exit_code else "finished"}
 
     def _on_event(self, event: Event) -> None:
         if isinstance(event, MetricsRow) and event.row["split"] == METRIC_SPLITS[self.search.metric]:

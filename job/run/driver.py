@@ -2,7 +2,7 @@
 
 import json
 from contextlib import closing, suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from job.config.schema import BUILTIN_CELLS, Config
@@ -14,7 +14,7 @@ from job.inference.generate import generate_text
 from job.paths import cache_notice
 from job.run.lease import acquire_lease, wait_until_expired
 from job.run.metrics import read_rows
-from job.run.plot import plot_perplexity
+from job.run.plot import plot_perplexity, to_png
 from job.run.recorder import Recorder
 from job.run.run_dir import (
     CONFIG_FILE,
@@ -32,6 +32,23 @@ from job.training.checkpoint import find_latest_valid, list_checkpoints, weights
 from job.training.events import EventSink, Finished
 from job.training.progress import MAX_PERPLEXITY, perplexity
 from job.training.run_spec import RunSpec
+
+
+@dataclass(frozen=True)
+class RunOutcome:
+    """How a run ended.
+
+    Args:
+        folder: the run's folder
+        config: its configuration, complete
+        result: the content of ``result.json``; None if the run was stopped
+        exit_code: of the command: 0, or 128 + the number of the signal that stopped the run
+    """
+
+    folder: Folder
+    config: Config
+    result: dict[str, Any] | None
+    exit_code: int = 0
 
 
 class Launcher(Protocol):
@@ -59,20 +76,17 @@ def run_training(
     on_event: EventSink | None = None,
     *,
     retry: bool = False,
-) -> int:
+) -> RunOutcome:
     """Trains a run, or resumes it if it exists.
 
     Args:
         config: as the user gave it
         default_name: the run's name, without its number, if ``run.name`` is empty
-        console: shows progress and the result
+        console: shows progress
         launcher: starts the workers; closed at the end
         stop_request: lets the caller stop the run; signals do so anyway
         on_event: called after each event that was recorded, and after each commit of a checkpoint
         retry: retry failed requests to an object store from the first on, because it is known to be reachable
-
-    Returns:
-        the exit status: 0, or 128 + the signal's number if the run was stopped
 
     Raises:
         UserError: the input is invalid; nothing was started
@@ -82,8 +96,7 @@ def run_training(
     if existing and existing.result and existing.is_finished(config):
         limit = "train.epochs" if existing.result["epochs"] >= config.train.epochs else "train.max_steps"
         console.print(f"{folder} is finished; to train longer, raise {limit}")
-        print_result(existing.result, folder, console, config.model.cell)
-        return 0
+        return RunOutcome(folder, config, existing.result)
     folder = replace(folder, retry=True)
     observer = wait_until_expired(folder, console.print)
     stop_request = stop_request or StopRequest()
@@ -95,7 +108,7 @@ def run_training(
             folder.check_writable()
         stop_request.can_save = True
         if stop_request.exit_code:
-            return stop_request.exit_code
+            return RunOutcome(folder, config, None, stop_request.exit_code)
         if notice := cache_notice():
             console.warn(notice)
         console.print(_run_banner(spec, config.corpus.source))
@@ -107,11 +120,12 @@ def run_training(
                 acquire_lease(folder, observer) as lease,
                 closing(Recorder(spec.config, lease, console, on_event)) as recorder,
             ):
-                return _run(launcher, spec, recorder, stop_request)
+                result = _run(launcher, spec, recorder, stop_request)
+                return RunOutcome(folder, spec.config, result, 0 if result else stop_request.exit_code)
 
 
-def _run(launcher: Launcher, spec: RunSpec, recorder: Recorder, stop_request: StopRequest) -> int:
-    """Runs the workers under the lease and finishes the run. Returns the exit status."""
+def _run(launcher: Launcher, spec: RunSpec, recorder: Recorder, stop_request: StopRequest) -> dict[str, Any] | None:
+    """Runs the workers under the lease and finishes the run. Returns its result, or None if it was stopped."""
     folder, console, cell = recorder.folder, recorder.status.console, spec.config.model.cell
     try:
         # Another driver may have changed it before the lease was acquired.
@@ -125,13 +139,12 @@ def _run(launcher: Launcher, spec: RunSpec, recorder: Recorder, stop_request: St
             raise RunFailed("the workers exited without reporting a result")
         if finished.stopped:
             console.print(f"stopped at step {finished.progress.step:,}; {_describe_last_checkpoint(folder, cell)}")
-            return stop_request.exit_code
+            return None
         stop_request.can_save = False
-        print_result(_finish(spec, recorder, finished), folder, console, spec.config.model.cell)
-        return 0
+        return _finish(spec, recorder, finished)
     except KeyboardInterrupt:
         console.print(f"stopped; {_describe_last_checkpoint(folder, cell)}")
-        return stop_request.exit_code
+        return None
     except RunFailed as error:
         remedies = (error.remedy, _describe_last_checkpoint(folder, cell, verify=True))
         raise type(error)(error.problem, "; ".join(filter(None, remedies))) from error.__cause__
@@ -148,7 +161,7 @@ def _finish(spec: RunSpec, recorder: Recorder, finished: Finished) -> dict[str, 
     text = generate_text(loaded, spec.config)
     folder.write("sample.txt", (text + "\n").encode())
     recorder.metrics.merge()
-    folder.write("perplexity.png", plot_perplexity(read_rows(folder), spec.config.run.name))
+    folder.write("perplexity.png", to_png(plot_perplexity(read_rows(folder), spec.config.run.name)))
     nats = progress.last_epoch_nats
     assert nats is not None
     shares = spec.dataset.unknown_shares
@@ -218,8 +231,10 @@ def _generate_command(folder: Folder, cell: str) -> str:
     return f"{python_command()} -m job generate {folder.shell_quoted}{cell_flag}"
 
 
-def print_result(result: dict[str, Any], folder: Folder, console: Console, cell: str) -> None:
+def print_result(outcome: RunOutcome, console: Console) -> None:
     """Prints the result of a finished run: its perplexity, the sample, the paths, and how to generate more."""
+    result, folder = outcome.result, outcome.folder
+    assert result
     workers = f"{result['workers']} worker{'s' * (result['workers'] != 1)}"
     console.print(
         f"perplexity {result['perplexity']:.4g} after {result['epochs']:,} epochs, {result['steps']:,} steps, "
@@ -236,4 +251,6 @@ def print_result(result: dict[str, Any], folder: Folder, console: Console, cell:
     console.print()
     for name, file in (("curve", "perplexity.png"), ("metrics", "metrics.jsonl"), ("checkpoint", result["checkpoint"])):
         console.print(f"{name:<11}{folder / file}", wrap=False)
-    console.print(f"{'continue':<11}{_generate_command(folder, cell)} --generate.prefix '…'", wrap=False)
+    console.print(
+        f"{'continue':<11}{_generate_command(folder, outcome.config.model.cell)} --generate.prefix '…'", wrap=False
+    )

@@ -12,8 +12,8 @@ from matplotlib.ticker import MaxNLocator
 MAX_PLOTTED_PERPLEXITY = 1e6  # larger ones are drawn there
 
 
-def plot_perplexity(rows: Iterable[dict[str, Any]], title: str) -> bytes:
-    """Draws perplexity, a line for each of training and validation. Returns a PNG file.
+def plot_perplexity(rows: Iterable[dict[str, Any]], title: str) -> Figure:
+    """Draws perplexity, a line for each of training and validation.
 
     The axis is epochs. It is steps, and the rows of ``train`` are drawn, if these alone make a line.
     """
@@ -38,12 +38,19 @@ def plot_perplexity(rows: Iterable[dict[str, Any]], title: str) -> bytes:
     axes.grid(True, which="both", alpha=0.25)
     if axes.lines:
         axes.legend(frameon=False)
-    return to_png(figure)
+    return figure
+
+
+class NotebookFigure(Figure):
+    """A figure that a notebook shows as a picture, also if pyplot is not imported."""
+
+    def _repr_png_(self) -> bytes:
+        return to_png(self)
 
 
 def new_figure(num_plots: int) -> tuple[Figure, list[Axes]]:
     """A figure with plots side by side."""
-    figure = Figure(figsize=(max(7, 4.2 * num_plots), 4.2), layout="constrained")
+    figure = NotebookFigure(figsize=(max(7, 4.2 * num_plots), 4.2), layout="constrained")
     plots = figure.subplots(1, num_plots, squeeze=False)[0]
     for axes in plots:
         axes.spines[["top", "right"]].set_visible(False)
