@@ -160,6 +160,15 @@ def test_build_run_spec_init_with_unknown_tokens_raises_user_error(tmp_path, voc
     assert "\n" not in str(error.value)
 
 
+def test_build_run_spec_init_of_a_file_with_vocabulary_file_takes_its_tokens(train, tmp_path):
+    (checkpoint,) = (train("aaab" * 3000) / "checkpoints").iterdir()
+    shutil.copy(checkpoint / "model.safetensors", tmp_path / "w.safetensors")
+    flags = {"vocabulary.file": f"{checkpoint}/vocabulary.json"}
+    specs = [spec_of(tmp_path, "abbb" * 3000, init, **flags) for init in (checkpoint, tmp_path / "w.safetensors")]
+    assert specs[0].init == specs[1].init
+    assert specs[0].dataset.vocabulary.tokens == ("<unk>", "a", "b")  # and not by the frequency in the new text
+
+
 def test_build_run_spec_init_of_a_folder_without_checkpoint_raises_user_error(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="neither a run with a checkpoint nor a checkpoint"):

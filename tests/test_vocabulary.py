@@ -95,3 +95,36 @@ def test_vocabulary_from_json_rejects_invalid_content(content):
 def test_unknown_share_is_shown_as_percentage_and_warned_about(share, text, is_large):
     assert format_unknown_share(share) == text
     assert bool(unknown_warnings({"training": share})) == is_large
+
+
+@pytest.mark.parametrize("kind", ["char", "word", "byte"])
+def test_build_vocabulary_from_a_file_equals_the_one_that_was_written(tmp_path, kind):
+    corpus = Corpus("file", "none", [b"b a b"] if kind == "byte" else ["b a b"])
+    vocabulary = build_vocabulary(VocabularyConfig(kind=kind), corpus)
+    (tmp_path / "vocabulary.json").write_text(vocabulary.to_json())
+    config = VocabularyConfig(kind=kind, file=str(tmp_path / "vocabulary.json"))
+    assert build_vocabulary(config, Corpus("other", "none", ["c d a"])) == vocabulary
+    assert build_dataset(corpus, CorpusConfig(), config).vocabulary == vocabulary
+
+
+@pytest.mark.parametrize(
+    ("content", "kind", "message"),
+    [
+        (None, "char", "cannot be read"),
+        ('{"kind": "char", "tokens": []}', "char", "not a vocabulary"),
+        ('{"kind": "word", "tokens": ["<unk>"]}', "char", "its tokens are of kind word, and vocabulary.kind = char"),
+    ],
+)
+def test_build_vocabulary_from_an_invalid_file_raises_user_error(tmp_path, content, kind, message):
+    path = tmp_path / "vocabulary.json"
+    if content:
+        path.write_text(content)
+    with pytest.raises(UserError) as error:
+        build_vocabulary(VocabularyConfig(kind=kind, file=str(path)), Corpus("file", "none", ["a"]))
+    assert str(error.value).startswith(f"vocabulary.file = {path}: {message}")
+
+
+@pytest.mark.parametrize("fields", [{"size": 3}, {"min_frequency": 2}, {"scope": "training"}])
+def test_vocabulary_file_with_fields_of_a_new_vocabulary_raises_user_error(fields):
+    with pytest.raises(UserError, match="do not apply to it; remove them"):
+        VocabularyConfig(file="vocabulary.json", **fields)

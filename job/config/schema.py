@@ -84,6 +84,13 @@ class VocabularyConfig(Section):
         "training",
         meaning="text whose tokens are counted: corpus (all of it), or training (what is trained on)",
     )
+    file: str = path_field("", "an existing vocabulary.json, of a run for example; empty: made of the text")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.file and (self.size or self.min_frequency or self.scope != "corpus"):
+            problem = f"vocabulary.file = {self.file}: vocabulary.size, min_frequency and scope do not apply to it"
+            raise UserError(problem, "remove them")
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ import numpy as np
 from job.config.schema import VocabularyConfig
 from job.data.corpus import Corpus
 from job.documents import parse_json
-from job.errors import UserError
+from job.errors import UserError, report_os_error
+from job.storage import Folder
 
 UNKNOWN, UNKNOWN_ID = "<unk>", 0
 MAX_UNKNOWN_SHARE = 0.2  # without a warning
@@ -112,7 +113,7 @@ def _split_lines(lines: Iterable[str], kind: str) -> Iterator[str]:
 
 
 def build_vocabulary(vocabulary_config: VocabularyConfig, corpus: Corpus, num_tokens: int | None = None) -> Vocabulary:
-    """Builds a vocabulary as the d2l book does (section 9.2).
+    """Builds a vocabulary as the d2l book does (section 9.2), or reads the one that ``vocabulary.file`` names.
 
     After ``<unk>``, tokens are ordered by falling frequency, ties by first occurrence.
 
@@ -120,7 +121,12 @@ def build_vocabulary(vocabulary_config: VocabularyConfig, corpus: Corpus, num_to
         vocabulary_config: the kind of tokens, the largest size and the smallest frequency
         corpus: the text whose tokens are counted
         num_tokens: number of tokens that are counted, from the first; None: all
+
+    Raises:
+        UserError: the file cannot be read, or is of another kind
     """
+    if vocabulary_config.file:
+        return _read_vocabulary(vocabulary_config)
     if vocabulary_config.kind == "byte":
         return Vocabulary("byte", ())
     lines = cast(list[str], corpus.lines)
@@ -128,6 +134,16 @@ def build_vocabulary(vocabulary_config: VocabularyConfig, corpus: Corpus, num_to
     frequent = [token for token, count in counts.most_common() if count >= vocabulary_config.min_frequency]
     tokens = (UNKNOWN, *(token for token in frequent if token != UNKNOWN))
     return Vocabulary(vocabulary_config.kind, tokens[: vocabulary_config.size or None])
+
+
+def _read_vocabulary(vocabulary_config: VocabularyConfig) -> Vocabulary:
+    origin, path = f"vocabulary.file = {vocabulary_config.file}", Folder.resolve(vocabulary_config.file)
+    with report_os_error(f"{origin}: cannot be read"):
+        vocabulary = vocabulary_from_json(path.parent.read(path.name), origin)
+    if vocabulary.kind != vocabulary_config.kind:
+        problem = f"{origin}: its tokens are of kind {vocabulary.kind}, and vocabulary.kind = {vocabulary_config.kind}"
+        raise UserError(problem, "set the same kind")
+    return vocabulary
 
 
 def vocabulary_from_json(data: bytes, file: str) -> Vocabulary:

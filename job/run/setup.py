@@ -92,7 +92,7 @@ def _read_init(config: Config, vocabulary: Vocabulary, checkpoints: Folder) -> b
         return None
     origin = f"model.init = {config.model.init}"
     with error_origin(origin):
-        weights, old = _read_weights(config.model.init)
+        weights, old = _read_weights(config.model.init, vocabulary if config.vocabulary.file else None)
         if old.kind != vocabulary.kind:
             raise UserError(f"is a model of vocabulary.kind = {old.kind}, not {vocabulary.kind}", "set the same kind")
     check_shapes(weights, reference_state_dict(config.model, len(old)), origin)
@@ -102,8 +102,13 @@ def _read_init(config: Config, vocabulary: Vocabulary, checkpoints: Folder) -> b
     return b"".join(tensor_file(weights))
 
 
-def _read_weights(source: str) -> tuple[dict[str, Tensor], Vocabulary]:
-    """Reads the weights and the vocabulary of a run, of a checkpoint, or of a file next to its ``vocabulary.json``."""
+def _read_weights(source: str, vocabulary: Vocabulary | None) -> tuple[dict[str, Tensor], Vocabulary]:
+    """Reads the weights and the vocabulary of a run, of a checkpoint, or of a file next to its ``vocabulary.json``.
+
+    Args:
+        source: ``model.init``
+        vocabulary: of ``vocabulary.file``; that of a file without a ``vocabulary.json``
+    """
     path = Folder.resolve(source)
     folder = path.parent
     with report_os_error("cannot be read"):
@@ -115,6 +120,8 @@ def _read_weights(source: str) -> tuple[dict[str, Tensor], Vocabulary]:
             loaded = open_checkpoint(path)
             return loaded.weights, loaded.vocabulary
         if not folder.has(VOCABULARY_FILE):
+            if vocabulary:
+                return weights, vocabulary
             raise UserError(
                 f"its tokens are unknown: {folder / VOCABULARY_FILE} is missing, and there is no vocabulary.file",
                 f"copy the {VOCABULARY_FILE} of its run next to it, or give the run's folder",
