@@ -15,7 +15,9 @@ class DecayCell(nn.Module):
         self.input = nn.Linear(input_size, hidden_size)
         self.decay = nn.Parameter(torch.zeros(hidden_size))
 
-    def forward(self, inputs, state):
+    def forward(
+        self, inputs: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         if state is None:
             zeros = inputs.new_zeros(1, inputs.shape[1], self.decay.numel())
             state = (zeros, zeros)
@@ -35,7 +37,7 @@ class LinearCell(nn.Module):
         super().__init__()
         self.layer = nn.Linear(input_size, hidden_size)
 
-    def forward(self, inputs, state):
+    def forward(self, inputs: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         count = inputs.new_zeros(1, inputs.shape[1], 1) if state is None else state
         return self.layer(inputs), count + len(inputs)
 
@@ -43,14 +45,14 @@ class LinearCell(nn.Module):
 class LaneFirstCell(LinearCell):
     """Returns a state with the lane on axis 0, which violates the protocol."""
 
-    def forward(self, inputs, state):
+    def forward(self, inputs: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         return self.layer(inputs), torch.zeros(inputs.shape[1], 3)
 
 
 class DivergingCell(LinearCell):
     """Outputs NaN from the 281st step of an epoch on."""
 
-    def forward(self, inputs, state):
+    def forward(self, inputs: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         outputs, count = super().forward(inputs, state)
         return torch.where(count > 280, torch.nan, outputs), count
 
@@ -58,7 +60,7 @@ class DivergingCell(LinearCell):
 class RaisingCell(LinearCell):
     """Raises an error in the eighth window."""
 
-    def forward(self, inputs, state):
+    def forward(self, inputs: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         outputs, count = super().forward(inputs, state)
         if count.max() > 280:
             raise ValueError("no more")
@@ -68,7 +70,7 @@ class RaisingCell(LinearCell):
 class ExitingCell(LinearCell):
     """Ends its process in the second window, without a Python exception."""
 
-    def forward(self, inputs, state):
+    def forward(self, inputs: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         if state is not None and len(inputs) > 3:  # the protocol check uses three steps
             os._exit(1)
         return super().forward(inputs, state)
@@ -83,7 +85,7 @@ class UnusedWeightsCell(LinearCell):
         self.first = nn.Parameter(torch.ones(1, 1, hidden_size))
         self.frozen = nn.Parameter(torch.ones(hidden_size), requires_grad=False)
 
-    def forward(self, inputs, state):
+    def forward(self, inputs: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         previous = self.first.expand(1, inputs.shape[1], -1) if state is None else state
         outputs = torch.tanh(self.layer(inputs) + previous) * self.frozen
         return outputs, outputs[-1:]
@@ -92,7 +94,7 @@ class UnusedWeightsCell(LinearCell):
 class BranchingCell(UnusedWeightsCell):
     """Uses the parameter ``unused`` only for lanes whose window contains token 0."""
 
-    def forward(self, inputs, state):
+    def forward(self, inputs: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         outputs, state = super().forward(inputs, state)
         has_token_0 = inputs[..., :1].sum(0)
         return (outputs + self.unused.sum() * has_token_0, state) if has_token_0.any() else (outputs, state)
@@ -106,6 +108,6 @@ class ScalarParameterCell(LinearCell):
         self.scale = nn.Parameter(torch.tensor(1.0))
         self.register_buffer("index", torch.arange(3))
 
-    def forward(self, inputs, state):
+    def forward(self, inputs: torch.Tensor, state: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
         outputs, count = super().forward(inputs, state)
         return outputs * self.scale, count

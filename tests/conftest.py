@@ -8,6 +8,7 @@ import secrets
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import job.cluster
 from job import __main__ as command_line
+from job import cluster as _cluster  # noqa: F401  sets the environment that Ray reads when it is imported
 
 # Ray's processes need a token, and a machine on which Ray has never run has no ~/.ray/auth_token.
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -29,13 +30,13 @@ SHARED = ROOT.parent / "shared"  # reference traces and corpora that are not in 
 BOOK = SHARED / "corpora" / "timemachine.txt"
 
 
-def pytest_addoption(parser):
+def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--allowed-skips", metavar="FILE", help="fail if a test is skipped that FILE does not list")
     parser.addoption("--time-table", action="store_true", help="print the seconds that each file took, as Markdown")
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config, items):
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Runs cluster tests last and deselects tests marked ``shared`` if ``../shared`` is absent.
 
     Tests that use the same module-scoped fixture run in one process, so that it is set up once.
@@ -52,7 +53,7 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.xdist_group(f"{item.module.__name__}-{scoped[0]}"))
 
 
-def unexpected_skips(config) -> list[str]:
+def unexpected_skips(config: pytest.Config) -> list[str]:
     """Skipped tests that the file given by ``--allowed-skips`` does not list, with their reasons."""
     allowed = {line.split("#")[0].strip() for line in Path(config.option.allowed_skips).read_text().splitlines()}
     reports = config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped", [])
@@ -61,14 +62,14 @@ def unexpected_skips(config) -> list[str]:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_sessionfinish(session):
+def pytest_sessionfinish(session: pytest.Session) -> None:
     config = session.config
     is_controller = not hasattr(config, "workerinput")
     if is_controller and config.option.allowed_skips and unexpected_skips(config):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
-def pytest_terminal_summary(terminalreporter, config):
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Prints the skips that are not allowed, and the seconds that each file took."""
     if config.option.allowed_skips:
         for skip in unexpected_skips(config):
@@ -91,7 +92,7 @@ def time_table(reports: list[pytest.TestReport]) -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def _restore_torch():
+def _restore_torch() -> Iterator[None]:
     """Resets torch's number of threads and determinism, which a run sets for the whole process."""
     threads = torch.get_num_threads()
     yield
@@ -125,7 +126,7 @@ _started: list[subprocess.Popen] = []
 
 
 @pytest.fixture(autouse=True)
-def _kill_started_processes():
+def _kill_started_processes() -> Iterator[None]:
     """Kills the commands that a failed test left running."""
     yield
     while _started:
@@ -161,7 +162,7 @@ def result(run: Path) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="session")
-def prose(tmp_path_factory) -> Path:
+def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus of 40,000 characters: English words in a fixed random order."""
     rng = np.random.default_rng(7)
     words = ["the", "time", "traveller", "was", "a", "man", "who", "came", "with", "his", "machine", "of", "light"]
@@ -197,7 +198,7 @@ def _trace_arguments(meta: dict[str, Any], offsets: np.ndarray, corpus: Path, in
 
 
 @pytest.fixture
-def trace(request, tmp_path) -> Trace:
+def trace(request: pytest.FixtureRequest, tmp_path: Path) -> Trace:
     """The reference trace that the test's parameter names; the ``portable-…`` ones contain their corpus."""
     portable = request.param.startswith("portable-")
     folder = REFERENCE if portable else SHARED / "reference"
@@ -215,20 +216,20 @@ def trace(request, tmp_path) -> Trace:
     return Trace(meta, arrays, _trace_arguments(meta, arrays["offsets"], corpus, init))
 
 
-def disable_kernel(monkeypatch):
+def disable_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the model use torch's operators, as on a machine without a compiler."""
     monkeypatch.setattr("job.kernels.ops.supports_dtype", lambda dtype: False)
 
 
 @pytest.fixture(autouse=True)
-def _wait_for_ray_train(request, monkeypatch):
+def _wait_for_ray_train(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Waits longer for Ray Train to shut down: unlike a command's process, that of the tests runs further tests."""
     if request.node.get_closest_marker("cluster"):
         monkeypatch.setattr("job.cluster.launcher.SHUTDOWN_TIMEOUT_S", 60.0)
 
 
 @pytest.fixture(scope="session")
-def cluster():
+def cluster() -> Iterator[str]:
     """The address of a Ray cluster of one node with eight CPUs. Its workers can import the tests' modules."""
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     from ray.cluster_utils import Cluster
@@ -239,6 +240,6 @@ def cluster():
 
 
 @pytest.fixture
-def on_cluster(cluster, monkeypatch):
+def on_cluster(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs jobs of the test on the session's cluster."""
     monkeypatch.setenv("RAY_ADDRESS", cluster)

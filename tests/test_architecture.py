@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 from conftest import ROOT
 
@@ -13,12 +14,12 @@ BASE = {"errors", "documents", "paths", "storage", "console"}
 SOURCES = sorted(path for path in (ROOT / "job").rglob("*.py"))
 
 
-def layer(module):
+def layer(module: str) -> str:
     """The folder of a module ``job.FOLDER.NAME``, or its name if it is directly in ``job``."""
     return module.removeprefix("job.").partition(".")[0]
 
 
-def imported_modules(path):
+def imported_modules(path: Path) -> set[str]:
     """The modules of ``job`` that a file imports at its top."""
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("job"):
@@ -27,13 +28,13 @@ def imported_modules(path):
             yield from (alias.name for alias in node.names if alias.name.startswith("job"))
 
 
-def test_source_list_finds_nested_modules():
+def test_source_list_finds_nested_modules() -> None:
     assert len(SOURCES) > 50
     assert {path.parent.name for path in SOURCES} == {"job", *LAYERS}
     assert sum(path.parent.name == "job" for path in SOURCES) <= 8
 
 
-def test_folders_import_only_from_earlier_layers():
+def test_folders_import_only_from_earlier_layers() -> None:
     for path in SOURCES:
         folder = path.parent.name
         if path.name == "__main__.py":
@@ -42,7 +43,7 @@ def test_folders_import_only_from_earlier_layers():
         assert {layer(module) for module in imported_modules(path)} <= allowed, path
 
 
-def test_only_cluster_imports_ray():
+def test_only_cluster_imports_ray() -> None:
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
@@ -50,7 +51,7 @@ def test_only_cluster_imports_ray():
             assert path.parent.name == "cluster" or "ray" not in {name.partition(".")[0] for name in names}, path
 
 
-def test_core_without_ray_and_network_imports():
+def test_core_without_ray_and_network_imports() -> None:
     core = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts)
         for path in SOURCES
@@ -66,7 +67,7 @@ for name in {core}: __import__(name)
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
-def test_functions_contain_no_imports():
+def test_functions_contain_no_imports() -> None:
     """Except the verbs of the command line, so that ``--help`` loads little."""
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
@@ -75,7 +76,7 @@ def test_functions_contain_no_imports():
                 assert not inner, f"{path.name}: {node.name}"
 
 
-def test_error_messages_are_not_parsed():
+def test_error_messages_are_not_parsed() -> None:
     """Problem and remedy are fields of an error; code that needs one of them reads the field."""
     parsing = re.compile(
         r"""\bin str\((error|exception|problem|failure)\)|str\(\w+\)\.(startswith|endswith|find|index)\("""
@@ -91,7 +92,7 @@ def test_error_messages_are_not_parsed():
         assert not parsing.search(path.read_text()), path
 
 
-def test_user_errors_separate_problem_and_remedy():
+def test_user_errors_separate_problem_and_remedy() -> None:
     for path in SOURCES:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "UserError":
@@ -100,7 +101,7 @@ def test_user_errors_separate_problem_and_remedy():
                 assert not any("; " in str(text) for text in texts), f"{path}:{node.lineno}: give the remedy separately"
 
 
-def test_documented_tests_exist():
+def test_documented_tests_exist() -> None:
     """Each failure in the matrix names a test that proves what it says."""
     defined = {
         node.name

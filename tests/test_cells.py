@@ -1,5 +1,8 @@
 """Custom cells: the protocol check, and training through the command line."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from conftest import job, result
@@ -13,7 +16,7 @@ from job.nn.language_model import build_model
 
 
 @pytest.mark.parametrize("cell", ["cells:DecayCell", "torch.nn:GRU"])
-def test_build_model_accepts_cell_that_follows_the_state_protocol(cell):
+def test_build_model_accepts_cell_that_follows_the_state_protocol(cell: str) -> None:
     assert build_model(ModelConfig(cell=cell), 9, 0).has_custom_cell
 
 
@@ -26,12 +29,12 @@ def test_build_model_accepts_cell_that_follows_the_state_protocol(cell):
         ("torch.nn:Linear", r"does not implement outputs, state = cell\(inputs, state\): TypeError"),
     ],
 )
-def test_build_model_rejects_cell_that_violates_the_state_protocol(cell, message):
+def test_build_model_rejects_cell_that_violates_the_state_protocol(cell: str, message: str) -> None:
     with pytest.raises(UserError, match=f"model.cell = {cell}: .*{message}"):
         build_model(ModelConfig(cell=cell), 9, 0)
 
 
-def test_gradients_of_cell_with_tuple_state_return_detached_tuple():
+def test_gradients_of_cell_with_tuple_state_return_detached_tuple() -> None:
     model = build_model(ModelConfig(cell="cells:DecayCell", hidden_size=8), 9, 0)
     tokens = torch.randint(0, 9, (6, 4))
     batch = Batch(tokens[:-1], tokens[1:], torch.zeros(3), dropout_keys(0, 0, 0, range(4)))
@@ -41,14 +44,16 @@ def test_gradients_of_cell_with_tuple_state_return_detached_tuple():
     assert not any(tensor.requires_grad for tensor in state)
 
 
-def test_parameter_used_by_one_lane_group_gets_that_groups_gradient():
+def test_parameter_used_by_one_lane_group_gets_that_groups_gradient() -> None:
     model = build_model(ModelConfig(cell="cells:BranchingCell", hidden_size=8), 5, seed=1)
     tokens = torch.randint(1, 5, (6, 4), generator=torch.Generator().manual_seed(0))
     tokens[2, 0] = 0
     batch = Batch(tokens[:-1], tokens[1:], torch.zeros(3), torch.zeros(0, 4, dtype=torch.int32))
     state = torch.zeros(1, 4, 8)
 
-    def gradients(gradients_class, num_groups):
+    def gradients(
+        gradients_class: type[AllReduceGradients | DeterministicGradients], num_groups: int
+    ) -> dict[str, torch.Tensor | None]:
         gradients_class(LossModule(model, 20), assign_lanes(4, num_groups))(batch, state)
         return {name: parameter.grad for name, parameter in model.named_parameters()}
 
@@ -61,7 +66,7 @@ def test_parameter_used_by_one_lane_group_gets_that_groups_gradient():
         assert gradient is None or torch.allclose(gradient, grouped[name], atol=1e-7), name
 
 
-def test_training_torch_gru_as_custom_cell_gives_weights_of_builtin_gru(prose, tmp_path):
+def test_training_torch_gru_as_custom_cell_gives_weights_of_builtin_gru(prose: Path, tmp_path: Path) -> None:
     flags = ["train", "--corpus.source", prose, "--scale.workers", 0, "--train.epochs", 2, "--generate.prefix", "the"]
     flags += ["--train.precision", "fp64", "--run.storage", tmp_path, "--model.hidden_size", 24]
     builtin = job(*flags, "--run.name", "builtin", "--model.cell", "gru")
@@ -71,12 +76,12 @@ def test_training_torch_gru_as_custom_cell_gives_weights_of_builtin_gru(prose, t
     assert torch.get_default_dtype() == torch.float32
 
 
-def test_training_leaves_parameters_without_gradient_unchanged(prose, tmp_path):
+def test_training_leaves_parameters_without_gradient_unchanged(prose: Path, tmp_path: Path) -> None:
     flags = ["train", "--corpus.source", prose, "--scale.workers", 0, "--train.epochs", 2, "--generate.prefix", "the"]
     flags += ["--train.precision", "fp64", "--run.storage", tmp_path, "--model.cell", "cells:UnusedWeightsCell"]
     flags += ["--optimizer.weight_decay", 0.1]
 
-    def train(name, *more):
+    def train(name: str, *more: Any) -> dict[str, torch.Tensor]:
         ended = job(*flags, "--run.name", name, *more)
         assert ended.status == 0, ended.err
         return load_file(max((tmp_path / name / "checkpoints").iterdir()) / "model.safetensors")

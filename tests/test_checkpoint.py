@@ -5,6 +5,9 @@ import math
 import pickle
 import resource
 import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +21,7 @@ from job.inference.generate import load_model
 from job.run.run_dir import open_checkpoint
 from job.storage import Folder
 from job.training.checkpoint import (
+    Checkpoint,
     CorruptCheckpoint,
     Progress,
     _digest,
@@ -33,7 +37,7 @@ from job.training.progress import LossSum
 from job.training.trainer import Trainer
 
 
-def flags(prose, storage, *more):
+def flags(prose: Path, storage: Path, *more: object) -> list[object]:
     return [
         "--corpus.source", prose, "--run.storage", storage, "--run.name", "run", "--scale.workers", 0,
         "--model.hidden_size", 16, "--stream.num_steps", 20, "--generate.prefix", "the", "--train.epochs", 3, *more,
@@ -41,7 +45,7 @@ def flags(prose, storage, *more):
 
 
 @pytest.fixture(scope="module")
-def run(prose, tmp_path_factory):
+def run(prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run of an LSTM, with momentum-like optimizer state."""
     storage = tmp_path_factory.mktemp("runs")
     ended = job("train", *flags(prose, storage, "--model.cell", "lstm", "--optimizer.name", "adamw"))
@@ -49,7 +53,7 @@ def run(prose, tmp_path_factory):
     return storage / "run"
 
 
-def test_finished_run_contains_the_documented_files(run):
+def test_finished_run_contains_the_documented_files(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
     assert names == {
         "config.toml", "metrics.jsonl", "perplexity.png", "tensorboard", "checkpoints", "sample.txt", "result.json",
@@ -68,7 +72,7 @@ def test_finished_run_contains_the_documented_files(run):
 
 
 @pytest.mark.parametrize(("cell", "stop"), [("rnn", 7), ("lstm", 61), ("rnn", 100)])
-def test_resumed_run_equals_uninterrupted_run(prose, tmp_path, cell, stop):
+def test_resumed_run_equals_uninterrupted_run(prose: Path, tmp_path: Path, cell: str, stop: int) -> None:
     """Weights, generated text and metrics, at whatever step the run stopped."""
     more = ["--model.cell", cell, "--model.num_layers", 2, "--model.dropout", 0.3, "--optimizer.name", "adamw"]
     more += ["--optimizer.learning_rate", 0.003, "--train.log_every", 9, "--corpus.validation_fraction", 0.1]
@@ -98,8 +102,8 @@ def test_resumed_run_equals_uninterrupted_run(prose, tmp_path, cell, stop):
     ],
 )
 def test_train_stopped_within_a_schedule_and_resumed_gives_uninterrupted_weights(
-    prose, tmp_path, schedule, first, rest
-):
+    prose: Path, tmp_path: Path, schedule: list[int | str], first: list[int | str], rest: list[int | str]
+) -> None:
     schedule = [*schedule, "--corpus.max_tokens", 8000]  # 12 steps per epoch
     for storage, stages in (("whole", [rest]), ("parts", [first, rest])):
         for stage in stages:
@@ -112,7 +116,7 @@ def test_train_stopped_within_a_schedule_and_resumed_gives_uninterrupted_weights
     assert rows(whole, "epoch")[-1]["learning_rate"] == rows(parts, "epoch")[-1]["learning_rate"]
 
 
-def test_train_more_epochs_than_the_schedule_spans_is_refused(prose, tmp_path):
+def test_train_more_epochs_than_the_schedule_spans_is_refused(prose: Path, tmp_path: Path) -> None:
     cosine = flags(prose, tmp_path, "--optimizer.schedule", "cosine", "--corpus.max_tokens", 8000)
     assert job("train", *cosine, "--train.max_steps", 9).status == 0
     ended = job("train", *cosine, "--train.epochs", 4)
@@ -121,7 +125,7 @@ def test_train_more_epochs_than_the_schedule_spans_is_refused(prose, tmp_path):
     assert ended.err.count("\n") == 1
 
 
-def stopped_inside(prose, storage):
+def stopped_inside(prose: Path, storage: Path) -> Checkpoint:
     job(
         "train", *flags(prose, storage, "--model.cell", "lstm", "--train.max_steps", 30, "--train.checkpoint_every", 10)
     )
@@ -129,7 +133,9 @@ def stopped_inside(prose, storage):
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 7])
-def test_load_lane_state_for_any_number_of_workers_returns_same_lanes(prose, tmp_path, workers):
+def test_load_lane_state_for_any_number_of_workers_returns_same_lanes(
+    prose: Path, tmp_path: Path, workers: int
+) -> None:
     found = stopped_inside(prose, tmp_path)
     whole = load_lane_state(found, range(32))
     assert whole[0].shape == (1, 32, 16)
@@ -149,7 +155,7 @@ def test_load_lane_state_for_any_number_of_workers_returns_same_lanes(prose, tmp
             assert torch.equal(torch.cat([part[index] for part in parts], 1), whole[index])
 
 
-def test_find_latest_valid_skips_and_reports_corrupt_checkpoints(prose, tmp_path):
+def test_find_latest_valid_skips_and_reports_corrupt_checkpoints(prose: Path, tmp_path: Path) -> None:
     found = stopped_inside(prose, tmp_path)
     place = tmp_path / "run" / "checkpoints"
     names = sorted(path.name for path in place.iterdir())
@@ -184,7 +190,9 @@ def read_strict(data: bytes) -> dict:
 
 
 @pytest.mark.parametrize("nats", [[math.nan, 2.0, 3.0], [2.0, math.nan, math.inf], [math.nan, -math.inf, math.nan]])
-def test_train_with_validation_loss_that_is_not_finite_never_has_it_as_best(prose, tmp_path, monkeypatch, nats):
+def test_train_with_validation_loss_that_is_not_finite_never_has_it_as_best(
+    prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nats: list[float]
+) -> None:
     """A NaN in the first epoch remained the best validation loss to the end."""
     losses = iter(nats)
     monkeypatch.setattr(Trainer, "_validate", lambda _: LossSum(10 * next(losses), 10))
@@ -207,7 +215,7 @@ def test_train_with_validation_loss_that_is_not_finite_never_has_it_as_best(pros
         assert last["best_validation_nats"] is None
 
 
-def test_checkpoint_of_early_version_with_nan_is_read_without(tmp_path):
+def test_checkpoint_of_early_version_with_nan_is_read_without(tmp_path: Path) -> None:
     content = {"format": 1, "step": 1, "validation_nats": math.nan, "files": {}}
     path = Folder(str(tmp_path)) / "step-000001-abcdef"
     path.write("manifest.json", json.dumps({"content": content, "sha256": _digest(content)}).encode())
@@ -216,7 +224,7 @@ def test_checkpoint_of_early_version_with_nan_is_read_without(tmp_path):
 
 
 @pytest.mark.parametrize("file", ["model.safetensors", "manifest.json", "vocabulary.json", "progress.json"])
-def test_generate_from_truncated_checkpoint_is_an_error(prose, tmp_path, file):
+def test_generate_from_truncated_checkpoint_is_an_error(prose: Path, tmp_path: Path, file: str) -> None:
     found = stopped_inside(prose, tmp_path)
     place = tmp_path / "run" / "checkpoints" / found.name
     (place / file).write_bytes((place / file).read_bytes()[:-7])
@@ -227,7 +235,7 @@ def test_generate_from_truncated_checkpoint_is_an_error(prose, tmp_path, file):
     assert file in ended.err or "manifest" in ended.err
 
 
-def test_generate_from_folder_that_is_no_checkpoint_is_an_error(tmp_path):
+def test_generate_from_folder_that_is_no_checkpoint_is_an_error(tmp_path: Path) -> None:
     for name in ("manifest.json", "config.toml"):
         (tmp_path / name).write_text('{"content": {"format": 99, "files": {}}, "sha256": "x"}')
     ended = job("generate", tmp_path)
@@ -237,21 +245,23 @@ def test_generate_from_folder_that_is_no_checkpoint_is_an_error(tmp_path):
     assert "neither a run with a checkpoint nor a checkpoint" in ended.err
 
 
-def test_generate_from_later_format_version_is_an_error(run, tmp_path):
+def test_generate_from_later_format_version_is_an_error(run: Path, tmp_path: Path) -> None:
     content = {"format": 99, "step": 1, "validation_nats": None, "files": {}}
     manifest = {"content": content, "sha256": _digest(content)}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert "has format 99, but this version reads 1" in job("generate", tmp_path).err
 
 
-def test_storage_timeout_fails_the_run_and_removes_no_checkpoint(prose, tmp_path, monkeypatch):
+def test_storage_timeout_fails_the_run_and_removes_no_checkpoint(
+    prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A checkpoint that cannot be read now may be valid, so it is neither skipped nor removed."""
     stopped_inside(prose, tmp_path)
     place = tmp_path / "run" / "checkpoints"
     before = sorted(path for path in place.rglob("*") if path.is_file())
     words = flags(prose, tmp_path, "--model.cell", "lstm", "--train.max_steps", 40)
 
-    def fails(self, name, *more):
+    def fails(self: Folder, name: str, *more: Any) -> Any:
         if name == "model.safetensors":
             raise TimeoutError("no answer in time")
         return read(self, name, *more)
@@ -266,7 +276,7 @@ def test_storage_timeout_fails_the_run_and_removes_no_checkpoint(prose, tmp_path
     assert "resuming from step 30" in job("train", *words).out
 
 
-def test_run_with_only_corrupt_checkpoints_fails_and_changes_nothing(prose, tmp_path):
+def test_run_with_only_corrupt_checkpoints_fails_and_changes_nothing(prose: Path, tmp_path: Path) -> None:
     stopped_inside(prose, tmp_path)
     place = tmp_path / "run" / "checkpoints"
     before = result(tmp_path / "run")
@@ -280,7 +290,7 @@ def test_run_with_only_corrupt_checkpoints_fails_and_changes_nothing(prose, tmp_
     assert len(list(place.glob("*/manifest.json"))) == 3
 
 
-def test_run_resumed_with_fewer_max_steps_finishes_at_its_step(prose, tmp_path):
+def test_run_resumed_with_fewer_max_steps_finishes_at_its_step(prose: Path, tmp_path: Path) -> None:
     stopped_inside(prose, tmp_path)
     words = flags(prose, tmp_path, "--model.cell", "lstm", "--train.max_steps", 20)
     ended = job("train", *words)
@@ -289,13 +299,13 @@ def test_run_resumed_with_fewer_max_steps_finishes_at_its_step(prose, tmp_path):
     assert [row["step"] for row in rows(tmp_path / "run", "epoch")] == [30]
 
 
-def test_weights_sha256_accepts_scalars_and_integers():
+def test_weights_sha256_accepts_scalars_and_integers() -> None:
     digest = weights_sha256({"scale": torch.tensor(1.0), "table": torch.arange(3)})
     assert len(digest) == 64
 
 
 @pytest.fixture(scope="module")
-def files(run):
+def files(run: Path) -> dict[str, bytes]:
     """The files of a valid checkpoint, by name."""
     place = run / result(run)["checkpoint"]
     return {path.name: path.read_bytes() for path in place.iterdir()}
@@ -303,7 +313,9 @@ def files(run):
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_open_checkpoint_with_corrupt_bytes_raises_or_loads(files, tmp_path, data):
+def test_open_checkpoint_with_corrupt_bytes_raises_or_loads(
+    files: dict[str, bytes], tmp_path: Path, data: st.DataObject
+) -> None:
     """Any change of the files raises UserError or is harmless; readers trust no size that a file states."""
     place = tmp_path / "step-000001-abcdef"
     place.mkdir(exist_ok=True)
@@ -333,7 +345,7 @@ def test_open_checkpoint_with_corrupt_bytes_raises_or_loads(files, tmp_path, dat
         pass
 
 
-def rewrite(place, file, change):
+def rewrite(place: Path, file: str, change: Callable[[str], str]) -> None:
     """Changes a file of a checkpoint as one who can also write the manifest would do it."""
     contents = {path.name: path.read_bytes() for path in place.iterdir() if path.name != "manifest.json"}
     contents[file] = change(contents[file].decode()).encode()
@@ -353,13 +365,13 @@ def rewrite(place, file, change):
 )
 @pytest.mark.parametrize("cell", ["lstm", "cells:DecayCell"])
 def test_generate_with_sizes_that_weights_do_not_have_is_refused_without_memory(
-    run, tmp_path, cell, field, value, message
-):
+    run: Path, tmp_path: Path, cell: str, field: str, value: int, message: str
+) -> None:
     """A small checkpoint whose configuration states large sizes, which would take gigabytes."""
     place = tmp_path / "step-000001-abcdef"
     shutil.copytree(run / result(run)["checkpoint"], place)
 
-    def enlarge(text):
+    def enlarge(text: str) -> str:
         old = {
             "hidden_size": "hidden_size = 16",
             "embedding_size": "embedding_size = 0",

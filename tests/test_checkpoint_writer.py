@@ -32,6 +32,6 @@ def save_and_wait(rank: int, port: int, saved: Path) -> None:
     dist.destroy_process_group()
 
 
-def test_worker_whose_save_is_retried_for_longer_than_hang_timeout_is_waited_for(tmp_path):
+def test_worker_whose_save_is_retried_for_longer_than_hang_timeout_is_waited_for(tmp_path: Path) -> None:
     """The other workers gave up."""
     multiprocessing.spawn(save_and_wait, (free_port(), tmp_path / "saved"), nprocs=2)

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -50,7 +51,7 @@ class JobServer(RayNodes):
 
 
 @pytest.fixture(scope="module")
-def job_server():
+def job_server() -> Iterator[JobServer]:
     nodes = JobServer()
     # The agent that starts jobs is ready later than the head.
     wait_until(lambda: nodes.ray_job("submit", "--", "true").returncode == 0, 90, "no job can be submitted")
@@ -58,14 +59,14 @@ def job_server():
     nodes.close()
 
 
-def wait_until(condition, timeout_s: float, message: str) -> None:
+def wait_until(condition: Callable[[], object], timeout_s: float, message: str) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, message
         time.sleep(0.2)
 
 
-def test_submitted_job_with_relative_storage_fails(job_server, prose):
+def test_submitted_job_with_relative_storage_fails(job_server: JobServer, prose: Path) -> None:
     """Relative storage would be in the job's own folder, which is deleted with it."""
     ended = job_server.submit("relative", *train_flags(prose, "runs", "run"))
     assert ended.returncode != 0
@@ -73,7 +74,7 @@ def test_submitted_job_with_relative_storage_fails(job_server, prose):
     assert job_server.status("relative") == "failed"
 
 
-def test_stopped_job_resumes_when_submitted_again(job_server, prose, tmp_path):
+def test_stopped_job_resumes_when_submitted_again(job_server: JobServer, prose: Path, tmp_path: Path) -> None:
     command = train_flags(prose, tmp_path, "run", "--scale.workers", 1, "--train.epochs", 3000)
     started = job_server.submit("long", *command, wait=False)
     assert started.returncode == 0, started.stdout + started.stderr
@@ -94,7 +95,7 @@ def test_stopped_job_resumes_when_submitted_again(job_server, prose, tmp_path):
     assert job_server.status("again") == "succeeded"
 
 
-def test_submitted_search_succeeds(job_server, prose, tmp_path):
+def test_submitted_search_succeeds(job_server: JobServer, prose: Path, tmp_path: Path) -> None:
     command = train_flags(prose, tmp_path, "search", "--scale.workers", 0, "--corpus.validation_fraction", 0.1)[1:]
     options = ["--submission-id", "search", "--working-dir", "."]
     tune = ["python", "-m", "job", "tune", "configs/tune.toml"]
@@ -111,7 +112,7 @@ def test_submitted_search_succeeds(job_server, prose, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def autoscaled():
+def autoscaled() -> Iterator[RayNodes]:
     """A head with one CPU, and an autoscaler that may add two nodes with one CPU."""
     node_types = {"small": {"resources": {"CPU": 1}, "max_workers": 2}}
     nodes = RayNodes("--num-cpus=1", "--include-dashboard=false", node_types=node_types)
@@ -119,14 +120,18 @@ def autoscaled():
     nodes.close()
 
 
-def test_train_with_more_workers_than_autoscaler_can_add_is_refused_train(autoscaled, prose, tmp_path, monkeypatch):
+def test_train_with_more_workers_than_autoscaler_can_add_is_refused_train(
+    autoscaled: RayNodes, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAY_ADDRESS", autoscaled.address)
     ended = job(*train_flags(prose, tmp_path, "run", "--scale.workers", 9))
     assert (ended.status, ended.err.count("\n")) == (2, 1)
     assert "can never place more than 3 workers of 1 CPU each" in ended.err
 
 
-def test_train_waits_for_autoscaled_node(autoscaled, prose, tmp_path, monkeypatch):
+def test_train_waits_for_autoscaled_node(
+    autoscaled: RayNodes, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two workers on a head with one CPU. The node is removed again when it is idle."""
     monkeypatch.setenv("RAY_ADDRESS", autoscaled.address)
     monkeypatch.setattr("job.cluster.waiting.FIRST_NOTICE_S", 0.5)
@@ -138,7 +143,9 @@ def test_train_waits_for_autoscaled_node(autoscaled, prose, tmp_path, monkeypatc
     wait_until(lambda: autoscaled.num_raylets() == 1, 120, "the added node is not removed")
 
 
-def test_doctor_on_cluster_checks_nodes_and_workers(autoscaled, prose, tmp_path, monkeypatch):
+def test_doctor_on_cluster_checks_nodes_and_workers(
+    autoscaled: RayNodes, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "")  # which --address sets for the command's process
     command = ["doctor", "--address", autoscaled.address, "--corpus.source", prose, "--run.storage", tmp_path / "runs"]
     command += ["--generate.prefix", "the"]
@@ -158,7 +165,7 @@ def test_doctor_on_cluster_checks_nodes_and_workers(autoscaled, prose, tmp_path,
 
 
 @pytest.fixture(scope="module")
-def head():
+def head() -> Iterator[RayNodes]:
     """A head with two CPUs."""
     nodes = RayNodes("--num-cpus=2", "--include-dashboard=false")
     yield nodes
@@ -173,7 +180,9 @@ def head():
         ("ray://127.0.0.1:10001", "use ray job submit"),
     ],
 )
-def test_train_with_wrong_address_is_refused_train(prose, tmp_path, monkeypatch, address, part):
+def test_train_with_wrong_address_is_refused_train(
+    prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, address: str, part: str
+) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
     ended = job(*train_flags(prose, tmp_path / "runs", "run"))
     assert (ended.status, ended.err.count("\n")) == (2, 1)
@@ -190,18 +199,18 @@ def refused_train(head: RayNodes, prose: Path, tmp_path: Path, *flags: object, *
     return err
 
 
-def test_train_with_wrong_token_is_refused(head, prose, tmp_path):
+def test_train_with_wrong_token_is_refused(head: RayNodes, prose: Path, tmp_path: Path) -> None:
     assert "its token in RAY_AUTH_TOKEN" in refused_train(head, prose, tmp_path, RAY_AUTH_TOKEN="b" * 40)
 
 
-def test_train_with_cell_missing_on_node_is_refused(head, prose, tmp_path):
+def test_train_with_cell_missing_on_node_is_refused(head: RayNodes, prose: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("from torch import nn\n\nclass Cell(nn.GRU):\n    pass\n")
     err = refused_train(head, prose, tmp_path, "--model.cell", "mine:Cell", PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
     assert "cannot import model.cell = mine:Cell" in err
 
 
 @pytest.mark.long
-def test_train_on_cluster_of_another_version_is_refused(prose, tmp_path):
+def test_train_on_cluster_of_another_version_is_refused(prose: Path, tmp_path: Path) -> None:
     nodes = RayNodes("--num-cpus=1", "--include-dashboard=false")
     try:
         code = f"""
@@ -232,7 +241,7 @@ CAN_ADD_NETWORK_NAMESPACES = succeeds("ip", "netns", "add", "lanes-try") and suc
 
 @pytest.mark.long
 @pytest.mark.skipif(not CAN_MOUNT, reason="this machine allows no mount namespaces")
-def test_train_with_storage_missing_on_node_is_refused(prose, tmp_path):
+def test_train_with_storage_missing_on_node_is_refused(prose: Path, tmp_path: Path) -> None:
     """The other node has its own disk mounted there."""
     storage = tmp_path / "runs"
     storage.mkdir()
@@ -280,7 +289,7 @@ def ip(*command: str) -> None:
 
 @pytest.mark.long
 @pytest.mark.skipif(not CAN_ADD_NETWORK_NAMESPACES, reason="this machine allows no network namespaces")
-def test_train_across_hosts_survives_interrupted_network_and_equals_one_process(prose, tmp_path):
+def test_train_across_hosts_survives_interrupted_network_and_equals_one_process(prose: Path, tmp_path: Path) -> None:
     command = train_flags(
         prose, tmp_path, "across", "--train.precision", "fp64", "--scale.workers", 2, "--train.epochs", 20
     )

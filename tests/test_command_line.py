@@ -8,10 +8,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, job, result, rows, start_job
+from conftest import ROOT, Ended, job, result, rows, start_job
 from safetensors.torch import save_file
 
 from job.__main__ import VERBS
@@ -23,7 +26,7 @@ from job.training.loop import evaluate_lanes
 SMALL = ["--scale.workers", 0, "--model.hidden_size", 16, "--train.epochs", 2, "--generate.prefix", "the"]
 
 
-def assert_user_error(ended, *parts):
+def assert_user_error(ended: Ended, *parts: object) -> None:
     """Checks for exit status 2 and one line on standard error that contains all parts."""
     assert ended.status == 2, (ended.out, ended.err)
     assert ended.err.startswith("error: ")
@@ -32,7 +35,7 @@ def assert_user_error(ended, *parts):
         assert part in ended.err
 
 
-def train_without_trace(tmp_path, *arguments):
+def train_without_trace(tmp_path: Path, *arguments: object) -> Ended:
     """Runs a training that must fail before it creates its storage."""
     storage = tmp_path / "storage"
     ended = job("train", "--run.storage", storage, *SMALL, *arguments)
@@ -70,13 +73,15 @@ def train_without_trace(tmp_path, *arguments):
         (["other.toml"], ["other.toml: no such configuration file"]),
     ],
 )
-def test_train_invalid_input_is_one_line_and_leaves_no_file(prose, tmp_path, arguments, parts):
+def test_train_invalid_input_is_one_line_and_leaves_no_file(
+    prose: Path, tmp_path: Path, arguments: list[float | int | str], parts: list[str]
+) -> None:
     if torch.cuda.is_available() and "GPU" in parts:
         pytest.skip("this machine has a GPU")
     assert_user_error(train_without_trace(tmp_path, "--corpus.source", prose, *arguments), *parts)
 
 
-def test_train_error_in_custom_cell_names_last_checkpoint(prose, tmp_path):
+def test_train_error_in_custom_cell_names_last_checkpoint(prose: Path, tmp_path: Path) -> None:
     arguments = ["--corpus.source", prose, "--run.storage", tmp_path, "--model.cell", "cells:RaisingCell"]
     ended = job("train", *SMALL, *arguments, "--run.name", "run", "--train.checkpoint_every", 3)
     assert (ended.status, ended.err.count("\n")) == (1, 1)
@@ -84,34 +89,34 @@ def test_train_error_in_custom_cell_names_last_checkpoint(prose, tmp_path):
     assert "saved at step 6" in ended.err
 
 
-def test_train_generate_length_0_writes_the_prefix(prose, tmp_path):
+def test_train_generate_length_0_writes_the_prefix(prose: Path, tmp_path: Path) -> None:
     arguments = ["--corpus.source", prose, "--run.storage", tmp_path, "--run.name", "run", "--generate.length", 0]
     ended = job("train", *SMALL, *arguments, "--model.cell", "cells:ScalarParameterCell")
     assert ended.status == 0, ended.err
     assert result(tmp_path / "run")["generated"] == "the"
 
 
-def test_train_into_folder_of_a_search_is_an_error(prose, tmp_path):
+def test_train_into_folder_of_a_search_is_an_error(prose: Path, tmp_path: Path) -> None:
     (tmp_path / "storage" / "it").mkdir(parents=True)
     (tmp_path / "storage" / "it" / "search.toml").write_text("")
     arguments = ["--corpus.source", prose, "--run.storage", tmp_path / "storage", "--run.name", "it"]
     assert_user_error(job("train", *SMALL, *arguments), "is a search and not a run")
 
 
-def test_train_missing_corpus_leaves_no_file(tmp_path):
+def test_train_missing_corpus_leaves_no_file(tmp_path: Path) -> None:
     assert_user_error(
         train_without_trace(tmp_path, "--corpus.source", "no/such.txt"), "corpus.source = no/such.txt: no such file"
     )
 
 
-def test_train_unwritable_storage_is_an_error(prose, tmp_path):
+def test_train_unwritable_storage_is_an_error(prose: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     arguments = ["--corpus.source", prose, "--run.storage", tmp_path / "file" / "runs"]
     assert_user_error(job("train", *SMALL, *arguments), "run.storage", "cannot be written to")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_train_init_from_other_model_is_an_error(prose, tmp_path):
+def test_train_init_from_other_model_is_an_error(prose: Path, tmp_path: Path) -> None:
     save_file({"linear.weight": torch.zeros(3, 16)}, str(tmp_path / "w.safetensors"))
     (tmp_path / "vocabulary.json").write_text('{"kind": "char", "tokens": ["<unk>", "a", "b"]}')
     arguments = ["--corpus.source", prose, "--model.init", tmp_path / "w.safetensors"]
@@ -131,12 +136,12 @@ def test_train_init_from_other_model_is_an_error(prose, tmp_path):
         (["train", "a.toml", "b.toml"], "b.toml: a.toml is given already"),
     ],
 )
-def test_command_invalid_arguments_are_an_error(arguments, part):
+def test_command_invalid_arguments_are_an_error(arguments: list[int | str], part: str) -> None:
     assert_user_error(job(*arguments), part)
 
 
 @pytest.mark.parametrize("verb", [None, *VERBS])
-def test_help_fits_80_columns_and_aligns_them(verb):
+def test_help_fits_80_columns_and_aligns_them(verb: str) -> None:
     ended = job(*([verb] if verb else []), "--help")
     assert (ended.status, ended.err) == (0, "")
     assert ended.out.startswith(f"usage: python -m job {verb or 'VERB'} ")
@@ -147,7 +152,7 @@ def test_help_fits_80_columns_and_aligns_them(verb):
 
 
 @pytest.mark.parametrize("verb", [None, *VERBS])
-def test_help_imports_no_large_package(verb):
+def test_help_imports_no_large_package(verb: str) -> None:
     code = f"""
 import sys
 for name in ("torch", "numpy", "pyarrow", "ray", "matplotlib"): sys.modules[name] = None
@@ -157,14 +162,14 @@ sys.exit(main({[verb, "--help"] if verb else ["--help"]}))
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
 
 
-def test_help_for_generate_lists_only_accepted_flags():
+def test_help_for_generate_lists_only_accepted_flags() -> None:
     flags = re.findall(r"(?m)^  --(\S+)", job("generate", "-h").out)
     fields = ["prefix", "length", "temperature", "unknown"]
     assert flags == ["run.seed", "model.cell", *(f"generate.{name}" for name in fields), "json", "debug"]
 
 
 @pytest.fixture(scope="module")
-def storage(prose, tmp_path_factory):
+def storage(prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A storage folder with one finished run named ``run``."""
     path = tmp_path_factory.mktemp("storage")
     ended = job("train", "--corpus.source", prose, *SMALL, "--run.storage", path, "--run.name", "run")
@@ -172,7 +177,7 @@ def storage(prose, tmp_path_factory):
     return path
 
 
-def test_train_finished_run_prints_result_and_changes_no_file(storage, prose):
+def test_train_finished_run_prints_result_and_changes_no_file(storage: Path, prose: Path) -> None:
     arguments = ["train", "--corpus.source", prose, *SMALL, "--run.storage", storage, "--run.name", "run"]
     metrics_before = (storage / "run" / "metrics.jsonl").read_bytes()
     ended = job(*arguments)
@@ -185,7 +190,7 @@ def test_train_finished_run_prints_result_and_changes_no_file(storage, prose):
     assert (storage / "run" / "metrics.jsonl").read_bytes() == metrics_before
 
 
-def test_train_closed_stdout_still_finishes(prose, tmp_path):
+def test_train_closed_stdout_still_finishes(prose: Path, tmp_path: Path) -> None:
     arguments = ["train", "--corpus.source", prose, *SMALL, "--run.storage", tmp_path, "--run.name", "run"]
     command = [sys.executable, "-m", "job", *map(str, arguments)]
     process = subprocess.run(
@@ -196,14 +201,14 @@ def test_train_closed_stdout_still_finishes(prose, tmp_path):
 
 
 @pytest.mark.parametrize("temperature", [1e-300, 1e-40, 0.5])
-def test_generate_tiny_temperature_equals_greedy(storage, temperature):
+def test_generate_tiny_temperature_equals_greedy(storage: Path, temperature: float) -> None:
     arguments = ["generate", storage / "run", "--generate.prefix", "the", "--generate.length", 20]
     ended = job(*arguments, "--generate.temperature", temperature)
     assert ended.status == 0, ended.err
     assert (ended.out == job(*arguments).out) == (temperature < 0.1)
 
 
-def test_train_default_name_counts_up(storage, prose, tmp_path):
+def test_train_default_name_counts_up(storage: Path, prose: Path, tmp_path: Path) -> None:
     config = tmp_path / "my run.toml"
     config.write_text("")
     arguments = ["train", config, "--corpus.source", prose, *SMALL, "--run.storage", tmp_path / "runs"]
@@ -214,7 +219,7 @@ def test_train_default_name_counts_up(storage, prose, tmp_path):
     assert {path.name for path in (tmp_path / "runs").iterdir()} == {"my-run-1", "my-run-2", "my-run-3"}
 
 
-def test_generate_continues_a_prefix(storage):
+def test_generate_continues_a_prefix(storage: Path) -> None:
     run = storage / "run"
     longer = job("generate", run, "--generate.prefix", "a man", "--generate.length", 80).out
     assert longer.startswith("a man")
@@ -225,7 +230,7 @@ def test_generate_continues_a_prefix(storage):
     assert_user_error(job("generate", run, "--generate.prefix", "12"), "none of its tokens is in the vocabulary")
 
 
-def test_evaluate_equals_loop_over_single_tokens(storage, prose, tmp_path):
+def test_evaluate_equals_loop_over_single_tokens(storage: Path, prose: Path, tmp_path: Path) -> None:
     """The expected loss is that of a loop that feeds one token at a time."""
     text = prose.read_text()[:500]
     (tmp_path / "part.txt").write_text(text)
@@ -244,7 +249,7 @@ def test_evaluate_equals_loop_over_single_tokens(storage, prose, tmp_path):
     assert float(match[1]) == pytest.approx(nats / 499 / math.log(2), abs=1e-4)
 
 
-def test_train_validation_equals_evaluation_of_its_lanes(prose, tmp_path):
+def test_train_validation_equals_evaluation_of_its_lanes(prose: Path, tmp_path: Path) -> None:
     """The expected loss is that of each lane evaluated by itself."""
     arguments = ["--corpus.source", prose, *SMALL, "--run.storage", tmp_path, "--run.name", "run"]
     arguments += ["--corpus.validation_fraction", 0.05, "--train.precision", "fp64"]
@@ -262,7 +267,7 @@ def test_train_validation_equals_evaluation_of_its_lanes(prose, tmp_path):
     assert (tmp_path / "run" / summary["best_checkpoint"] / "manifest.json").exists()
 
 
-def test_train_nan_loss_fails_and_keeps_finite_checkpoint(prose, tmp_path):
+def test_train_nan_loss_fails_and_keeps_finite_checkpoint(prose: Path, tmp_path: Path) -> None:
     arguments = ["--corpus.source", prose, *SMALL, "--run.storage", tmp_path, "--run.name", "run"]
     ended = job("train", *arguments, "--model.cell", "cells:DivergingCell", "--train.checkpoint_every", 3)
     assert ended.status == 1
@@ -273,7 +278,7 @@ def test_train_nan_loss_fails_and_keeps_finite_checkpoint(prose, tmp_path):
     assert generate.status == 0
 
 
-def test_train_interrupted_saves_and_same_command_resumes(prose, tmp_path):
+def test_train_interrupted_saves_and_same_command_resumes(prose: Path, tmp_path: Path) -> None:
     arguments = ["train", "--corpus.source", prose, *SMALL, "--run.storage", tmp_path, "--run.name", "run"]
     process = start_job(*arguments, "--train.epochs", 10**8, "--train.log_every", 1, "--stream.num_steps", 400)
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -298,7 +303,7 @@ def test_train_interrupted_saves_and_same_command_resumes(prose, tmp_path):
     assert result(tmp_path / "run")["steps"] == len(steps) + 3
 
 
-def test_metrics_rows_have_documented_fields(storage):
+def test_metrics_rows_have_documented_fields(storage: Path) -> None:
     row = rows(storage / "run", "epoch")[0]
     assert set(row) == {
         "split", "epoch", "step", "tokens", "nats", "perplexity", "unknown_share", "learning_rate",
@@ -315,7 +320,9 @@ def test_metrics_rows_have_documented_fields(storage):
         (lambda text: text.replace("e", "ë"), "8,000 tokens then, as many, but others, now"),  # the token ids are equal
     ],
 )
-def test_train_resume_with_changed_text_is_an_error(prose, tmp_path, change, difference):
+def test_train_resume_with_changed_text_is_an_error(
+    prose: Path, tmp_path: Path, change: Callable[..., Any], difference: str
+) -> None:
     corpus = tmp_path / "corpus.txt"
     corpus.write_text(prose.read_text()[:8000])
     arguments = ["train", *SMALL, "--corpus.source", corpus, "--run.storage", tmp_path / "runs", "--run.name", "run"]
@@ -325,7 +332,9 @@ def test_train_resume_with_changed_text_is_an_error(prose, tmp_path, change, dif
 
 
 @pytest.mark.parametrize(("old", "new"), [("a.txt", "b.txt"), ("embedded", "a.txt"), ("a.txt", "embedded")])
-def test_train_resume_with_another_source_names_only_the_source(prose, tmp_path, monkeypatch, old, new):
+def test_train_resume_with_another_source_names_only_the_source(
+    prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old: str, new: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("a.txt", "b.txt"):
         (tmp_path / name).write_text(prose.read_text()[:8000])

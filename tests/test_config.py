@@ -1,6 +1,8 @@
 """The configuration: TOML round trips, overrides, and one line per invalid value."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -30,7 +32,7 @@ from job.storage import Folder
     rate=st.floats(1e-30, 1e30),
     reproducible=st.booleans(),
 )
-def test_config_to_toml_any_values_read_back_equal(prefix, offset, rate, reproducible):
+def test_config_to_toml_any_values_read_back_equal(prefix: str, offset: Any, rate: float, reproducible: bool) -> None:
     config = Config(
         generate=GenerateConfig(prefix=prefix),
         stream=StreamConfig(offset=tuple(offset) if isinstance(offset, list) else offset),
@@ -40,7 +42,7 @@ def test_config_to_toml_any_values_read_back_equal(prefix, offset, rate, reprodu
     assert config_from_toml(config_to_toml(config), "origin") == config
 
 
-def test_load_config_flags_override_file(tmp_path):
+def test_load_config_flags_override_file(tmp_path: Path) -> None:
     path = tmp_path / "a.toml"
     path.write_text('[model]\ncell = "gru"\nhidden_size = 7\n[stream]\noffset = [1, 2]\n[train]\nepochs = 2')
     config = load_config(str(path), {"model.cell": "lstm", "train.checkpoint_every": "5s", "run.name": "7"})
@@ -80,7 +82,7 @@ def test_load_config_flags_override_file(tmp_path):
         ("[model", "not TOML"),
     ],
 )
-def test_load_config_invalid_file_raises_one_line(tmp_path, toml, message):
+def test_load_config_invalid_file_raises_one_line(tmp_path: Path, toml: str, message: str) -> None:
     path = tmp_path / "a.toml"
     path.write_text(toml)
     with pytest.raises(UserError) as error:
@@ -99,13 +101,13 @@ def test_load_config_invalid_file_raises_one_line(tmp_path, toml, message):
         ("generate.prefix", "\udcff", "contains bytes that are not UTF-8"),
     ],
 )
-def test_load_config_invalid_flag_raises_one_line(name, text, message):
+def test_load_config_invalid_flag_raises_one_line(name: str, text: str, message: str) -> None:
     with pytest.raises(UserError) as error:
         load_config(None, {name: text})
     assert message in str(error.value)
 
 
-def test_load_config_invalid_value_names_its_origin(tmp_path):
+def test_load_config_invalid_value_names_its_origin(tmp_path: Path) -> None:
     path = tmp_path / "a.toml"
     path.write_text("[model]\nhidden_size = 0")
     with pytest.raises(UserError, match=r"a\.toml: model\.hidden_size = 0: must be at least 1"):
@@ -115,7 +117,7 @@ def test_load_config_invalid_value_names_its_origin(tmp_path):
         load_config(str(path), {"model.hidden_size": "0"})
 
 
-def test_parse_flags_unquoted_text_is_a_string():
+def test_parse_flags_unquoted_text_is_a_string() -> None:
     flags = {"run.name": "7", "model.hidden_size": "7", "stream.offset": "random", "train.checkpoint_every": "30s"}
     assert parse_flags(flags) == {
         "run.name": "7",
@@ -125,11 +127,11 @@ def test_parse_flags_unquoted_text_is_a_string():
     }
 
 
-def test_config_field_always_has_a_meaning():
+def test_config_field_always_has_a_meaning() -> None:
     assert all(option.metadata["meaning"] for option in FILE_FIELDS.values())
 
 
-def test_config_differences_lists_what_prevents_a_resume():
+def test_config_differences_lists_what_prevents_a_resume() -> None:
     old = Config()
     compatible = Config(
         scale=ScaleConfig(workers=7), train=TrainConfig(epochs=60, log_every=5), generate=GenerateConfig(length=3)
@@ -139,7 +141,7 @@ def test_config_differences_lists_what_prevents_a_resume():
     assert config_differences(old, different) == ["run.seed (0 → 4)", "train.epochs (50 → 40)"]
 
 
-def test_config_differences_longer_offset_list_is_compatible():
+def test_config_differences_longer_offset_list_is_compatible() -> None:
     old = Config(stream=StreamConfig(offset=(1, 2)), train=TrainConfig(epochs=2))
     longer = Config(stream=StreamConfig(offset=(1, 2, 3)), train=TrainConfig(epochs=3))
     other = Config(stream=StreamConfig(offset=(1, 3)), train=TrainConfig(epochs=2))
@@ -149,7 +151,7 @@ def test_config_differences_longer_offset_list_is_compatible():
 
 @pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-16-be"])
 @pytest.mark.parametrize("prefix", ["", "file://"])
-def test_load_config_with_byte_order_mark_equals_without(tmp_path, encoding, prefix):
+def test_load_config_with_byte_order_mark_equals_without(tmp_path: Path, encoding: str, prefix: str) -> None:
     mark = "\ufeff" if encoding == "utf-16-be" else ""  # Python adds that of the other two itself
     path = tmp_path / "config.toml"
     path.write_bytes(f'{mark}[generate]\r\nprefix = "über"\r\n'.encode(encoding))
@@ -164,7 +166,7 @@ def test_load_config_with_byte_order_mark_equals_without(tmp_path, encoding, pre
         (b"\xff\xfe[\0]", "not utf-16-le text at byte 4"),
     ],
 )
-def test_load_config_in_another_encoding_names_place_and_remedy(tmp_path, data, problem):
+def test_load_config_in_another_encoding_names_place_and_remedy(tmp_path: Path, data: bytes, problem: str) -> None:
     path = tmp_path / "config.toml"
     path.write_bytes(data)
     with pytest.raises(UserError) as raised:
@@ -172,7 +174,7 @@ def test_load_config_in_another_encoding_names_place_and_remedy(tmp_path, data, 
     assert str(raised.value) == f"{path}: {problem}; convert it to UTF-8"
 
 
-def test_read_existing_run_with_byte_order_mark_equals_without(tmp_path):
+def test_read_existing_run_with_byte_order_mark_equals_without(tmp_path: Path) -> None:
     (tmp_path / "config.toml").write_bytes(b"\xef\xbb\xbf" + config_to_toml(Config()).encode())
     existing = read_existing_run(Folder(str(tmp_path)))
     assert existing
@@ -188,7 +190,9 @@ def test_read_existing_run_with_byte_order_mark_equals_without(tmp_path):
         (OptimizerConfig(warmup_steps=50), True),
     ],
 )
-def test_config_differences_more_epochs_are_compatible_unless_the_schedule_spans_them(optimizer, is_compatible):
+def test_config_differences_more_epochs_are_compatible_unless_the_schedule_spans_them(
+    optimizer: OptimizerConfig, is_compatible: bool
+) -> None:
     old = Config(optimizer=optimizer, train=TrainConfig(epochs=2))
     longer = replace(old, train=TrainConfig(epochs=4))
     message = "train.epochs (2 → 4), the schedule's length unless optimizer.schedule_steps is set"

@@ -2,6 +2,8 @@
 
 import io
 import math
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from conftest import job, start_job
@@ -18,14 +20,14 @@ from job.training.events import Started
 class Terminal(io.TextIOWrapper):
     """A terminal that keeps the bytes that it is sent."""
 
-    def __init__(self, encoding="utf-8"):
+    def __init__(self, encoding: str = "utf-8") -> None:
         super().__init__(io.BytesIO(), encoding)
 
-    def isatty(self):
+    def isatty(self) -> bool:
         return True
 
     @property
-    def lines(self):
+    def lines(self) -> list[str]:
         return self.buffer.getvalue().decode(self.encoding).replace("\r", "").replace("\x1b[J", "").splitlines()
 
 
@@ -38,7 +40,9 @@ NUMBERS = [
 
 @pytest.mark.parametrize("columns", [40, 80, 200])
 @pytest.mark.parametrize(("epochs", "total_steps", "step", "nats", "speed"), NUMBERS, ids=["usual", "large", "huge"])
-def test_show_progress_of_any_numbers_fits_the_terminal(monkeypatch, columns, epochs, total_steps, step, nats, speed):
+def test_show_progress_of_any_numbers_fits_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, columns: int, epochs: int, total_steps: int, step: int, nats: float, speed: float
+) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     terminal = Terminal()
     status = RunStatus(load_config(None, {"train.epochs": str(epochs)}), Console(terminal))
@@ -51,7 +55,9 @@ def test_show_progress_of_any_numbers_fits_the_terminal(monkeypatch, columns, ep
 
 @pytest.mark.parametrize("columns", [40, 80])
 @pytest.mark.parametrize(("epochs", "total_steps", "step", "nats", "speed"), NUMBERS[:2], ids=["usual", "large"])
-def test_print_result_of_any_numbers_fits_the_terminal(monkeypatch, columns, epochs, total_steps, step, nats, speed):
+def test_print_result_of_any_numbers_fits_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, columns: int, epochs: int, total_steps: int, step: int, nats: float, speed: float
+) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     terminal = Terminal()
     perplexity = math.exp(nats)
@@ -65,7 +71,7 @@ def test_print_result_of_any_numbers_fits_the_terminal(monkeypatch, columns, epo
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_print_replaces_what_the_stream_cannot_encode(encoding):
+def test_print_replaces_what_the_stream_cannot_encode(encoding: str) -> None:
     terminal = Terminal(encoding)
     console = Console(terminal)
     console.print("→ 中 ü")
@@ -75,19 +81,19 @@ def test_print_replaces_what_the_stream_cannot_encode(encoding):
     assert console.is_tty
 
 
-def test_format_count_has_at_most_ten_characters():
+def test_format_count_has_at_most_ten_characters() -> None:
     assert format_count(12_345) == "12,345"
     assert max(len(format_count(10**power - 1)) for power in range(320)) <= 10
 
 
-def test_format_duration_of_any_length_is_short():
+def test_format_duration_of_any_length_is_short() -> None:
     assert [format_duration(seconds) for seconds in (42, 185, 3723)] == ["42 s", "3:05", "1:02:03"]
     assert format_duration(1e8) == "1,157 days"
     assert format_duration(1e300) == "1.16e+295 days"
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "ascii:strict", "ascii:ignore"])
-def test_commands_replace_what_the_terminal_cannot_encode(tmp_path, encoding):
+def test_commands_replace_what_the_terminal_cannot_encode(tmp_path: Path, encoding: str) -> None:
     env = {"PYTHONIOENCODING": encoding}
     arguments = ["--scale.workers", 0, "--model.hidden_size", 8, "--stream.batch_size", 4, "--train.max_steps", 2]
     corpus = tmp_path / "naïve 中.txt"
@@ -108,7 +114,7 @@ def test_commands_replace_what_the_terminal_cannot_encode(tmp_path, encoding):
     assert "\\u4e2d" in err
 
 
-def test_help_in_ascii_shows_all_lines():
+def test_help_in_ascii_shows_all_lines() -> None:
     ended = start_job("train", "--help", env={"PYTHONIOENCODING": "ascii"})
     out, err = ended.communicate(timeout=60)
     assert (ended.returncode, err) == (0, "")
@@ -125,7 +131,9 @@ HOSTILE = "a\x1b[2Jb\x9b2Jc\x07d\x1b]0;title\x07\re"
     [Console.print, Console.warn, Console.progress, lambda console, text: console.redraw([text])],
     ids=["print", "warn", "progress", "redraw"],
 )
-def test_console_shows_control_characters_of_a_text_escaped(monkeypatch, stream, show):
+def test_console_shows_control_characters_of_a_text_escaped(
+    monkeypatch: pytest.MonkeyPatch, stream: str, show: Callable[[Console], object]
+) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     stream = stream()
     show(Console(stream), HOSTILE)
@@ -134,12 +142,12 @@ def test_console_shows_control_characters_of_a_text_escaped(monkeypatch, stream,
     assert not {"\x1b", "\x9b", "\x07", "\r"} & set(shown)
 
 
-def test_escape_controls_keeps_line_ends_tabs_and_other_text():
+def test_escape_controls_keeps_line_ends_tabs_and_other_text() -> None:
     text = "one\ntwo\r\nthree\tnaïve 今天 \U0001f600"
     assert escape_controls(text) == text
 
 
-def test_error_message_with_content_of_a_file_shows_control_characters_escaped(tmp_path):
+def test_error_message_with_content_of_a_file_shows_control_characters_escaped(tmp_path: Path) -> None:
     for text in ('["a\\u001b[2J"]', '[model]\n"\\u009b2J" = 1', '[model]\ncell = "\\u001b[2J:A"'):
         (tmp_path / "a.toml").write_text(text)
         ended = job("train", tmp_path / "a.toml")
@@ -152,5 +160,5 @@ def test_error_message_with_content_of_a_file_shows_control_characters_escaped(t
     ("count", "text"),
     [(0, "0 bytes"), (1536, "2 KiB"), (3 << 29, "1.5 GiB"), (10**400, "e+290 GiB")],
 )
-def test_format_bytes(count, text):
+def test_format_bytes(count: int, text: str) -> None:
     assert format_bytes(count).endswith(text)

@@ -4,24 +4,26 @@ import bz2
 import codecs
 import gzip
 import lzma
+from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pytest
 from conftest import BOOK
 
 from job.config.schema import CorpusConfig, VocabularyConfig
-from job.data.corpus import read_corpus
+from job.data.corpus import Corpus, read_corpus
 from job.data.download import TIME_MACHINE_LENGTH
 from job.data.vocabulary import build_vocabulary
 from job.errors import UserError
 
 
-def read(source, vocabulary_kind="char", **fields):
+def read(source: str | Path, vocabulary_kind: str = "char", **fields: Any) -> Corpus:
     return read_corpus(CorpusConfig(source=str(source), **fields), vocabulary_kind)
 
 
 @pytest.mark.shared
-def test_read_corpus_of_the_book_has_its_length_and_vocabulary():
+def test_read_corpus_of_the_book_has_its_length_and_vocabulary() -> None:
     corpus = read(BOOK, cleaning="d2l")
     assert corpus.num_characters == 170_580
     vocabulary = build_vocabulary(VocabularyConfig(), corpus)
@@ -29,7 +31,7 @@ def test_read_corpus_of_the_book_has_its_length_and_vocabulary():
     assert len(vocabulary) == 28
 
 
-def test_read_corpus_with_glob_joins_files_in_order_of_their_names(tmp_path):
+def test_read_corpus_with_glob_joins_files_in_order_of_their_names(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "c.md"):
         (tmp_path / name).write_text(name)
     (tmp_path / "folder.txt").mkdir()
@@ -45,7 +47,9 @@ def test_read_corpus_with_glob_joins_files_in_order_of_their_names(tmp_path):
         (["天气".encode(), "你好".encode()], "天气\n你好"),
     ],
 )
-def test_read_corpus_with_glob_separates_files_by_a_newline_and_drops_byte_order_marks(tmp_path, files, text):
+def test_read_corpus_with_glob_separates_files_by_a_newline_and_drops_byte_order_marks(
+    tmp_path: Path, files: list[bytes], text: str
+) -> None:
     for number, data in enumerate(files):
         (tmp_path / f"{number}.txt").write_bytes(data)
     for vocabulary_kind in ("char", "word"):
@@ -53,33 +57,33 @@ def test_read_corpus_with_glob_separates_files_by_a_newline_and_drops_byte_order
     assert read(tmp_path / "*.txt", "byte").lines == [b"".join(files)]
 
 
-def test_read_corpus_with_glob_and_d2l_cleaning_keeps_words_of_two_files_apart(tmp_path):
+def test_read_corpus_with_glob_and_d2l_cleaning_keeps_words_of_two_files_apart(tmp_path: Path) -> None:
     for number in range(2):
         (tmp_path / f"{number}.txt").write_bytes(b"\xef\xbb\xbfone last")
     for vocabulary_kind in ("char", "word", "byte"):
         assert read(tmp_path / "*.txt", vocabulary_kind, cleaning="d2l").lines == ["one last", "one last"]
 
 
-def test_read_corpus_with_glob_names_the_file_that_is_not_text(tmp_path):
+def test_read_corpus_with_glob_names_the_file_that_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"good")
     (tmp_path / "b.txt").write_bytes(b"abc\xff")
     with pytest.raises(UserError, match=r"\*\.txt: .*b\.txt: not UTF-8 at byte 3"):
         read(tmp_path / "*.txt")
 
 
-def test_read_corpus_with_uri_reads_the_file(tmp_path):
+def test_read_corpus_with_uri_reads_the_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("text")
     assert read(f"file://{tmp_path}/a.txt").lines == ["text"]
     with pytest.raises(UserError, match=r"no\.txt: cannot be read"):
         read(f"file://{tmp_path}/no.txt")
 
 
-def test_read_corpus_of_bytes_without_cleaning_keeps_them(tmp_path):
+def test_read_corpus_of_bytes_without_cleaning_keeps_them(tmp_path: Path) -> None:
     (tmp_path / "data").write_bytes(b"\xff\0")
     assert read(tmp_path / "data", "byte", cleaning="none").lines == [b"\xff\0"]
 
 
-def test_read_corpus_embedded_is_cleaned_and_as_long_as_the_book():
+def test_read_corpus_embedded_is_cleaned_and_as_long_as_the_book() -> None:
     corpus = read("embedded")
     assert (corpus.source, corpus.cleaning) == ("embedded", "d2l")
     assert 140_000 < corpus.num_characters <= TIME_MACHINE_LENGTH
@@ -94,7 +98,7 @@ def test_read_corpus_embedded_is_cleaned_and_as_long_as_the_book():
         (b"abc\xff", "not UTF-8 at byte 3"),
     ],
 )
-def test_read_corpus_of_invalid_file_raises(tmp_path, data, problem):
+def test_read_corpus_of_invalid_file_raises(tmp_path: Path, data: bytes, problem: str) -> None:
     path = tmp_path / "text"
     path.write_bytes(data)
     with pytest.raises(UserError, match=f"corpus.source = {path}: {problem}"):
@@ -130,7 +134,7 @@ LINES = "One line and\nanother one.\n" * 50
         ("na\xefve".encode("latin-1"), "not UTF-8 at byte 2 .*; convert it to UTF-8, or use vocabulary.kind = byte"),
     ],
 )
-def test_read_corpus_of_another_format_names_it(tmp_path, data, message):
+def test_read_corpus_of_another_format_names_it(tmp_path: Path, data: bytes, message: str) -> None:
     (tmp_path / "data").write_bytes(data)
     for kind, cleaning in (("char", "none"), ("word", "none"), ("byte", "d2l")):
         with pytest.raises(UserError, match=f"data: {message}"):
@@ -139,7 +143,7 @@ def test_read_corpus_of_another_format_names_it(tmp_path, data, message):
 
 
 @pytest.mark.parametrize("text", ["BZh is no archive", "PK\x03\x04", "%PDF- starts a PDF"])
-def test_read_corpus_of_text_that_begins_like_another_format_reads_it(tmp_path, text):
+def test_read_corpus_of_text_that_begins_like_another_format_reads_it(tmp_path: Path, text: str) -> None:
     (tmp_path / "data").write_text(text)
     assert read(tmp_path / "data").lines == [text]
 
@@ -147,6 +151,6 @@ def test_read_corpus_of_text_that_begins_like_another_format_reads_it(tmp_path, 
 @pytest.mark.parametrize(
     ("source", "problem"), [("no/such", "no such file"), ("no/*", "no file matches"), ("/", "cannot be read")]
 )
-def test_read_corpus_of_missing_file_raises(source, problem):
+def test_read_corpus_of_missing_file_raises(source: str, problem: str) -> None:
     with pytest.raises(UserError, match=problem):
         read(source)

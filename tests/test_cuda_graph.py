@@ -2,7 +2,9 @@
 
 import contextlib
 import dataclasses
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +22,7 @@ from job.storage import Folder
 from job.training.cuda_graph import GRAPH_ENV_VAR, WARMUP_STEPS, CudaGraphTrainStep, capture_graph, supports_cuda_graph
 from job.training.loop import end_epoch, train_steps
 from job.training.run_spec import RunSpec
-from job.training.train_state import build_train_state
+from job.training.train_state import TrainState, build_train_state
 
 LANES, STEPS = 5, 5
 
@@ -33,11 +35,11 @@ class RecordedOperations(TorchDispatchMode):
 
     FORBIDDEN = ("_local_scalar_dense", "lift_fresh", "is_nonzero", "equal", "nonzero")
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.operations = []
 
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(name in operation.name() for name in self.FORBIDDEN):
             raise RuntimeError(f"{operation.name()} cannot be captured")
         result = operation(*args, **(kwargs or {}))
@@ -45,7 +47,7 @@ class RecordedOperations(TorchDispatchMode):
         return result
 
     @torch.no_grad()
-    def replay(self):
+    def replay(self) -> None:
         for operation, args, kwargs, captured in self.operations:
             result = operation(*args, **kwargs)
             for destination, source in zip(tree_leaves(captured), tree_leaves(result), strict=True):
@@ -56,11 +58,11 @@ class RecordedOperations(TorchDispatchMode):
 class FakeCapture:
     """Captures as a GPU does: weights and optimizer state do not change by it."""
 
-    def __init__(self, model, optimizer):
+    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.model, self.optimizer = model, optimizer
         self.num_captures = 0
 
-    def __call__(self, step):
+    def __call__(self, step: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
         moments = [value for state in self.optimizer.state.values() for value in state.values()]
         tensors = [value for value in (*self.model.parameters(), *moments) if isinstance(value, torch.Tensor)]
         before = [tensor.detach().clone() for tensor in tensors]
@@ -74,25 +76,25 @@ class FakeCapture:
 
 
 @pytest.fixture(autouse=True)
-def torch_operations_only(monkeypatch):
+def torch_operations_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Compiled kernels and oneDNN are invisible to the recording, or allocate memory of their own."""
     disable_kernel(monkeypatch)
     monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
 
 
-def small_config(**train):
+def small_config(**train: Any) -> Config:
     stream = StreamConfig(batch_size=LANES, num_steps=STEPS, offset=0)
     return Config(stream=stream, train=TrainConfig(**train))
 
 
-def new_train_state(config):
+def new_train_state(config: Config) -> TrainState:
     tokens = torch.randint(0, 9, (190,), generator=torch.Generator().manual_seed(1)).numpy().astype("uint8")
     dataset = Dataset(tokens, tokens[:0], Vocabulary("char", tuple("abcdefghi")), {})
     world = World(0, 1, torch.device("cpu"), 1, "")
     return build_train_state(RunSpec(config, dataset, Folder(""), None), world, "fp32")
 
 
-def train(config, use_graph):
+def train(config: Config, use_graph: bool) -> tuple[list[Any], list[Any], dict[str, torch.Tensor], int]:
     """Statistics and lane states of all steps, the final weights, and the number of captures."""
     train_state = new_train_state(config)
     capture = FakeCapture(train_state.model, train_state.optimizer)
@@ -112,7 +114,7 @@ def train(config, use_graph):
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
 @pytest.mark.parametrize("reproducible", [False, True])
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_cuda_graph_train_step_equals_eager_step(cell, reproducible, name):
+def test_cuda_graph_train_step_equals_eager_step(cell: str, reproducible: bool, name: str) -> None:
     config = dataclasses.replace(
         small_config(epochs=3, reproducible=reproducible, lane_groups=2),
         model=ModelConfig(cell=cell, hidden_size=8, num_layers=2, embedding_size=4, dropout=0.3),
@@ -130,13 +132,13 @@ def test_cuda_graph_train_step_equals_eager_step(cell, reproducible, name):
     torch.testing.assert_close(graph_weights, eager_weights, rtol=0, atol=0)
 
 
-def test_cuda_graph_train_step_runs_eagerly_if_capture_fails():
+def test_cuda_graph_train_step_runs_eagerly_if_capture_fails() -> None:
     config = small_config(epochs=2)
     eager_stats, *_ = train(config, use_graph=False)
     train_state = new_train_state(config)
     eager_step = train_state.train_step
 
-    def gradients_that_wait(batch, state):
+    def gradients_that_wait(batch: Any, state: Any) -> Any:
         stats, state = eager_step.gradients(batch, state)
         assert float(stats[0]) > 0
         return stats, state
@@ -152,14 +154,14 @@ def test_cuda_graph_train_step_runs_eagerly_if_capture_fails():
     assert nats == [stats.nats for stats in eager_stats]
 
 
-def fake_model(cell="rnn", **weight):
+def fake_model(cell: str = "rnn", **weight: Any) -> Any:
     weight = {"is_cuda": True, "dtype": torch.float32} | weight
     return SimpleNamespace(
         linear=SimpleNamespace(weight=SimpleNamespace(**weight)), has_custom_cell=cell not in BUILTIN_CELLS
     )
 
 
-def test_supports_cuda_graph_only_for_uniform_steps_of_one_gpu(monkeypatch):
+def test_supports_cuda_graph_only_for_uniform_steps_of_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert supports_cuda_graph(fake_model(), 1)
     assert not supports_cuda_graph(fake_model(), 2)
     assert not supports_cuda_graph(fake_model("torch.nn:GRU"), 1)
@@ -169,11 +171,11 @@ def test_supports_cuda_graph_only_for_uniform_steps_of_one_gpu(monkeypatch):
     assert not supports_cuda_graph(fake_model(), 1)
 
 
-def test_capture_graph_restores_stream_if_capture_fails(monkeypatch):
+def test_capture_graph_restores_stream_if_capture_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     streams = ["current"]
 
     @contextlib.contextmanager
-    def graph(cuda_graph, **_):
+    def graph(cuda_graph: object, **_: Any) -> Iterator[None]:
         streams.append("capture")
         yield
         streams.pop()

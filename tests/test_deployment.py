@@ -7,8 +7,11 @@ import shlex
 import subprocess
 import sys
 import tomllib
+from collections.abc import Callable, Iterator
 from importlib import resources
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import jsonschema
 import kubernetes_validate
@@ -35,7 +38,7 @@ def replaced(name: str, old: str, new: str) -> str:
     return text.replace(old, new)
 
 
-def rejection(check, text: str) -> str:
+def rejection(check: Callable[[str], object], text: str) -> str:
     """The message with which a check rejects a text."""
     with pytest.raises((Exception, SystemExit)) as error:
         check(text)
@@ -90,12 +93,12 @@ def check_aws(text: str) -> None:
     assert head["node_config"]["IamInstanceProfile"] != worker["node_config"]["IamInstanceProfile"]
 
 
-def test_cluster_files_are_accepted_by_ray():
+def test_cluster_files_are_accepted_by_ray() -> None:
     check_aws(read("cluster.yaml"))
     check_cluster(read("clusters/local.yaml"))
 
 
-def test_limits_of_local_cluster_are_unknown():
+def test_limits_of_local_cluster_are_unknown() -> None:
     """Its machines are of the head's node type and join one by one; the autoscaler's file has no maximum."""
     assert parse_cluster_config(validated(read("clusters/local.yaml"))) is None
 
@@ -115,7 +118,7 @@ def test_limits_of_local_cluster_are_unknown():
         ("    - *runs", "    - RUNS=elsewhere", "{'runs'}"),
     ],
 )
-def test_check_cluster_rejects_broken_file(name, old, new, message):
+def test_check_cluster_rejects_broken_file(name: str, old: str, new: str, message: str) -> None:
     assert message in rejection(check_cluster, replaced(name, old, new))
 
 
@@ -132,11 +135,11 @@ def test_check_cluster_rejects_broken_file(name, old, new, message):
         ("HttpTokens: required", "HttpTokens: optional"),
     ],
 )
-def test_check_aws_rejects_broken_file(old, new):
+def test_check_aws_rejects_broken_file(old: str, new: str) -> None:
     rejection(check_aws, replaced("cluster.yaml", old, new))
 
 
-def test_check_cluster_without_head_ip_rejects_file():
+def test_check_cluster_without_head_ip_rejects_file() -> None:
     rejection(check_cluster, replaced("clusters/local.yaml", "  head_ip: *head\n", ""))
 
 
@@ -149,13 +152,13 @@ class RecordedProcesses:
     def __init__(self) -> None:
         self.commands: list[str] = []
 
-    def run(self, command, *_, **__):
+    def run(self, command: list[str], *_: object, **__: object) -> subprocess.CompletedProcess[bytes]:
         self.commands.append(" ".join(command))
         return subprocess.CompletedProcess(command, 0)
 
     check_call = run
 
-    def check_output(self, command, *_, **__):
+    def check_output(self, command: list[str], *_: object, **__: object) -> bytes:
         self.run(command)
         answers = {".Config.Env": b'["HOME=/home/ray"]', "printenv HOME": b"/home/ray", "MemAvailable": b"",
                    "meminfo": b"MemAvailable: 8000000 kB", ".Runtimes": b"nvidia-container-runtime",
@@ -164,7 +167,7 @@ class RecordedProcesses:
 
 
 @pytest.fixture
-def aws(monkeypatch, tmp_path):
+def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[SimpleNamespace]:
     """A simulated AWS account with what the user must create: a security group and two instance profiles."""
     import boto3
     from moto import mock_aws
@@ -204,12 +207,12 @@ def up(text: str) -> tuple[dict, list[str]]:
     return config, processes.commands
 
 
-def rules_open_to_world(ec2) -> list[str]:
+def rules_open_to_world(ec2: Any) -> list[str]:
     rules = [rule for group in ec2.describe_security_groups()["SecurityGroups"] for rule in group["IpPermissions"]]
     return [str(rule) for rule in rules if {"CidrIp": "0.0.0.0/0"} in rule["IpRanges"]]
 
 
-def test_ray_up_starts_closed_head_and_can_start_spot_workers(aws):
+def test_ray_up_starts_closed_head_and_can_start_spot_workers(aws: SimpleNamespace) -> None:
     text = replaced("cluster.yaml", "sg-00000000000000000", aws.group)
     text = text.replace("&market {}", "&market { InstanceMarketOptions: { MarketType: spot } }")
     config, commands = up(text)
@@ -233,7 +236,7 @@ def test_ray_up_starts_closed_head_and_can_start_spot_workers(aws):
     assert {group["GroupId"] for node in instances for group in node["SecurityGroups"]} == {aws.group}
 
 
-def test_ray_up_without_security_group_opens_ssh_to_world(aws):
+def test_ray_up_without_security_group_opens_ssh_to_world(aws: SimpleNamespace) -> None:
     from ray.autoscaler._private import commands
 
     text = replaced("cluster.yaml", "      SecurityGroupIds: *security_groups\n", "")
@@ -265,7 +268,7 @@ def check_dockerfile(text: str) -> None:
     assert "HEALTHCHECK" in words
 
 
-def test_dockerfile_is_accepted_by_hadolint_and_pinned():
+def test_dockerfile_is_accepted_by_hadolint_and_pinned() -> None:
     check_dockerfile(read("docker/Dockerfile"))
 
 
@@ -282,11 +285,11 @@ def test_dockerfile_is_accepted_by_hadolint_and_pinned():
         ("HEALTHCHECK", "# HEALTHCHECK", "HEALTHCHECK"),
     ],
 )
-def test_check_dockerfile_rejects_broken_file(old, new, message):
+def test_check_dockerfile_rejects_broken_file(old: str, new: str, message: str) -> None:
     assert message in rejection(check_dockerfile, replaced("docker/Dockerfile", old, new))
 
 
-def test_build_context_contains_only_copied_files(tmp_path):
+def test_build_context_contains_only_copied_files(tmp_path: Path) -> None:
     from docker.utils.build import exclude_paths
 
     for name in ("job/__main__.py", "job/__pycache__/x.pyc", "configs/seed.toml", "constraints.txt", "pyproject.toml",
@@ -308,7 +311,7 @@ def test_build_context_contains_only_copied_files(tmp_path):
     assert {"job", "configs"} < set(copied) and all((ROOT / name).exists() for name in copied)
 
 
-def test_install_script_installs_dependencies_under_constraints(tmp_path):
+def test_install_script_installs_dependencies_under_constraints(tmp_path: Path) -> None:
     """CI runs the script; here a fake ``python`` records how pip is called."""
     (tmp_path / "python").write_text(
         f'#!/bin/sh\nif [ "$1" = -c ]; then exec {sys.executable} "$@"; fi\n'
@@ -351,7 +354,7 @@ def check_compose(text: str) -> None:
     }
 
 
-def test_compose_file_is_valid_and_closed():
+def test_compose_file_is_valid_and_closed() -> None:
     check_compose(read("docker/compose.yaml"))
 
 
@@ -370,7 +373,7 @@ def test_compose_file_is_valid_and_closed():
         (f"lanes:{PROJECT['version']}-cpu", "lanes:9.9.9-cpu", "9.9.9"),
     ],
 )
-def test_check_compose_rejects_broken_file(old, new, message):
+def test_check_compose_rejects_broken_file(old: str, new: str, message: str) -> None:
     assert message in rejection(check_compose, replaced("docker/compose.yaml", old, new))
 
 
@@ -416,7 +419,7 @@ def check_rayjob(text: str) -> None:
     assert spec["shutdownAfterJobFinishes"] is True
 
 
-def test_rayjob_is_valid():
+def test_rayjob_is_valid() -> None:
     check_rayjob(read("clusters/rayjob.yaml"))
 
 
@@ -436,11 +439,11 @@ def test_rayjob_is_valid():
         ("              image: *image", "              image: other", "other"),
     ],
 )
-def test_check_rayjob_rejects_broken_file(old, new, message):
+def test_check_rayjob_rejects_broken_file(old: str, new: str, message: str) -> None:
     assert message in rejection(check_rayjob, replaced("clusters/rayjob.yaml", old, new))
 
 
-def test_network_policy_admits_pods_of_cluster_operator_and_submitter():
+def test_network_policy_admits_pods_of_cluster_operator_and_submitter() -> None:
     policy = yaml.safe_load(read("clusters/network-policy.yaml"))
     kubernetes_validate.validate(policy, kubernetes_validate.latest_version(), strict=True)
     spec = policy["spec"]
@@ -457,13 +460,13 @@ def test_network_policy_admits_pods_of_cluster_operator_and_submitter():
 # --- all files ---------------------------------------------------------------------------------------
 
 
-def test_all_files_name_same_image():
+def test_all_files_name_same_image() -> None:
     for name in [*CLUSTERS, "clusters/rayjob.yaml", "docker/compose.yaml", "docker/Dockerfile"]:
         assert set(re.findall(r"\blanes:([0-9.]+)-[cg]pu", read(name))) == {PROJECT["version"]}, name
 
 
 @pytest.mark.parametrize("name", ["clusters/rayjob.yaml", "docker/compose.yaml", "README.md"])
-def test_commands_in_files_are_accepted_by_job(name, tmp_path, monkeypatch):
+def test_commands_in_files_are_accepted_by_job(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each command runs until it reads a corpus that does not exist."""
     monkeypatch.setenv("RUNS", str(tmp_path))
     monkeypatch.chdir(ROOT)
@@ -477,7 +480,7 @@ def test_commands_in_files_are_accepted_by_job(name, tmp_path, monkeypatch):
         assert ended.status == 2 and "scales" in ended.err
 
 
-def test_run_storage_expands_environment_variable(prose, tmp_path, monkeypatch):
+def test_run_storage_expands_environment_variable(prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RUNS", str(tmp_path / "shared"))
     words = ["--corpus.source", prose, "--corpus.max_tokens", "2000", "--train.epochs", "1", "--scale.workers", "0"]
     assert job("train", *words, "--run.name", "there", "--run.storage", "$RUNS").status == 0

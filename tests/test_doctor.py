@@ -7,14 +7,16 @@ import signal
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import ray
 import torch
-from conftest import job, start_job
+from conftest import Ended, job, start_job
 
 from job.cluster.connection import join_cluster
 from job.cluster.local_cluster import check_machine, child_processes, create_ray_folder, start_local_cluster
@@ -24,19 +26,19 @@ from job.errors import UserError
 
 
 @pytest.fixture
-def local(tmp_path):
+def local(tmp_path: Path) -> dict[str, Any]:
     return probe(str(tmp_path))
 
 
-def report(local, **changes):
+def report(local: dict[str, Any], **changes: Any) -> NodeReport:
     return NodeReport("10.0.0.2", {"CPU": 1}, {**local, **changes})
 
 
-def doctor(prose, storage, *flags):
+def doctor(prose: Path, storage: Path, *flags: object) -> Ended:
     return job("doctor", "--corpus.source", prose, "--run.storage", storage, "--generate.prefix", "the", *flags)
 
 
-def test_doctor_without_problems_exits_with_zero(prose, tmp_path, monkeypatch):
+def test_doctor_without_problems_exits_with_zero(prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "")
     ended = doctor(prose, tmp_path / "runs", "--scale.accelerator", "cpu")
     assert ended.status == 0
@@ -50,7 +52,7 @@ def test_doctor_without_problems_exits_with_zero(prose, tmp_path, monkeypatch):
     assert not (tmp_path / "runs").exists()
 
 
-def test_doctor_with_problem_exits_with_one(prose, tmp_path, monkeypatch):
+def test_doctor_with_problem_exits_with_one(prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "")
     ended = doctor(prose, tmp_path, "--stream.num_steps", 10**6, "--scale.workers", 0)
     assert ended.status == 1
@@ -66,7 +68,9 @@ def test_doctor_with_problem_exits_with_one(prose, tmp_path, monkeypatch):
         ("abc " * 500, ["--run.resume", "never"], "run.resume = never"),
     ],
 )
-def test_doctor_of_a_run_that_cannot_resume_fails(tmp_path, monkeypatch, text, flags, problem):
+def test_doctor_of_a_run_that_cannot_resume_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, flags: list[int | str], problem: str
+) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "")
     corpus = tmp_path / "text.txt"
     corpus.write_text("abc " * 500)
@@ -88,7 +92,9 @@ def test_doctor_of_a_run_that_cannot_resume_fails(tmp_path, monkeypatch, text, f
         ('metric = "perplexity"', "4 trials can start"),
     ],
 )
-def test_doctor_checks_the_search_of_a_configuration(prose, tmp_path, monkeypatch, search, text):
+def test_doctor_checks_the_search_of_a_configuration(
+    prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, search: str, text: str
+) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "")
     config = tmp_path / "search.toml"
     space = '[search.space]\n"optimizer.learning_rate" = { uniform = [0.1, 1] }'
@@ -100,14 +106,18 @@ def test_doctor_checks_the_search_of_a_configuration(prose, tmp_path, monkeypatc
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 @pytest.mark.parametrize("workers", [0, 2])
-def test_doctor_without_required_gpu_fails(prose, tmp_path, monkeypatch, workers):
+def test_doctor_without_required_gpu_fails(
+    prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "")
     ended = doctor(prose, tmp_path, "--scale.workers", workers, "--scale.accelerator", "gpu")
     assert ended.status == 1
     assert "this machine has 0 GPUs" in ended.out
 
 
-def test_doctor_with_refused_address_prints_remedy(prose, tmp_path, monkeypatch):
+def test_doctor_with_refused_address_prints_remedy(
+    prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "")
     ended = doctor(prose, tmp_path, "--address", "127.0.0.1:1")
     assert ended.status == 1
@@ -115,7 +125,7 @@ def test_doctor_with_refused_address_prints_remedy(prose, tmp_path, monkeypatch)
     assert "→ check that the cluster is up" in ended.out
 
 
-def test_version_problem_with_same_versions_is_none(local):
+def test_version_problem_with_same_versions_is_none(local: dict[str, Any]) -> None:
     assert version_problem(report(local), local) is None
 
 
@@ -128,36 +138,38 @@ def test_version_problem_with_same_versions_is_none(local):
         ({"package": "other"}, "has another version of this package", "ray job submit"),
     ],
 )
-def test_version_problem_with_difference_names_it(local, changes, problem, remedy):
+def test_version_problem_with_difference_names_it(
+    local: dict[str, Any], changes: dict[str, str], problem: str, remedy: str
+) -> None:
     error = version_problem(report(local, **changes), local)
     assert problem in error.problem
     assert remedy in error.remedy
 
 
-def test_version_problem_of_node_without_report_is_its_error(local):
+def test_version_problem_of_node_without_report_is_its_error(local: dict[str, Any]) -> None:
     node = NodeReport("10.0.0.2", {}, {}, "did not answer within 60 s")
     assert version_problem(node, local).problem == "node 10.0.0.2: did not answer within 60 s"
 
 
-def test_storage_problem_reports_unseen_marker_and_write_error(local):
+def test_storage_problem_reports_unseen_marker_and_write_error(local: dict[str, Any]) -> None:
     assert storage_problem(report(local, seen=True, write_error=""), "/runs") is None
     assert "does not see files" in storage_problem(report(local, seen=False, write_error=""), "/runs").problem
     error = storage_problem(report(local, seen=True, write_error="read-only"), "/runs")
     assert "cannot write there: read-only" in error.problem
 
 
-def test_probe_finds_users_cells_that_cannot_be_imported(tmp_path):
+def test_probe_finds_users_cells_that_cannot_be_imported(tmp_path: Path) -> None:
     metadata = probe(str(tmp_path), cells=("gru", "json:Cell", "missing_module:Cell"))
     assert metadata["cells_missing"] == ["missing_module:Cell"]
     assert "cannot import model.cell = missing_module:Cell" in cell_problem(report(metadata)).problem
 
 
-def test_probe_without_marker_writes_nothing(tmp_path):
+def test_probe_without_marker_writes_nothing(tmp_path: Path) -> None:
     assert probe(str(tmp_path))["seen"] is False
     assert list(tmp_path.iterdir()) == []
 
 
-def test_probe_reads_gpus_from_nvidia_smi(tmp_path, monkeypatch):
+def test_probe_reads_gpus_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A partitioned GPU (MIG) shows no memory; it does not count as in use."""
     lines = "550.54, NVIDIA H100, 80000, 81559\\n550.54, NVIDIA A100, [N/A], [N/A]"
     program = tmp_path / "nvidia-smi"
@@ -169,7 +181,7 @@ def test_probe_reads_gpus_from_nvidia_smi(tmp_path, monkeypatch):
     assert metadata["gpus"] == [("NVIDIA H100", 80000 << 20, 81559 << 20), ("NVIDIA A100", 0, 0)]
 
 
-def test_probe_without_nvidia_smi_finds_no_gpus(tmp_path, monkeypatch):
+def test_probe_without_nvidia_smi_finds_no_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert probe(str(tmp_path), gpus=True)["gpus"] == []
 
@@ -182,7 +194,7 @@ def test_probe_without_nvidia_smi_finds_no_gpus(tmp_path, monkeypatch):
         ("ray://127.0.0.1:10001", "must be HOST:PORT", "use ray job submit"),
     ],
 )
-def test_join_cluster_with_wrong_address_raises(address, problem, remedy):
+def test_join_cluster_with_wrong_address_raises(address: str, problem: str, remedy: str) -> None:
     with pytest.raises(UserError) as raised:
         join_cluster(address)
     assert raised.value.problem.startswith(f"RAY_ADDRESS = {address}: {problem}")
@@ -193,14 +205,16 @@ def test_join_cluster_with_wrong_address_raises(address, problem, remedy):
 
 
 @pytest.fixture
-def tmpdir_of_scheduler(tmp_path, monkeypatch):
+def tmpdir_of_scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Sets the folder that TMPDIR names; RAY_TMPDIR is not set."""
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     return lambda folder: monkeypatch.setenv("TMPDIR", str(folder))
 
 
 @pytest.mark.parametrize("name", ["x" * 100, "ü" * 40, "missing/folder", "file"])
-def test_create_ray_folder_with_unusable_tmpdir_takes_another(tmp_path, tmpdir_of_scheduler, name):
+def test_create_ray_folder_with_unusable_tmpdir_takes_another(
+    tmp_path: Path, tmpdir_of_scheduler: Path, name: str
+) -> None:
     if name == "file":
         (tmp_path / name).touch()
     elif name != "missing/folder":
@@ -216,14 +230,16 @@ def test_create_ray_folder_with_unusable_tmpdir_takes_another(tmp_path, tmpdir_o
     assert list(tmp_path.rglob("ray-*")) == []
 
 
-def test_create_ray_folder_prefers_ray_tmpdir(monkeypatch, tmpdir_of_scheduler):
+def test_create_ray_folder_prefers_ray_tmpdir(monkeypatch: pytest.MonkeyPatch, tmpdir_of_scheduler: Path) -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as short:
         tmpdir_of_scheduler("/var/tmp")
         monkeypatch.setenv("RAY_TMPDIR", short)
         assert Path(create_ray_folder()).parent == Path(short)
 
 
-def test_create_ray_folder_on_full_disks_raises_and_leaves_nothing(tmp_path, monkeypatch, tmpdir_of_scheduler):
+def test_create_ray_folder_on_full_disks_raises_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmpdir_of_scheduler: Path
+) -> None:
     tmpdir_of_scheduler(tmp_path)
     monkeypatch.setattr("job.cluster.local_cluster.shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 20))
     with pytest.raises(UserError) as raised:
@@ -233,7 +249,7 @@ def test_create_ray_folder_on_full_disks_raises_and_leaves_nothing(tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
-def test_doctor_with_too_few_open_files_fails(prose, tmp_path, monkeypatch):
+def test_doctor_with_too_few_open_files_fails(prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", "")
     monkeypatch.setattr("job.cluster.local_cluster.resource.getrlimit", lambda _: (64, 64))
     ended = doctor(prose, tmp_path, "--scale.workers", 1, "--scale.accelerator", "cpu")
@@ -243,8 +259,8 @@ def test_doctor_with_too_few_open_files_fails(prose, tmp_path, monkeypatch):
     assert doctor(prose, tmp_path, "--scale.workers", 0, "--scale.accelerator", "cpu").status == 0  # needs no Ray
 
 
-def test_check_machine_without_loopback_raises(monkeypatch):
-    def refuse(*_):
+def test_check_machine_without_loopback_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
         raise OSError(errno.ENETUNREACH, "Network is unreachable")
 
     monkeypatch.setattr("job.cluster.local_cluster.socket.create_connection", refuse)
@@ -277,7 +293,9 @@ OVERLOADED = (
 
 
 @pytest.mark.parametrize("errors", [OVERLOADED[:1], OVERLOADED[1:2], OVERLOADED[1:]])
-def test_start_local_cluster_after_temporary_failures_succeeds(errors, monkeypatch, capfd):
+def test_start_local_cluster_after_temporary_failures_succeeds(
+    errors: tuple[Exception, ...], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     start = RayThatFails(*errors)
     monkeypatch.setattr("job.cluster.local_cluster.start_private_cluster", start)
     monkeypatch.setattr("job.cluster.local_cluster.RETRY_DELAY_S", 0)
@@ -292,7 +310,9 @@ def test_start_local_cluster_after_temporary_failures_succeeds(errors, monkeypat
     assert capfd.readouterr().err == ""
 
 
-def test_start_local_cluster_that_always_fails_raises_one_line(monkeypatch, capfd):
+def test_start_local_cluster_that_always_fails_raises_one_line(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     start = RayThatFails(*OVERLOADED)
     monkeypatch.setattr("job.cluster.local_cluster.start_private_cluster", start)
     monkeypatch.setattr("job.cluster.local_cluster.RETRY_DELAY_S", 0)
@@ -305,7 +325,9 @@ def test_start_local_cluster_that_always_fails_raises_one_line(monkeypatch, capf
     assert not Path(start.folders[0]).parent.exists()
 
 
-def test_child_processes_of_a_thread_that_cannot_be_read_are_left_out(tmp_path, monkeypatch):
+def test_child_processes_of_a_thread_that_cannot_be_read_are_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A thread that ended meanwhile raised an error."""
     for thread in ("1", "2"):
         (tmp_path / thread).mkdir()
@@ -316,7 +338,7 @@ def test_child_processes_of_a_thread_that_cannot_be_read_are_left_out(tmp_path, 
 
 
 @pytest.mark.parametrize("name", ["RAY_health_check_period_ms", "RAY_worker_niceness"])
-def test_train_with_invalid_setting_of_ray_is_refused(prose, tmp_path, name):
+def test_train_with_invalid_setting_of_ray_is_refused(prose: Path, tmp_path: Path, name: str) -> None:
     """Ray's core crashes when it is imported."""
     flags = ["--corpus.source", prose, "--run.storage", tmp_path, "--scale.workers", 1]
     process = start_job("train", *flags, env={name: "many", "RAY_ADDRESS": ""})
@@ -328,7 +350,7 @@ def test_train_with_invalid_setting_of_ray_is_refused(prose, tmp_path, name):
 # --- without this package ---
 
 
-def run_without_package(function, *arguments):
+def run_without_package(function: Callable[..., object], *arguments: object) -> Any:
     """Runs a function as Ray would on a node that does not have this package."""
     code = "import sys, pickle; sys.modules['job'] = None; call, arguments = pickle.load(sys.stdin.buffer); "
     code += "sys.stdout.buffer.write(pickle.dumps(call(*arguments)))"
@@ -338,13 +360,13 @@ def run_without_package(function, *arguments):
     return pickle.loads(done.stdout)
 
 
-def test_probe_without_package_reports_that(local, tmp_path):
+def test_probe_without_package_reports_that(local: dict[str, Any], tmp_path: Path) -> None:
     metadata = run_without_package(probe, str(tmp_path), "marker", ("gru",), True)
     assert metadata["package"] == ""
     assert version_problem(report(metadata), local).remedy.startswith("install it there")
 
 
-def test_read_cluster_config_runs_without_package(monkeypatch):
+def test_read_cluster_config_runs_without_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a head that is not part of a cluster it finds no autoscaler."""
     functions = []
     monkeypatch.setattr(ray, "remote", lambda **_: lambda function: functions.append(function) or function)

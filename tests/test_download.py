@@ -7,34 +7,41 @@ import re
 import signal
 import threading
 import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import urllib3
 from conftest import start_job
 
 from job.config.schema import CorpusConfig
-from job.data.corpus import read_corpus
+from job.data.corpus import Corpus, read_corpus
 from job.errors import UserError
 from job.paths import cache_folder
 
 
-def read(source):
+def read(source: str) -> Corpus:
     return read_corpus(CorpusConfig(source=source), "char")
 
 
+class Pages(dict[str, bytes]):
+    """The pages of a web server: their contents by path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.requests: list[str] = []
+        self.ended = threading.Event()
+        self.address = ""
+
+
 @pytest.fixture
-def web(monkeypatch, tmp_path):
+def web(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pages]:
     """A web server: ``web[path] = bytes`` defines a page, ``web.requests`` lists the paths requested."""
-
-    class Pages(dict):
-        requests: list[str] = []
-
     pages = Pages()
-    pages.requests = []
-    pages.ended = threading.Event()
 
     class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
+        def do_GET(self) -> None:
             pages.requests.append(self.path)
             if "silent" in self.path:
                 pages.ended.wait()
@@ -52,7 +59,7 @@ def web(monkeypatch, tmp_path):
                 self.wfile.flush()
                 pages.ended.wait()
 
-        def log_message(self, *_):
+        def log_message(self, *_: Any) -> None:
             pass
 
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -65,14 +72,14 @@ def web(monkeypatch, tmp_path):
     server.shutdown()
 
 
-def test_download_is_cached(web):
+def test_download_is_cached(web: Pages) -> None:
     web["/text.txt"] = b"some text"
     assert read(f"{web.address}/text.txt").lines == ["some text"]
     assert read(f"{web.address}/text.txt").lines == ["some text"]
     assert web.requests == ["/text.txt"]
 
 
-def test_download_replaces_damaged_cache_file(web, monkeypatch):
+def test_download_replaces_damaged_cache_file(web: Pages, monkeypatch: pytest.MonkeyPatch) -> None:
     data = b"The Time Machine!"
     monkeypatch.setattr("job.data.download.TIME_MACHINE_SHA1", hashlib.sha1(data).hexdigest())
     web["/book"] = data
@@ -83,23 +90,25 @@ def test_download_replaces_damaged_cache_file(web, monkeypatch):
     assert len(web.requests) == 2
 
 
-def test_download_failure_falls_back_to_embedded_text_only_for_auto(web, monkeypatch):
+def test_download_failure_falls_back_to_embedded_text_only_for_auto(
+    web: Pages, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("job.data.download.TIME_MACHINE_URL", "http://127.0.0.1:9/book")
     assert read("auto").source == "embedded"
     with pytest.raises(UserError, match=r"download failed \(ConnectionError"):
         read("time-machine")
 
 
-def test_download_with_compressed_transfer_is_decompressed(web):
+def test_download_with_compressed_transfer_is_decompressed(web: Pages) -> None:
     web["/gzip.txt"] = gzip.compress(b"original text")
     assert read(f"{web.address}/gzip.txt").lines == ["original text"]
 
 
-def test_download_follows_redirect_without_reading_its_body(web, monkeypatch):
+def test_download_follows_redirect_without_reading_its_body(web: Pages, monkeypatch: pytest.MonkeyPatch) -> None:
     """A compressed body of a redirect was inflated in memory, whatever its size."""
     lengths = []
 
-    def read_counted(*arguments, **options):
+    def read_counted(*arguments: Any, **options: Any) -> bytes:
         lengths.append(len(data := read_body(*arguments, **options)))
         return data
 
@@ -126,7 +135,9 @@ def test_download_follows_redirect_without_reading_its_body(web, monkeypatch):
     ],
     ids=lambda value: value if isinstance(value, str) and value.startswith("/") else "",
 )
-def test_download_of_invalid_text_raises_and_is_not_cached(web, path, body, problem):
+def test_download_of_invalid_text_raises_and_is_not_cached(
+    web: Pages, path: str, body: bytes | None, problem: str
+) -> None:
     if body is not None:
         web[path.partition("#")[0]] = body
     with pytest.raises(UserError, match=problem):
@@ -134,7 +145,7 @@ def test_download_of_invalid_text_raises_and_is_not_cached(web, path, body, prob
     assert [file for file in cache_folder().glob("*") if file.stat().st_size] == []
 
 
-def test_download_of_changed_time_machine_raises(web):
+def test_download_of_changed_time_machine_raises(web: Pages) -> None:
     web["/book"] = b"another book"
     with pytest.raises(UserError, match=r"time-machine: wrong checksum, sha1 is .*, expected 090b5e7e"):
         read("time-machine")
@@ -145,7 +156,7 @@ def test_download_of_changed_time_machine_raises(web):
     ["", "sha256=", "sha256", "sha256=0", "sha256=" + "0" * 63, "sha256=" + "0" * 65, "sha256=" + "g" * 64,
      "sha1=" + "0" * 40, "md5=1", "chapter-1", "sha256=" + "0" * 64 + "#"],
 )  # fmt: skip
-def test_download_with_fragment_that_is_no_checksum_is_refused_before_a_request(web, fragment):
+def test_download_with_fragment_that_is_no_checksum_is_refused_before_a_request(web: Pages, fragment: str) -> None:
     web["/text.txt"] = b"some text"
     with pytest.raises(UserError, match=f"#{fragment} is not a checksum"):
         read(f"{web.address}/text.txt#{fragment}")
@@ -153,7 +164,7 @@ def test_download_with_fragment_that_is_no_checksum_is_refused_before_a_request(
 
 
 @pytest.mark.parametrize("path", ["/silent", "/slow"])
-def test_download_from_slow_server_is_refused(web, monkeypatch, path):
+def test_download_from_slow_server_is_refused(web: Pages, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
     web[path] = b"s"
     with monkeypatch.context() as patch, pytest.raises(UserError, match="download is too slow"):
         patch.setattr("job.data.download.SPEED_INTERVAL_S", 0.2)
@@ -164,7 +175,7 @@ def test_download_from_slow_server_is_refused(web, monkeypatch, path):
 
 @pytest.mark.parametrize("path", ["/silent", "/slow"])
 @pytest.mark.parametrize("verb", ["train", "tune"])
-def test_command_that_downloads_ends_at_the_first_interrupt(web, tmp_path, path, verb):
+def test_command_that_downloads_ends_at_the_first_interrupt(web: Pages, tmp_path: Path, path: str, verb: str) -> None:
     web[path] = b"s"
     (tmp_path / "a.toml").write_text(
         '[search]\nmetric = "perplexity"\n[search.space]\n"model.dropout" = { uniform = [0, 0.5] }'

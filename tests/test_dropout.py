@@ -9,11 +9,11 @@ from job.kernels.build import load_library, unavailable_reason
 from job.nn.dropout import Dropout, dropout_keys
 
 
-def make_dropout(probability, seed, step, lanes):
+def make_dropout(probability: float, seed: int, step: int, lanes: range) -> Dropout:
     return Dropout(probability, dropout_keys(seed, step, 2, lanes))
 
 
-def test_dropout_mask_of_a_lane_does_not_depend_on_other_lanes():
+def test_dropout_mask_of_a_lane_does_not_depend_on_other_lanes() -> None:
     x = torch.ones(6, 10, 33)
     whole = make_dropout(0.4, 3, 7, range(10))(x, 1)
     parts = [make_dropout(0.4, 3, 7, lanes)(x[:, lanes.start : lanes.stop], 1) for lanes in (range(3), range(3, 10))]
@@ -23,7 +23,9 @@ def test_dropout_mask_of_a_lane_does_not_depend_on_other_lanes():
 @pytest.mark.parametrize("has_kernel", [True, False])
 @pytest.mark.parametrize(("seed", "step"), [(0, 0), (3, 7), (2**63 - 1, 10**9), (12345678901, 99)])
 @pytest.mark.parametrize("lanes", [range(1), range(3, 3), range(95, 112), range(10**6 - 5, 10**6 + 4), range(8)])
-def test_dropout_keys_are_blake2b_hashes_with_and_without_kernel(monkeypatch, has_kernel, seed, step, lanes):
+def test_dropout_keys_are_blake2b_hashes_with_and_without_kernel(
+    monkeypatch: pytest.MonkeyPatch, has_kernel: bool, seed: int, step: int, lanes: range
+) -> None:
     """As in every version, so that a resumed run has the same masks."""
     if not has_kernel:
         monkeypatch.setattr("job.kernels.ops.load_library", lambda: None)
@@ -38,7 +40,7 @@ def test_dropout_keys_are_blake2b_hashes_with_and_without_kernel(monkeypatch, ha
     assert computed.tolist() == keys
 
 
-def test_dropout_mask_differs_between_seeds_steps_lanes_and_layers():
+def test_dropout_mask_differs_between_seeds_steps_lanes_and_layers() -> None:
     x = torch.ones(6, 10, 33)
     dropout = make_dropout(0.4, 3, 7, range(10))
     others = [(4, 7, range(10)), (3, 8, range(10)), (3, 7, range(1, 11))]
@@ -47,7 +49,7 @@ def test_dropout_mask_differs_between_seeds_steps_lanes_and_layers():
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
-def test_dropout_mask_has_configured_probability_and_no_correlation(probability):
+def test_dropout_mask_has_configured_probability_and_no_correlation(probability: float) -> None:
     x = torch.ones(100, 50, 40)
     kept = (make_dropout(probability, 0, 0, range(50))(x, 0) > 0).float()
     assert abs(kept.mean() - (1 - probability)) < 0.004  # five standard deviations

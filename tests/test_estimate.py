@@ -3,6 +3,9 @@
 import os
 import re
 import signal
+from pathlib import Path
+from signal import Signals
+from typing import Any
 
 import pytest
 from conftest import job
@@ -14,17 +17,18 @@ from job.distributed.context import available_cpus, machine_memory
 from job.nn.language_model import build_model
 from job.run.estimate import count_weights, worker_bytes
 from job.run.signals import StopRequest
+from job.storage import Folder
 
 
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
 @pytest.mark.parametrize(("layers", "embedding"), [(1, 0), (3, 5)])
-def test_count_weights_equals_the_built_model(cell, layers, embedding):
+def test_count_weights_equals_the_built_model(cell: str, layers: int, embedding: int) -> None:
     config = ModelConfig(cell=cell, hidden_size=7, num_layers=layers, embedding_size=embedding)
     assert count_weights(config, 11) == sum(weight.numel() for weight in build_model(config, 11, 0).parameters())
 
 
-def test_worker_bytes_grows_with_each_size_and_shrinks_with_workers():
-    def needed(**flags):
+def test_worker_bytes_grows_with_each_size_and_shrinks_with_workers() -> None:
+    def needed(**flags: Any) -> int:
         return worker_bytes(load_config(None, {"stream.batch_size": "64", **flags}), 10**8)
 
     for name, value in {
@@ -53,23 +57,29 @@ def test_worker_bytes_grows_with_each_size_and_shrinks_with_workers():
         (["--scale.workers", 2, "--scale.cpus_per_worker", 10**6], ["scale.cpus_per_worker = 1000000"]),
     ],
 )
-def test_train_beyond_this_machine_is_refused_before_the_run(prose, tmp_path, monkeypatch, arguments, parts):
+def test_train_beyond_this_machine_is_refused_before_the_run(
+    prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[float | int | str], parts: list[str]
+) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("job.cluster.connection.ray.init", pytest.fail)
     assert_user_error(train_without_trace(tmp_path, "--corpus.source", prose, *arguments), *parts)
 
 
-def test_train_in_a_container_with_little_memory_is_refused(prose, tmp_path, monkeypatch):
+def test_train_in_a_container_with_little_memory_is_refused(
+    prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("job.run.estimate.machine_memory", lambda: 100 << 20)
     ended = train_without_trace(tmp_path, "--corpus.source", prose)
     assert_user_error(ended, "on scale.workers = 0 need at least", "this machine has 100 MiB")
 
 
-def test_machine_memory_is_that_of_this_machine():
+def test_machine_memory_is_that_of_this_machine() -> None:
     assert 0 < machine_memory() <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_doctor_estimates_memory_checkpoint_and_time(prose, tmp_path, monkeypatch):
+def test_doctor_estimates_memory_checkpoint_and_time(
+    prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     arguments = [*SMALL, "--corpus.source", prose, "--run.storage", tmp_path]
     ended = job("doctor", *arguments)
@@ -81,7 +91,9 @@ def test_doctor_estimates_memory_checkpoint_and_time(prose, tmp_path, monkeypatc
     assert re.search("FAIL +estimate +a training step fails: ZeroDivisionError", job("doctor", *arguments).out)
 
 
-def test_doctor_for_nodes_with_more_cores_measures_on_the_cores_of_this_machine(prose, tmp_path, monkeypatch):
+def test_doctor_for_nodes_with_more_cores_measures_on_the_cores_of_this_machine(
+    prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It crashed with as many threads as the nodes' workers have."""
     threads = []
     monkeypatch.setenv("RAY_ADDRESS", "")
@@ -92,7 +104,7 @@ def test_doctor_for_nodes_with_more_cores_measures_on_the_cores_of_this_machine(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_first_signal_with_nothing_to_save_interrupts(number):
+def test_first_signal_with_nothing_to_save_interrupts(number: Signals) -> None:
     stop_request = StopRequest()
     stop_request.can_save = False
     with pytest.raises(KeyboardInterrupt), stop_request.installed():
@@ -101,11 +113,13 @@ def test_first_signal_with_nothing_to_save_interrupts(number):
 
 
 @pytest.mark.parametrize("verb", ["train", "tune"])
-def test_first_interrupt_while_the_storage_is_checked_ends_the_command(prose, tmp_path, monkeypatch, verb):
+def test_first_interrupt_while_the_storage_is_checked_ends_the_command(
+    prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
     """Requests to a storage that does not answer are retried for minutes."""
     passed = []
 
-    def check_writable(_):
+    def check_writable(_: Folder) -> None:
         passed.append("start")
         signal.raise_signal(signal.SIGINT)
         passed.append("end")

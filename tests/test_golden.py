@@ -6,6 +6,8 @@ float64 on every machine, and bit for bit where processor, compiler and librarie
 
 import json
 import shutil
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,21 +23,21 @@ IS_MACHINE_OF_RECORDING = record_golden.machine() == VALUES["machine"] and load_
 
 
 @pytest.fixture
-def folder(tmp_path, monkeypatch):
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder, with the corpus and the search space in it."""
     record_golden.write_inputs(tmp_path)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
-def train(folder, name, *more):
+def train(folder: Path, name: str, *more: object) -> tuple[dict[str, Any], str]:
     """The outcome of a run in ``folder``, and what it printed."""
     finished = job(*train_arguments(name, *more))
     assert finished.status == 0, finished.err
     return outcome(folder / "runs" / name), finished.out
 
 
-def assert_equal_numbers(computed, recorded):
+def assert_equal_numbers(computed: dict[str, Any], recorded: dict[str, Any]) -> None:
     """Losses to 1e-9; on the machine of the recording every bit of losses and weights."""
     np.testing.assert_allclose(computed["train"], recorded["train"], rtol=1e-9)
     for step, nats in recorded["validation"].items():
@@ -47,12 +49,12 @@ def assert_equal_numbers(computed, recorded):
         assert {**computed, "validation": recorded["validation"]} == recorded
 
 
-def test_train_in_float64_reproduces_golden_curve(folder):
+def test_train_in_float64_reproduces_golden_curve(folder: Path) -> None:
     computed, _ = train(folder, "fp64", *FP64, "--scale.workers", 0)
     assert_equal_numbers(computed, VALUES["fp64"])
 
 
-def test_train_from_interrupted_golden_run_gives_uninterrupted_weights(folder):
+def test_train_from_interrupted_golden_run_gives_uninterrupted_weights(folder: Path) -> None:
     shutil.copytree(GOLDEN / "run", folder / "runs" / "run")
     resumed, out = train(folder, "run", *FP64, "--scale.workers", 0)
     assert f"from step {record_golden.NUM_STEPS_OF_INTERRUPTED_RUN}" in out
@@ -61,7 +63,9 @@ def test_train_from_interrupted_golden_run_gives_uninterrupted_weights(folder):
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.long), 4])
-def test_train_reproducibly_on_workers_gives_golden_weights_of_one_process(workers, folder, on_cluster):
+def test_train_reproducibly_on_workers_gives_golden_weights_of_one_process(
+    workers: int, folder: Path, on_cluster: None
+) -> None:
     alone, _ = train(folder, "alone", *FP32, "--scale.workers", 0)
     together, _ = train(folder, "together", *FP32, "--scale.workers", workers, "--scale.cpus_per_worker", 1)
     assert together == alone
@@ -70,7 +74,7 @@ def test_train_reproducibly_on_workers_gives_golden_weights_of_one_process(worke
 
 
 @pytest.mark.cluster
-def test_tune_from_interrupted_golden_search_gives_uninterrupted_trials(folder, on_cluster):
+def test_tune_from_interrupted_golden_search_gives_uninterrupted_trials(folder: Path, on_cluster: None) -> None:
     shutil.copytree(GOLDEN / "search", folder / "runs" / "search")
     finished_trial = folder / "runs" / "search" / "trials" / "00000" / "result.json"
     written_at = finished_trial.stat().st_mtime_ns

@@ -3,6 +3,9 @@
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -19,14 +22,14 @@ runpy.run_module("job", run_name="__main__")
 
 
 @pytest.fixture
-def temporary(monkeypatch, tmp_path):
+def temporary(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """The folder that takes the place of the home folder's cache."""
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     return tmp_path / f"lanes-{os.geteuid()}"
 
 
-def train(tmp_path, home):
+def train(tmp_path: Path, home: str | None) -> subprocess.CompletedProcess[str]:
     corpus = tmp_path / "text.txt"
     corpus.write_text("a rose is a rose is a rose " * 40)
     environment = {name: text for name, text in os.environ.items() if name not in ("HOME", "LOGNAME", "USER")}
@@ -48,7 +51,7 @@ def train(tmp_path, home):
 
 
 @pytest.mark.parametrize("home", [None, "/dev/null", "/dev/null/home"])
-def test_train_without_writable_home_finishes_with_a_notice(tmp_path, home):
+def test_train_without_writable_home_finishes_with_a_notice(tmp_path: Path, home: str | None) -> None:
     done = train(tmp_path, home)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.count(f"caches are in {tmp_path}/lanes-{os.geteuid()}") == 1
@@ -56,7 +59,7 @@ def test_train_without_writable_home_finishes_with_a_notice(tmp_path, home):
 
 
 @pytest.mark.parametrize(("name", "notices"), [(".config", 0), (".cache", 1)])
-def test_train_without_writable_folder_in_home_prints_no_other_warning(tmp_path, name, notices):
+def test_train_without_writable_folder_in_home_prints_no_other_warning(tmp_path: Path, name: str, notices: int) -> None:
     home = tmp_path / "home"
     home.mkdir()
     (home / name).touch()  # instead of a folder of another user, which root could write
@@ -65,7 +68,7 @@ def test_train_without_writable_folder_in_home_prints_no_other_warning(tmp_path,
     assert done.stdout.count("caches are in") == notices
 
 
-def test_cache_folder_prefers_xdg_then_home(monkeypatch, temporary, tmp_path):
+def test_cache_folder_prefers_xdg_then_home(monkeypatch: pytest.MonkeyPatch, temporary: Path, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "me"))
     assert cache_folder() == tmp_path / "me" / ".cache" / "lanes"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
@@ -75,7 +78,7 @@ def test_cache_folder_prefers_xdg_then_home(monkeypatch, temporary, tmp_path):
     assert cache_notice() == ""
 
 
-def test_cache_folder_without_home_is_private(monkeypatch, temporary):
+def test_cache_folder_without_home_is_private(monkeypatch: pytest.MonkeyPatch, temporary: Path) -> None:
     monkeypatch.setenv("HOME", "/dev/null")
     assert cache_folder() == temporary
     assert temporary.stat().st_mode & 0o777 == 0o700
@@ -83,7 +86,9 @@ def test_cache_folder_without_home_is_private(monkeypatch, temporary):
 
 
 @pytest.mark.parametrize("prepare", [lambda path: path.mkdir() or path.chmod(0o777), lambda path: path.symlink_to("/")])
-def test_cache_folder_that_others_control_is_refused(monkeypatch, temporary, prepare):
+def test_cache_folder_that_others_control_is_refused(
+    monkeypatch: pytest.MonkeyPatch, temporary: Path, prepare: Callable[..., Any]
+) -> None:
     monkeypatch.setenv("HOME", "/dev/null")
     prepare(temporary)
     with pytest.raises(PermissionError, match="others may write it"):

@@ -4,6 +4,7 @@ import os
 import platform
 import socket
 from dataclasses import replace
+from multiprocessing.queues import SimpleQueue
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ WITH = Implementation("node-a", "cpu (x86_64) AVX512", True, "")
 WITHOUT = Implementation("node-b", "cpu (x86_64) AVX512", False, "there is no C compiler")
 
 
-def test_check_same_implementation_of_equal_workers_passes():
+def test_check_same_implementation_of_equal_workers_passes() -> None:
     check_same_implementation([WITH, replace(WITH, node="node-b")])
     check_same_implementation([WITHOUT, replace(WITHOUT, kernel_unavailable="LANES_KERNEL is off")])
 
@@ -47,20 +48,20 @@ def test_check_same_implementation_of_equal_workers_passes():
         ),
     ],
 )
-def test_check_same_implementation_of_different_workers_names_one(workers, message):
+def test_check_same_implementation_of_different_workers_names_one(workers: list[Implementation], message: str) -> None:
     with pytest.raises(UnrecoverableError) as raised:
         check_same_implementation(workers)
     assert message in raised.value.problem
     assert "\n" not in str(raised.value)
 
 
-def test_describe_missing_kernel_names_worker_only_if_others_have_it():
+def test_describe_missing_kernel_names_worker_only_if_others_have_it() -> None:
     assert describe_missing_kernel([WITH, WITH]) == ""
     assert describe_missing_kernel([WITHOUT, WITHOUT]) == "there is no C compiler"
     assert describe_missing_kernel([WITH, WITHOUT]) == "worker 1 on node-b: there is no C compiler"
 
 
-def compare_on_worker(rank, port, results):
+def compare_on_worker(rank: int, port: int, results: SimpleQueue) -> None:
     """Worker 1 is on a node without the kernel."""
     if rank:
         os.environ["LANES_KERNEL"] = "off"
@@ -75,7 +76,7 @@ def compare_on_worker(rank, port, results):
     dist.destroy_process_group()
 
 
-def test_all_workers_raise_the_same_error_without_the_kernel_on_one():
+def test_all_workers_raise_the_same_error_without_the_kernel_on_one() -> None:
     results = multiprocessing.get_context("spawn").SimpleQueue()
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

@@ -3,6 +3,9 @@
 import json
 import random
 import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,12 +15,14 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from job.config.config_file import load_config
+from job.data.vocabulary import Vocabulary
 from job.errors import UserError
 from job.inference.generate import load_model
-from job.nn.language_model import build_model, load_weights
+from job.nn.language_model import LanguageModel, build_model, load_weights
 from job.run.run_dir import open_checkpoint
 from job.run.setup import build_run_spec
 from job.storage import Folder
+from job.training.run_spec import RunSpec
 
 LETTERS = "abcdefgh \n"
 FLAGS = {
@@ -26,21 +31,21 @@ FLAGS = {
 }  # fmt: skip
 
 
-def random_text(letters, length, seed):
+def random_text(letters: str, length: int, seed: int) -> str:
     """Letters of which the first are the most frequent."""
     weights = [1 / (index + 1) for index in range(len(letters))]
     return "".join(random.Random(seed).choices(letters, weights, k=length))
 
 
-def random_words(words, length, seed):
+def random_words(words: list[str], length: int, seed: int) -> str:
     return " ".join(random.Random(seed).choices(words, [1 / (index + 1) for index in range(len(words))], k=length))
 
 
 @pytest.fixture
-def train(tmp_path):
+def train(tmp_path: Path) -> Callable[..., Any]:
     """Trains a run on a text; returns its folder."""
 
-    def train_on(text, name="first", **flags):
+    def train_on(text: str, name: str = "first", **flags: Any) -> Path:
         (tmp_path / f"{name}.txt").write_text(text)
         values = {**FLAGS, **flags, "corpus.source": str(tmp_path / f"{name}.txt"), "run.storage": str(tmp_path)}
         arguments = [word for key, value in values.items() for word in (f"--{key}", value)]
@@ -51,19 +56,19 @@ def train(tmp_path):
     return train_on
 
 
-def spec_of(tmp_path, text, init, **flags):
+def spec_of(tmp_path: Path, text: str, init: Path | str, **flags: Any) -> RunSpec:
     (tmp_path / "second.txt").write_text(text)
     flags = {**FLAGS, **flags, "corpus.source": str(tmp_path / "second.txt"), "model.init": str(init)}
     return build_run_spec(load_config(None, flags), Folder(str(tmp_path / "second")))
 
 
-def model_of(spec):
+def model_of(spec: RunSpec) -> LanguageModel:
     model = build_model(spec.config.model, len(spec.dataset.vocabulary), spec.config.run.seed)
     load_weights(model, load_safetensors(spec.init), "init")
     return model
 
 
-def loss_by_text(model, vocabulary, text):
+def loss_by_text(model: LanguageModel, vocabulary: Vocabulary, text: str) -> torch.Tensor:
     """The loss of each token of a text, as a model with this vocabulary sees it."""
     ids = torch.from_numpy(vocabulary.encode([text]).astype("int64"))[:, None]
     logits, _ = model.eval()(ids[:-1], None)
@@ -88,7 +93,9 @@ def loss_by_text(model, vocabulary, text):
         ),
     ],
 )
-def test_build_run_spec_init_of_other_token_ids_gives_the_same_losses(train, tmp_path, old_text, new_text, flags):
+def test_build_run_spec_init_of_other_token_ids_gives_the_same_losses(
+    train: Callable[..., Any], tmp_path: Path, old_text: str, new_text: str, flags: dict[str, str]
+) -> None:
     first = open_checkpoint(Folder(str(train(old_text, **flags))))
     spec = spec_of(tmp_path, new_text, tmp_path / "first", **flags)
     assert spec.dataset.vocabulary.tokens != first.vocabulary.tokens
@@ -110,7 +117,9 @@ def test_build_run_spec_init_of_other_token_ids_gives_the_same_losses(train, tmp
         ),
     ],
 )
-def test_build_run_spec_init_keeps_initial_values_of_new_tokens(train, tmp_path, old_text, new_text, flags):
+def test_build_run_spec_init_keeps_initial_values_of_new_tokens(
+    train: Callable[..., Any], tmp_path: Path, old_text: str, new_text: str, flags: dict[str, str]
+) -> None:
     first = open_checkpoint(Folder(str(train(old_text, **flags))))
     spec = spec_of(tmp_path, new_text, tmp_path / "first", **flags)
     old_tokens, tokens = first.vocabulary.tokens, spec.dataset.vocabulary.tokens
@@ -127,7 +136,9 @@ def test_build_run_spec_init_keeps_initial_values_of_new_tokens(train, tmp_path,
     assert torch.equal(placed["rnn.weight_hh_l0"], first.weights["rnn.weight_hh_l0"])
 
 
-def test_build_run_spec_init_of_run_checkpoint_file_and_uri_are_equal(train, tmp_path, monkeypatch):
+def test_build_run_spec_init_of_run_checkpoint_file_and_uri_are_equal(
+    train: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = train("aaab" * 3000)
     (checkpoint,) = (run / "checkpoints").iterdir()
     monkeypatch.setenv("RUNS", str(tmp_path))
@@ -149,7 +160,9 @@ def test_build_run_spec_init_of_run_checkpoint_file_and_uri_are_equal(train, tmp
         ({"kind": "char", "tokens": ["<unk>", "b", "a"]}, {"model.embedding_size": "3"}, "embedding.weight is missing"),
     ],
 )
-def test_build_run_spec_init_with_unknown_tokens_raises_user_error(tmp_path, vocabulary, flags, message):
+def test_build_run_spec_init_with_unknown_tokens_raises_user_error(
+    tmp_path: Path, vocabulary: dict[str, Any] | None, flags: dict[str, str], message: str
+) -> None:
     save_file(build_model(load_config(None, FLAGS).model, 3, 0).state_dict(), str(tmp_path / "w.safetensors"))
     if vocabulary:
         (tmp_path / "vocabulary.json").write_text(json.dumps(vocabulary))
@@ -160,7 +173,9 @@ def test_build_run_spec_init_with_unknown_tokens_raises_user_error(tmp_path, voc
     assert "\n" not in str(error.value)
 
 
-def test_build_run_spec_init_of_a_file_with_vocabulary_file_takes_its_tokens(train, tmp_path):
+def test_build_run_spec_init_of_a_file_with_vocabulary_file_takes_its_tokens(
+    train: Callable[..., Any], tmp_path: Path
+) -> None:
     (checkpoint,) = (train("aaab" * 3000) / "checkpoints").iterdir()
     shutil.copy(checkpoint / "model.safetensors", tmp_path / "w.safetensors")
     flags = {"vocabulary.file": f"{checkpoint}/vocabulary.json"}
@@ -169,13 +184,13 @@ def test_build_run_spec_init_of_a_file_with_vocabulary_file_takes_its_tokens(tra
     assert specs[0].dataset.vocabulary.tokens == ("<unk>", "a", "b")  # and not by the frequency in the new text
 
 
-def test_build_run_spec_init_of_a_folder_without_checkpoint_raises_user_error(tmp_path):
+def test_build_run_spec_init_of_a_folder_without_checkpoint_raises_user_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="neither a run with a checkpoint nor a checkpoint"):
         spec_of(tmp_path, "aaab" * 3000, tmp_path / "empty")
 
 
-def test_train_resumed_after_its_initial_weights_were_removed_continues(train):
+def test_train_resumed_after_its_initial_weights_were_removed_continues(train: Callable[..., Any]) -> None:
     text = random_text(LETTERS, 4000, seed=1)
     first = train(text)
     second = train(text, "second", **{"model.init": str(first)})

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,13 +26,13 @@ needs_kernel = pytest.mark.skipif(load_library() is None, reason=f"no kernel: {u
 @needs_kernel
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_lane_bits_do_not_depend_on_other_lanes_or_threads(cell, dtype):
+def test_lane_bits_do_not_depend_on_other_lanes_or_threads(cell: str, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     weights = list(CELLS[cell](7, 40).parameters())
     tokens = torch.randint(0, 7, (6, 77))
     state = tuple(torch.randn(77, 40) for _ in range(2 if cell == "LSTM" else 1))
 
-    def run(first, last, threads):
+    def run(first: int, last: int, threads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         torch.set_num_threads(threads)
         initial = tuple(part[first:last].clone().requires_grad_() for part in state)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -46,7 +47,7 @@ def test_lane_bits_do_not_depend_on_other_lanes_or_threads(cell, dtype):
 
 
 @needs_kernel
-def test_weight_gradients_are_bitwise_equal_on_any_number_of_threads():
+def test_weight_gradients_are_bitwise_equal_on_any_number_of_threads() -> None:
     model = build_model(ModelConfig(cell="gru", hidden_size=96, embedding_size=5), 70, 0)
     inputs, targets = torch.randint(0, 70, (2, 9, 50))
     gradients = []
@@ -59,7 +60,7 @@ def test_weight_gradients_are_bitwise_equal_on_any_number_of_threads():
 
 
 @needs_kernel
-def test_lstm_saturates_large_inputs_and_propagates_nan():
+def test_lstm_saturates_large_inputs_and_propagates_nan() -> None:
     weights = list(nn.LSTM(3, 32).parameters())
     tokens = torch.tensor([[0, 1, 2]])
     weight_ih = weights[0].detach().clone()
@@ -72,7 +73,7 @@ def test_lstm_saturates_large_inputs_and_propagates_nan():
 
 
 @needs_kernel
-def test_token_outside_vocabulary_raises_index_error():
+def test_token_outside_vocabulary_raises_index_error() -> None:
     weights = list(nn.RNN(3, 32).parameters())
     for token in (-1, 3):
         with pytest.raises(IndexError, match="vocabulary"):
@@ -81,7 +82,7 @@ def test_token_outside_vocabulary_raises_index_error():
             linear_cross_entropy(torch.zeros(1, 1, 32), torch.zeros(3, 32), torch.zeros(3), torch.tensor([[token]]))
 
 
-def reason_in_subprocess(cache, **environment):
+def reason_in_subprocess(cache: Path, **environment: Any) -> str:
     """Returns ``unavailable_reason()`` of a new process with that folder as the user's cache."""
     code = "from job.kernels.build import unavailable_reason; print(unavailable_reason())"
     done = subprocess.run(
@@ -95,7 +96,7 @@ def reason_in_subprocess(cache, **environment):
     return done.stdout.strip()
 
 
-def test_load_without_working_compiler_explains_why(tmp_path):
+def test_load_without_working_compiler_explains_why(tmp_path: Path) -> None:
     assert "no C compiler" in reason_in_subprocess(tmp_path, PATH="")
     assert "off" in reason_in_subprocess(tmp_path, LANES_KERNEL="off")
     broken = tmp_path / "cc"
@@ -105,7 +106,7 @@ def test_load_without_working_compiler_explains_why(tmp_path):
 
 
 @needs_kernel
-def test_load_rejects_cache_that_others_can_write(tmp_path):
+def test_load_rejects_cache_that_others_can_write(tmp_path: Path) -> None:
     (tmp_path / "lanes").mkdir(0o775)  # as if texts had been cached with a umask of 002
     assert reason_in_subprocess(tmp_path) == "None"
     folder = tmp_path / "lanes" / "kernels"
@@ -128,7 +129,7 @@ def test_load_rejects_cache_that_others_can_write(tmp_path):
 
 @needs_kernel
 @pytest.mark.parametrize("struct", abi.STRUCTS)
-def test_load_rejects_struct_of_another_size(struct, monkeypatch):
+def test_load_rejects_struct_of_another_size(struct: str, monkeypatch: pytest.MonkeyPatch) -> None:
     header = Path(abi.__file__).with_name("api.h").read_text()
     structs, _ = abi.parse_header(header.replace(f"}} {struct};", f"index_t extra; }} {struct};"))
     monkeypatch.setitem(abi.STRUCTS, struct, structs[struct])
@@ -137,7 +138,7 @@ def test_load_rejects_struct_of_another_size(struct, monkeypatch):
     assert f"{struct} has another size" in reason
 
 
-def test_parse_header_understands_numbers_structs_and_pointers():
+def test_parse_header_understands_numbers_structs_and_pointers() -> None:
     text = """
     typedef struct { index_t rows, columns; /* a comment; */ const float *weight, *bias; float scale; } Inner;
     typedef struct { Inner inner; const Inner *many; } Outer;
@@ -155,7 +156,7 @@ int version(void);
         abi.parse_header("typedef struct { short rows; } Args;")
 
 
-def test_kernel_args_reject_invalid_fields():
+def test_kernel_args_reject_invalid_fields() -> None:
     args = abi.STRUCTS["LinearArgs"]
     assert args(rows=3, left=(left := torch.ones(2))).left == left.data_ptr()
     with pytest.raises(AssertionError, match="no field row"):

@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from pyarrow import fs
@@ -17,7 +18,7 @@ from job.storage import Folder
 
 
 @pytest.fixture
-def folder(tmp_path) -> Folder:
+def folder(tmp_path: Path) -> Folder:
     return Folder(str(tmp_path / "run"))
 
 
@@ -30,7 +31,7 @@ def leave_lease_of(folder: Folder, **changes: object) -> dict[str, object]:
     return owner
 
 
-def test_acquire_lease_while_driver_is_alive_is_refused(folder):
+def test_acquire_lease_while_driver_is_alive_is_refused(folder: Folder) -> None:
     lease = acquire_lease(folder)
     with pytest.raises(UserError, match=rf"this run is in use by process {os.getpid()} on "):
         acquire_lease(folder)
@@ -44,19 +45,19 @@ def test_acquire_lease_while_driver_is_alive_is_refused(folder):
     "changes",
     [{"pid": 2**22 - 1}, {"pid": 2**70}, {"started_at": "1"}, {"boot": "another"}],
 )
-def test_acquire_lease_of_dead_driver_succeeds_at_once(folder, changes):
+def test_acquire_lease_of_dead_driver_succeeds_at_once(folder: Folder, changes: dict[str, Any]) -> None:
     leave_lease_of(folder, **changes)
     acquire_lease(folder).release()
 
 
-def test_acquire_lease_of_silent_driver_on_another_host_says_when_to_retry(folder):
+def test_acquire_lease_of_silent_driver_on_another_host_says_when_to_retry(folder: Folder) -> None:
     leave_lease_of(folder, host="elsewhere")
     with pytest.raises(UserError) as error:
         acquire_lease(folder)
     assert error.value.remedy.startswith("if it is dead, retry in")
 
 
-def test_acquire_lease_of_live_driver_of_version_0_1_is_refused(folder):
+def test_acquire_lease_of_live_driver_of_version_0_1_is_refused(folder: Folder) -> None:
     owner = leave_lease_of(folder)
     old_keys = {"started_at": "born", "token": "word", "heartbeat": "beat"}
     old_owner = {old_keys.get(key, key): value for key, value in owner.items()}
@@ -66,7 +67,7 @@ def test_acquire_lease_of_live_driver_of_version_0_1_is_refused(folder):
 
 
 @pytest.fixture
-def clock(monkeypatch):
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The monotonic clock of the lease's module, which only sleeping moves on; sets off what is due by then."""
     clock = SimpleNamespace(now=1000.0, alarms={})
 
@@ -87,7 +88,9 @@ OTHERS = [*OTHER_HOSTS, RESTARTED_CONTAINER, {"pid": "damaged"}, {"host": "escap
 
 
 @pytest.mark.parametrize("changes", OTHERS)
-def test_wait_until_expired_without_heartbeat_waits_for_the_duration_of_the_lease(folder, clock, changes):
+def test_wait_until_expired_without_heartbeat_waits_for_the_duration_of_the_lease(
+    folder: Folder, clock: SimpleNamespace, changes: dict[str, float | str]
+) -> None:
     """A job that is submitted again after its head node has died must not be refused."""
     messages: list[str] = []
     leave_lease_of(folder, **changes)
@@ -104,7 +107,9 @@ def test_wait_until_expired_without_heartbeat_waits_for_the_duration_of_the_leas
 
 @pytest.mark.parametrize("changes", OTHERS)
 @pytest.mark.parametrize("file", ["owner.json", "heartbeat.json"])
-def test_wait_until_expired_with_heartbeat_is_refused(folder, clock, changes, file):
+def test_wait_until_expired_with_heartbeat_is_refused(
+    folder: Folder, clock: SimpleNamespace, changes: dict[str, float | str], file: str
+) -> None:
     """An owner whose clock was 70 s behind was taken over while it was alive. Version 0.1 rewrites the owner."""
     owner = leave_lease_of(folder, **changes)
     clock.alarms[1050.0] = lambda: folder.write(file, json.dumps({**owner, "heartbeat": 1.0}).encode())
@@ -113,7 +118,7 @@ def test_wait_until_expired_with_heartbeat_is_refused(folder, clock, changes, fi
     assert 50 <= clock.now - 1000 <= 51
 
 
-def test_acquire_lease_after_late_heartbeat_is_refused(folder, clock):
+def test_acquire_lease_after_late_heartbeat_is_refused(folder: Folder, clock: SimpleNamespace) -> None:
     """The driver may come back to life between the wait and the start of the run."""
     leave_lease_of(folder, host="elsewhere")
     observer = wait_until_expired(folder, lambda _: None)
@@ -122,7 +127,7 @@ def test_acquire_lease_after_late_heartbeat_is_refused(folder, clock):
         acquire_lease(folder, observer)
 
 
-def test_wait_until_expired_of_released_lease_returns_at_once(folder, clock):
+def test_wait_until_expired_of_released_lease_returns_at_once(folder: Folder, clock: SimpleNamespace) -> None:
     leave_lease_of(folder, host="elsewhere")
     clock.alarms[1005.0] = lambda: folder.remove("owner.json")
     wait_until_expired(folder, lambda _: None)
@@ -131,7 +136,9 @@ def test_wait_until_expired_of_released_lease_returns_at_once(folder, clock):
 
 @pytest.mark.parametrize("hidden", [PermissionError, FileNotFoundError])
 @pytest.mark.parametrize("foreign", [True, False])
-def test_acquire_lease_of_process_that_proc_hides_is_refused(folder, monkeypatch, hidden, foreign):
+def test_acquire_lease_of_process_that_proc_hides_is_refused(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, hidden: type, foreign: bool
+) -> None:
     """With hidepid=2 another user's live driver counted as dead."""
     leave_lease_of(folder)
 
@@ -152,7 +159,9 @@ def test_acquire_lease_of_process_that_proc_hides_is_refused(folder, monkeypatch
 
 
 @pytest.mark.parametrize("error", ["SLOW_DOWN", "ACCESS_DENIED"])
-def test_acquire_lease_that_cannot_be_read_is_refused(folder, monkeypatch, error):
+def test_acquire_lease_that_cannot_be_read_is_refused(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, error: str
+) -> None:
     """A single temporary error of the storage made a live driver's run free."""
     leave_lease_of(folder)
     monkeypatch.setattr(Folder, "read", lambda *_: raise_(OSError(f"AWS Error {error}")))
@@ -164,7 +173,7 @@ def raise_(error: Exception) -> None:
     raise error
 
 
-def test_acquire_lease_of_folder_that_a_reader_has_locked_succeeds(folder):
+def test_acquire_lease_of_folder_that_a_reader_has_locked_succeeds(folder: Folder) -> None:
     """Anyone who could read the folder could block the start of its run."""
     acquire_lease(folder).release()
     descriptor = os.open(folder.address, os.O_RDONLY)
@@ -174,7 +183,7 @@ def test_acquire_lease_of_folder_that_a_reader_has_locked_succeeds(folder):
     assert (Path(folder.address) / ".lock").stat().st_mode & 0o777 == 0o600
 
 
-def test_acquire_lease_while_another_driver_acquires_it_is_refused(folder):
+def test_acquire_lease_while_another_driver_acquires_it_is_refused(folder: Folder) -> None:
     acquire_lease(folder).release()
     with open(Path(folder.address) / ".lock", "ab") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -182,7 +191,7 @@ def test_acquire_lease_while_another_driver_acquires_it_is_refused(folder):
             acquire_lease(folder)
 
 
-def test_check_after_takeover_raises_run_failed(folder):
+def test_check_after_takeover_raises_run_failed(folder: Folder) -> None:
     first = acquire_lease(folder)
     folder.remove("owner.json")
     second = acquire_lease(folder)
@@ -193,7 +202,7 @@ def test_check_after_takeover_raises_run_failed(folder):
     first.released.set()
 
 
-def test_release_after_takeover_keeps_the_new_lease(folder):
+def test_release_after_takeover_keeps_the_new_lease(folder: Folder) -> None:
     first = acquire_lease(folder)
     folder.remove("owner.json")
     second = acquire_lease(folder)
@@ -211,22 +220,22 @@ class Store:
         self.inner.create_dir("bucket/run/checkpoints/step-000010-abcdef", recursive=True)
         self.on_write = lambda name: None
 
-    def __getattr__(self, name: str):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
-    def open_output_stream(self, path: str):
+    def open_output_stream(self, path: str) -> Any:
         self.on_write(path.rpartition("/")[2])
         return self.inner.open_output_stream(path)
 
 
 @pytest.fixture
-def store(monkeypatch) -> Store:
+def store(monkeypatch: pytest.MonkeyPatch) -> Store:
     monkeypatch.setattr("job.storage.RETRY_DELAYS_S", (0.0, 0.0, 0.0))
     return Store()
 
 
 @pytest.fixture
-def stored_folder(store) -> Folder:
+def stored_folder(store: Store) -> Folder:
     return Folder("s3://bucket/run", retry=True, location=(store, "bucket/run"))
 
 
@@ -250,7 +259,7 @@ def fail_once_and_take_over(store: Store, folder: Folder, file: str) -> None:
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "config.toml"])
-def test_retried_write_after_takeover_is_not_repeated(store, stored_folder, file):
+def test_retried_write_after_takeover_is_not_repeated(store: Store, stored_folder: Folder, file: str) -> None:
     """A manifest whose write was retried for longer than the lease was committed after the takeover."""
     with acquire_lease(stored_folder) as lease:
         fail_once_and_take_over(store, stored_folder, file)
@@ -260,7 +269,9 @@ def test_retried_write_after_takeover_is_not_repeated(store, stored_folder, file
     assert b"of the new owner" in stored_folder.read("owner.json")
 
 
-def test_local_write_that_blocks_until_after_a_takeover_is_not_completed(folder, monkeypatch):
+def test_local_write_that_blocks_until_after_a_takeover_is_not_completed(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A driver whose file system did not respond committed a manifest after it had been taken over."""
     fsync = os.fsync
     with acquire_lease(folder) as lease:
@@ -276,7 +287,7 @@ def test_local_write_that_blocks_until_after_a_takeover_is_not_completed(folder,
         assert folder.names() == [".lock", "owner.json"]
 
 
-def test_retried_acquisition_after_another_driver_was_faster_is_refused(store, stored_folder):
+def test_retried_acquisition_after_another_driver_was_faster_is_refused(store: Store, stored_folder: Folder) -> None:
     acquire_lease(stored_folder).release()
     faster = json.dumps({"host": "elsewhere"}).encode()
 
@@ -291,19 +302,21 @@ def test_retried_acquisition_after_another_driver_was_faster_is_refused(store, s
     assert stored_folder.read("owner.json") == faster
 
 
-def test_retried_acquisition_that_had_succeeded_succeeds(store, stored_folder, monkeypatch):
+def test_retried_acquisition_that_had_succeeded_succeeds(
+    store: Store, stored_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The answer to a request may be lost."""
     write = Store.open_output_stream
     lost = ["owner.json"]
 
     class Lost:
-        def __init__(self, stream):
+        def __init__(self, stream: Any) -> None:
             self.stream = stream
 
-        def __enter__(self):
+        def __enter__(self) -> Any:
             return self.stream
 
-        def __exit__(self, *_):
+        def __exit__(self, *_: Any) -> None:
             self.stream.close()
             if lost:
                 lost.pop()
@@ -314,7 +327,7 @@ def test_retried_acquisition_that_had_succeeded_succeeds(store, stored_folder, m
     assert not lost
 
 
-def test_removal_after_takeover_is_refused(stored_folder):
+def test_removal_after_takeover_is_refused(stored_folder: Folder) -> None:
     """Between the manifest and the removal of an old checkpoint."""
     with acquire_lease(stored_folder) as lease:
         checkpoints = lease.folder / "checkpoints"
@@ -327,7 +340,7 @@ def test_removal_after_takeover_is_refused(stored_folder):
     assert (stored_folder / "checkpoints").has("manifest.json")
 
 
-def test_slow_heartbeat_after_takeover_keeps_the_new_lease(store, stored_folder):
+def test_slow_heartbeat_after_takeover_keeps_the_new_lease(store: Store, stored_folder: Folder) -> None:
     """The heartbeat of a slow old driver overwrote the lease of the new owner."""
     with acquire_lease(stored_folder) as lease:
         owners = []
@@ -339,7 +352,7 @@ def test_slow_heartbeat_after_takeover_keeps_the_new_lease(store, stored_folder)
             lease.check()
 
 
-def test_write_after_missed_heartbeats_first_renews_the_lease(store, stored_folder):
+def test_write_after_missed_heartbeats_first_renews_the_lease(store: Store, stored_folder: Folder) -> None:
     """So that the lease cannot expire during the write."""
     with acquire_lease(stored_folder) as lease:
         lease.renewed_at -= 30.0
@@ -350,7 +363,7 @@ def test_write_after_missed_heartbeats_first_renews_the_lease(store, stored_fold
         assert names == ["heartbeat.json", "config.toml", "config.toml"]
 
 
-def test_write_while_heartbeats_fail_is_refused(store, stored_folder):
+def test_write_while_heartbeats_fail_is_refused(store: Store, stored_folder: Folder) -> None:
     """The lease may expire at any time, and the write after it."""
 
     def on_write(name: str) -> None:
@@ -366,7 +379,9 @@ def test_write_while_heartbeats_fail_is_refused(store, stored_folder):
         assert not stored_folder.has("config.toml")
 
 
-def test_write_after_slow_heartbeat_is_refused(store, stored_folder, monkeypatch):
+def test_write_after_slow_heartbeat_is_refused(
+    store: Store, stored_folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A heartbeat that took most of the lease's duration leaves too little of it for a write."""
     now = time.time()
     with acquire_lease(stored_folder) as lease, monkeypatch.context() as patch:

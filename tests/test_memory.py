@@ -1,6 +1,8 @@
 """Memory of saving and loading in units of W, the size of the weights; AdamW keeps two moments of that size."""
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from job.training.checkpoint import commit_checkpoint, find_latest_valid, weight
 from job.training.checkpoint_writer import CheckpointWriter
 from job.training.resume import agree_on_resume_point
 from job.training.run_spec import RunSpec
-from job.training.train_state import build_train_state
+from job.training.train_state import TrainState, build_train_state
 
 RESET, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 WORLD = World(0, 1, torch.device("cpu"), 1, "abcdef")
@@ -25,7 +27,7 @@ VOCABULARY = Vocabulary("char", ("<unk>", *"abcdefgh"))
 pytestmark = pytest.mark.skipif(not RESET.exists(), reason="reads /proc")
 
 
-def peak_growth(action):
+def peak_growth(action: Callable[..., Any]) -> int:
     """The peak of the resident size during the action, over that before it, in bytes.
 
     The system may reclaim idle pages before and read them again, so the bounds lie halfway to one more copy.
@@ -36,13 +38,13 @@ def peak_growth(action):
     return _status("VmHWM") - before
 
 
-def _status(field):
+def _status(field: str) -> int:
     line = next(line for line in STATUS.read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) << 10
 
 
 @pytest.fixture
-def spec(tmp_path):
+def spec(tmp_path: Path) -> RunSpec:
     """A run whose weights take 38 MB."""
     config = Config(
         model=ModelConfig(hidden_size=3072), optimizer=OptimizerConfig(name="adamw"), stream=StreamConfig(batch_size=2)
@@ -52,7 +54,7 @@ def spec(tmp_path):
     return RunSpec(config, dataset, Folder(str(tmp_path)), None)
 
 
-def state_after_a_step(spec):
+def state_after_a_step(spec: RunSpec) -> TrainState:
     state = build_train_state(spec, WORLD, "fp32")
     for parameter in state.model.parameters():
         parameter.grad = torch.zeros_like(parameter)
@@ -60,16 +62,16 @@ def state_after_a_step(spec):
     return state
 
 
-def size_of_weights(state):
+def size_of_weights(state: TrainState) -> int:
     return sum(weight.nbytes for weight in state.model.parameters())
 
 
-def test_save_copies_what_it_saves_once(spec):
+def test_save_copies_what_it_saves_once(spec: RunSpec) -> None:
     """Weights and two moments: 3 W, and no second copy to turn them into files."""
     state, events = state_after_a_step(spec), []
     writer = CheckpointWriter(spec, WORLD, events.append)
 
-    def save():
+    def save() -> None:
         writer.save(state)
         writer.finish()
 
@@ -78,7 +80,7 @@ def test_save_copies_what_it_saves_once(spec):
 
 
 @pytest.fixture
-def saved(spec):
+def saved(spec: RunSpec) -> tuple[RunSpec, int]:
     """The run with a checkpoint, and the size of its weights."""
     state, events = state_after_a_step(spec), []
     writer = CheckpointWriter(spec, WORLD, events.append)
@@ -88,11 +90,11 @@ def saved(spec):
     return spec, size_of_weights(state)
 
 
-def test_resume_takes_what_it_reads_once(saved):
+def test_resume_takes_what_it_reads_once(saved: tuple[RunSpec, int]) -> None:
     """Weights and two moments, which become the worker's own."""
     (spec, size), states = saved, []
 
-    def resume():
+    def resume() -> None:
         resume_point, _, precision = agree_on_resume_point(spec, WORLD)
         states.append(build_train_state(spec, WORLD, precision, resume_point))
 
@@ -100,13 +102,13 @@ def test_resume_takes_what_it_reads_once(saved):
     assert states[0].optimizer.state_dict()["state"]
 
 
-def test_driver_reads_weights_once_and_no_optimizer(saved):
+def test_driver_reads_weights_once_and_no_optimizer(saved: tuple[RunSpec, int]) -> None:
     spec, size = saved
     checkpoints = []
     assert peak_growth(lambda: checkpoints.append(find_latest_valid(spec.checkpoints))) < 0.9 * size
     folder = checkpoints[0][0].path
 
-    def load():
+    def load() -> None:
         loaded = open_checkpoint(folder)
         load_model(loaded)
         weights_sha256(loaded.weights)
@@ -117,23 +119,23 @@ def test_driver_reads_weights_once_and_no_optimizer(saved):
 class ConstantModel(torch.nn.Module):
     """Predicts the same token always."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__()
         self.logits = torch.nn.Parameter(torch.tensor([[[0.0, 1.0]]]))
 
-    def forward(self, tokens_TB, state):
+    def forward(self, tokens_TB: torch.Tensor, state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return self.logits, state
 
-    def generate_greedy(self, first_B, state, length):
+    def generate_greedy(self, first_B: torch.Tensor, state: torch.Tensor, length: int) -> None:
         return None
 
 
-def test_generation_takes_the_memory_of_its_tokens_alone():
+def test_generation_takes_the_memory_of_its_tokens_alone() -> None:
     """A tensor for each token took 700 MB for the longest sample."""
     length, results = 50_000, []
     prefix_NB = torch.zeros(1, 1, dtype=torch.int64)
 
-    def generate():
+    def generate() -> None:
         results.append(generate_batch(ConstantModel(), prefix_NB, GenerateConfig(length=length), 0))
 
     assert peak_growth(generate) < 10 << 20

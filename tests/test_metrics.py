@@ -5,10 +5,12 @@ import json
 import struct
 import time
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 from conftest import job, rows
+from numpy import int64
 from pyarrow import fs
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
@@ -21,7 +23,7 @@ from job.tuning.results import _write_tensorboard
 from job.tuning.trials import Trial, Trials, read_score_rows
 
 
-def row(split, epoch, step, **more):
+def row(split: str, epoch: int, step: int, **more: Any) -> dict[str, float | str]:
     return {
         "split": split, "epoch": epoch, "step": step, "tokens": step, "nats": 1.0, "perplexity": 9.0 - step / 100,
         "learning_rate": 0.1, "tokens_per_second": 1.0, "workers": 1, **more,
@@ -49,7 +51,7 @@ def parse_events(data: bytes) -> list[Event]:
     return events
 
 
-def drawn_lines(all_rows):
+def drawn_lines(all_rows: list[dict[str, float | str]]) -> tuple[str, list[list[int64]]]:
     """The axis and the points of each line of the curve."""
     (axes,) = plot_perplexity(all_rows, "run").axes
     return axes.get_xlabel(), [list(line.get_xdata()) for line in axes.lines]
@@ -65,12 +67,14 @@ def drawn_lines(all_rows):
         ([row("train", 1, 9), row("epoch", 1, 9), row("train", 2, 18), row("epoch", 2, 18)], "epoch", [[1, 2]]),
     ],
 )
-def test_plot_perplexity_of_one_epoch_draws_the_rows_of_train(all_rows, axis, lines):
+def test_plot_perplexity_of_one_epoch_draws_the_rows_of_train(
+    all_rows: list[dict[str, float | str]], axis: str, lines: list[list[int]]
+) -> None:
     assert drawn_lines(all_rows) == (axis, lines)
 
 
 @pytest.mark.parametrize("times", [[1000.25, 1060.5], [1000.25, None], [7.0, 7.0]])
-def test_metrics_log_after_resume_keeps_the_time_of_each_row(tmp_path, times):
+def test_metrics_log_after_resume_keeps_the_time_of_each_row(tmp_path: Path, times: list[float | None]) -> None:
     log = MetricsLog(Folder(str(tmp_path)))
     log.truncate(0)
     for step, seconds in enumerate(times, 1):
@@ -89,7 +93,7 @@ def test_metrics_log_after_resume_keeps_the_time_of_each_row(tmp_path, times):
         assert len(events) == 12
 
 
-def test_train_resumed_keeps_the_times_of_rows_in_tensorboard(prose, tmp_path):
+def test_train_resumed_keeps_the_times_of_rows_in_tensorboard(prose: Path, tmp_path: Path) -> None:
     arguments = [
         "--corpus.source", prose, "--corpus.max_tokens", 4000, "--corpus.validation_fraction", 0.2,
         "--run.storage", tmp_path, "--run.name", "run", "--scale.workers", 0, "--model.hidden_size", 16,
@@ -106,7 +110,7 @@ def test_train_resumed_keeps_the_times_of_rows_in_tensorboard(prose, tmp_path):
         assert stored[0] < resumed_at < stored[-1]
 
 
-def test_write_tensorboard_of_a_search_keeps_the_time_of_each_score(tmp_path):
+def test_write_tensorboard_of_a_search_keeps_the_time_of_each_score(tmp_path: Path) -> None:
     search = SearchConfig(space={"model.dropout": {"grid": [0.1]}}, metric="perplexity")
     trial = Trial(0, {"model.dropout": 0.1}, scores=[(1, 8.9), (2, 8.8)])
     log = MetricsLog(Folder(str(tmp_path / "trials" / "00000")))
@@ -125,25 +129,25 @@ def test_write_tensorboard_of_a_search_keeps_the_time_of_each_score(tmp_path):
 class ObjectStore(fs.FSSpecHandler):
     """An object store in memory: lists the objects that are written; fails after ``fails_at`` writes and removals."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         super().__init__(fsspec.filesystem("memory"))
         self.written, self.num_changes, self.fails_at = [], 0, -1
 
-    def change(self):
+    def change(self) -> None:
         self.num_changes += 1
         if self.num_changes > self.fails_at >= 0:
             raise OSError("the connection is lost")
 
-    def open_output_stream(self, path, metadata):
+    def open_output_stream(self, path: str, metadata: object) -> Any:
         self.change()
         self.written.append(path)
         return super().open_output_stream(path, metadata)
 
-    def delete_file(self, path):
+    def delete_file(self, path: Path) -> None:
         self.change()
         super().delete_file(path)
 
-    def delete_dir(self, path):
+    def delete_dir(self, path: Path) -> None:
         for info in self.get_file_info_selector(fs.FileSelector(path)):
             self.delete_file(info.path)
         super().delete_dir(path)
@@ -159,7 +163,7 @@ class ObjectStore(fs.FSSpecHandler):
 
 
 @pytest.fixture
-def store():
+def store() -> ObjectStore:
     store = ObjectStore()
     yield store
     store.fs.store.clear()
@@ -171,7 +175,7 @@ def expected_steps(last: int) -> list[tuple[str, int]]:
     return [(split, step) for step in range(1, last + 1) for split in ("train", *["epoch"] * (step % 5 == 0))]
 
 
-def report(log: MetricsLog, start: int, stop: int, **more) -> None:
+def report(log: MetricsLog, start: int, stop: int, **more: Any) -> None:
     """Appends the rows of the steps after one; an epoch has five steps."""
     for split, step in expected_steps(stop):
         if step > start:
@@ -190,7 +194,9 @@ def write_rows(path: Path, count: int) -> bytes:
 
 @pytest.mark.parametrize("count", [3, 300, 30_000])
 @pytest.mark.parametrize("num_later", [0, 1, 3, 1000])
-def test_metrics_log_truncate_reads_no_more_than_the_end(tmp_path, monkeypatch, count, num_later):
+def test_metrics_log_truncate_reads_no_more_than_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, num_later: int
+) -> None:
     data = write_rows(tmp_path / METRICS_FILE, count)
     step = max(0, count - num_later)
     sizes, read_block = [], Folder.read_block
@@ -210,7 +216,7 @@ def test_metrics_log_truncate_reads_no_more_than_the_end(tmp_path, monkeypatch, 
 @pytest.mark.parametrize(
     "end", [b"", b"\n", b'\n{"split": "train", "epo', b"\n\x00\x00\x00", b"\n[]\n7\n{}\n" + b"[" * 9999]
 )
-def test_metrics_log_truncate_removes_what_is_no_row_and_keeps_the_last_row(tmp_path, end):
+def test_metrics_log_truncate_removes_what_is_no_row_and_keeps_the_last_row(tmp_path: Path, end: bytes) -> None:
     data = write_rows(tmp_path / METRICS_FILE, 3)
     (tmp_path / METRICS_FILE).write_bytes(data[:-1] + end)
     log = MetricsLog(Folder(str(tmp_path)))
@@ -222,7 +228,7 @@ def test_metrics_log_truncate_removes_what_is_no_row_and_keeps_the_last_row(tmp_
 @pytest.mark.parametrize(
     "line", ["[]", "7", '{"step": 2}', '{"split": 1, "epoch": 1, "step": 2, "perplexity": "x"}', "[" * 9999]
 )
-def test_train_resumed_with_foreign_lines_in_metrics_ignores_them(prose, tmp_path, line):
+def test_train_resumed_with_foreign_lines_in_metrics_ignores_them(prose: Path, tmp_path: Path, line: str) -> None:
     path = tmp_path / "run" / METRICS_FILE
     arguments = [
         "--corpus.source", prose, "--corpus.max_tokens", 4000, "--run.storage", tmp_path, "--run.name", "run",
@@ -235,7 +241,7 @@ def test_train_resumed_with_foreign_lines_in_metrics_ignores_them(prose, tmp_pat
     assert [row["step"] for row in read_rows(Folder(str(tmp_path / "run"))) if row["split"] == "train"] == [1, 2]
 
 
-def test_metrics_log_on_object_store_uploads_what_is_new(store, monkeypatch):
+def test_metrics_log_on_object_store_uploads_what_is_new(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("job.run.metrics.SEGMENT_BYTES", 2000)
     log, sizes = MetricsLog(store.folder()), []
     log.truncate(0)
@@ -256,7 +262,7 @@ def test_metrics_log_on_object_store_uploads_what_is_new(store, monkeypatch):
 
 
 @pytest.mark.parametrize("resumed", [0, 4, 5, 12, 20])
-def test_metrics_log_on_object_store_resumes_a_run_with_complete_metrics(store, resumed):
+def test_metrics_log_on_object_store_resumes_a_run_with_complete_metrics(store: ObjectStore, resumed: int) -> None:
     """As versions without segments wrote it, or as the end of a run leaves it."""
     lines = [json.dumps(row(split, 1 + step // 5, step, time=1.0)) for split, step in expected_steps(20)]
     store.folder().write(METRICS_FILE, "".join(f"{line}\n" for line in lines).encode())
@@ -293,7 +299,9 @@ def run_until_failure(store: ObjectStore, saved: int, fails_at: int) -> int:
 
 
 @pytest.mark.parametrize("segment_bytes", [1, 800, 10**6])
-def test_metrics_log_on_object_store_after_a_crash_at_any_write_has_each_row_once(store, monkeypatch, segment_bytes):
+def test_metrics_log_on_object_store_after_a_crash_at_any_write_has_each_row_once(
+    store: ObjectStore, monkeypatch: pytest.MonkeyPatch, segment_bytes: int
+) -> None:
     monkeypatch.setattr("job.run.metrics.SEGMENT_BYTES", segment_bytes)
     for fails_at in itertools.count():
         store.fs.store.clear()
@@ -311,7 +319,7 @@ def test_metrics_log_on_object_store_after_a_crash_at_any_write_has_each_row_onc
     assert fails_at > 20
 
 
-def test_read_score_rows_of_a_running_trial_on_an_object_store_reads_its_segments(store):
+def test_read_score_rows_of_a_running_trial_on_an_object_store_reads_its_segments(store: ObjectStore) -> None:
     log = MetricsLog(store.folder())
     log.truncate(0)
     report(log, 0, 12)

@@ -1,5 +1,7 @@
 """The language model: layers equal to torch's, parameter names, initialization and precision."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -14,7 +16,9 @@ TORCH_LAYERS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 
 @pytest.mark.parametrize("cell", TORCH_LAYERS)
 @pytest.mark.parametrize(("num_layers", "lanes", "steps"), [(1, 3, 5), (2, 1, 4), (3, 4, 1)])
-def test_recurrent_layers_match_torch_outputs_states_and_gradients(cell, num_layers, lanes, steps):
+def test_recurrent_layers_match_torch_outputs_states_and_gradients(
+    cell: str, num_layers: int, lanes: int, steps: int
+) -> None:
     layers = RecurrentLayers(cell, 5, 7, num_layers).double()
     reference = TORCH_LAYERS[cell](5, 7, num_layers).double()
     reference.load_state_dict(layers.state_dict())
@@ -33,7 +37,7 @@ def test_recurrent_layers_match_torch_outputs_states_and_gradients(cell, num_lay
         torch.testing.assert_close(gradients, expected_gradients, rtol=1e-11, atol=1e-11)
 
 
-def test_model_under_bf16_autocast_is_close_to_fp32():
+def test_model_under_bf16_autocast_is_close_to_fp32() -> None:
     model = build_model(ModelConfig(hidden_size=64), 20, seed=1)
     tokens = torch.randint(0, 20, (30, 4))
     with torch.autocast("cpu", torch.bfloat16):
@@ -43,13 +47,13 @@ def test_model_under_bf16_autocast_is_close_to_fp32():
     torch.testing.assert_close(low.float(), high, rtol=0, atol=0.03)
 
 
-def test_model_parameters_have_torch_names():
+def test_model_parameters_have_torch_names() -> None:
     names = set(build_model(ModelConfig(cell="lstm", num_layers=2), 9, 0).state_dict())
     layers = {f"rnn.{name}_l{layer}" for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh") for layer in (0, 1)}
     assert names == layers | {"linear.weight", "linear.bias"}
 
 
-def test_build_model_weights_depend_only_on_seed():
+def test_build_model_weights_depend_only_on_seed() -> None:
     torch.manual_seed(1)
     first = build_model(ModelConfig(), 28, seed=5).state_dict()
     torch.manual_seed(2)
@@ -67,7 +71,7 @@ def test_build_model_weights_depend_only_on_seed():
         ({"linear.bias": torch.ones(8)}, r"linear.bias is \(8,\), expected \(9,\)"),
     ],
 )
-def test_load_weights_of_another_model_raises(change, message):
+def test_load_weights_of_another_model_raises(change: dict[str, Any], message: str) -> None:
     model = build_model(ModelConfig(hidden_size=8), 9, 0)
     changed = {**model.state_dict(), **change}
     weights = {name: weight for name, weight in changed.items() if weight is not None}

@@ -8,6 +8,7 @@ import sysconfig
 import venv
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -24,7 +25,7 @@ PACKAGE_FILES = {
 }
 
 
-def run(*command: object, **options) -> str:
+def run(*command: object, **options: Any) -> str:
     """The output of a command that must succeed."""
     finished = subprocess.run([str(word) for word in command], capture_output=True, text=True, check=False, **options)
     assert finished.returncode == 0, finished.stdout + finished.stderr
@@ -32,7 +33,7 @@ def run(*command: object, **options) -> str:
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel built from a copy of the tree, so that no build folder of the checkout takes part."""
     folder = tmp_path_factory.mktemp("wheel")
     shutil.copytree(ROOT / "job", folder / "tree" / "job", ignore=shutil.ignore_patterns("__pycache__"))
@@ -42,14 +43,14 @@ def wheel(tmp_path_factory):
     return next(folder.glob("*.whl"))
 
 
-def test_wheel_contains_all_files_of_package(wheel):
+def test_wheel_contains_all_files_of_package(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     assert names == PACKAGE_FILES
 
 
 @pytest.mark.skipif(load_library() is None, reason="no kernel on this machine")
-def test_installed_wheel_trains_with_compiled_kernel(wheel, prose, tmp_path):
+def test_installed_wheel_trains_with_compiled_kernel(wheel: Path, prose: Path, tmp_path: Path) -> None:
     """In a virtual environment of its own, which finds only the dependencies in that of the tests."""
     environment = tmp_path / "environment"
     venv.create(environment, with_pip=False)
@@ -81,7 +82,7 @@ def uploaded(folder: Path, archive: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("has_ignore_files", [True, False])
-def test_working_dir_uploads_only_package_code_and_configurations(tmp_path, has_ignore_files):
+def test_working_dir_uploads_only_package_code_and_configurations(tmp_path: Path, has_ignore_files: bool) -> None:
     folder = tmp_path / "project"
     needed = {"job/__main__.py", "job/kernels/a.c", "job/kernels/a.h", "job/run/report.html", "job/run/a.json",
               "configs/seed.toml", "my_cells.py", "cells/gated.py"}  # fmt: skip
@@ -98,7 +99,7 @@ def test_working_dir_uploads_only_package_code_and_configurations(tmp_path, has_
     assert names == needed if has_ignore_files else names > needed
 
 
-def test_working_dir_of_this_project_is_complete_and_small(tmp_path):
+def test_working_dir_of_this_project_is_complete_and_small(tmp_path: Path) -> None:
     names = uploaded(ROOT, tmp_path / "upload.zip")
     assert PACKAGE_FILES | {"configs/seed.toml"} <= names
     assert not [name for name in names if name.startswith(("tests/", "benchmarks/", "docs/", "runs/", "."))]

@@ -6,7 +6,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
-from conftest import job, result
+from conftest import Ended, job, result
 
 from job.config.config_file import load_config, load_search_config
 from job.config.schema import Config, CorpusConfig, ModelConfig, RunConfig
@@ -34,12 +34,14 @@ NAMES = [
 ]
 
 
-def read(source):
+def read(source: Path | str) -> list[str]:
     return read_corpus(load_config(None, {"corpus.source": str(source)}).corpus, "char").lines
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_train_with_any_character_in_every_path_trains_and_generates(tmp_path, monkeypatch, capfd, name):
+def test_train_with_any_character_in_every_path_trains_and_generates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], name: str
+) -> None:
     monkeypatch.setenv("project", "elsewhere")
     folder = tmp_path / name
     folder.mkdir()
@@ -65,7 +67,7 @@ def test_train_with_any_character_in_every_path_trains_and_generates(tmp_path, m
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_folder_of_any_name_reads_what_it_wrote(tmp_path, name):
+def test_folder_of_any_name_reads_what_it_wrote(tmp_path: Path, name: str) -> None:
     for folder in (Folder(str(tmp_path)) / name, Folder.resolve(f"file://{tmp_path}/{quote(name)}")):
         folder.write("file", b"data")
         assert (tmp_path / name / "file").read_bytes() == b"data"
@@ -74,12 +76,12 @@ def test_folder_of_any_name_reads_what_it_wrote(tmp_path, name):
         folder.remove("file")
 
 
-def test_resolve_quotes_blanks_and_letters_in_uri(tmp_path):
+def test_resolve_quotes_blanks_and_letters_in_uri(tmp_path: Path) -> None:
     (tmp_path / "über 1.txt").write_text("text")
     assert read(f"file://{tmp_path}/über 1.txt") == ["text"]
 
 
-def test_resolve_in_folder_that_is_not_utf8_raises(tmp_path, monkeypatch):
+def test_resolve_in_folder_that_is_not_utf8_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = os.fsencode(tmp_path) + b"/\xff"
     os.mkdir(folder)
     monkeypatch.chdir(os.fsdecode(folder))
@@ -88,7 +90,7 @@ def test_resolve_in_folder_that_is_not_utf8_raises(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("folder", ["a[1]", "*", "part?"])
-def test_read_corpus_existing_path_is_literal_before_it_is_a_glob(tmp_path, folder):
+def test_read_corpus_existing_path_is_literal_before_it_is_a_glob(tmp_path: Path, folder: str) -> None:
     for name in (folder, "a1", "parts"):
         (tmp_path / name).mkdir()
     for name in ("x.txt", "y.txt", "[xy].txt"):
@@ -113,7 +115,9 @@ def test_read_corpus_existing_path_is_literal_before_it_is_a_glob(tmp_path, fold
         ("s3://b/$DATA", "s3://b//data/$HOME"),
     ],
 )
-def test_expand_path_expands_variables_once(tmp_path, monkeypatch, source, expanded):
+def test_expand_path_expands_variables_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, expanded: str
+) -> None:
     monkeypatch.setenv("DATA", "/data/$HOME")
     monkeypatch.setenv("HOME", "/home/me")
     monkeypatch.chdir(tmp_path)
@@ -127,7 +131,7 @@ def test_expand_path_expands_variables_once(tmp_path, monkeypatch, source, expan
 
 
 @pytest.mark.parametrize("name", ["run.storage", "corpus.source", "model.init"])
-def test_load_config_unset_variable_raises(tmp_path, monkeypatch, name):
+def test_load_config_unset_variable_raises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.delenv("NO_SUCH", raising=False)
     with pytest.raises(UserError, match=rf"^{name} = \$NO_SUCH/x: .* NO_SUCH is not set; set it, or write \$\$"):
         load_config(None, {name: "$NO_SUCH/x"})
@@ -137,7 +141,7 @@ def test_load_config_unset_variable_raises(tmp_path, monkeypatch, name):
     assert config_from_toml('[run]\nstorage = "$NO_SUCH"', "").run.storage == "$NO_SUCH"  # as early versions stored it
 
 
-def test_search_space_paths_are_expanded_once(tmp_path, monkeypatch):
+def test_search_space_paths_are_expanded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DATA", "/a$b")
     (tmp_path / "a.toml").write_text('[search.space]\ncorpus.source = { grid = ["$DATA/1", "$DATA/2"] }\n')
     config, search = load_search_config(str(tmp_path / "a.toml"), {})
@@ -145,7 +149,7 @@ def test_search_space_paths_are_expanded_once(tmp_path, monkeypatch):
     assert search_config_from_toml(config_to_toml(config, search), "") == (config, search)
 
 
-def test_is_uri_needs_a_scheme():
+def test_is_uri_needs_a_scheme() -> None:
     assert all(map(is_uri, ["s3://b/x", "file:///x", "abfs+x://a"]))
     assert not any(map(is_uri, ["/a/b://c", "./a://b", "runs", "a:/b", "über://x"]))
 
@@ -167,7 +171,7 @@ SECRETS = [
 FIELDS = ["run.storage", "corpus.source", "model.init", "model.cell"]
 
 
-def assert_refused(ended, tmp_path):
+def assert_refused(ended: Ended, tmp_path: Path) -> None:
     assert ended.status == 2
     assert (ended.out, ended.err.count("\n")) == ("", 1)
     assert "SECRET" not in ended.err.replace("AWS_SECRET_ACCESS_KEY", "")
@@ -177,7 +181,9 @@ def assert_refused(ended, tmp_path):
 
 
 @pytest.mark.parametrize("uri", SECRETS)
-def test_credentials_in_uri_are_refused_and_neither_shown_nor_stored(tmp_path, monkeypatch, uri):
+def test_credentials_in_uri_are_refused_and_neither_shown_nor_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uri: str
+) -> None:
     monkeypatch.setenv("SECRET_URI", "s3://KEY:SECRET@bucket")
     monkeypatch.chdir(tmp_path)
     config = tmp_path / "config.toml"
@@ -194,14 +200,14 @@ def test_credentials_in_uri_are_refused_and_neither_shown_nor_stored(tmp_path, m
     assert_refused(job("evaluate", "run", "--corpus.source", uri), tmp_path)
 
 
-def test_credentials_in_a_configuration_made_by_a_program_are_refused():
+def test_credentials_in_a_configuration_made_by_a_program_are_refused() -> None:
     with pytest.raises(UserError, match=r"corpus\.source: a URI with credentials"):
         read_corpus(CorpusConfig(source=SECRETS[0]), "char")
     with pytest.raises(UserError, match="a URI with credentials"):
         Folder.resolve(SECRETS[0])
 
 
-def test_credentials_that_an_early_version_stored_are_masked(tmp_path, prose):
+def test_credentials_that_an_early_version_stored_are_masked(tmp_path: Path, prose: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
     old = Config(run=RunConfig("run", str(tmp_path)), corpus=CorpusConfig(SECRETS[0]), model=ModelConfig(hidden_size=4))
@@ -226,16 +232,16 @@ def test_credentials_that_an_early_version_stored_are_masked(tmp_path, prose):
         "gs://anonymous@bucket/x",
     ],
 )
-def test_uri_without_credentials_is_accepted(uri):
+def test_uri_without_credentials_is_accepted(uri: str) -> None:
     assert load_config(None, {"corpus.source": uri, "run.storage": uri}).run.storage == uri
 
 
-def test_prefix_may_contain_anything():
+def test_prefix_may_contain_anything() -> None:
     assert load_config(None, {"generate.prefix": SECRETS[0]}).generate.prefix == SECRETS[0]
 
 
 @pytest.mark.parametrize("name", ["a b", "my$project", "it's"])
-def test_printed_commands_are_quoted_for_the_shell(tmp_path, monkeypatch, name):
+def test_printed_commands_are_quoted_for_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.executable", str(tmp_path / name / "python"))
     assert shlex.split(python_command()) == [f"{name}/python"]

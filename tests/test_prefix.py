@@ -1,10 +1,13 @@
 """The prefix of a sample: the default, one that the user gave, and one that is taken from the text."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 from conftest import job, result
 
 from job.config.config_file import load_config
-from job.config.schema import GenerateConfig
+from job.config.schema import Config, GenerateConfig
 from job.config.search_space import SearchConfig
 from job.config.toml import override_config
 from job.console import Console
@@ -20,14 +23,14 @@ SMALL = {"scale.workers": "0", "stream.batch_size": "4", "stream.num_steps": "5"
 SMALL |= {"train.epochs": "1", "train.max_steps": "2", "generate.length": "5"}
 
 
-def load_small_config(tmp_path, text, **flags):
+def load_small_config(tmp_path: Path, text: str, **flags: Any) -> Config:
     (tmp_path / "text").write_bytes(text if isinstance(text, bytes) else text.encode())
     return load_config(
         None, {**SMALL, "corpus.source": str(tmp_path / "text"), "run.storage": str(tmp_path / "runs"), **flags}
     )
 
 
-def resolve(tmp_path, text, **flags):
+def resolve(tmp_path: Path, text: str, **flags: Any) -> str:
     """The prefix of a run on the text."""
     return build_run_spec(load_small_config(tmp_path, text, **flags), Folder(str(tmp_path))).config.generate.prefix
 
@@ -54,7 +57,9 @@ def resolve(tmp_path, text, **flags):
         ("time traveller and a man " * 200, {"vocabulary.kind": "byte"}, DEFAULT),
     ],
 )
-def test_build_run_spec_default_prefix_is_taken_from_a_text_without_it(tmp_path, text, flags, prefix):
+def test_build_run_spec_default_prefix_is_taken_from_a_text_without_it(
+    tmp_path: Path, text: str, flags: dict[str, str], prefix: str
+) -> None:
     assert resolve(tmp_path, text, **flags) == prefix
 
 
@@ -66,7 +71,9 @@ def test_build_run_spec_default_prefix_is_taken_from_a_text_without_it(tmp_path,
         ("one two three four " * 200, "five", {"vocabulary.kind": "word"}),
     ],
 )
-def test_build_run_spec_prefix_of_the_user_is_checked(tmp_path, text, prefix, flags):
+def test_build_run_spec_prefix_of_the_user_is_checked(
+    tmp_path: Path, text: str, prefix: str, flags: dict[str, str]
+) -> None:
     with pytest.raises(UserError, match=f"generate.prefix = '{prefix}': none of its tokens is in the vocabulary"):
         resolve(tmp_path, text, **flags, **{"generate.prefix": prefix})
 
@@ -81,13 +88,15 @@ def test_build_run_spec_prefix_of_the_user_is_checked(tmp_path, text, prefix, fl
         ("1234", {"corpus.cleaning": "d2l"}, "generate.prefix = '1234': contains no letters from A to Z"),
     ],
 )
-def test_build_run_spec_prefix_without_tokens_raises(tmp_path, prefix, flags, message):
+def test_build_run_spec_prefix_without_tokens_raises(
+    tmp_path: Path, prefix: str, flags: dict[str, str], message: str
+) -> None:
     with pytest.raises(UserError, match=message):
         resolve(tmp_path, "one two three four " * 200, **flags, **{"generate.prefix": prefix})
 
 
 @pytest.mark.parametrize("flags", [{"vocabulary.size": "1"}, {"vocabulary.min_frequency": "100000"}])
-def test_build_run_spec_vocabulary_without_tokens_raises(tmp_path, flags):
+def test_build_run_spec_vocabulary_without_tokens_raises(tmp_path: Path, flags: dict[str, str]) -> None:
     with pytest.raises(UserError, match="vocabulary: contains no token of the training text"):
         resolve(tmp_path, CHINESE, **flags)
 
@@ -95,7 +104,7 @@ def test_build_run_spec_vocabulary_without_tokens_raises(tmp_path, flags):
 @pytest.mark.parametrize(
     ("text", "kind"), [(CHINESE, "char"), ("31 41 59 26 53\n" * 200, "word"), ("Привет, мир! " * 200, "byte")]
 )
-def test_generate_continues_the_prefix_that_the_run_took_from_its_text(tmp_path, text, kind):
+def test_generate_continues_the_prefix_that_the_run_took_from_its_text(tmp_path: Path, text: str, kind: str) -> None:
     config = load_small_config(tmp_path, text)
     flags = [word for name, value in SMALL.items() for word in (f"--{name}", value)]
     flags += ["--corpus.source", config.corpus.source, "--run.storage", config.run.storage, "--run.name", "it"]
@@ -121,12 +130,14 @@ def test_generate_continues_the_prefix_that_the_run_took_from_its_text(tmp_path,
         ("three short words", {}, "lower them or give more text"),
     ],
 )
-def test_build_run_spec_with_too_few_words_names_the_cause(tmp_path, text, flags, hint):
+def test_build_run_spec_with_too_few_words_names_the_cause(
+    tmp_path: Path, text: str, flags: dict[str, str], hint: str
+) -> None:
     with pytest.raises(UserError, match=f"; {hint}"):
         resolve(tmp_path, text, **{"vocabulary.kind": "word", **flags})
 
 
-def test_check_search_leaves_the_default_prefix_to_the_trials(tmp_path):
+def test_check_search_leaves_the_default_prefix_to_the_trials(tmp_path: Path) -> None:
     config = load_small_config(tmp_path, "31 41 59 26 53 " * 200)
     search = SearchConfig(metric="perplexity", space={"vocabulary.kind": {"grid": ["char", "word", "byte"]}})
     base = check_search(config, search, Folder(str(tmp_path / "search")), Console())

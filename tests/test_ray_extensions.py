@@ -3,8 +3,12 @@
 import ast
 import importlib
 import inspect
+from ast import Module
+from collections.abc import Callable, Iterator
 from functools import reduce
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from conftest import ROOT
@@ -93,33 +97,33 @@ INTERNAL_STRINGS = ("ray._", "_internal", "__autoscaling_status", "AutoscalingCo
 INTERNAL_MODULES = ("ray.autoscaler", "ray.experimental", "ray.data", "ray.dashboard")
 
 
-def resolve(name):
+def resolve(name: str) -> Callable[..., Any] | str | type:
     module, _, path = name.partition(":")
     return reduce(getattr, path.split("."), importlib.import_module(module))
 
 
-def short(name):
+def short(name: str) -> str:
     return name.partition(":")[2]
 
 
-def parameters(thing):
+def parameters(thing: Callable[..., Any]) -> str:
     """The names of a callable's parameters, with stars."""
     stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     return " ".join(stars.get(part.kind, "") + part.name for part in inspect.signature(thing).parameters.values())
 
 
 @pytest.mark.parametrize(("name", "expected"), SIGNATURES.items(), ids=map(short, SIGNATURES))
-def test_ray_private_name_exists_with_expected_signature(name, expected):
+def test_ray_private_name_exists_with_expected_signature(name: str, expected: str) -> None:
     thing = resolve(name)
     assert expected is None or parameters(thing) == expected
 
 
 @pytest.mark.parametrize(("variable", "name"), ENVIRONMENT.items(), ids=ENVIRONMENT)
-def test_ray_environment_variable_has_expected_name(variable, name):
+def test_ray_environment_variable_has_expected_name(variable: str, name: str) -> None:
     assert resolve(name) == variable
 
 
-def test_ray_environment_defaults_of_train_are_all_checked():
+def test_ray_environment_defaults_of_train_are_all_checked() -> None:
     checked = ("RAY_TRAIN_", "TORCH_PROCESS_GROUP_")
     variables = job_cluster.RAY_ENV_DEFAULTS | job_cluster.NODE_ENV_DEFAULTS
     assert {name for name in variables if name.startswith(checked)} <= set(ENVIRONMENT)
@@ -139,11 +143,11 @@ def test_ray_environment_defaults_of_train_are_all_checked():
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_ray_error_has_expected_attribute(make, attribute):
+def test_ray_error_has_expected_attribute(make: Callable[..., Any], attribute: str) -> None:
     assert getattr(make(), attribute)
 
 
-def test_ray_train_requests_resources_under_the_expected_name(monkeypatch):
+def test_ray_train_requests_resources_under_the_expected_name(monkeypatch: pytest.MonkeyPatch) -> None:
     """The name that ``cancel_autoscaler_request`` uses."""
     scaling_config = resolve("ray.train:ScalingConfig")(num_workers=(1, 2), resources_per_worker={"CPU": 1})
     policy = resolve(f"{POLICY}:ElasticScalingPolicy")(scaling_config)
@@ -152,27 +156,27 @@ def test_ray_train_requests_resources_under_the_expected_name(monkeypatch):
     assert policy._requester_id == "train-abc"
 
 
-def test_ray_trainer_passes_scaling_policy_as_expected_argument():
+def test_ray_trainer_passes_scaling_policy_as_expected_argument() -> None:
     source = inspect.getsource(resolve(TRAINER).fit)
     assert "_initialize_and_run_controller(" in source
     assert "scaling_policy=" in source
     assert "callbacks=self._create_default_callbacks()" in source
 
 
-def test_ray_init_resolves_loopback_address_by_expected_function():
+def test_ray_init_resolves_loopback_address_by_expected_function() -> None:
     source = inspect.getsource(resolve("ray._private.worker:init").__wrapped__)
     assert "_node_ip_address = services.resolve_ip_for_localhost(_node_ip_address)" in source
     for argument in ("_node_ip_address", "_temp_dir"):
         assert f'kwargs.pop("{argument}"' in source
 
 
-def test_ray_placement_group_id_ends_with_job_id():
+def test_ray_placement_group_id_ends_with_job_id() -> None:
     ids = importlib.import_module("ray._raylet")
     job_id = ids.JobID.from_int(7)
     assert ids.PlacementGroupID.of(job_id).hex().endswith(job_id.hex())
 
 
-def test_ray_starts_autoscaler_with_expected_command_line():
+def test_ray_starts_autoscaler_with_expected_command_line() -> None:
     source = inspect.getsource(resolve("ray._private.services:start_monitor"))
     assert f'"{ray_extensions.AUTOSCALER_SCRIPT}"' in source
     assert f'"{ray_extensions.CLUSTER_FLAG}' in source
@@ -182,7 +186,7 @@ def test_ray_starts_autoscaler_with_expected_command_line():
 # --- the boundary ---
 
 
-def private_imports(tree):
+def private_imports(tree: Module) -> Iterator[str]:
     """Names that a module imports from Ray's private modules, as module:name; of a module ``as`` x, all x.name."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "ray":
@@ -200,7 +204,7 @@ def private_imports(tree):
             yield from (alias.name for alias in node.names if alias.name.startswith("ray.") and "._" in alias.name)
 
 
-def private_uses(tree):
+def private_uses(tree: Module) -> set[str]:
     """Private names of Ray that a module uses in any way: imports, attributes, arguments and strings."""
     yield from private_imports(tree)
     docstrings = {
@@ -219,7 +223,7 @@ def private_uses(tree):
             yield from (text for text in INTERNAL_STRINGS if text in node.value)
 
 
-def test_all_private_imports_of_ray_extensions_have_a_case():
+def test_all_private_imports_of_ray_extensions_have_a_case() -> None:
     tree = ast.parse((ROOT / "job" / "cluster" / "ray_extensions.py").read_text())
     imported = set(private_imports(tree))
     assert len(imported) > 10
@@ -228,7 +232,7 @@ def test_all_private_imports_of_ray_extensions_have_a_case():
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "job").rglob("*.py")), ids=lambda path: path.name)
-def test_no_other_module_uses_private_names_of_ray(path):
+def test_no_other_module_uses_private_names_of_ray(path: Path) -> None:
     if path.name != "ray_extensions.py":
         assert list(private_uses(ast.parse(path.read_text()))) == []
 
@@ -247,5 +251,5 @@ def test_no_other_module_uses_private_names_of_ray(path):
         "from ray.autoscaler.v2.utils import is_autoscaler_v2",
     ],
 )
-def test_private_uses_finds_private_name(code):
+def test_private_uses_finds_private_name(code: str) -> None:
     assert list(private_uses(ast.parse(code)))

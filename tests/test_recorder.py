@@ -2,8 +2,11 @@
 
 import io
 import json
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +21,7 @@ from job.run.recorder import Recorder
 from job.run.run_status import MAX_CONSECUTIVE_FAILURES, RunStatus
 from job.storage import Folder
 from job.training.checkpoint import (
+    Checkpoint,
     CorruptCheckpoint,
     PartReceipt,
     checkpoint_name,
@@ -66,7 +70,7 @@ def committed(committer: CheckpointCommitter, *steps: int) -> list[str]:
 
 
 @pytest.fixture
-def recorder(tmp_path):
+def recorder(tmp_path: Path) -> Iterator[Recorder]:
     """A recorder of a new run; its events and its console's text are in ``events`` and ``output``."""
     folder = Folder(str(tmp_path / "run"))
     lease = acquire_lease(folder)
@@ -78,7 +82,7 @@ def recorder(tmp_path):
     lease.release()
 
 
-def test_metrics_log_truncate_removes_rows_after_step(tmp_path):
+def test_metrics_log_truncate_removes_rows_after_step(tmp_path: Path) -> None:
     log = MetricsLog(Folder(str(tmp_path)))
     log.truncate(0)
     for step in (1, 2, 3):
@@ -90,12 +94,12 @@ def test_metrics_log_truncate_removes_rows_after_step(tmp_path):
     assert [(row["split"], row["step"]) for row in read_rows(log.folder)] == [("train", 1), ("train", 2), ("epoch", 3)]
 
 
-def test_read_rows_ignores_a_line_cut_off_by_a_crash(tmp_path):
+def test_read_rows_ignores_a_line_cut_off_by_a_crash(tmp_path: Path) -> None:
     (tmp_path / METRICS_FILE).write_text(json.dumps(row(1)) + "\n" + json.dumps(row(2))[:20])
     assert [row["step"] for row in read_rows(Folder(str(tmp_path)))] == [1]
 
 
-def test_committer_keeps_the_last_and_the_best_checkpoint(tmp_path):
+def test_committer_keeps_the_last_and_the_best_checkpoint(tmp_path: Path) -> None:
     folder = Folder(str(tmp_path))
     committer = CheckpointCommitter(folder, 1)
     for step, nats in ((10, 2.0), (20, 1.0), (30, 3.0), (40, 2.0)):
@@ -108,7 +112,9 @@ def test_committer_keeps_the_last_and_the_best_checkpoint(tmp_path):
 
 
 @pytest.mark.parametrize("fault", ["written elsewhere", "truncated", "removed"])
-def test_committer_without_a_part_in_its_storage_fails_and_removes_nothing(tmp_path, monkeypatch, fault):
+def test_committer_without_a_part_in_its_storage_fails_and_removes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
     """After the folder was unmounted on a node, its files went to the disk below, without an error."""
     monkeypatch.setattr(checkpoint_committer, "VISIBILITY_DELAYS_S", (0.0, 0.0))
     folder, elsewhere = Folder(str(tmp_path / "shared")), Folder(str(tmp_path / "below"))
@@ -127,7 +133,9 @@ def test_committer_without_a_part_in_its_storage_fails_and_removes_nothing(tmp_p
     assert [checkpoint.name for checkpoint in list_checkpoints(folder)[0]] == names
 
 
-def test_committer_waits_for_a_part_that_the_storage_shows_late(tmp_path, monkeypatch):
+def test_committer_waits_for_a_part_that_the_storage_shows_late(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = Folder(str(tmp_path))
     receipt = written_part(folder, 10, "abcdef")
     (folder / receipt.checkpoint).remove("model.safetensors")
@@ -137,7 +145,7 @@ def test_committer_waits_for_a_part_that_the_storage_shows_late(tmp_path, monkey
     assert committer.commit(receipt.checkpoint).step == 10
 
 
-def test_committer_stores_nothing_about_removed_checkpoints_and_replaced_workers(tmp_path):
+def test_committer_stores_nothing_about_removed_checkpoints_and_replaced_workers(tmp_path: Path) -> None:
     committer = CheckpointCommitter(Folder(str(tmp_path)), 2)
     committed(committer, *range(10, 100, 10))
     committer.add(written_part(committer.folder, 100, "abcdef", workers=2))
@@ -147,7 +155,7 @@ def test_committer_stores_nothing_about_removed_checkpoints_and_replaced_workers
     assert list(committer.receipts) == ["step-000110-fedcba"]
 
 
-def test_committer_resume_discards_later_checkpoints(tmp_path):
+def test_committer_resume_discards_later_checkpoints(tmp_path: Path) -> None:
     folder = Folder(str(tmp_path))
     committer = CheckpointCommitter(folder, 3)
     committed(committer, 10, 20)
@@ -155,7 +163,7 @@ def test_committer_resume_discards_later_checkpoints(tmp_path):
     assert [checkpoint.step for checkpoint in committer.checkpoints] == [10]
 
 
-def test_status_fails_after_consecutive_failures_without_checkpoint():
+def test_status_fails_after_consecutive_failures_without_checkpoint() -> None:
     status = RunStatus(CONFIG, Console(io.StringIO()))
     for _ in range(MAX_CONSECUTIVE_FAILURES - 1):
         status.end_attempt("worker 0: it died")
@@ -164,7 +172,7 @@ def test_status_fails_after_consecutive_failures_without_checkpoint():
     assert "without reaching a checkpoint; last: worker 0: it died" in status.failed.problem
 
 
-def test_status_shows_failure_of_group_once():
+def test_status_shows_failure_of_group_once() -> None:
     """By the worker that failed, or, if it was killed, by Ray."""
     output = io.StringIO()
     status = RunStatus(CONFIG, Console(output))
@@ -175,14 +183,14 @@ def test_status_shows_failure_of_group_once():
     assert output.getvalue() == "warning: worker 1 of 2 ended: an error\nwarning: worker 0: it died\n"
 
 
-def test_recorder_dispatches_crash_and_end_of_group(recorder):
+def test_recorder_dispatches_crash_and_end_of_group(recorder: Recorder) -> None:
     recorder.handle(Crashed("one", "worker 1 of 2 ended: an error"))
     recorder.handle(WorkerGroupEnded("", "worker 1: what Ray reports"))
     assert recorder.output.getvalue() == "warning: worker 1 of 2 ended: an error\n"
     assert recorder.status.consecutive_failures == 1
 
 
-def test_recorder_ignores_events_of_replaced_workers(recorder):
+def test_recorder_ignores_events_of_replaced_workers(recorder: Recorder) -> None:
     recorder.handle(started("aaaaaa"))
     recorder.handle(MetricsRow("aaaaaa", row(1)))
     recorder.handle(started("bbbbbb", 1))
@@ -192,7 +200,7 @@ def test_recorder_ignores_events_of_replaced_workers(recorder):
     assert [event.attempt for event in recorder.events] == ["aaaaaa", "aaaaaa", "bbbbbb"]
 
 
-def test_recorder_commit_posts_event_and_clears_failures(recorder):
+def test_recorder_commit_posts_event_and_clears_failures(recorder: Recorder) -> None:
     recorder.handle(started("abcdef"))
     recorder.handle(WorkerGroupEnded("", "worker 0: it died"))
     recorder.handle(PartWritten("abcdef", written_part(recorder.committer.folder, 10, "abcdef")))
@@ -202,18 +210,20 @@ def test_recorder_commit_posts_event_and_clears_failures(recorder):
 
 
 @pytest.mark.parametrize("after", ["metrics", "manifest"])
-def test_recorder_after_takeover_commits_and_removes_nothing(recorder, monkeypatch, after):
+def test_recorder_after_takeover_commits_and_removes_nothing(
+    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, after: str
+) -> None:
     """The lease was checked before the upload of the metrics only, which may take longer than the lease lasts."""
     folder, checkpoints = recorder.folder, recorder.committer.folder
     recorder.handle(started("abcdef"))
     for step in (10, 20, 30):
         recorder.handle(PartWritten("abcdef", written_part(checkpoints, step, "abcdef")))
 
-    def take_over(*_) -> None:
+    def take_over(*_: Any) -> None:
         owner = {**json.loads(folder.read("owner.json")), "token": "of the new owner"}
         Folder(folder.address).write("owner.json", json.dumps(owner).encode())
 
-    def commit_and_take_over(*args):
+    def commit_and_take_over(*args: Any) -> Checkpoint:
         checkpoint = commit_checkpoint(*args)
         take_over()
         return checkpoint
@@ -229,7 +239,7 @@ def test_recorder_after_takeover_commits_and_removes_nothing(recorder, monkeypat
     assert steps == [10, 20, 30] + [40] * (after == "manifest")
 
 
-def test_recorder_when_workers_see_another_storage_fails_and_removes_nothing(recorder):
+def test_recorder_when_workers_see_another_storage_fails_and_removes_nothing(recorder: Recorder) -> None:
     """On a node without the mount the folder is empty, and the workers would start over."""
     committed(recorder.committer, 10)
     recorder.committer.committed_at.clear()  # by an earlier driver
@@ -239,7 +249,9 @@ def test_recorder_when_workers_see_another_storage_fails_and_removes_nothing(rec
 
 
 @pytest.mark.parametrize("is_damaged", [False, True])
-def test_recorder_when_workers_skip_a_checkpoint_removes_it_only_if_it_is_damaged(recorder, is_damaged):
+def test_recorder_when_workers_skip_a_checkpoint_removes_it_only_if_it_is_damaged(
+    recorder: Recorder, is_damaged: bool
+) -> None:
     """A node that sees an incomplete copy of the folder reported a complete checkpoint as corrupt, and it was lost."""
     (name,) = committed(recorder.committer, 10)
     path = recorder.committer.folder / name
@@ -251,7 +263,7 @@ def test_recorder_when_workers_skip_a_checkpoint_removes_it_only_if_it_is_damage
     assert recorder.committer.folder.names() == ([] if is_damaged else [name])
 
 
-def test_recorder_commits_part_that_arrived_before_its_group_started(recorder):
+def test_recorder_commits_part_that_arrived_before_its_group_started(recorder: Recorder) -> None:
     """A group that has nothing left to do saves at once, and its second worker's event may be the first."""
     name, progress = "step-000030-abcdef", Progress(step=30)
     recorder.handle(PartWritten("abcdef", PartReceipt(name, 2, {}, None)))

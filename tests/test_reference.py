@@ -1,17 +1,18 @@
 """The training algorithm is that of the d2l book: the command line reproduces recorded runs of the book's own code."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import job, result, rows
+from conftest import Trace, job, result, rows
 from safetensors.torch import load_file
 
 PORTABLE = ["portable-rnn", "portable-gru", "portable-lstm"]
 SHARED = [pytest.param(name, marks=pytest.mark.shared) for name in ("gru", "lstm")]
 
 
-def assert_reproduces(trace, run, tolerance):
+def assert_reproduces(trace: Trace, run: Path, tolerance: float) -> None:
     """Every window's loss, every epoch's perplexity, the final norms, and the generated text."""
     losses = np.array([row["nats"] for row in rows(run, "train")])
     np.testing.assert_allclose(losses, trace.arrays["loss"], rtol=tolerance)
@@ -26,14 +27,14 @@ def assert_reproduces(trace, run, tolerance):
     assert vocabulary["tokens"] == trace.meta["vocab"]
 
 
-def train(trace, folder, *more):
+def train(trace: Trace, folder: Path, *more: object) -> None:
     """Trains in this process as the trace was recorded; the run is stored in ``folder/run``."""
     finished = job("train", *trace.arguments, *more, "--scale.workers", 0, "--run.storage", folder, "--run.name", "run")
     assert finished.status == 0, finished.err
 
 
 @pytest.mark.parametrize("trace", [*PORTABLE, *SHARED], indirect=True)
-def test_train_with_recorded_settings_reproduces_reference_trace(trace, tmp_path):
+def test_train_with_recorded_settings_reproduces_reference_trace(trace: Trace, tmp_path: Path) -> None:
     train(trace, tmp_path)
     assert_reproduces(trace, tmp_path / "run", 1e-9)
 
@@ -41,7 +42,7 @@ def test_train_with_recorded_settings_reproduces_reference_trace(trace, tmp_path
 @pytest.mark.long
 @pytest.mark.shared
 @pytest.mark.parametrize("trace", ["seed-rnn"], indirect=True)
-def test_train_on_first_characters_of_book_reproduces_reference_trace(trace, tmp_path):
+def test_train_on_first_characters_of_book_reproduces_reference_trace(trace: str, tmp_path: Path) -> None:
     train(trace, tmp_path)
     assert_reproduces(trace, tmp_path / "run", 1e-9)
 
@@ -49,7 +50,7 @@ def test_train_on_first_characters_of_book_reproduces_reference_trace(trace, tmp
 @pytest.mark.long
 @pytest.mark.shared
 @pytest.mark.parametrize("trace", ["seed-whole-book"], indirect=True)
-def test_train_on_whole_book_reproduces_first_epochs_of_reference_trace(trace, tmp_path):
+def test_train_on_whole_book_reproduces_first_epochs_of_reference_trace(trace: str, tmp_path: Path) -> None:
     train(trace, tmp_path, "--train.epochs", 4)
     losses = [row["nats"] for row in rows(tmp_path / "run", "train")]
     np.testing.assert_allclose(losses, trace.arrays["loss"][: len(losses)], rtol=1e-9)

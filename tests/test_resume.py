@@ -1,5 +1,7 @@
 """All workers resume from the same checkpoint, which rank 0 reads and of which each verifies a share."""
 
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,6 +16,7 @@ from job.data.lanes import split_evenly
 from job.distributed.context import World
 from job.storage import Folder
 from job.training.checkpoint import (
+    Checkpoint,
     Progress,
     checkpoint_name,
     commit_checkpoint,
@@ -27,7 +30,7 @@ from job.training.resume import agree_on_resume_point
 WORKERS = 3
 
 
-def write_checkpoint(folder, step):
+def write_checkpoint(folder: Folder, step: int) -> Checkpoint:
     """The golden checkpoint as another number of workers would have written it."""
     state = load_lane_state(read_manifest(Folder(str(GOLDEN.parent)), GOLDEN.name), range(8))
     files = {path.name: [path.read_bytes()] for path in GOLDEN.iterdir() if not path.name.startswith(("lanes", "mani"))}
@@ -37,7 +40,7 @@ def write_checkpoint(folder, step):
     return commit_checkpoint(folder, name, [write_part(folder, name, files, 1, Progress(step=step))])
 
 
-def resume(rank, port, folder, results):
+def resume(rank: int, port: int, folder: str, results: SimpleQueue) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORKERS)
     files_read = []
     read_with = Folder.read_with
@@ -55,13 +58,13 @@ def resume(rank, port, folder, results):
         dist.destroy_process_group()
 
 
-def resume_on_workers(folder):
+def resume_on_workers(folder: Path) -> list[tuple[int, ...]]:
     results = multiprocessing.get_context("spawn").SimpleQueue()
     multiprocessing.spawn(resume, (free_port(), str(folder), results), nprocs=WORKERS)
     return sorted(results.get() for _ in range(WORKERS))
 
 
-def test_workers_load_checkpoint_that_rank_0_reads_and_skip_one_with_a_damaged_part(tmp_path):
+def test_workers_load_checkpoint_that_rank_0_reads_and_skip_one_with_a_damaged_part(tmp_path: Path) -> None:
     folder = Folder(str(tmp_path))
     write_checkpoint(folder, 10)
     last = write_checkpoint(folder, 20)
@@ -80,7 +83,9 @@ def test_workers_load_checkpoint_that_rank_0_reads_and_skip_one_with_a_damaged_p
     assert [len(files) for files in lanes] == [4, 4, 2]  # of two checkpoints with five parts each
 
 
-def test_worker_that_does_not_see_a_checkpoint_fails_without_calling_it_damaged(tmp_path, monkeypatch):
+def test_worker_that_does_not_see_a_checkpoint_fails_without_calling_it_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = write_checkpoint(Folder(str(tmp_path)), 10)
     seen_by_rank_0 = [checkpoint.name, checkpoint.step, checkpoint.files, None]
     monkeypatch.setattr("job.training.resume.broadcast_json", lambda *_: ([seen_by_rank_0], []))

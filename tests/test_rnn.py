@@ -1,9 +1,12 @@
 """Layers, loss and greedy decoding: each implementation agrees with torch's own outputs, states and gradients."""
 
+from typing import Any
+
 import pytest
 import torch
 from conftest import disable_kernel
 from torch import nn
+from torch.amp.autocast_mode import autocast
 from torch.nn import functional as F
 
 from job.config.schema import GenerateConfig, ModelConfig
@@ -23,7 +26,7 @@ TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
 
 
 @pytest.fixture(params=["kernel", "torch"])
-def implementation(request, monkeypatch):
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Runs a test with the kernel and without it."""
     if request.param == "torch":
         disable_kernel(monkeypatch)
@@ -32,15 +35,17 @@ def implementation(request, monkeypatch):
     return request.param
 
 
-def autocast(dtype):
+def autocast(dtype: torch.dtype | None) -> autocast:
     return torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
-def state_tensors(state):
+def state_tensors(state: torch.Tensor) -> tuple[torch.Tensor]:
     return state if isinstance(state, tuple) else (state,)
 
 
-def assert_near(actual, expected, tolerance):
+def assert_near(
+    actual: list[torch.Tensor] | tuple[Any, ...], expected: list[torch.Tensor] | tuple[Any, ...], tolerance: float
+) -> None:
     for number, (a, b) in enumerate(zip(actual, expected, strict=True)):
         assert a.shape == b.shape
         error = (a.double() - b).norm() / b.norm().clamp(min=0.1)
@@ -50,7 +55,9 @@ def assert_near(actual, expected, tolerance):
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("input_form", ["one-hot", "embedding", "features"])
 @pytest.mark.parametrize("cell", CELLS)
-def test_rnn_layer_agrees_with_torch_in_float64(implementation, cell, input_form, dtype):
+def test_rnn_layer_agrees_with_torch_in_float64(
+    implementation: str, cell: str, input_form: str, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     weight_dtype = torch.float64 if dtype == torch.float64 else torch.float32
     for units, lanes, steps, tokens in SIZES:
@@ -89,7 +96,7 @@ def test_rnn_layer_agrees_with_torch_in_float64(implementation, cell, input_form
 
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
 @pytest.mark.parametrize("use_bf16", [False, True], ids=["float32", "bfloat16"])
-def test_model_with_dropout_agrees_with_float64(implementation, cell, use_bf16):
+def test_model_with_dropout_agrees_with_float64(implementation: str, cell: str, use_bf16: bool) -> None:
     model_config = ModelConfig(cell=cell, hidden_size=40, num_layers=3, embedding_size=7, dropout=0.3)
     model, exact = (build_model(model_config, 11, seed=1) for _ in range(2))
     exact = exact.double()
@@ -106,8 +113,8 @@ def test_model_with_dropout_agrees_with_float64(implementation, cell, use_bf16):
     assert_near(*gradients, tolerance)
 
 
-def test_fallback_layers_pass_gradcheck():
-    def random(*shape):
+def test_fallback_layers_pass_gradcheck() -> None:
+    def random(*shape: Any) -> torch.Tensor:
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
     assert torch.autograd.gradcheck(tanh_layer, [random(4, 2, 3), random(2, 3), random(3, 3)])
@@ -116,7 +123,9 @@ def test_fallback_layers_pass_gradcheck():
 
 @pytest.mark.parametrize(("rows", "units", "tokens"), [(1, 32, 2), (37, 64, 5), (130, 256, 257)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_linear_cross_entropy_agrees_with_torch_in_float64(implementation, dtype, rows, units, tokens):
+def test_linear_cross_entropy_agrees_with_torch_in_float64(
+    implementation: str, dtype: torch.dtype, rows: int, units: int, tokens: int
+) -> None:
     torch.manual_seed(0)
     hidden = torch.randn(1, rows, units, requires_grad=True)
     weight, bias = torch.randn(tokens, units, requires_grad=True), torch.randn(tokens, requires_grad=True)
@@ -132,14 +141,14 @@ def test_linear_cross_entropy_agrees_with_torch_in_float64(implementation, dtype
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_linear_cross_entropy_of_nonfinite_hidden_state_is_nan(implementation, value):
+def test_linear_cross_entropy_of_nonfinite_hidden_state_is_nan(implementation: str, value: float) -> None:
     hidden = torch.ones(3, 2, 32)
     hidden[1, 1, 7] = value
     nats = linear_cross_entropy(hidden, torch.randn(5, 32), torch.zeros(5), torch.zeros(3, 2, dtype=torch.int64))
     assert nats.isnan()
 
 
-def test_linear_cross_entropy_rejects_mismatched_shapes(implementation):
+def test_linear_cross_entropy_rejects_mismatched_shapes(implementation: str) -> None:
     with pytest.raises((ValueError, RuntimeError)):
         linear_cross_entropy(
             torch.ones(1, 4, 32), torch.ones(5, 32), torch.zeros(5), torch.zeros(5, 4, dtype=torch.int64)
@@ -148,7 +157,9 @@ def test_linear_cross_entropy_rejects_mismatched_shapes(implementation):
 
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
 @pytest.mark.parametrize(("layers", "embedding"), [(1, 0), (2, 7)])
-def test_greedy_decoding_equals_argmax_steps(implementation, cell, layers, embedding, monkeypatch):
+def test_greedy_decoding_equals_argmax_steps(
+    implementation: str, cell: str, layers: int, embedding: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = build_model(ModelConfig(cell=cell, num_layers=layers, embedding_size=embedding, hidden_size=64), 28, 3)
     prefixes = torch.randint(0, 28, (5, 7))
     monkeypatch.setattr(ops, "GREEDY_CHUNK", 7)
@@ -164,7 +175,7 @@ def test_greedy_decoding_equals_argmax_steps(implementation, cell, layers, embed
     assert torch.equal(alone, generated[:, 3:4])
 
 
-def test_flatten_weights_makes_equal_contiguous_weights():
+def test_flatten_weights_makes_equal_contiguous_weights() -> None:
     """As cuDNN needs them; the check itself needs no GPU."""
     weights = list(torch.nn.GRU(5, 8).parameters())
     flat_weights = _flatten_weights(weights, torch.float64)
@@ -177,7 +188,7 @@ def test_flatten_weights_makes_equal_contiguous_weights():
 
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
 @pytest.mark.parametrize("shape", [(2, 3, 16), (2, 3, 64), (2, 2, 32), (1, 3, 32), (2, 3, 32, 1)])
-def test_layers_with_state_of_other_sizes_raise_user_error(cell, shape):
+def test_layers_with_state_of_other_sizes_raise_user_error(cell: str, shape: tuple[Any, ...]) -> None:
     """The kernel wrote beyond the end of its memory, by as much as a checkpoint's state was too small."""
     layers = RecurrentLayers(cell, 8, 32, 2)
     state = torch.zeros(shape)
@@ -186,6 +197,6 @@ def test_layers_with_state_of_other_sizes_raise_user_error(cell, shape):
 
 
 @pytest.mark.parametrize(("cell", "num_tensors"), [("rnn", 2), ("gru", 0), ("lstm", 1)])
-def test_layers_with_another_number_of_states_raise_user_error(cell, num_tensors):
+def test_layers_with_another_number_of_states_raise_user_error(cell: str, num_tensors: int) -> None:
     with pytest.raises(UserError, match="the state of the lanes does not have the sizes of the model"):
         RecurrentLayers(cell, 8, 32, 2)(torch.zeros(5, 3, 8), (torch.zeros(2, 3, 32),) * num_tensors)

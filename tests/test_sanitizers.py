@@ -30,7 +30,9 @@ def run_sanitized(folder: Path, kernels: Path, flags: list[str]) -> subprocess.C
 
 @pytest.mark.parametrize("architecture", [["-march=native"], PORTABLE], ids=["native", "portable"])
 @pytest.mark.parametrize("sanitizers", [MEMORY, THREADS], ids=["memory", "threads"])
-def test_kernels_on_many_shapes_raise_no_sanitizer_report(tmp_path, sanitizers, architecture):
+def test_kernels_on_many_shapes_raise_no_sanitizer_report(
+    tmp_path: Path, sanitizers: list[str], architecture: str
+) -> None:
     ended = run_sanitized(tmp_path, KERNELS, [*sanitizers, *architecture])
     assert (ended.returncode, ended.stderr) == (0, "")
     assert ended.stdout.startswith("done")
@@ -46,7 +48,9 @@ def test_kernels_on_many_shapes_raise_no_sanitizer_report(tmp_path, sanitizers, 
         ("linear.c", "atomic_int", "int", THREADS, "data race"),
     ],
 )
-def test_kernels_with_an_error_raise_a_sanitizer_report(tmp_path, file, right, wrong, sanitizers, report):
+def test_kernels_with_an_error_raise_a_sanitizer_report(
+    tmp_path: Path, file: str, right: str, wrong: str, sanitizers: list[str], report: str
+) -> None:
     kernels = Path(shutil.copytree(KERNELS, tmp_path / "kernels.d", ignore=shutil.ignore_patterns("*.py")))
     text = (kernels / file).read_text()
     assert right in text
@@ -56,7 +60,7 @@ def test_kernels_with_an_error_raise_a_sanitizer_report(tmp_path, file, right, w
     assert report in ended.stderr
 
 
-def test_kernels_called_from_python_raise_no_sanitizer_report(tmp_path):
+def test_kernels_called_from_python_raise_no_sanitizer_report(tmp_path: Path) -> None:
     """The tests of layers, loss, decoder and collectives: whether callers give the sizes that the kernels need."""
     code = f"""
 import sys, pytest

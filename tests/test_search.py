@@ -8,7 +8,10 @@ import math
 import os
 import shutil
 import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from pkgutil import resolve_name
+from typing import Any
 
 import pytest
 from conftest import job, start_job
@@ -21,14 +24,16 @@ from job import storage
 from job.cluster.connection import connect
 from job.cluster.tune import run_search
 from job.config.config_file import load_config, load_search_config
-from job.config.schema import ScaleConfig
+from job.config.schema import Config, ScaleConfig
 from job.config.search_space import SearchConfig, search_differences
 from job.config.toml import config_to_toml, override_config, search_config_from_toml
 from job.console import Console
 from job.errors import RunFailed, UserError
 from job.run.driver import run_training
+from job.run.lease import Lease
 from job.run.local_launcher import LocalLauncher
 from job.run.run_dir import SEARCH_FILE, read_existing_run
+from job.run.signals import StopRequest
 from job.storage import Folder
 from job.training.checkpoint import find_latest_valid
 from job.training.progress import perplexity
@@ -38,7 +43,15 @@ from job.tuning.plots import plot_curves
 from job.tuning.report import display_name
 from job.tuning.results import to_parquet
 from job.tuning.setup import check_search, resolve_search
-from job.tuning.trials import TRIALS_FILE, baseline_params, load_trials, trial_config, trial_folder, trial_params
+from job.tuning.trials import (
+    TRIALS_FILE,
+    Trials,
+    baseline_params,
+    load_trials,
+    trial_config,
+    trial_folder,
+    trial_params,
+)
 
 SPACE = {
     "optimizer.learning_rate": {"loguniform": [0.01, 4]},
@@ -50,7 +63,7 @@ SPACE = {
 
 
 @given(seed=st.integers(0, 2**63), number=st.integers(0, 10**6))
-def test_sample_is_a_pure_function_with_values_in_the_space(seed, number):
+def test_sample_is_a_pure_function_with_values_in_the_space(seed: int, number: int) -> None:
     space = SearchConfig(space=SPACE).space
     params = space.sample(seed, number)
     assert params == space.sample(seed, number)
@@ -64,12 +77,12 @@ def test_sample_is_a_pure_function_with_values_in_the_space(seed, number):
     assert config.optimizer.learning_rate == params["optimizer.learning_rate"]
 
 
-def test_sample_of_a_field_does_not_depend_on_other_fields():
+def test_sample_of_a_field_does_not_depend_on_other_fields() -> None:
     alone = SearchConfig(space={"model.dropout": SPACE["model.dropout"]}).space
     assert alone.sample(3, 5)["model.dropout"] == SearchConfig(space=SPACE).space.sample(3, 5)["model.dropout"]
 
 
-def test_sample_of_a_grid_search_enumerates_the_grid():
+def test_sample_of_a_grid_search_enumerates_the_grid() -> None:
     search = SearchConfig(
         searcher="grid", space={"model.cell": SPACE["model.cell"], "model.num_layers": {"choice": [1, 2]}}
     )
@@ -77,14 +90,14 @@ def test_sample_of_a_grid_search_enumerates_the_grid():
     assert samples == [("rnn", 1), ("rnn", 2), ("gru", 1), ("gru", 2), ("lstm", 1), ("lstm", 2)]
 
 
-def test_num_trials_is_the_grid_size_or_16_unless_given():
+def test_num_trials_is_the_grid_size_or_16_unless_given() -> None:
     assert SearchConfig(space=SPACE).num_trials == 16
     assert SearchConfig(space=SPACE, trials=40).num_trials == 40
     assert SearchConfig(space={"model.cell": SPACE["model.cell"]}, trials=40).num_trials == 3
     assert SearchConfig(space={"model.cell": SPACE["model.cell"]}, trials=2).num_trials == 2
 
 
-def test_search_to_toml_reads_back_to_the_same_search():
+def test_search_to_toml_reads_back_to_the_same_search() -> None:
     search = SearchConfig(trials=7, scheduler="asha", space=SPACE)
     base = load_config(None, {"model.cell": "gru"})
     text = config_to_toml(base, search)
@@ -97,7 +110,7 @@ def test_search_to_toml_reads_back_to_the_same_search():
     ]
 
 
-def test_load_config_ignores_the_search_section(tmp_path):
+def test_load_config_ignores_the_search_section(tmp_path: Path) -> None:
     path = tmp_path / "a.toml"
     path.write_text(
         '[model]\ncell = "gru"\n[search]\ntrials = 3\n[search.space]\n"model.dropout" = { uniform = [0, 0.5] }'
@@ -134,7 +147,7 @@ def test_load_config_ignores_the_search_section(tmp_path):
         ("[search]\nscheduler = 'pbt'\nsearcher = 'optuna'", "not possible with scheduler"),
     ],
 )  # fmt: skip
-def test_load_config_with_an_invalid_search_raises_user_error(tmp_path, toml, message):
+def test_load_config_with_an_invalid_search_raises_user_error(tmp_path: Path, toml: str, message: str) -> None:
     path = tmp_path / "a.toml"
     path.write_text(toml)
     with pytest.raises(UserError) as error:
@@ -159,7 +172,9 @@ NO_VALIDATION = {"corpus.validation_fraction": "0"}
         ({"model.dropout": {"uniform": [0, 0.5]}}, NO_VALIDATION, "is never reported"),
     ],
 )  # fmt: skip
-def test_check_search_with_invalid_params_raises_user_error(prose, tmp_path, space, flags, message):
+def test_check_search_with_invalid_params_raises_user_error(
+    prose: Path, tmp_path: Path, space: dict[str, Any], flags: dict[Any, Any], message: str
+) -> None:
     flags = {"corpus.source": str(prose), "corpus.validation_fraction": "0.1", "generate.prefix": "the", **flags}
     with pytest.raises(UserError) as error:
         check_search(load_config(None, flags), SearchConfig(space=space), Folder(str(tmp_path / "search")), Console())
@@ -192,8 +207,13 @@ LEARNING_RATE = {"optimizer.learning_rate": {"loguniform": [0.01, 4]}}
     ],
 )
 def test_check_search_with_a_scheduler_without_effect_raises_user_error(
-    prose, tmp_path, scheduler, flags, space, message
-):
+    prose: Path,
+    tmp_path: Path,
+    scheduler: str,
+    flags: dict[str, str],
+    space: dict[str, dict[str, list[int]]],
+    message: str,
+) -> None:
     defaults = {"train.epochs": "40", "corpus.max_tokens": "5000", "stream.batch_size": "8", "stream.num_steps": "20"}
     flags = {
         **defaults,
@@ -214,7 +234,7 @@ def test_check_search_with_a_scheduler_without_effect_raises_user_error(
     assert message in str(error.value)
 
 
-def test_resolve_search_where_another_search_or_run_exists_raises_user_error(tmp_path):
+def test_resolve_search_where_another_search_or_run_exists_raises_user_error(tmp_path: Path) -> None:
     search = SearchConfig(space={"model.dropout": {"uniform": [0, 0.5]}})
     config = load_config(None, {"run.storage": str(tmp_path), "run.name": "it"})
     folder, resolved = resolve_search(config, search, "")
@@ -227,7 +247,7 @@ def test_resolve_search_where_another_search_or_run_exists_raises_user_error(tmp
         resolve_search(override_config(config, {"run.name": "run"}), search, "")
 
 
-def test_resolve_search_with_more_epochs_than_a_trial_schedule_spans_raises_user_error(tmp_path):
+def test_resolve_search_with_more_epochs_than_a_trial_schedule_spans_raises_user_error(tmp_path: Path) -> None:
     config = load_config(None, {"run.storage": str(tmp_path), "run.name": "it", "train.epochs": "2"})
     longer = override_config(config, {"train.epochs": 4})
     for values, is_refused in ((["constant", "cosine"], True), (["constant"], False)):
@@ -254,7 +274,9 @@ GRIDS = dict.fromkeys(("train.epochs", "model.hidden_size", "model.num_layers", 
         ({"space": {**GRIDS, "stream.num_steps": TEN_VALUES}, "trials": 10_000}, ""),
     ],
 )
-def test_resolve_search_with_too_many_trials_raises_user_error(tmp_path, options, count):
+def test_resolve_search_with_too_many_trials_raises_user_error(
+    tmp_path: Path, options: dict[str, dict[str, dict[str, list[Any]]]], count: str
+) -> None:
     config, search = load_config(None, {"run.storage": str(tmp_path), "run.name": "it"}), SearchConfig(**options)
     if not count:
         assert resolve_search(config, search, "")[1] == config
@@ -263,7 +285,9 @@ def test_resolve_search_with_too_many_trials_raises_user_error(tmp_path, options
         resolve_search(config, search, "")
 
 
-def test_tune_while_it_checks_many_values_shows_progress_and_ends_at_the_first_interrupt(prose, tmp_path):
+def test_tune_while_it_checks_many_values_shows_progress_and_ends_at_the_first_interrupt(
+    prose: Path, tmp_path: Path
+) -> None:
     config = tmp_path / "many.toml"
     config.write_text(f'[search.space]\n"model.hidden_size" = {{ choice = {list(range(1, 9001))} }}')
     flags = ["--corpus.source", prose, "--corpus.validation_fraction", 0.1, "--run.storage", tmp_path]
@@ -275,7 +299,7 @@ def test_tune_while_it_checks_many_values_shows_progress_and_ends_at_the_first_i
     assert [path.name for path in tmp_path.iterdir()] == ["many.toml"]
 
 
-def test_optuna_sampler_rebuilt_by_replay_continues_identically():
+def test_optuna_sampler_rebuilt_by_replay_continues_identically() -> None:
     pytest.importorskip("optuna")
 
     space = SearchConfig(space=SPACE).space
@@ -294,25 +318,25 @@ def test_optuna_sampler_rebuilt_by_replay_continues_identically():
     assert rebuilt.ask(13) not in trial_params
 
 
-def test_search_space_accepts_nested_tables():
+def test_search_space_accepts_nested_tables() -> None:
     nested = SearchConfig(space={"optimizer": {"learning_rate": SPACE["optimizer.learning_rate"]}})
     assert nested == SearchConfig(space={"optimizer.learning_rate": SPACE["optimizer.learning_rate"]})
 
 
-def test_baseline_params_outside_the_space_is_none():
+def test_baseline_params_outside_the_space_is_none() -> None:
     search = SearchConfig(space={"stream.offset": {"randint": [0, 40]}})
     assert baseline_params(load_config(None, {}), search) is None
     assert trial_params(load_config(None, {}), search, 0)["stream.offset"] in range(41)
 
 
-def test_to_parquet_writes_values_of_mixed_types_as_text(tmp_path):
+def test_to_parquet_writes_values_of_mixed_types_as_text(tmp_path: Path) -> None:
     search = SearchConfig(space={"stream.offset": {"grid": ["random", 0, [1, 2]]}})
     table = to_parquet(load_trials(Folder(str(tmp_path)), load_config(None, {}), search))
     values = parquet.read_table(io.BytesIO(table)).column("stream.offset").to_pylist()
     assert values == ['"random"', "0", "[1, 2]"]
 
 
-def test_import_checkpoint_last_exchanged_does_not_rewind_the_run(prose, tmp_path):
+def test_import_checkpoint_last_exchanged_does_not_rewind_the_run(prose: Path, tmp_path: Path) -> None:
     """After a process died, Ray Tune restores the checkpoint it knows, while the run has continued since."""
     flags = ["--corpus.source", prose, "--run.storage", tmp_path, "--scale.workers", 0, "--generate.prefix", "the"]
     flags += ["--model.hidden_size", 8, "--run.name", "run"]
@@ -332,13 +356,15 @@ def test_import_checkpoint_last_exchanged_does_not_rewind_the_run(prose, tmp_pat
     assert read_existing_run(run).config == perturbed
 
 
-def test_import_checkpoint_of_a_folder_that_was_removed_fails_with_one_line(tmp_path):
+def test_import_checkpoint_of_a_folder_that_was_removed_fails_with_one_line(tmp_path: Path) -> None:
     with pytest.raises(RunFailed, match="exchange/1: the checkpoint that another trial exported is missing"):
         import_checkpoint(Folder(str(tmp_path / "exchange" / "1")), Folder(str(tmp_path)), load_config(None, {}))
 
 
 @pytest.mark.parametrize("concurrent", [10_000, 10**9])
-def test_connect_with_more_concurrent_runs_than_this_machine_can_hold_raises_user_error(monkeypatch, concurrent):
+def test_connect_with_more_concurrent_runs_than_this_machine_can_hold_raises_user_error(
+    monkeypatch: pytest.MonkeyPatch, concurrent: int
+) -> None:
     """Ray would start a process for each."""
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("job.cluster.connection.available_cpus", lambda: 4)
@@ -346,17 +372,17 @@ def test_connect_with_more_concurrent_runs_than_this_machine_can_hold_raises_use
         connect(ScaleConfig(workers=1), stack, concurrent)
 
 
-def test_console_print_erases_redrawn_lines():
+def test_console_print_erases_redrawn_lines() -> None:
     class Terminal:
         text = ""
 
-        def write(self, text):
+        def write(self, text: str) -> None:
             self.text += text
 
-        def flush(self):
+        def flush(self) -> None:
             pass
 
-        def isatty(self):
+        def isatty(self) -> bool:
             return True
 
     terminal = Terminal()
@@ -367,7 +393,7 @@ def test_console_print_erases_redrawn_lines():
     assert display_name("validation_perplexity") == "validation perplexity"
 
 
-def test_search_space_does_not_depend_on_the_order_of_lines():
+def test_search_space_does_not_depend_on_the_order_of_lines() -> None:
     """A search resumes after the lines of its file were reordered: no trial changes its parameters."""
     grids = {"model.cell": {"grid": ["rnn", "gru"]}, "model.hidden_size": {"grid": [8, 16]}}
     one, other = SearchConfig(space=grids), SearchConfig(space=dict(reversed(grids.items())))
@@ -378,7 +404,7 @@ def test_search_space_does_not_depend_on_the_order_of_lines():
 
 
 @pytest.mark.parametrize("scheduler", ["none", "pbt"])
-def test_winner_is_never_a_trial_whose_loss_is_not_finite(tmp_path, scheduler):
+def test_winner_is_never_a_trial_whose_loss_is_not_finite(tmp_path: Path, scheduler: str) -> None:
     search = SearchConfig(trials=3, space={"optimizer.learning_rate": {"uniform": [0.1, 1]}}, scheduler=scheduler)
     trials = load_trials(Folder(str(tmp_path)), load_config(None, {}), search)
     for number, nats in ((0, math.nan), (1, math.inf)):
@@ -390,7 +416,7 @@ def test_winner_is_never_a_trial_whose_loss_is_not_finite(tmp_path, scheduler):
     assert trials.winner.number == 2
 
 
-def test_trials_end_keeps_the_records_of_trials_beyond_num_trials(tmp_path):
+def test_trials_end_keeps_the_records_of_trials_beyond_num_trials(tmp_path: Path) -> None:
     space = {"optimizer.learning_rate": {"loguniform": [0.01, 4]}}
     base, folder = load_config(None, {}), Folder(str(tmp_path))
     all_four = load_trials(folder, base, SearchConfig(trials=4, space=space))
@@ -413,7 +439,7 @@ def test_trials_end_keeps_the_records_of_trials_beyond_num_trials(tmp_path):
         load_trials(folder, base, SearchConfig(trials=4, space=space))
 
 
-def test_load_config_reads_a_uri(tmp_path):
+def test_load_config_reads_a_uri(tmp_path: Path) -> None:
     (tmp_path / "best.toml").write_text('[model]\ncell = "gru"')
     assert load_config(f"file://{tmp_path}/best.toml", {}).model.cell == "gru"
     with pytest.raises(UserError, match="no such configuration file"):
@@ -421,7 +447,7 @@ def test_load_config_reads_a_uri(tmp_path):
 
 
 @pytest.mark.parametrize("metric", ["validation_perplexity", "perplexity"])
-def test_trial_whose_metric_is_not_a_number_never_wins(tmp_path, metric):
+def test_trial_whose_metric_is_not_a_number_never_wins(tmp_path: Path, metric: str) -> None:
     """NaN is neither less nor greater than any number, so such a trial could win, and hid all after it."""
     search = SearchConfig(metric=metric, space={"optimizer.learning_rate": {"grid": [0.1, 0.2, 0.3, 0.4]}})
     base = load_config(None, {"corpus.validation_fraction": "0.1"})
@@ -449,10 +475,10 @@ def test_trial_whose_metric_is_not_a_number_never_wins(tmp_path, metric):
 
 
 @pytest.fixture
-def small_search(prose, tmp_path, monkeypatch):
+def small_search(prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """A function that runs a search of two short trials in ``tmp_path / "it"``, and the content of that folder."""
 
-    def run_trials(trials, placement, lease, stop_request, console):
+    def run_trials(trials: Trials, placement: None, lease: Lease, stop_request: StopRequest, console: Console) -> None:
         for trial in [trial for trial in trials if not trial.is_done]:
             trials.start(trial.number, trial.params)
             config = trial_config(trials.base, trials.folder, trial.number, trial.params)
@@ -461,7 +487,9 @@ def small_search(prose, tmp_path, monkeypatch):
             trials.write_records()
 
     @contextlib.contextmanager
-    def connected(base, search, console):
+    def connected(
+        base: Config, search: SearchConfig, console: Console
+    ) -> Iterator[tuple[tuple[Config, SearchConfig], None]]:
         yield (base, search), None
 
     monkeypatch.setattr("job.cluster.tune._connected", connected)
@@ -472,13 +500,13 @@ def small_search(prose, tmp_path, monkeypatch):
     search = SearchConfig(space={"optimizer.learning_rate": {"grid": [0.1, 1.0]}})
     output = io.StringIO()
 
-    def run():
+    def run() -> tuple[int, str]:
         return run_search(config, search, "", Console(output)), output.getvalue()
 
     return run
 
 
-def take_over(folder):
+def take_over(folder: Folder) -> None:
     """Overwrites the lease as the next driver does after it has expired."""
     owner = json.loads(folder.read("owner.json"))
     folder.write("owner.json", json.dumps({**owner, "token": "of the new owner"}).encode())
@@ -494,10 +522,12 @@ def take_over(folder):
         ("job.tuning.results.hparams", ["tensorboard", "best.toml"]),
     ],
 )
-def test_search_after_takeover_writes_no_records(small_search, tmp_path, monkeypatch, function, missing):
+def test_search_after_takeover_writes_no_records(
+    small_search: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str, missing: list[str]
+) -> None:
     original = resolve_name(function)
 
-    def call(*args, **options):
+    def call(*args: Any, **options: Any) -> str:
         take_over(Folder(str(tmp_path / "it")))
         return original(*args, **options)
 
@@ -517,10 +547,12 @@ def test_search_after_takeover_writes_no_records(small_search, tmp_path, monkeyp
         ("best.toml", errno.EROFS),
     ],
 )
-def test_search_on_full_or_read_only_storage_fails_with_one_line_and_resumes(small_search, monkeypatch, file, number):
+def test_search_on_full_or_read_only_storage_fails_with_one_line_and_resumes(
+    small_search: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, file: str, number: int
+) -> None:
     write = storage._write_local
 
-    def fail(folder, name, data, check_change):
+    def fail(folder: Path, name: str, data: tuple[Any, ...], check_change: Callable[..., Any]) -> None:
         if name == file:
             raise OSError(number, os.strerror(number))
         write(folder, name, data, check_change)
@@ -535,14 +567,16 @@ def test_search_on_full_or_read_only_storage_fails_with_one_line_and_resumes(sma
     assert "best is trial" in output
 
 
-def test_search_on_object_store_with_temporary_errors_finishes(small_search, tmp_path, monkeypatch):
+def test_search_on_object_store_with_temporary_errors_finishes(
+    small_search: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """One 503 ended it."""
     failed = set()
 
     class Store(fs.FSSpecHandler):
         """A disk that is used like an object store and fails each first write of a file."""
 
-        def open_output_stream(self, path, metadata):
+        def open_output_stream(self, path: str, metadata: object) -> Any:
             if path not in failed:
                 failed.add(path)
                 raise OSError("AWS Error SLOW_DOWN")
@@ -555,7 +589,9 @@ def test_search_on_object_store_with_temporary_errors_finishes(small_search, tmp
     assert {path.rpartition("/it/")[2] for path in failed} >= {"search.toml", "trials.json", "best.toml"}
 
 
-def test_search_with_files_that_the_user_removed_restores_them(small_search, tmp_path):
+def test_search_with_files_that_the_user_removed_restores_them(
+    small_search: Callable[..., Any], tmp_path: Path
+) -> None:
     folder = tmp_path / "it"
     assert small_search()[0] == 0
     finished = [path.stat().st_mtime_ns for path in folder.glob("trials/*/result.json")]
@@ -573,7 +609,9 @@ def test_search_with_files_that_the_user_removed_restores_them(small_search, tmp
         small_search()
 
 
-def test_search_runs_a_stopped_trial_again_if_its_folder_was_removed(small_search, tmp_path):
+def test_search_runs_a_stopped_trial_again_if_its_folder_was_removed(
+    small_search: Callable[..., Any], tmp_path: Path
+) -> None:
     folder = tmp_path / "it"
     assert small_search()[0] == 0
     shutil.rmtree(folder / "trials")
@@ -583,7 +621,9 @@ def test_search_runs_a_stopped_trial_again_if_its_folder_was_removed(small_searc
     assert len(list(folder.glob("trials/*/result.json"))) == 2
 
 
-def test_search_whose_trial_is_a_link_to_another_disk_writes_there(small_search, tmp_path):
+def test_search_whose_trial_is_a_link_to_another_disk_writes_there(
+    small_search: Callable[..., Any], tmp_path: Path
+) -> None:
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     (tmp_path / "it" / "trials").mkdir(parents=True)
@@ -603,17 +643,19 @@ def test_search_whose_trial_is_a_link_to_another_disk_writes_there(small_search,
     "content",
     ["[" * 100_000, '{"00000": ' + "[" * 100_000, '{"00000": "stopped"}', '{"00000": {"state": []}}', "\udcff"],
 )
-def test_search_with_damaged_records_is_refused(small_search, tmp_path, content):
+def test_search_with_damaged_records_is_refused(small_search: Callable[..., Any], tmp_path: Path, content: str) -> None:
     (tmp_path / "it").mkdir()
     (tmp_path / "it" / TRIALS_FILE).write_bytes(content.encode("utf-8", "surrogateescape"))
     with pytest.raises(UserError, match=r"it/trials\.json: invalid content; remove it to retry failed trials"):
         small_search()
 
 
-def test_search_interrupted_while_it_writes_results_completes_them(small_search, tmp_path, monkeypatch):
+def test_search_interrupted_while_it_writes_results_completes_them(
+    small_search: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nothing is left to stop, and a search without its results would have to write all again."""
 
-    def plot(trials):
+    def plot(trials: Trials) -> bytes:
         os.kill(os.getpid(), signal.SIGINT)
         return plot_curves(trials)
 
@@ -625,7 +667,9 @@ def test_search_interrupted_while_it_writes_results_completes_them(small_search,
 
 
 @pytest.mark.parametrize("file", ["search.toml", "trials.json", "sample.txt", "trials.parquet", "best.toml"])
-def test_search_killed_while_it_writes_a_record_resumes_with_the_same_result(small_search, tmp_path, file):
+def test_search_killed_while_it_writes_a_record_resumes_with_the_same_result(
+    small_search: Callable[..., Any], tmp_path: Path, file: str
+) -> None:
     assert small_search()[0] == 0
     folder = tmp_path / "it"
     best = (folder / "best.toml").read_bytes()
@@ -635,7 +679,7 @@ def test_search_killed_while_it_writes_a_record_resumes_with_the_same_result(sma
     class Killed(BaseException):
         pass
 
-    def kill(folder, name, data, check_change):
+    def kill(folder: Path, name: str, data: tuple[Any, ...], check_change: Callable[..., Any]) -> None:
         if name == file:
             (folder / f".{name}.1-1").write_bytes(b"".join(data)[:100])
             raise Killed

@@ -4,6 +4,10 @@ import mmap
 import os
 import socket
 import threading
+from collections.abc import Callable
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,12 +24,12 @@ from job.nn.language_model import build_model
 pytestmark = pytest.mark.skipif(load_library() is None, reason=f"no kernel: {unavailable_reason()}")
 
 
-def make_group(workers, timeout_s=30.0):
+def make_group(workers: int, timeout_s: float = 30.0) -> list[SharedMemoryGroup]:
     memory = mmap.mmap(-1, group_bytes(workers))
     return [SharedMemoryGroup(memory, rank, workers, timeout_s) for rank in range(workers)]
 
 
-def run_concurrently(calls):
+def run_concurrently(calls: list[Callable[..., Any]]) -> None:
     threads = [threading.Thread(target=call) for call in calls]
     for thread in threads:
         thread.start()
@@ -35,7 +39,7 @@ def run_concurrently(calls):
 
 @pytest.mark.parametrize("workers", [2, 3, 7])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_all_reduce_adds_in_order_of_ranks(workers, dtype):
+def test_all_reduce_adds_in_order_of_ranks(workers: int, dtype: torch.dtype) -> None:
     members = make_group(workers)
     for count in (1, 2, 1000, SLOT_BYTES // dtype.itemsize, 3 * SLOT_BYTES // dtype.itemsize + 5):
         inputs = [torch.randn(count, dtype=dtype) for _ in members]
@@ -46,7 +50,7 @@ def test_all_reduce_adds_in_order_of_ranks(workers, dtype):
 
 
 @pytest.mark.parametrize("workers", [2, 3])
-def test_all_gather_copies_all_ranks_data(workers):
+def test_all_gather_copies_all_ranks_data(workers: int) -> None:
     members = make_group(workers)
     for count in (1, 1000, 2 * SLOT_BYTES + 5):
         inputs = [torch.randint(0, 100, (count,), dtype=torch.uint8) for _ in members]
@@ -56,10 +60,10 @@ def test_all_gather_copies_all_ranks_data(workers):
         assert all(torch.equal(torch.stack(gathered), torch.stack(inputs)) for gathered in outputs)
 
 
-def test_alternating_collectives_are_correct_in_every_round():
+def test_alternating_collectives_are_correct_in_every_round() -> None:
     members, rounds = make_group(3), 2000
 
-    def work(member, failures):
+    def work(member: SharedMemoryGroup, failures: list[Any]) -> None:
         outputs = [torch.zeros(50) for _ in members]
         for number in range(rounds):
             data = torch.full((50,), float(number + member.group.rank))
@@ -75,11 +79,11 @@ def test_alternating_collectives_are_correct_in_every_round():
 
 
 @pytest.mark.parametrize("is_sum", [True, False])
-def test_collective_without_one_rank_raises_after_timeout(is_sum):
+def test_collective_without_one_rank_raises_after_timeout(is_sum: bool) -> None:
     first, second = make_group(3, timeout_s=0.2)[:2]
     raised = []
 
-    def work(member):
+    def work(member: SharedMemoryGroup) -> None:
         with pytest.raises(RuntimeError, match=r"worker 2 did not respond for 0\.2 seconds"):
             member.all_reduce_(torch.ones(3)) if is_sum else member.all_gather(torch.ones(3), list(torch.ones(3, 3)))
         raised.append(member)
@@ -88,13 +92,13 @@ def test_collective_without_one_rank_raises_after_timeout(is_sum):
     assert len(raised) == 2
 
 
-def free_port():
+def free_port() -> int:
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
 
 
-def create_and_reduce(rank, port, rank_without_kernel, results):
+def create_and_reduce(rank: int, port: int, rank_without_kernel: int | None, results: SimpleQueue) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     if rank == rank_without_kernel:
         shared_memory.load_library = lambda: None
@@ -107,14 +111,14 @@ def create_and_reduce(rank, port, rank_without_kernel, results):
 
 
 @pytest.mark.parametrize("rank_without_kernel", [None, 1])
-def test_create_group_needs_the_kernel_on_all_ranks(rank_without_kernel):
+def test_create_group_needs_the_kernel_on_all_ranks(rank_without_kernel: int | None) -> None:
     results = multiprocessing.get_context("spawn").SimpleQueue()
     multiprocessing.spawn(create_and_reduce, (free_port(), rank_without_kernel, results), nprocs=2)
     expected = [(True, 3.0)] * 2 if rank_without_kernel is None else [(False, 1.0), (False, 2.0)]
     assert sorted(results.get() for _ in range(2)) == expected
 
 
-def gradients(rank, shared_memory, world_size):
+def gradients(rank: int, shared_memory: SharedMemoryGroup | None, world_size: int) -> list[torch.Tensor]:
     model = build_model(ModelConfig(hidden_size=32), 9, seed=1)
     assignment = assign_lanes(9, 8, rank, world_size)  # of three workers, two hold two subtrees and one holds one
     lanes = slice(assignment.lanes.start, assignment.lanes.stop)
@@ -125,7 +129,7 @@ def gradients(rank, shared_memory, world_size):
     return [stats] + [weight.grad for weight in model.parameters()]
 
 
-def compare_gradients(rank, port, workers):
+def compare_gradients(rank: int, port: int, workers: int) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
     group = create_group(30)
     assert group
@@ -135,11 +139,11 @@ def compare_gradients(rank, port, workers):
     dist.destroy_process_group()
 
 
-def test_deterministic_gradients_are_bitwise_equal_alone_in_shared_memory_and_with_gloo():
+def test_deterministic_gradients_are_bitwise_equal_alone_in_shared_memory_and_with_gloo() -> None:
     multiprocessing.spawn(compare_gradients, (free_port(), 3), nprocs=3)
 
 
-def test_attach_rejects_other_memory(tmp_path, monkeypatch):
+def test_attach_rejects_other_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "memory"
     path.write_bytes(b"x" * 200)
     process = os.getpid()

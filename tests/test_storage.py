@@ -1,6 +1,8 @@
 """Storage: what it must allow before a run starts, and requests whose answers are lost."""
 
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import job
@@ -20,8 +22,8 @@ class Store:
         self.fail: Callable[[str, str], None] = lambda request, path: None
         self.lose: Callable[[str, str], None] = lambda request, path: None
 
-    def __getattr__(self, name: str):
-        def request(*args):
+    def __getattr__(self, name: str) -> Any:
+        def request(*args: Any) -> Any:
             self.fail(name, args[0])
             if name == "open_output_stream":
                 self.inner.create_dir(args[0].rpartition("/")[0], recursive=True)
@@ -37,12 +39,12 @@ class Store:
 
 
 @pytest.fixture
-def store(monkeypatch) -> Store:
+def store(monkeypatch: pytest.MonkeyPatch) -> Store:
     monkeypatch.setattr(storage, "RETRY_DELAYS_S", (0.0, 0.0))
     return Store()
 
 
-def test_check_writable_leaves_no_file_behind(store, tmp_path):
+def test_check_writable_leaves_no_file_behind(store: Store, tmp_path: Path) -> None:
     store.folder.check_writable()
     assert store.folder.names() == []
     Folder(str(tmp_path / "new" / "folder")).check_writable()
@@ -57,7 +59,9 @@ def test_check_writable_leaves_no_file_behind(store, tmp_path):
         ("delete_file", 1, "files cannot be deleted: AWS Error ACCESS_DENIED"),
     ],
 )
-def test_check_writable_without_a_permission_raises_user_error(store, request_name, nth, expected):
+def test_check_writable_without_a_permission_raises_user_error(
+    store: Store, request_name: str, nth: int, expected: str
+) -> None:
     """A storage that did not allow deletion was discovered at the fourth checkpoint."""
     requests = []
 
@@ -72,7 +76,9 @@ def test_check_writable_without_a_permission_raises_user_error(store, request_na
     assert error.value.remedy == "choose another folder or grant write access"
 
 
-def test_train_on_storage_without_deletion_starts_no_training(prose, store, monkeypatch):
+def test_train_on_storage_without_deletion_starts_no_training(
+    prose: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(name: str, path: str) -> None:
         if name.startswith("delete"):
             raise OSError("AWS Error ACCESS_DENIED during DeleteObject operation")
@@ -86,7 +92,7 @@ def test_train_on_storage_without_deletion_starts_no_training(prose, store, monk
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "step-000010-abcdef"])
-def test_remove_of_which_the_answer_is_lost_succeeds(store, name):
+def test_remove_of_which_the_answer_is_lost_succeeds(store: Store, name: str) -> None:
     """The retry found nothing to delete, which was an error."""
     folder, inner = store.folder, store.inner
     (folder.write if name.endswith("json") else lambda name, _: inner.create_dir(f"bucket/runs/{name}"))(name, b"")
@@ -105,7 +111,7 @@ def test_remove_of_which_the_answer_is_lost_succeeds(store, name):
     assert inner.get_file_info(f"bucket/runs/{name}").type == fs.FileType.NotFound
 
 
-def test_write_of_which_the_completion_is_repeated_succeeds(store):
+def test_write_of_which_the_completion_is_repeated_succeeds(store: Store) -> None:
     """The client repeats the last request of an upload that the store has completed already."""
     answers = ["AWS Error NO_SUCH_UPLOAD during CompleteMultipartUpload operation"]
 
@@ -120,7 +126,7 @@ def test_write_of_which_the_completion_is_repeated_succeeds(store):
 
 @pytest.mark.parametrize("verb", ["train", "tune", "doctor"])
 @pytest.mark.parametrize("uri", ["hdfs://namenode:8020/runs", "viewfs://cluster/runs"])
-def test_storage_without_atomic_writes_is_an_error(prose, tmp_path, verb, uri):
+def test_storage_without_atomic_writes_is_an_error(prose: Path, tmp_path: Path, verb: str, uri: str) -> None:
     """A reader could see half a manifest."""
     config = tmp_path / "config.toml"
     config.write_text("[search.space]\n'optimizer.learning_rate' = {uniform = [0.1, 1]}" if verb == "tune" else "")

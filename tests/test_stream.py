@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,7 +13,9 @@ from job.data.stream import Stream
 from job.errors import UserError
 
 
-def book_windows(corpus, batch_size, num_steps, offset):
+def book_windows(
+    corpus: np.ndarray, batch_size: int, num_steps: int, offset: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """The windows of the d2l book's sequential partitioning, in plain numpy."""
     used = (len(corpus) - offset - 1) // batch_size * batch_size
     xs = corpus[offset : offset + used].reshape(batch_size, -1)
@@ -22,7 +25,7 @@ def book_windows(corpus, batch_size, num_steps, offset):
 
 
 @pytest.mark.parametrize(("num_tokens", "batch", "steps", "offset"), [(35, 2, 5, 0), (1000, 7, 11, 3), (26, 3, 3, 1)])
-def test_read_window_matches_the_book(num_tokens, batch, steps, offset):
+def test_read_window_matches_the_book(num_tokens: int, batch: int, steps: int, offset: int) -> None:
     corpus = np.arange(num_tokens, dtype=np.int32)
     stream = Stream(corpus, StreamConfig(batch_size=batch, num_steps=steps, offset=offset), seed=0)
     windows = list(book_windows(corpus, batch, steps, offset))
@@ -33,8 +36,8 @@ def test_read_window_matches_the_book(num_tokens, batch, steps, offset):
             np.testing.assert_array_equal(np.concatenate(tensors, 1).T, array)
 
 
-def test_random_offset_is_a_function_of_seed_and_epoch():
-    def offsets(seed):
+def test_random_offset_is_a_function_of_seed_and_epoch() -> None:
+    def offsets(seed: int) -> list[int]:
         stream = Stream(np.zeros(9, np.int32), StreamConfig(num_steps=40), seed)
         return [stream.offset(epoch) for epoch in range(500)]
 
@@ -43,7 +46,9 @@ def test_random_offset_is_a_function_of_seed_and_epoch():
 
 
 @pytest.mark.parametrize(("offset", "num_required"), [("random", 17), (2, 15), ((0, 3), 16)])
-def test_check_enough_tokens_raises_if_an_epoch_may_have_no_window(offset, num_required):
+def test_check_enough_tokens_raises_if_an_epoch_may_have_no_window(
+    offset: int | str | tuple[int, int], num_required: int
+) -> None:
     stream_config, train_config = StreamConfig(batch_size=3, num_steps=4, offset=offset), TrainConfig(epochs=2)
     Stream(np.zeros(num_required, np.int32), stream_config, 0).check_enough_tokens(train_config)
     with pytest.raises(UserError, match=f"need {num_required} tokens"):
@@ -52,7 +57,7 @@ def test_check_enough_tokens_raises_if_an_epoch_may_have_no_window(offset, num_r
 
 @pytest.mark.parametrize("offset", ["random", 3, (0, 5, 2)])
 @pytest.mark.parametrize("max_steps", [0, 7])
-def test_total_steps_equals_sum_over_epochs(offset, max_steps):
+def test_total_steps_equals_sum_over_epochs(offset: int | str | tuple[int, int, int], max_steps: int) -> None:
     stream = Stream(np.zeros(103, np.int32), StreamConfig(batch_size=2, num_steps=5, offset=offset), 0)
     num_windows = [stream.partition(epoch).num_windows for epoch in range(3)]
     total = stream.total_steps(TrainConfig(epochs=3, max_steps=max_steps))
@@ -60,7 +65,7 @@ def test_total_steps_equals_sum_over_epochs(offset, max_steps):
 
 
 @pytest.mark.parametrize(("epochs", "offset"), [(10**8, "random"), (10**8, 3), (10**30, "random")])
-def test_stream_of_any_number_of_epochs_is_checked_and_counted_within_a_second(epochs, offset):
+def test_stream_of_any_number_of_epochs_is_checked_and_counted_within_a_second(epochs: int, offset: int | str) -> None:
     stream = Stream(np.zeros(103, np.int32), StreamConfig(batch_size=2, num_steps=5, offset=offset), 0)
     started_at = time.process_time()
     stream.check_enough_tokens(TrainConfig(epochs=epochs))
@@ -70,7 +75,7 @@ def test_stream_of_any_number_of_epochs_is_checked_and_counted_within_a_second(e
     assert stream.total_steps(TrainConfig(epochs=epochs, max_steps=12)) == 12
 
 
-def test_total_steps_beyond_the_counted_epochs_is_near_their_sum(monkeypatch):
+def test_total_steps_beyond_the_counted_epochs_is_near_their_sum(monkeypatch: pytest.MonkeyPatch) -> None:
     stream = Stream(np.zeros(103, np.int32), StreamConfig(batch_size=2, num_steps=5), 0)
     exact = stream.total_steps(TrainConfig(epochs=15_000))
     monkeypatch.setattr("job.data.stream.MAX_COUNTED_EPOCHS", 5000)

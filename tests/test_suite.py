@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -11,7 +12,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def suite(pytester):
+def suite(pytester: pytest.Pytester) -> Path:
     """A checkout with this project's conftest, settings and three tests, in a folder of its own."""
     tests = pytester.mkdir("checkout") / "tests"
     tests.mkdir()
@@ -28,27 +29,27 @@ def suite(pytester):
     return tests
 
 
-def collected(pytester, tests):
+def collected(pytester: pytest.Pytester, tests: Path) -> tuple[list[str], str]:
     """The names of the tests that pytest would run, and its exit status and summary."""
     collection = pytester.runpytest_subprocess("--collect-only", f"--rootdir={tests.parent}", str(tests))
     names = [line.rpartition("::")[2] for line in collection.outlines if "::" in line]
     return names, collection.stdout.str()
 
 
-def test_collection_without_shared_folder_deselects_marked_tests(pytester, suite):
+def test_collection_without_shared_folder_deselects_marked_tests(pytester: pytest.Pytester, suite: Path) -> None:
     names, summary = collected(pytester, suite)
     assert names == ["test_first", "test_skipped", "test_last"]
     assert "1 deselected" in summary
 
 
-def test_collection_with_shared_folder_keeps_marked_tests(pytester, suite):
+def test_collection_with_shared_folder_keeps_marked_tests(pytester: pytest.Pytester, suite: Path) -> None:
     (suite.parent.parent / "shared").mkdir()
     names, summary = collected(pytester, suite)
     assert names == ["test_with_shared", "test_first", "test_skipped", "test_last"]
     assert "deselected" not in summary
 
 
-def test_skip_that_is_not_allowed_fails_session(pytester, suite):
+def test_skip_that_is_not_allowed_fails_session(pytester: pytest.Pytester, suite: Path) -> None:
     arguments = ["--allowed-skips", suite / "skips.txt", f"--rootdir={suite.parent}", "-m", "not cluster", suite]
     (suite / "skips.txt").write_text("# a comment\n")
     session = pytester.runpytest_subprocess("--numprocesses=2", *arguments)
@@ -60,7 +61,7 @@ def test_skip_that_is_not_allowed_fails_session(pytester, suite):
     session.stdout.fnmatch_lines(["| file | tests | seconds |", "| `tests/test_it.py` | 1 | *"])
 
 
-def test_allowed_skips_name_existing_tests_and_allowed_reasons():
+def test_allowed_skips_name_existing_tests_and_allowed_reasons() -> None:
     reasons = ("needs a GPU", "needs a browser", "needs privileges")
     for line in (ROOT / ".ci" / "skips.txt").read_text().splitlines():
         if line and not line.startswith("#"):
@@ -70,7 +71,7 @@ def test_allowed_skips_name_existing_tests_and_allowed_reasons():
             assert f"def {name.partition('[')[0]}(" in (ROOT / path).read_text(), line
 
 
-def test_tests_with_same_module_fixture_run_in_one_process(pytester, suite):
+def test_tests_with_same_module_fixture_run_in_one_process(pytester: pytest.Pytester, suite: Path) -> None:
     (suite / "test_it.py").write_text(
         "import pytest\n\n"
         f"@pytest.fixture(scope='module')\ndef shared(): open({str(suite / 'set-ups')!r}, 'a').write('one ')\n\n"
@@ -82,7 +83,7 @@ def test_tests_with_same_module_fixture_run_in_one_process(pytester, suite):
     assert (suite / "set-ups").read_text() == "one "
 
 
-def test_words_check_reports_replaced_word_with_its_line(tmp_path):
+def test_words_check_reports_replaced_word_with_its_line(tmp_path: Path) -> None:
     text = tmp_path / "text.md"
     text.write_text("A worker starts again.\nThe driver is TOLD; `refuse_if_alive` runs.\nA story is tolden.\n")
     check = subprocess.run(

@@ -9,8 +9,10 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, Self
 
 import pytest
 from chaos import CAN_MOUNT
@@ -38,7 +40,7 @@ GOLDEN = ROOT / "tests" / "golden" / "format-1" / "step-000030-901de0"
 GOLDEN_WEIGHTS = "dc1bf71977736643653bbf855d05319b50205fb73b268713437b8096619f42a6"
 
 
-def flags(prose, storage, *more):
+def flags(prose: Path, storage: Path, *more: object) -> list[Path | int | str]:
     return [
         "train", "--corpus.source", prose, "--run.storage", storage, "--run.name", "run", "--scale.workers", 0,
         "--model.hidden_size", 16, "--stream.num_steps", 20, "--generate.prefix", "the", "--train.epochs", 2, *more,
@@ -51,7 +53,7 @@ def flags(prose, storage, *more):
 class ProcessKiller:
     """Ends the process at the n-th file operation; if that is a write, in the middle of it."""
 
-    def __init__(self, monkeypatch, last: int) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, last: int) -> None:
         self.num_left = last
         for name in ("replace", "fsync"):
             monkeypatch.setattr(storage.os, name, self._before(getattr(os, name)))
@@ -64,15 +66,15 @@ class ProcessKiller:
         self.num_left -= 1
         return self.num_left < 0
 
-    def _before(self, action):
-        def killed_before(*args, **kwargs):
+    def _before(self, action: Callable[..., Any]) -> Callable[..., Any]:
+        def killed_before(*args: Any, **kwargs: Any) -> Any:
             if self.must_die():
                 os._exit(9)
             return action(*args, **kwargs)
 
         return killed_before
 
-    def _open(self, *args):
+    def _open(self, *args: Any) -> "TornFile":
         if self.must_die():
             os._exit(9)
         return TornFile(self, open(*args))
@@ -81,19 +83,19 @@ class ProcessKiller:
 class TornFile:
     """A file of which a write may end halfway."""
 
-    def __init__(self, killer: ProcessKiller, file) -> None:
+    def __init__(self, killer: ProcessKiller, file: Any) -> None:
         self.killer, self.file = killer, file
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: object) -> None:
         self.file.close()
 
-    def __getattr__(self, name):
+    def __getattr__(self, name: str) -> Any:
         return getattr(self.file, name)
 
-    def write(self, data):
+    def write(self, data: bytes) -> int:
         if self.killer.must_die():
             self.file.write(data[: len(data) // 2])
             self.file.flush()
@@ -112,7 +114,7 @@ def write_checkpoint(folder: Folder, step: int, attempt: str) -> None:
         remove_checkpoint(folder, old.name)
 
 
-def exit_status_of_fork(action) -> int:
+def exit_status_of_fork(action: Callable[[], object]) -> int:
     """Runs the action in a forked process."""
     child = os.fork()
     if child == 0:
@@ -123,7 +125,9 @@ def exit_status_of_fork(action) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def test_checkpoint_write_killed_at_any_file_operation_leaves_valid_checkpoint(tmp_path, monkeypatch):
+def test_checkpoint_write_killed_at_any_file_operation_leaves_valid_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cuts = 0
     for last in range(200):
         folder = Folder(str(tmp_path / str(last)))
@@ -131,7 +135,7 @@ def test_checkpoint_write_killed_at_any_file_operation_leaves_valid_checkpoint(t
             write_checkpoint(folder, step, "aaaaaa")
         with monkeypatch.context() as patch:
 
-            def interrupted(last=last, folder=folder, patch=patch):
+            def interrupted(last: int = last, folder: Folder = folder, patch: pytest.MonkeyPatch = patch) -> None:
                 ProcessKiller(patch, last)
                 write_checkpoint(folder, 30, "bbbbbb")
 
@@ -153,7 +157,7 @@ def test_checkpoint_write_killed_at_any_file_operation_leaves_valid_checkpoint(t
 
 
 @pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounts a small disk, which takes root")
-def test_train_on_full_disk_fails_and_resumes_once_there_is_space(prose, tmp_path):
+def test_train_on_full_disk_fails_and_resumes_once_there_is_space(prose: Path, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(disk)], check=False)
@@ -182,7 +186,7 @@ def test_train_on_full_disk_fails_and_resumes_once_there_is_space(prose, tmp_pat
 
 
 @pytest.fixture(scope="module")
-def bucket():
+def bucket() -> Iterator[int]:
     """A function that gives the address of a path in a bucket on a local S3 server."""
     pytest.importorskip("moto")
     with s3_server() as port:
@@ -191,7 +195,7 @@ def bucket():
 
 @pytest.mark.long
 @pytest.mark.skipif(not CAN_MOUNT, reason="this machine allows no namespaces")
-def test_driver_replaced_while_its_object_store_is_slow_writes_nothing_more(prose, tmp_path):
+def test_driver_replaced_while_its_object_store_is_slow_writes_nothing_more(prose: Path, tmp_path: Path) -> None:
     """The second driver, in another PID namespace, waits for the end of the lease."""
     pytest.importorskip("moto")
     more = ["--train.log_every", 1, "--train.checkpoint_every", 20, "--train.max_steps", 400]
@@ -200,7 +204,7 @@ def test_driver_replaced_while_its_object_store_is_slow_writes_nothing_more(pros
 
 
 @pytest.mark.slow
-def test_train_on_object_store_gives_same_result_as_on_disk(bucket, prose, tmp_path):
+def test_train_on_object_store_gives_same_result_as_on_disk(bucket: int, prose: Path, tmp_path: Path) -> None:
     more = ["--train.log_every", 5, "--train.checkpoint_every", 10]
     assert job(*flags(prose, tmp_path, *more)).status == 0
     stopped = job(*flags(prose, bucket("runs"), *more, "--train.max_steps", 33))
@@ -219,7 +223,7 @@ def test_train_on_object_store_gives_same_result_as_on_disk(bucket, prose, tmp_p
 
 
 @pytest.mark.slow
-def test_train_after_killed_driver_resumes_and_loses_nothing(prose, tmp_path):
+def test_train_after_killed_driver_resumes_and_loses_nothing(prose: Path, tmp_path: Path) -> None:
     """A second driver is refused while the first is alive."""
     more = ["--train.epochs", 12, "--train.log_every", 1, "--train.checkpoint_every", 7]
     words = flags(prose, tmp_path, *more)
@@ -245,7 +249,7 @@ def test_train_after_killed_driver_resumes_and_loses_nothing(prose, tmp_path):
 # --- formats and memory ---
 
 
-def test_open_checkpoint_reads_golden_format_1():
+def test_open_checkpoint_reads_golden_format_1() -> None:
     """Its weights and the text that they generate are those of the version that wrote it."""
     ended = job("generate", GOLDEN, "--generate.prefix", "the", "--generate.length", 20)
     assert ended.status == 0, ended.err
@@ -259,7 +263,7 @@ def test_open_checkpoint_reads_golden_format_1():
 
 @pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
-def test_train_memory_does_not_grow(prose, tmp_path):
+def test_train_memory_does_not_grow(prose: Path, tmp_path: Path) -> None:
     """In the second half of 10,000 steps the resident size stays within 4 MiB."""
     words = flags(prose, tmp_path, "--stream.num_steps", 4, "--train.epochs", 1000, "--train.max_steps", 10_000)
     process = start_job(*words, "--train.log_every", 1)
@@ -277,7 +281,7 @@ def test_train_memory_does_not_grow(prose, tmp_path):
     assert max(second_half) - min(second_half) < 4 << 20, second_half
 
 
-def test_discard_after_keeps_parts_of_the_new_attempt(tmp_path):
+def test_discard_after_keeps_parts_of_the_new_attempt(tmp_path: Path) -> None:
     """The driver handles a Started event late; the first parts may be written by then."""
     folder = Folder(str(tmp_path))
     write_checkpoint(folder, 10, "aaaaaa")
@@ -287,7 +291,7 @@ def test_discard_after_keeps_parts_of_the_new_attempt(tmp_path):
     assert folder.names() == ["step-000010-aaaaaa", "step-000020-bbbbbb"]
 
 
-def test_train_with_nan_weights_after_last_step_fails(prose, tmp_path):
+def test_train_with_nan_weights_after_last_step_fails(prose: Path, tmp_path: Path) -> None:
     ended = job(
         *flags(
             prose, tmp_path, "--train.max_steps", 1, "--optimizer.learning_rate", 1e38, "--optimizer.weight_decay", 1e3
@@ -300,16 +304,16 @@ def test_train_with_nan_weights_after_last_step_fails(prose, tmp_path):
 class FlakyFileSystem:
     """Raises the given errors before it answers."""
 
-    def __init__(self, *errors):
+    def __init__(self, *errors: object) -> None:
         self.errors = list(errors)
 
-    def get_file_info(self, _):
+    def get_file_info(self, _: object) -> SimpleNamespace:
         if self.errors:
             raise OSError(self.errors.pop(0))
         return SimpleNamespace(type="File")
 
 
-def test_folder_retries_temporary_errors_of_object_store(monkeypatch):
+def test_folder_retries_temporary_errors_of_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(storage, "RETRY_DELAYS_S", (0.0, 0.0))
     busy = "When getting information: AWS Error SLOW_DOWN during HeadObject operation"
     cases = [(True, [busy] * 2, ""), (True, [busy] * 3, "SLOW_DOWN"), (False, [busy], "SLOW_DOWN")]
@@ -322,11 +326,11 @@ def test_folder_retries_temporary_errors_of_object_store(monkeypatch):
             assert (folder / "run").has("manifest.json")
 
 
-def test_event_channel_orders_events_of_one_worker():
+def test_event_channel_orders_events_of_one_worker() -> None:
     """Ray may reorder calls to an async actor, and repeat one whose reply was lost."""
     import asyncio
 
-    async def post_out_of_order():
+    async def post_out_of_order() -> list[bytes]:
         channel = EventChannel.__ray_metadata__.modified_class()
         for number in (1, 0, 0, 3, 1, 2):
             await channel.post("worker", number, bytes([number]))
@@ -335,13 +339,13 @@ def test_event_channel_orders_events_of_one_worker():
     assert asyncio.run(post_out_of_order()) == [b"\0", b"\1", b"\2", b"\3"]
 
 
-def test_event_channel_of_long_run_has_bounded_memory(monkeypatch):
+def test_event_channel_of_long_run_has_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each restart adds workers, and a worker that was killed may leave a gap in the numbers of its events."""
     import asyncio
 
     monkeypatch.setattr("job.cluster.event_channel.MAX_SENDERS", 4)
 
-    async def restart_often():
+    async def restart_often() -> Any:
         channel = EventChannel.__ray_metadata__.modified_class()
         for attempt in range(100):
             await channel.post(f"worker {attempt}", 0, b"first")
@@ -356,10 +360,10 @@ def test_event_channel_of_long_run_has_bounded_memory(monkeypatch):
     assert len(pickle.dumps(asyncio.run(restart_often()).senders)) < 1000
 
 
-def test_event_channel_request_reaches_worker_that_starts_later():
+def test_event_channel_request_reaches_worker_that_starts_later() -> None:
     import asyncio
 
-    async def request_first():
+    async def request_first() -> None:
         channel = EventChannel.__ray_metadata__.modified_class()
         await channel.request(stop=True)
         assert await channel.wait_for_requests((0, 0)) == (0, 1)

@@ -2,6 +2,7 @@
 
 import io
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -23,12 +24,12 @@ EXAMPLES = {
 }
 
 
-def content(tensors, metadata=None):
+def content(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> bytes:
     return b"".join(tensor_file(tensors, metadata))
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
-def test_tensor_file_is_read_by_the_library_and_reads_its_files(name):
+def test_tensor_file_is_read_by_the_library_and_reads_its_files(name: str) -> None:
     tensors = EXAMPLES[name]
     libraries = save(tensors, {"kind": "tuple"})
     for found in (load(content(tensors)), read_tensors(io.BytesIO(libraries), len(libraries))[0]):
@@ -39,14 +40,14 @@ def test_tensor_file_is_read_by_the_library_and_reads_its_files(name):
         assert content(tensors, {"kind": "tuple"}) == libraries
 
 
-def test_tensor_file_shares_memory_with_contiguous_tensors():
+def test_tensor_file_shares_memory_with_contiguous_tensors() -> None:
     tensor = torch.zeros(1000)
     part = tensor_file({"a": tensor})[-1]
     tensor.fill_(1)
     assert bytes(part) == bytes(tensor_bytes(torch.ones(1000)))
 
 
-def file_with_header(header, data=b"\0" * 8):
+def file_with_header(header: bytes | list[Any] | dict[str, Any], data: bytes = b"\0" * 8) -> bytes:
     text = json.dumps(header).encode() if not isinstance(header, bytes) else header
     return len(text).to_bytes(8, "little") + text + data
 
@@ -67,6 +68,6 @@ ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
         file_with_header({"a": ENTRY, "b": ENTRY}), file_with_header({"a": ENTRY | {"shape": "2"}}),
     ],
 )  # fmt: skip
-def test_read_tensors_from_invalid_file_raises_user_error(file):
+def test_read_tensors_from_invalid_file_raises_user_error(file: bytes) -> None:
     with pytest.raises(UserError, match="not a safetensors file"):
         read_tensors(io.BytesIO(file), len(file))

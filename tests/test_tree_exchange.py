@@ -7,13 +7,13 @@ from test_shared_memory import free_port, make_group, run_concurrently
 from torch import multiprocessing
 
 from job.data.lanes import split_evenly
-from job.distributed.shared_memory import SLOT_BYTES
+from job.distributed.shared_memory import SLOT_BYTES, SharedMemoryGroup
 from job.distributed.tree_exchange import TreeExchange
 from job.distributed.tree_reduce import reduce_adjacent
 from job.kernels.build import load_library, unavailable_reason
 
 
-def partial_sums(numbers, num_groups, length):
+def partial_sums(numbers: range, num_groups: int, length: int) -> list[tuple[range, torch.Tensor]]:
     """The subtrees of these lane groups, whose gradients are random, and of very different sizes."""
     vectors = []
     for number in numbers:
@@ -22,22 +22,24 @@ def partial_sums(numbers, num_groups, length):
     return reduce_adjacent(vectors, num_groups)
 
 
-def expected_sum(num_groups, length):
+def expected_sum(num_groups: int, length: int) -> torch.Tensor:
     return partial_sums(range(num_groups), num_groups, length)[0][1]
 
 
 @pytest.mark.skipif(load_library() is None, reason=f"no kernel: {unavailable_reason()}")
 @pytest.mark.parametrize(("workers", "num_groups"), [(2, 2), (3, 8), (7, 13)])
-def test_exchange_in_shared_memory_gathers_at_most_one_slot_per_worker(workers, num_groups, monkeypatch):
+def test_exchange_in_shared_memory_gathers_at_most_one_slot_per_worker(
+    workers: int, num_groups: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     length, gathered = 700_000, []
     groups, members, results = split_evenly(num_groups, workers), make_group(workers), [None] * workers
     all_gather = type(members[0]).all_gather
 
-    def recorded(self, data, outputs):
+    def recorded(self: SharedMemoryGroup, data: torch.Tensor, outputs: list[torch.Tensor]) -> None:
         gathered.append(sum(output.nbytes for output in outputs))
         all_gather(self, data, outputs)
 
-    def work(rank):
+    def work(rank: int) -> None:
         exchange = TreeExchange(groups, rank, members[rank])
         results[rank] = exchange.sum(partial_sums(groups[rank], num_groups, length))
 
@@ -47,7 +49,7 @@ def test_exchange_in_shared_memory_gathers_at_most_one_slot_per_worker(workers, 
     assert 0 < max(gathered) <= workers * SLOT_BYTES
 
 
-def exchange_over_network(rank, port, workers):
+def exchange_over_network(rank: int, port: int, workers: int) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
     dist.all_gather = None  # would take memory in proportion to the number of workers
     for num_groups in range(workers, 14):
@@ -57,5 +59,5 @@ def exchange_over_network(rank, port, workers):
     dist.destroy_process_group()
 
 
-def test_exchange_over_network_is_bitwise_equal_to_one_worker():
+def test_exchange_over_network_is_bitwise_equal_to_one_worker() -> None:
     multiprocessing.spawn(exchange_over_network, (free_port(), 4), nprocs=4)

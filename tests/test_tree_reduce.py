@@ -7,14 +7,14 @@ from job.data.lanes import split_evenly
 from job.distributed.tree_reduce import owned_subtrees, reduce_adjacent, transfers, tree_sum
 
 
-def sum_pairwise(values):
+def sum_pairwise(values: list[torch.Tensor]) -> torch.Tensor:
     while len(values) > 1:
         values = [sum(values[i + 1 : i + 2], start=values[i]) for i in range(0, len(values), 2)]
     return values[0]
 
 
 @pytest.mark.parametrize("num_groups", [1, 2, 3, 5, 7, 8, 13])
-def test_reduce_adjacent_on_any_number_of_workers_equals_pairwise_sum(num_groups):
+def test_reduce_adjacent_on_any_number_of_workers_equals_pairwise_sum(num_groups: int) -> None:
     scale = torch.logspace(-6, 6, num_groups)
     values = torch.randn(num_groups, generator=torch.Generator().manual_seed(num_groups)) * scale
     leaves = [(range(i, i + 1), value) for i, value in enumerate(values)]
@@ -32,19 +32,19 @@ def test_reduce_adjacent_on_any_number_of_workers_equals_pairwise_sum(num_groups
 
 
 @pytest.mark.parametrize("num_groups", [1, 2, 3, 5, 7, 8, 13])
-def test_tree_sum_equals_pairwise_sum(num_groups):
+def test_tree_sum_equals_pairwise_sum(num_groups: int) -> None:
     values = torch.randn(num_groups, generator=torch.Generator().manual_seed(num_groups)).double()
     assert tree_sum(values.tolist()) == float(sum_pairwise(list(values)))
 
 
-def test_owned_subtrees_are_the_largest_that_the_groups_cover():
+def test_owned_subtrees_are_the_largest_that_the_groups_cover() -> None:
     assert owned_subtrees(range(4), 8) == [range(4)]
     assert owned_subtrees(range(3, 8), 8) == [range(3, 4), range(4, 8)]
     assert owned_subtrees(range(4, 6), 6) == [range(4, 6)]
 
 
 @pytest.mark.parametrize("num_groups", [1, 2, 3, 5, 8, 13, 64])
-def test_transfers_bring_each_node_to_its_sibling_in_log_rounds(num_groups):
+def test_transfers_bring_each_node_to_its_sibling_in_log_rounds(num_groups: int) -> None:
     """A worker sends and receives at most one partial sum per round, whatever the number of workers."""
     leaves = torch.logspace(-6, 6, num_groups) * torch.randn(num_groups, generator=torch.Generator().manual_seed(1))
     for num_workers in range(1, num_groups + 1):

@@ -7,10 +7,13 @@ import math
 import os
 import pickle
 import signal
+import subprocess
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import pyarrow.parquet as pq
 import pytest
@@ -24,6 +27,7 @@ from job.cluster.trainable import TrialRunner, TrialTrainable
 from job.cluster.tune import _run_trials
 from job.cluster.tune_callbacks import TrialCallback
 from job.config.config_file import load_config
+from job.config.schema import OptimizerConfig
 from job.config.search_space import SearchConfig, SearchSpace
 from job.config.toml import config_from_toml, override_config
 from job.console import Console
@@ -40,9 +44,11 @@ from job.tuning.trials import load_trials, trial_name
 pytestmark = pytest.mark.cluster
 
 TIMEOUT_S = 240.0  # on a busy machine
+T = TypeVar("T")
+Calm = tuple[Path, Callable[..., list[object]]]
 
 
-def search_command(prose, storage, name, space, *flags):
+def search_command(prose: Path, storage: Path, name: str, space: str, *flags: object) -> list[object]:
     """The command line of a search whose runs take a second or two."""
     config = storage / f"{name}.toml"
     storage.mkdir(exist_ok=True)
@@ -57,18 +63,18 @@ def search_command(prose, storage, name, space, *flags):
 RATES = '"optimizer.learning_rate" = { loguniform = [0.01, 2] }'
 
 
-def outcome(folder):
+def outcome(folder: Path) -> tuple[dict[str, str], OptimizerConfig]:
     """The weights' hash of each finished trial, and the winner's optimizer."""
     results = {path.parent.name: json.loads(path.read_text()) for path in folder.glob("trials/*/result.json")}
     best = config_from_toml((folder / "best.toml").read_text(), "best")
     return {name: result["weights_sha256"] for name, result in results.items()}, best.optimizer
 
 
-def records(folder):
+def records(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "trials.json").read_text())
 
 
-def wait_for(condition, process):
+def wait_for(condition: Callable[[], T], process: subprocess.Popen[str]) -> T:
     """Polls until the condition is true, and returns its value. The process must stay alive."""
     deadline = time.monotonic() + TIMEOUT_S
     while not (value := condition()):
@@ -78,16 +84,16 @@ def wait_for(condition, process):
     return value
 
 
-def trials_with_a_checkpoint(folder):
+def trials_with_a_checkpoint(folder: Path) -> set[str]:
     return {path.parents[2].name for path in folder.glob("trials/*/checkpoints/*/manifest.json")}
 
 
-def last_saved_step(run):
+def last_saved_step(run: Path) -> int:
     """The step of a run's last checkpoint."""
     return max((int(path.parent.name.split("-")[1]) for path in run.glob("checkpoints/*/manifest.json")), default=0)
 
 
-def driver_pid(run):
+def driver_pid(run: Path) -> int | None:
     """The process that holds the lease of a run, or None."""
     with contextlib.suppress(OSError, ValueError):
         return int(json.loads((run / "owner.json").read_text())["pid"])
@@ -95,11 +101,11 @@ def driver_pid(run):
 
 
 @pytest.fixture(scope="module")
-def calm(prose, cluster, tmp_path_factory):
+def calm(prose: Path, cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Calm:
     """The folder of an undisturbed search, and a function that makes the command line of an equal one."""
     storage = tmp_path_factory.mktemp("calm")
 
-    def command(storage, name, *flags):
+    def command(storage: Path, name: str, *flags: Any) -> list[object]:
         return search_command(prose, storage, name, RATES, "--search.trials", 3, "--train.epochs", 20, *flags)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -110,7 +116,7 @@ def calm(prose, cluster, tmp_path_factory):
     return storage / "calm", command
 
 
-def test_tune_writes_results_that_train_accepts(calm, on_cluster):
+def test_tune_writes_results_that_train_accepts(calm: Calm, on_cluster: None) -> None:
     folder, command = calm
     table = pq.read_table(folder / "trials.parquet").to_pylist()
     assert [row["trial"] for row in table] == [0, 1, 2]
@@ -138,7 +144,7 @@ def test_tune_writes_results_that_train_accepts(calm, on_cluster):
     assert result(folder.parent / "again")["weights_sha256"] == outcome(folder)[0][number]
 
 
-def test_tune_with_more_trials_keeps_the_finished_ones(calm, tmp_path, on_cluster):
+def test_tune_with_more_trials_keeps_the_finished_ones(calm: Calm, tmp_path: Path, on_cluster: None) -> None:
     folder, command = calm
     before = {path: path.stat().st_mtime_ns for path in folder.glob("trials/*/result.json")}
     ended = job(*command(folder.parent, "calm", "--search.trials", 4))
@@ -148,7 +154,7 @@ def test_tune_with_more_trials_keeps_the_finished_ones(calm, tmp_path, on_cluste
     assert len(outcome(folder)[0]) == 4
 
 
-def test_tune_after_a_trial_was_killed_has_the_same_result(calm, tmp_path, cluster):
+def test_tune_after_a_trial_was_killed_has_the_same_result(calm: Calm, tmp_path: Path, cluster: str) -> None:
     folder, command = calm
     disturbed = tmp_path / "disturbed"
     process = start_job(*command(tmp_path, "disturbed"), env={"RAY_ADDRESS": cluster})
@@ -166,7 +172,9 @@ def test_tune_after_a_trial_was_killed_has_the_same_result(calm, tmp_path, clust
     assert sum(result(disturbed / "trials" / name)["restarts"] for name in disturbed_weights) > 0
 
 
-def test_tune_after_sigint_resumes_from_saved_trials(calm, tmp_path, cluster, on_cluster):
+def test_tune_after_sigint_resumes_from_saved_trials(
+    calm: Calm, tmp_path: Path, cluster: str, on_cluster: None
+) -> None:
     command = calm[1](tmp_path, "stopped", "--train.epochs", 3000, "--search.trials", 2)
     folder = tmp_path / "stopped"
     process = start_job(*command, env={"RAY_ADDRESS": cluster})
@@ -188,7 +196,7 @@ def test_tune_after_sigint_resumes_from_saved_trials(calm, tmp_path, cluster, on
     assert (folder / "best.toml").exists()
 
 
-def test_asha_stops_poor_trials_and_keeps_their_checkpoints(prose, tmp_path, on_cluster):
+def test_asha_stops_poor_trials_and_keeps_their_checkpoints(prose: Path, tmp_path: Path, on_cluster: None) -> None:
     space = '"optimizer.learning_rate" = { grid = [1.0, 0.5, 0.001, 0.002, 0.003, 0.004] }'
     flags = ["--search.scheduler", "asha", "--search.concurrent", 2, "--train.epochs", 9]
     command = search_command(prose, tmp_path, "asha", space, *flags)
@@ -208,7 +216,9 @@ def test_asha_stops_poor_trials_and_keeps_their_checkpoints(prose, tmp_path, on_
     assert "is finished" in again.out
 
 
-def test_tune_records_diverged_and_failed_trials_and_finishes_the_others(prose, tmp_path, on_cluster, monkeypatch):
+def test_tune_records_diverged_and_failed_trials_and_finishes_the_others(
+    prose: Path, tmp_path: Path, on_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("job.cluster.tune.MAX_TRIAL_FAILURES", 1)
     space = '"model.cell" = { grid = ["cells:DivergingCell", "rnn", "cells:ExitingCell"] }'
     ended = job(*search_command(prose, tmp_path, "failing", space, "--search.concurrent", 2))
@@ -223,7 +233,9 @@ def test_tune_records_diverged_and_failed_trials_and_finishes_the_others(prose, 
     assert "best is trial 1" in ended.out
 
 
-def test_pbt_exploit_without_perturbation_continues_bitwise_like_the_winner(prose, tmp_path, on_cluster, monkeypatch):
+def test_pbt_exploit_without_perturbation_continues_bitwise_like_the_winner(
+    prose: Path, tmp_path: Path, on_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """If perturbing changes nothing, the copy has the losses and weights of the original from there on."""
     monkeypatch.setattr(SearchSpace, "perturb", lambda self, params, rng: params)
     space = '"optimizer.learning_rate" = { grid = [1.0, 0.001] }'
@@ -246,22 +258,22 @@ def test_pbt_exploit_without_perturbation_continues_bitwise_like_the_winner(pros
 class Member:
     """A fake of Ray Tune's trial with the attributes that a scheduler reads."""
 
-    def __init__(self, number):
+    def __init__(self, number: int) -> None:
         self.number, self.status, self.config, self.checkpoint, self.experiment_tag = number, "PENDING", {}, None, ""
         self.run_metadata = SimpleNamespace(
             checkpoint_manager=SimpleNamespace(checkpoint_config=SimpleNamespace(num_to_keep=5))
         )
         self.temporary_state = SimpleNamespace(saving_to=None)
 
-    def __str__(self):
+    def __str__(self) -> str:
         return trial_name(self.number)
 
-    def is_finished(self):
+    def is_finished(self) -> bool:
         return self.status in ("TERMINATED", "ERROR")
 
 
 @pytest.mark.parametrize("status", ["TERMINATED", "ERROR"])
-def test_pbt_when_the_last_running_trial_ends_resumes_the_paused_ones(tmp_path, status):
+def test_pbt_when_the_last_running_trial_ends_resumes_the_paused_ones(tmp_path: Path, status: str) -> None:
     """It ended without a report. While all are paused, a requested stop ends the search."""
     space = {"optimizer.learning_rate": {"grid": [1.0, 0.1, 0.01]}}
     search = SearchConfig(scheduler="pbt", space=space)
@@ -293,7 +305,7 @@ def test_pbt_when_the_last_running_trial_ends_resumes_the_paused_ones(tmp_path, 
     assert scheduler.choose_trial_to_run(controller) in members[:2]
 
 
-def test_pbt_after_trials_missed_a_report_resumes_the_earliest(tmp_path):
+def test_pbt_after_trials_missed_a_report_resumes_the_earliest(tmp_path: Path) -> None:
     search = SearchConfig(scheduler="pbt", space={"optimizer.learning_rate": {"grid": [1.0, 0.1]}})
     trials = load_trials(Folder(str(tmp_path)), load_config(None, {"train.epochs": "9"}), search)
     scheduler = build_scheduler(TrialCallback(trials, max_failures=0))
@@ -312,7 +324,7 @@ def test_pbt_after_trials_missed_a_report_resumes_the_earliest(tmp_path):
     assert scheduler.choose_trial_to_run(controller) in members
 
 
-def test_trial_runner_reports_every_epoch_although_training_is_ahead_of_the_checkpoints(tmp_path):
+def test_trial_runner_reports_every_epoch_although_training_is_ahead_of_the_checkpoints(tmp_path: Path) -> None:
     runner = TrialRunner(load_config(None, {}), Folder(str(tmp_path)), SearchConfig(metric="perplexity"))
     for step in (24, 48):
         row = {"split": "epoch", "step": step, "epoch": step // 24, "perplexity": 5.0}
@@ -323,7 +335,7 @@ def test_trial_runner_reports_every_epoch_although_training_is_ahead_of_the_chec
     assert [runner.reports.get_nowait()["step"] for _ in range(2)] == [24, 48]
 
 
-def test_asha_stops_a_trial_whose_metric_is_not_a_number(tmp_path):
+def test_asha_stops_a_trial_whose_metric_is_not_a_number(tmp_path: Path) -> None:
     """A comparison with NaN is false, so it was never stopped."""
     space = {"optimizer.learning_rate": {"grid": [1.0, 0.1]}}
     search = SearchConfig(scheduler="asha", space=space, metric="perplexity")
@@ -338,7 +350,7 @@ def test_asha_stops_a_trial_whose_metric_is_not_a_number(tmp_path):
     assert decisions == ["CONTINUE", "STOP"]
 
 
-def test_trial_callback_with_a_new_epoch_renews_the_failures_allowed(tmp_path):
+def test_trial_callback_with_a_new_epoch_renews_the_failures_allowed(tmp_path: Path) -> None:
     search = SearchConfig(space={"optimizer.learning_rate": {"grid": [1.0, 0.1]}})
     callback = TrialCallback(load_trials(Folder(str(tmp_path)), load_config(None, {}), search), max_failures=5)
     trial = Member(0)
@@ -350,7 +362,7 @@ def test_trial_callback_with_a_new_epoch_renews_the_failures_allowed(tmp_path):
         assert trial.max_failures == allowed
 
 
-def test_restore_waits_for_the_lease_of_the_previous_actor(tmp_path, monkeypatch):
+def test_restore_waits_for_the_lease_of_the_previous_actor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise a checkpoint that the previous actor commits later would count as the newer one."""
     actor = TrialTrainable.__new__(TrialTrainable)
     actor.stop_requested = False
@@ -370,14 +382,16 @@ def test_restore_waits_for_the_lease_of_the_previous_actor(tmp_path, monkeypatch
 class Malicious:
     """Pickled bytes of it run a command when they are unpickled."""
 
-    def __init__(self, command):
+    def __init__(self, command: str) -> None:
         self.command = command
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Callable[[str], int], tuple[str]]:
         return os.system, (self.command,)
 
 
-def test_restore_of_a_folder_with_a_pickled_file_reads_the_checkpoint_alone(prose, tmp_path, monkeypatch):
+def test_restore_of_a_folder_with_a_pickled_file_reads_the_checkpoint_alone(
+    prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ray Tune unpickles a file of this name if a checkpoint has one, and others may write to a search's storage."""
     flags = ["--corpus.source", prose, "--run.storage", tmp_path, "--scale.workers", 0, "--generate.prefix", "the"]
     assert job("train", *flags, "--model.hidden_size", 8, "--train.max_steps", 5, "--run.name", "run").status == 0
@@ -397,13 +411,15 @@ def test_restore_of_a_folder_with_a_pickled_file_reads_the_checkpoint_alone(pros
     assert not (tmp_path / "executed").exists()
 
 
-def test_ray_tune_reads_and_writes_its_pickled_records_in_a_private_folder(tmp_path, monkeypatch):
+def test_ray_tune_reads_and_writes_its_pickled_records_in_a_private_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It unpickles the error of a failed trial and the state of the search, also if somebody else wrote them."""
     search = SearchConfig(space={"optimizer.learning_rate": {"grid": [1.0, 0.1]}}, concurrent=1, minutes=1e308)
     trials = load_trials(Folder(str(tmp_path)), load_config(None, {}), search)
     folders, order = [], []
 
-    def create_tuner(trainable, *, run_config, **options):
+    def create_tuner(trainable: object, *, run_config: Any, **options: Any) -> SimpleNamespace:
         folders.append((run_config.storage_path, os.stat(run_config.storage_path).st_mode & 0o777))
         return SimpleNamespace(fit=lambda: None)
 
@@ -418,7 +434,7 @@ def test_ray_tune_reads_and_writes_its_pickled_records_in_a_private_folder(tmp_p
     assert not Path(path).exists()
 
 
-def test_import_checkpoint_copies_all_files_and_keeps_the_new_learning_rate(prose, tmp_path):
+def test_import_checkpoint_copies_all_files_and_keeps_the_new_learning_rate(prose: Path, tmp_path: Path) -> None:
     """Weights, optimizer, the state of every lane and the position in the text; only the learning rate is its own."""
     flags = ["--corpus.source", prose, "--run.storage", tmp_path, "--scale.workers", 0, "--generate.prefix", "the"]
     flags += ["--model.hidden_size", 16, "--optimizer.name", "adamw", "--train.log_every", 1, "--train.epochs", 3]
@@ -445,14 +461,18 @@ def test_import_checkpoint_copies_all_files_and_keeps_the_new_learning_rate(pros
     assert metrics[32]["nats"] != winner_metrics[32]["nats"]
 
 
-def test_tune_with_more_workers_than_the_cluster_raises_user_error(prose, tmp_path, on_cluster):
+def test_tune_with_more_workers_than_the_cluster_raises_user_error(
+    prose: Path, tmp_path: Path, on_cluster: None
+) -> None:
     ended = job(*search_command(prose, tmp_path, "big", RATES, "--scale.workers", 20))
     assert (ended.status, ended.err.count("\n")) == (2, 1), ended.err
     assert "can never place more than 8 workers of 1 CPU each" in ended.err
     assert not (tmp_path / "big").exists()
 
 
-def test_tune_while_another_driver_holds_the_lease_raises_user_error(prose, tmp_path, on_cluster):
+def test_tune_while_another_driver_holds_the_lease_raises_user_error(
+    prose: Path, tmp_path: Path, on_cluster: None
+) -> None:
     lease = acquire_lease(Folder(str(tmp_path / "kept")))
     ended = job(*search_command(prose, tmp_path, "kept", RATES))
     lease.release()
@@ -461,7 +481,7 @@ def test_tune_while_another_driver_holds_the_lease_raises_user_error(prose, tmp_
 
 
 @pytest.fixture
-def three_nodes():
+def three_nodes() -> Iterator[tuple[Any, list[Any]]]:
     """A cluster with a head without CPUs and three nodes with one CPU each, and the list of these nodes."""
     from ray.cluster_utils import Cluster
 
@@ -473,7 +493,7 @@ def three_nodes():
     cluster.shutdown()
 
 
-def worker_pids(nodes):
+def worker_pids(nodes: list[Any]) -> list[int]:
     """The training processes on these nodes, which are children of the nodes' raylets."""
     raylets = {node.all_processes["raylet"][0].process.pid for node in nodes}
     pids = []
@@ -487,8 +507,8 @@ def worker_pids(nodes):
 
 @pytest.mark.long
 def test_tune_with_two_workers_after_worker_node_and_driver_deaths_has_the_same_result(
-    prose, tmp_path, three_nodes, monkeypatch
-):
+    prose: Path, tmp_path: Path, three_nodes: tuple[Any, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The trials equal those of an undisturbed search without workers."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     cluster, nodes = three_nodes

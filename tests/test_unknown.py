@@ -2,10 +2,12 @@
 
 import io
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import job, result, rows
+from conftest import Ended, job, result, rows
 
 from job.config.config_file import load_config
 from job.config.search_space import SearchConfig
@@ -23,13 +25,13 @@ SMALL |= {"train.epochs": 1, "train.max_steps": 2, "generate.length": 5, "genera
 WORDS = "the time traveller and a man " * 20 + " ".join(f"rare{number}" for number in range(900))
 
 
-def write_flags(tmp_path, text, **flags):
+def write_flags(tmp_path: Path, text: str, **flags: Any) -> dict[str, str]:
     (tmp_path / "text").write_text(text)
     flags = {**SMALL, "corpus.source": tmp_path / "text", "run.storage": tmp_path, "run.name": "run", **flags}
     return {name: str(value) for name, value in flags.items()}
 
 
-def train_small(tmp_path, text, **flags):
+def train_small(tmp_path: Path, text: str, **flags: Any) -> tuple[Path, Ended]:
     """Trains a run on the text, and returns its folder and how the command ended."""
     flags = write_flags(tmp_path, text, **flags)
     ended = job("train", *[word for name, value in flags.items() for word in (f"--{name}", value)])
@@ -37,7 +39,7 @@ def train_small(tmp_path, text, **flags):
     return tmp_path / "run", ended
 
 
-def untrained_checkpoint(tmp_path, dtype=torch.float32, **flags):
+def untrained_checkpoint(tmp_path: Path, dtype: torch.dtype = torch.float32, **flags: Any) -> LoadedCheckpoint:
     """A checkpoint of a run on ``WORDS`` that has not started; its model expects ``<unk>`` after each token."""
     spec = build_run_spec(load_config(None, write_flags(tmp_path, WORDS, **flags)), Folder(str(tmp_path)))
     vocabulary = spec.dataset.vocabulary
@@ -61,7 +63,9 @@ def untrained_checkpoint(tmp_path, dtype=torch.float32, **flags):
     ],
 )
 @pytest.mark.parametrize("length", [0, 5])
-def test_sample_begins_with_prefix_as_typed_and_unknown_tokens_are_named_once(tmp_path, flags, prefix, unknown, length):
+def test_sample_begins_with_prefix_as_typed_and_unknown_tokens_are_named_once(
+    tmp_path: Path, flags: dict[str, str], prefix: str, unknown: str | None, length: int
+) -> None:
     flags = {**flags, "generate.prefix": prefix, "generate.length": length}
     loaded = untrained_checkpoint(tmp_path, **flags)
     text = generate_text(loaded, loaded.config)
@@ -78,7 +82,7 @@ def test_sample_begins_with_prefix_as_typed_and_unknown_tokens_are_named_once(tm
     assert prefix_warnings(loaded.config, loaded.vocabulary) == warnings
 
 
-def test_train_and_generate_warn_about_unknown_tokens_of_the_prefix_once(tmp_path):
+def test_train_and_generate_warn_about_unknown_tokens_of_the_prefix_once(tmp_path: Path) -> None:
     run, trained = train_small(tmp_path, WORDS, **{"generate.prefix": "naïve theï"})
     warning = "warning: generate.prefix: not in the vocabulary, and read as <unk>: 'ï'\n"
     assert trained.out.count(warning) == trained.out.count("warning") == 1
@@ -99,7 +103,9 @@ def test_train_and_generate_warn_about_unknown_tokens_of_the_prefix_once(tmp_pat
         (torch.float32, {"vocabulary.kind": "word", "vocabulary.size": 2}),
     ],
 )
-def test_generate_text_contains_unknown_only_if_asked(tmp_path, dtype, flags):
+def test_generate_text_contains_unknown_only_if_asked(
+    tmp_path: Path, dtype: torch.dtype, flags: dict[str, Any]
+) -> None:
     loaded = untrained_checkpoint(tmp_path, dtype, **flags, **{"generate.length": 40})
     weights = {name: weight.clone() for name, weight in loaded.weights.items()}
     for temperature in (0.0, 1.0):
@@ -121,8 +127,8 @@ def test_generate_text_contains_unknown_only_if_asked(tmp_path, dtype, flags):
     ids=["most frequent words", "repeated words", "most frequent characters", "all characters", "bytes"],
 )
 def test_train_reports_share_of_unknown_tokens_of_training_and_validation(
-    tmp_path, text, flags, share, validation_share
-):
+    tmp_path: Path, text: str, flags: dict[str, Any], share: str | None, validation_share: str | None
+) -> None:
     flags = {**flags, "corpus.validation_fraction": 0.2, "train.log_every": 1, "generate.prefix": text[:3]}
     run, trained = train_small(tmp_path, text, **flags)
     shares = [float((text or "0%").rstrip("%")) / 100 for text in (share, share, validation_share)]
@@ -139,7 +145,7 @@ def test_train_reports_share_of_unknown_tokens_of_training_and_validation(
         assert (f"warning: the {name} text is" in trained.out) == (value > 0.2)
 
 
-def test_run_with_vocabulary_of_training_text_resumes_only_with_the_same_scope(tmp_path):
+def test_run_with_vocabulary_of_training_text_resumes_only_with_the_same_scope(tmp_path: Path) -> None:
     flags = {"corpus.validation_fraction": 0.2, "vocabulary.scope": "training"}
     run, trained = train_small(tmp_path, "abc" * 400 + "xyz" * 100, **flags, **{"generate.prefix": "abxc"})
     assert "warning: the validation text is 100% <unk>" in trained.out
@@ -154,7 +160,7 @@ def test_run_with_vocabulary_of_training_text_resumes_only_with_the_same_scope(t
     assert result(run)["steps"] == 4
 
 
-def test_check_search_warns_about_unknown_tokens_of_its_configuration(tmp_path):
+def test_check_search_warns_about_unknown_tokens_of_its_configuration(tmp_path: Path) -> None:
     flags = {"vocabulary.kind": "word", "vocabulary.size": 3, "generate.prefix": "the naïve time"}
     config = load_config(None, write_flags(tmp_path, WORDS, **flags))
     search = SearchConfig(metric="perplexity", space={"optimizer.learning_rate": {"grid": [0.1, 1]}})
@@ -173,7 +179,7 @@ def test_check_search_warns_about_unknown_tokens_of_its_configuration(tmp_path):
         ("byte", {"αβγδ ε": None}),
     ],
 )
-def test_evaluate_reports_share_of_unknown_targets(tmp_path, kind, texts):
+def test_evaluate_reports_share_of_unknown_targets(tmp_path: Path, kind: str, texts: dict[str, Any]) -> None:
     run, _ = train_small(tmp_path, WORDS, **{"vocabulary.kind": kind})
     for text, share in texts.items():
         (tmp_path / "other").write_text(text)

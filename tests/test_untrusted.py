@@ -8,10 +8,13 @@ import json
 import math
 import shutil
 import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import job
+from conftest import Ended, job
 from test_command_line import SMALL, assert_user_error
 from test_console import Terminal
 
@@ -31,7 +34,7 @@ EVIL = "evil:Cell"
 
 
 @pytest.fixture
-def evil(tmp_path, monkeypatch):
+def evil(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
     """Makes the module ``evil`` importable; returns whether it was imported."""
     (tmp_path / "evil.py").write_text("from torch.nn import RNN as Cell")
     monkeypatch.syspath_prepend(tmp_path)
@@ -39,7 +42,7 @@ def evil(tmp_path, monkeypatch):
     return lambda: "evil" in sys.modules
 
 
-def rewrite(checkpoint, name, data):
+def rewrite(checkpoint: Path, name: str, data: bytes) -> None:
     """Replaces a file of a checkpoint, and writes the manifest that fits."""
     (checkpoint / name).write_bytes(data)
     manifest = json.loads((checkpoint / "manifest.json").read_bytes())
@@ -50,7 +53,7 @@ def rewrite(checkpoint, name, data):
 
 
 @pytest.fixture(scope="module")
-def finished(prose, tmp_path_factory):
+def finished(prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run."""
     storage = tmp_path_factory.mktemp("storage")
     ended = job("train", *SMALL, "--corpus.source", prose, "--run.storage", storage, "--run.name", "run")
@@ -59,13 +62,13 @@ def finished(prose, tmp_path_factory):
 
 
 @pytest.fixture
-def run(finished, tmp_path):
+def run(finished: Path, tmp_path: Path) -> Path:
     """A copy of that folder."""
     return shutil.copytree(finished, tmp_path / "run")
 
 
 @pytest.fixture
-def evil_run(run):
+def evil_run(run: Path) -> Path:
     """A run whose checkpoints name a cell to import."""
     for checkpoint in (run / "checkpoints").iterdir():
         text = (checkpoint / "config.toml").read_text()
@@ -74,7 +77,9 @@ def evil_run(run):
 
 
 @pytest.mark.parametrize("verb", ["generate", "evaluate"])
-def test_checkpoint_with_custom_cell_is_refused_unless_the_user_names_the_cell(evil_run, evil, verb):
+def test_checkpoint_with_custom_cell_is_refused_unless_the_user_names_the_cell(
+    evil_run: Path, evil: Callable[..., Any], verb: str
+) -> None:
     checkpoint = max((evil_run / "checkpoints").iterdir())
     for target in (evil_run, checkpoint):
         ended = assert_user_error(job(verb, target), f"model.cell = {EVIL}", f"add --model.cell {EVIL}")
@@ -86,7 +91,9 @@ def test_checkpoint_with_custom_cell_is_refused_unless_the_user_names_the_cell(e
     assert evil()
 
 
-def test_train_on_files_that_name_a_cell_does_not_import_it(evil_run, evil, prose):
+def test_train_on_files_that_name_a_cell_does_not_import_it(
+    evil_run: Path, evil: Callable[..., Any], prose: Path
+) -> None:
     arguments = [*SMALL, "--corpus.source", prose, "--run.storage", evil_run.parent]
     initialized = job("train", *arguments, "--run.name", "second", "--model.init", evil_run)
     resumed = job("train", *arguments, "--run.name", "run", "--train.epochs", 3)
@@ -97,7 +104,9 @@ def test_train_on_files_that_name_a_cell_does_not_import_it(evil_run, evil, pros
     assert not evil()
 
 
-def test_generate_text_with_configuration_of_the_user_does_not_import_the_stored_cell(evil_run, evil):
+def test_generate_text_with_configuration_of_the_user_does_not_import_the_stored_cell(
+    evil_run: Path, evil: Callable[..., Any]
+) -> None:
     """As a driver does when its run has ended."""
     loaded = open_checkpoint(Folder(str(evil_run)))
     config, _ = load_search_config(None, {})
@@ -106,7 +115,7 @@ def test_generate_text_with_configuration_of_the_user_does_not_import_the_stored
     assert not evil()
 
 
-def test_load_trials_with_a_cell_outside_the_search_raises_user_error(run, tmp_path):
+def test_load_trials_with_a_cell_outside_the_search_raises_user_error(run: Path, tmp_path: Path) -> None:
     (tmp_path / "search" / "trials").mkdir(parents=True)
     config = run / "config.toml"
     config.write_text(config.read_text().replace('cell = "rnn"', f'cell = "{EVIL}"'))
@@ -119,7 +128,7 @@ def test_load_trials_with_a_cell_outside_the_search_raises_user_error(run, tmp_p
             load_trials(Folder(str(tmp_path / "search")), base, search)
 
 
-def test_run_with_custom_cell_prints_the_command_that_generates(prose, tmp_path):
+def test_run_with_custom_cell_prints_the_command_that_generates(prose: Path, tmp_path: Path) -> None:
     arguments = [*SMALL, "--corpus.source", prose, "--run.storage", tmp_path, "--run.name", "run"]
     ended = job("train", *arguments, "--model.cell", "torch.nn:GRU")
     assert f"generate {tmp_path}/run --model.cell torch.nn:GRU --generate.prefix" in ended.out
@@ -141,23 +150,23 @@ MALFORMED = {
 
 @pytest.mark.parametrize("data", MALFORMED.values(), ids=MALFORMED)
 @pytest.mark.parametrize("parse", [lambda data: parse_record(data, {"epochs": int})])
-def test_parse_record_of_malformed_json_raises_value_error(data, parse):
+def test_parse_record_of_malformed_json_raises_value_error(data: bytes, parse: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=r"\S"):
         parse(data)
 
 
-def changed(record, **fields):
+def changed(record: dict[str, Any], **fields: Any) -> bytes:
     """A JSON object with other values; without those that are None."""
     return json.dumps({name: value for name, value in {**record, **fields}.items() if value is not None}).encode()
 
 
-def assert_no_crash(ended):
+def assert_no_crash(ended: Ended) -> None:
     assert ended.status in (0, 2), ended.err
     assert ended.err.count("\n") == (ended.status == 2)
 
 
 @pytest.mark.parametrize("name", ["result.json", "metrics.jsonl", "config.toml"])
-def test_train_with_malformed_file_in_the_run_does_not_crash(run, prose, name):
+def test_train_with_malformed_file_in_the_run_does_not_crash(run: Path, prose: Path, name: str) -> None:
     arguments = [*SMALL, "--corpus.source", prose, "--run.storage", run.parent, "--run.name", "run"]
     record = json.loads((run / name).read_text().splitlines()[0]) if name == "metrics.jsonl" else {}
     record = json.loads((run / name).read_text()) if name == "result.json" else record
@@ -173,7 +182,7 @@ def test_train_with_malformed_file_in_the_run_does_not_crash(run, prose, name):
 
 
 @pytest.mark.parametrize("name", ["vocabulary.json", "progress.json", "config.toml", "manifest.json"])
-def test_generate_from_checkpoint_with_malformed_file_is_an_error(run, name):
+def test_generate_from_checkpoint_with_malformed_file_is_an_error(run: Path, name: str) -> None:
     checkpoint = max((run / "checkpoints").iterdir())
     record = {} if name == "config.toml" else json.loads((checkpoint / name).read_bytes())
     documents = [*MALFORMED.values(), *(changed(record, **{field: [None]}) for field in record if field != "corpus")]
@@ -191,7 +200,7 @@ def test_generate_from_checkpoint_with_malformed_file_is_an_error(run, name):
 
 
 @pytest.mark.parametrize("window", [10**12, -1])
-def test_train_from_checkpoint_with_position_outside_the_text_is_an_error(run, prose, window):
+def test_train_from_checkpoint_with_position_outside_the_text_is_an_error(run: Path, prose: Path, window: int) -> None:
     """The run never ended."""
     for checkpoint in (run / "checkpoints").iterdir():
         record = json.loads((checkpoint / "progress.json").read_bytes())
@@ -203,7 +212,7 @@ def test_train_from_checkpoint_with_position_outside_the_text_is_an_error(run, p
 
 
 @pytest.mark.parametrize("name", ["exp_avg/linear.bias", "exp_avg/absent", "absent"])
-def test_load_optimizer_tensors_that_do_not_fit_the_model_raises_user_error(name):
+def test_load_optimizer_tensors_that_do_not_fit_the_model_raises_user_error(name: str) -> None:
     """A foreign name ended a worker with a KeyError, another shape with that of torch."""
     model = build_model(ModelConfig(hidden_size=4), 5, 0)
     optimizer = build_optimizer(OptimizerConfig(name="adamw"), model)
@@ -224,13 +233,13 @@ DEEP_TOML = "{ a = " * 2000 + "1" + " }" * 2000
     ],
     ids=["list", "inline tables", "dotted key", "choice"],
 )
-def test_configuration_that_is_nested_deeply_is_an_error(tmp_path, text):
+def test_configuration_that_is_nested_deeply_is_an_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.toml").write_text(text)
     assert_user_error(job("tune", tmp_path / "a.toml"), "a.toml: not TOML: nested too deeply")
     assert_user_error(job("train", tmp_path / "a.toml"), "a.toml: not TOML: nested too deeply")
 
 
-def test_flag_that_is_nested_deeply_is_an_error():
+def test_flag_that_is_nested_deeply_is_an_error() -> None:
     assert_user_error(job("train", "--stream.offset", "[" * 100_000), "stream.offset")
 
 
@@ -239,7 +248,7 @@ def test_flag_that_is_nested_deeply_is_an_error():
     ['[run]\nstorage = "a\\u0000b"', '[corpus]\nsource = "/\\u0000"', '[model]\ninit = "file:///a\\u0000"',
      '[search.space]\n"corpus.source" = { choice = ["a", "b\\u0000"] }'],
 )  # fmt: skip
-def test_path_with_nul_is_an_error(run, tmp_path, line):
+def test_path_with_nul_is_an_error(run: Path, tmp_path: Path, line: str) -> None:
     (tmp_path / "a.toml").write_text(line)
     assert_user_error(job("tune", tmp_path / "a.toml"), "a.toml", "contains a NUL character")
     if not line.startswith("[search"):
@@ -249,7 +258,9 @@ def test_path_with_nul_is_an_error(run, tmp_path, line):
     assert_no_crash(job("evaluate", checkpoint if "run" in line else run, "--corpus.source", "file:///a%00b"))
 
 
-def test_generate_with_control_characters_in_the_vocabulary_escapes_them_on_a_terminal_only(run, monkeypatch):
+def test_generate_with_control_characters_in_the_vocabulary_escapes_them_on_a_terminal_only(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint = max((run / "checkpoints").iterdir())
     vocabulary = json.loads((checkpoint / "vocabulary.json").read_bytes())
     vocabulary["tokens"] = ["<unk>", *(chr(0x1B) + chr(0x100 + index) for index in range(1, len(vocabulary["tokens"])))]

@@ -1,6 +1,8 @@
 """Vocabularies: text to token ids and back."""
 
 import json
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -20,20 +22,20 @@ from job.errors import UserError
 
 
 @given(st.binary(min_size=1))
-def test_encode_bytes_returns_their_values(data):
+def test_encode_bytes_returns_their_values(data: bytes) -> None:
     vocabulary = build_vocabulary(VocabularyConfig(kind="byte"), Corpus("file", "none", [data]))
     assert bytes(vocabulary.encode([data]).tolist()) == data
 
 
 @given(st.text(min_size=1).filter(lambda text: not any(0xD800 <= ord(c) <= 0xDFFF for c in text)))
-def test_decode_of_encoded_characters_returns_the_text(text):
+def test_decode_of_encoded_characters_returns_the_text(text: str) -> None:
     vocabulary = build_vocabulary(VocabularyConfig(), Corpus("file", "none", [text]))
     assert vocabulary.decode(vocabulary.encode([text])) == text
     assert vocabulary_from_json(vocabulary.to_json().encode(), "file") == vocabulary
     assert Vocabulary("char", vocabulary.tokens[:1]).encode([text]).tolist() == [0] * len(text)
 
 
-def test_build_vocabulary_counts_words_by_line():
+def test_build_vocabulary_counts_words_by_line() -> None:
     corpus = Corpus("file", "d2l", ["b a", "b c", "a d"])
     vocabulary = build_vocabulary(VocabularyConfig(kind="word", min_frequency=2), corpus)
     assert vocabulary.tokens == ("<unk>", "b", "a")
@@ -44,7 +46,9 @@ def test_build_vocabulary_counts_words_by_line():
 @pytest.mark.parametrize("kind", ["char", "word"])
 @pytest.mark.parametrize("max_tokens", [0, 6])
 @pytest.mark.parametrize("scope", ["corpus", "training"])
-def test_build_dataset_scope_gives_vocabulary_of_all_tokens_or_of_those_trained_on(kind, max_tokens, scope):
+def test_build_dataset_scope_gives_vocabulary_of_all_tokens_or_of_those_trained_on(
+    kind: str, max_tokens: int, scope: str
+) -> None:
     lines = ["c a b", "a b z", "", "x c c y"] if kind == "word" else ["cab", "abz", "", "xccy"]
     corpus_config = CorpusConfig(max_tokens=max_tokens, validation_fraction=0.5)
     dataset = build_dataset(Corpus("file", "d2l", lines), corpus_config, VocabularyConfig(kind=kind, scope=scope))
@@ -57,10 +61,10 @@ def test_build_dataset_scope_gives_vocabulary_of_all_tokens_or_of_those_trained_
     assert (dataset.unknown_shares["validation"] > 0) == (scope == "training")
 
 
-def test_build_dataset_scope_training_applies_size_and_frequency_to_the_counted_tokens():
+def test_build_dataset_scope_training_applies_size_and_frequency_to_the_counted_tokens() -> None:
     corpus, corpus_config = Corpus("file", "none", ["aabbcd" + "dddd"]), CorpusConfig(validation_fraction=0.4)
 
-    def tokens(**fields):
+    def tokens(**fields: Any) -> tuple[Any, ...]:
         return build_dataset(corpus, corpus_config, VocabularyConfig(**fields)).vocabulary.tokens[1:]
 
     assert tokens(scope="training", min_frequency=2) == tokens(scope="training", size=3) == ("a", "b")
@@ -83,7 +87,7 @@ def test_build_dataset_scope_training_applies_size_and_frequency_to_the_counted_
         {"kind": ["char"], "tokens": ["<unk>"]},
     ],
 )
-def test_vocabulary_from_json_rejects_invalid_content(content):
+def test_vocabulary_from_json_rejects_invalid_content(content: list[Any] | dict[str, Any]) -> None:
     with pytest.raises(UserError, match=r"vocabulary.json: not a vocabulary"):
         vocabulary_from_json(json.dumps(content).encode(), "vocabulary.json")
 
@@ -92,13 +96,13 @@ def test_vocabulary_from_json_rejects_invalid_content(content):
     ("share", "text", "is_large"),
     [(0, "", False), (1e-6, ", 0.0001% <unk>", False), (0.2, ", 20% <unk>", False), (1 / 3, ", 33.3% <unk>", True)],
 )
-def test_unknown_share_is_shown_as_percentage_and_warned_about(share, text, is_large):
+def test_unknown_share_is_shown_as_percentage_and_warned_about(share: float, text: str, is_large: bool) -> None:
     assert format_unknown_share(share) == text
     assert bool(unknown_warnings({"training": share})) == is_large
 
 
 @pytest.mark.parametrize("kind", ["char", "word", "byte"])
-def test_build_vocabulary_from_a_file_equals_the_one_that_was_written(tmp_path, kind):
+def test_build_vocabulary_from_a_file_equals_the_one_that_was_written(tmp_path: Path, kind: str) -> None:
     corpus = Corpus("file", "none", [b"b a b"] if kind == "byte" else ["b a b"])
     vocabulary = build_vocabulary(VocabularyConfig(kind=kind), corpus)
     (tmp_path / "vocabulary.json").write_text(vocabulary.to_json())
@@ -115,7 +119,9 @@ def test_build_vocabulary_from_a_file_equals_the_one_that_was_written(tmp_path, 
         ('{"kind": "word", "tokens": ["<unk>"]}', "char", "its tokens are of kind word, and vocabulary.kind = char"),
     ],
 )
-def test_build_vocabulary_from_an_invalid_file_raises_user_error(tmp_path, content, kind, message):
+def test_build_vocabulary_from_an_invalid_file_raises_user_error(
+    tmp_path: Path, content: str | None, kind: str, message: str
+) -> None:
     path = tmp_path / "vocabulary.json"
     if content:
         path.write_text(content)
@@ -125,6 +131,6 @@ def test_build_vocabulary_from_an_invalid_file_raises_user_error(tmp_path, conte
 
 
 @pytest.mark.parametrize("fields", [{"size": 3}, {"min_frequency": 2}, {"scope": "training"}])
-def test_vocabulary_file_with_fields_of_a_new_vocabulary_raises_user_error(fields):
+def test_vocabulary_file_with_fields_of_a_new_vocabulary_raises_user_error(fields: dict[str, Any]) -> None:
     with pytest.raises(UserError, match="do not apply to it; remove them"):
         VocabularyConfig(file="vocabulary.json", **fields)

@@ -8,6 +8,7 @@ import time
 import uuid
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +33,9 @@ pytestmark = pytest.mark.cluster
     ],
     indirect=["trace"],
 )
-def test_train_on_workers_reproduces_reference_trace(trace, workers, tmp_path, on_cluster):
+def test_train_on_workers_reproduces_reference_trace(
+    trace: str, workers: int, tmp_path: Path, on_cluster: None
+) -> None:
     ended = job("train", *trace.arguments, "--scale.workers", workers, "--run.storage", tmp_path, "--run.name", "run")
     assert ended.status == 0, ended.err
     assert {row["workers"] for row in rows(tmp_path / "run", "epoch")} == {workers}
@@ -42,7 +45,7 @@ def test_train_on_workers_reproduces_reference_trace(trace, workers, tmp_path, o
 
 @pytest.mark.long
 @pytest.mark.parametrize("trace", ["portable-gru"], indirect=True)
-def test_train_with_more_workers_than_cores_starts_cluster_and_reproduces_trace(trace, tmp_path):
+def test_train_with_more_workers_than_cores_starts_cluster_and_reproduces_trace(trace: str, tmp_path: Path) -> None:
     flags = [*trace.arguments, "--run.storage", tmp_path, "--run.name", "run", "--scale.workers", 5]
     process = start_job("train", *flags, env={"RAY_ADDRESS": ""})
     out, err = process.communicate(timeout=180)
@@ -51,7 +54,7 @@ def test_train_with_more_workers_than_cores_starts_cluster_and_reproduces_trace(
     assert_reproduces(trace, tmp_path / "run", 1e-8)
 
 
-def train_flags(prose, storage, name, *more):
+def train_flags(prose: Path, storage: Path, name: str, *more: object) -> list[object]:
     """The command line of a short run."""
     return [
         "train", "--corpus.source", prose, "--run.storage", storage, "--run.name", name, "--generate.prefix", "the",
@@ -60,7 +63,9 @@ def train_flags(prose, storage, name, *more):
     ]  # fmt: skip
 
 
-def test_train_with_more_workers_than_cluster_can_hold_is_refused(prose, tmp_path, on_cluster):
+def test_train_with_more_workers_than_cluster_can_hold_is_refused(
+    prose: Path, tmp_path: Path, on_cluster: None
+) -> None:
     ended = job(*train_flags(prose, tmp_path / "runs", "big", "--scale.workers", 20))
     assert (ended.status, ended.err.count("\n")) == (2, 1)
     assert "can never place more than 8 workers of 1 CPU each" in ended.err
@@ -68,7 +73,9 @@ def test_train_with_more_workers_than_cluster_can_hold_is_refused(prose, tmp_pat
 
 
 @pytest.mark.long
-def test_custom_cell_with_nan_loss_stops_on_workers_at_same_step_as_without(prose, tmp_path, on_cluster):
+def test_custom_cell_with_nan_loss_stops_on_workers_at_same_step_as_without(
+    prose: Path, tmp_path: Path, on_cluster: None
+) -> None:
     more = ["--model.cell", "cells:DivergingCell", "--train.checkpoint_every", 3, "--train.precision", "fp64"]
     alone = job(*train_flags(prose, tmp_path, "alone", *more, "--scale.workers", 0))
     assert alone.status == 1
@@ -81,7 +88,9 @@ def test_custom_cell_with_nan_loss_stops_on_workers_at_same_step_as_without(pros
     np.testing.assert_allclose(three, one, rtol=1e-9)
 
 
-def test_custom_cell_with_unused_weights_trains_equally_on_two_workers(prose, tmp_path, on_cluster):
+def test_custom_cell_with_unused_weights_trains_equally_on_two_workers(
+    prose: Path, tmp_path: Path, on_cluster: None
+) -> None:
     more = ["--model.cell", "cells:UnusedWeightsCell", "--train.precision", "fp64", "--train.epochs", 1]
     for name, workers in (("alone", 0), ("two", 2)):
         ended = job(*train_flags(prose, tmp_path, name, *more, "--scale.workers", workers))
@@ -90,7 +99,7 @@ def test_custom_cell_with_unused_weights_trains_equally_on_two_workers(prose, tm
     np.testing.assert_allclose(two, one, rtol=1e-9)
 
 
-def test_scaling_policy_does_not_grow_onto_occupied_nodes(monkeypatch):
+def test_scaling_policy_does_not_grow_onto_occupied_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.train import ScalingConfig
 
     node = {"CPU": 1.0}
@@ -102,7 +111,7 @@ def test_scaling_policy_does_not_grow_onto_occupied_nodes(monkeypatch):
     monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda: None)
     monkeypatch.setattr(policy, "_get_reserved_resources", lambda: {"a": node, "b": node, "c": node})
 
-    def decide(free, running=0):
+    def decide(free: list[dict[str, int]], running: int = 0) -> int | None:
         monkeypatch.setattr("job.cluster.ray_extensions.free_resources", lambda: free)
         if running:
             state = SimpleNamespace(num_workers=running, start_time=-1e9)
@@ -118,7 +127,7 @@ def test_scaling_policy_does_not_grow_onto_occupied_nodes(monkeypatch):
     assert decide([]) == 3
 
 
-def test_interrupt_on_workers_saves_and_leaves_no_process(prose, tmp_path):
+def test_interrupt_on_workers_saves_and_leaves_no_process(prose: Path, tmp_path: Path) -> None:
     mark = uuid.uuid4().hex
     command = train_flags(prose, tmp_path, "run", "--train.epochs", 3000, "--scale.workers", 2)
     process = start_job(*command, env={"RAY_ADDRESS": "", MARK: mark}, start_new_session=True)
@@ -151,7 +160,7 @@ def listening_addresses(processes: list[int]) -> set[str]:
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="the sockets of processes are read from /proc")
-def test_own_cluster_is_closed_to_other_machines_and_users(prose, tmp_path):
+def test_own_cluster_is_closed_to_other_machines_and_users(prose: Path, tmp_path: Path) -> None:
     """It starts without a home or a token, and although the path of TMPDIR is too long for Ray's sockets."""
     mark, home = uuid.uuid4().hex, tmp_path / "home"
     long_folder = tmp_path / ("x" * 100)
@@ -185,7 +194,7 @@ def test_own_cluster_is_closed_to_other_machines_and_users(prose, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gcs_server", pytest.param("raylet", marks=pytest.mark.long)])
-def test_train_whose_cluster_dies_fails_with_what_was_saved(prose, tmp_path, name):
+def test_train_whose_cluster_dies_fails_with_what_was_saved(prose: Path, tmp_path: Path, name: str) -> None:
     """Ray itself would end the driver without an error, after up to a minute."""
     mark = uuid.uuid4().hex
     flags = train_flags(prose, tmp_path, "run", "--train.epochs", 3000, "--scale.workers", 2)
@@ -202,7 +211,7 @@ def test_train_whose_cluster_dies_fails_with_what_was_saved(prose, tmp_path, nam
 
 
 @pytest.mark.long
-def test_chaos_run_gives_result_of_undisturbed_run(prose, tmp_path):
+def test_chaos_run_gives_result_of_undisturbed_run(prose: Path, tmp_path: Path) -> None:
     """``make storm`` has more faults, among them a stopped worker, which takes longest."""
     flags = ["--corpus.source", str(prose), "--generate.prefix", "the", "--model.cell", "lstm"]
     flags += ["--model.num_layers", "2", "--model.hidden_size", "32", "--model.dropout", "0.3"]
@@ -213,19 +222,21 @@ def test_chaos_run_gives_result_of_undisturbed_run(prose, tmp_path):
 
 @pytest.mark.long
 @pytest.mark.skipif(not CAN_MOUNT, reason="this machine allows no mount namespaces")
-def test_run_that_a_lost_mount_ends_resumes_with_the_same_result(prose, tmp_path):
+def test_run_that_a_lost_mount_ends_resumes_with_the_same_result(prose: Path, tmp_path: Path) -> None:
     flags = ["--corpus.source", str(prose), "--generate.prefix", "the", "--train.epochs", "1000"]
     run_chaos(flags, 300, ["lose mount"], 5, "reproducible", tmp_path)
 
 
 @pytest.mark.long
-def test_run_that_a_dead_head_or_another_kernel_ends_resumes_with_the_same_result(prose, tmp_path):
+def test_run_that_a_dead_head_or_another_kernel_ends_resumes_with_the_same_result(prose: Path, tmp_path: Path) -> None:
     flags = ["--corpus.source", str(prose), "--generate.prefix", "the", "--train.epochs", "1000"]
     run_chaos(flags, 400, ["no kernel", "kill GCS"], 5, "reproducible", tmp_path)
 
 
 @pytest.mark.slow
-def test_workers_that_always_die_fail_the_run(prose, tmp_path, on_cluster, monkeypatch):
+def test_workers_that_always_die_fail_the_run(
+    prose: Path, tmp_path: Path, on_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Even if they are killed before they can report an error."""
     monkeypatch.setattr("job.run.run_status.MAX_CONSECUTIVE_FAILURES", 2)
     ended = job(*train_flags(prose, tmp_path, "run", "--scale.workers", 1, "--model.cell", "cells:ExitingCell"))
@@ -234,17 +245,17 @@ def test_workers_that_always_die_fail_the_run(prose, tmp_path, on_cluster, monke
     assert "warning: worker 0: ActorDiedError" in ended.out
 
 
-def test_backend_aborts_group_that_cannot_connect_with_error_that_ray_retries():
+def test_backend_aborts_group_that_cannot_connect_with_error_that_ray_retries() -> None:
     import ray.exceptions
     from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 
     class Group:
         aborted = False
 
-        def execute_single(self, *_):
+        def execute_single(self, *_: Any) -> None:
             raise ray.exceptions.RayTaskError("execute", "a traceback", RuntimeError("connection reset"))
 
-        def abort(self):
+        def abort(self) -> None:
             self.aborted = True
 
     group, config = Group(), NodeAddressTorchConfig()
@@ -255,7 +266,7 @@ def test_backend_aborts_group_that_cannot_connect_with_error_that_ray_retries():
 
 
 @pytest.mark.slow
-def test_announced_preemption_saves_checkpoint(prose, tmp_path):
+def test_announced_preemption_saves_checkpoint(prose: Path, tmp_path: Path) -> None:
     """No other checkpoint is due for a thousand seconds or an epoch."""
     flags = train_flags(prose, tmp_path, "disturbed", "--model.cell", "lstm", "--train.checkpoint_every", "1000s")[1:]
     flags += ["--train.epochs", 4, "--stream.num_steps", 2, "--train.reproducible", "true", "--train.precision", "fp32"]
