@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help setup train tune test test-long test-quick storm lint bench bench-speed bench-survival bench-tuning clean
+.PHONY: help setup train tune test test-gpu test-long test-quick storm lint bench bench-speed bench-survival bench-tuning clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -30,6 +30,9 @@ test-long: setup  ## the long tests: traces of the book, faults on several nodes
 
 test-quick: setup  ## the tests that need no Ray (under a minute)
 	$(RUN) -m pytest -m "not cluster and not slow and not long" --numprocesses 2
+
+test-gpu: setup  ## the tests of GPUs: on CUDA if there is a GPU, else what a CPU can run, and a list of what needs CUDA
+	$(RUN) -m pytest -m gpu $(PYTEST)
 
 storm: setup  ## the chaos test: twelve faults and a slow object store, the same result (12 minutes; STORM="--mode fp64" and so on)
 	$(RUN) -m tests.chaos $(STORM)

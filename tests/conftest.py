@@ -24,6 +24,7 @@ from job import cluster as _cluster  # noqa: F401  sets the environment that Ray
 # Ray's processes need a token, and a machine on which Ray has never run has no ~/.ray/auth_token.
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
+NEEDS_CUDA = "needs CUDA"  # the reason of a skip
 ROOT = Path(__file__).parent.parent
 REFERENCE = Path(__file__).parent / "reference"
 SHARED = ROOT.parent / "shared"  # reference traces and corpora that are not in the repository
@@ -39,6 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Runs cluster tests last and deselects tests marked ``shared`` if ``../shared`` is absent.
 
+    Tests marked ``cuda`` are skipped without a GPU.
     Tests that use the same module-scoped fixture run in one process, so that it is set up once.
     """
     items.sort(key=lambda item: item.get_closest_marker("cluster") is not None)
@@ -47,18 +49,34 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=missing)
         items[:] = [item for item in items if item not in missing]
     for item in items:
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason=NEEDS_CUDA))
         definitions = item._fixtureinfo.name2fixturedefs
         scoped = [name for name, fixtures in definitions.items() if fixtures[-1].scope == "module"]
         if scoped:
             item.add_marker(pytest.mark.xdist_group(f"{item.module.__name__}-{scoped[0]}"))
 
 
-def unexpected_skips(config: pytest.Config) -> list[str]:
-    """Skipped tests that the file given by ``--allowed-skips`` does not list, with their reasons."""
-    allowed = {line.split("#")[0].strip() for line in Path(config.option.allowed_skips).read_text().splitlines()}
+def skipped_tests(config: pytest.Config) -> dict[str, str]:
+    """The reason of each skipped test."""
     reports = config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped", [])
-    skips = {report.nodeid.partition("@")[0]: report.longrepr[2] for report in reports}  # pytest-xdist adds "@group"
-    return [f"{test}: {reason}" for test, reason in skips.items() if test not in allowed]
+    return {report.nodeid.partition("@")[0]: report.longrepr[2] for report in reports}  # pytest-xdist adds "@group"
+
+
+def unexpected_skips(config: pytest.Config) -> list[str]:
+    """Skipped tests that the file given by ``--allowed-skips`` does not list, with their reasons.
+
+    A line of the file names one test, or a test function with all its parameters.
+    """
+    allowed = {line.split("#")[0].strip() for line in Path(config.option.allowed_skips).read_text().splitlines()}
+    skips = skipped_tests(config).items()
+    return [f"{test}: {reason}" for test, reason in skips if not {test, test.partition("[")[0]} & allowed]
+
+
+def tests_without_cuda(config: pytest.Config) -> list[str]:
+    """A line for each test function that was skipped because it needs CUDA, with the number of its cases."""
+    cases = Counter(test.partition("[")[0] for test, reason in skipped_tests(config).items() if NEEDS_CUDA in reason)
+    return [f"{NEEDS_CUDA}: {test}{f' ({count} cases)' if count > 1 else ''}" for test, count in cases.items()]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -70,7 +88,9 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Prints the skips that are not allowed, and the seconds that each file took."""
+    """Prints what needs CUDA, the skips that are not allowed, and the seconds that each file took."""
+    for line in tests_without_cuda(config):
+        terminalreporter.write_line(line)
     if config.option.allowed_skips:
         for skip in unexpected_skips(config):
             terminalreporter.write_line(f"not in {config.option.allowed_skips}: skipped {skip}", red=True)
@@ -98,6 +118,12 @@ def _restore_torch() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """The GPU, or the CPU if there is none."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @dataclass

@@ -1,0 +1,185 @@
+"""Loss, state and gradients of a step on a GPU agree with plain ``nn`` modules in float64 on the CPU.
+
+Without a GPU the same tests run on the CPU, but for the precisions that it does not have.
+
+Axes: T steps, B lanes, H hidden units, V tokens, L layers.
+"""
+
+import copy
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.backends.cudnn.rnn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from job.config.schema import BUILTIN_CELLS, ModelConfig
+from job.distributed.gradient_sync import AllReduceGradients, Batch, LossModule, assign_lanes
+from job.nn.dropout import Dropout, dropout_keys
+from job.nn.language_model import LanguageModel, build_model
+from job.nn.state import State
+
+pytestmark = pytest.mark.gpu
+
+NN_CELLS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
+CELLS = [*BUILTIN_CELLS, "cells:DecayCell"]
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A precision, and how far its results may be from those of float64, relative to each tensor's norm."""
+
+    weights: torch.dtype
+    autocast: torch.dtype | None
+    float32_products: str  # of a GPU: ieee or tf32
+    tolerance: float
+
+
+PRECISIONS = {
+    "fp64": Numbers(torch.float64, None, "ieee", 1e-10),
+    "fp32": Numbers(torch.float32, None, "ieee", 1e-5),
+    "tf32": Numbers(torch.float32, None, "tf32", 1e-2),
+    "bf16": Numbers(torch.float32, torch.bfloat16, "ieee", 5e-2),
+    "fp16": Numbers(torch.float32, torch.float16, "ieee", 1e-2),
+}
+ON_CUDA_ONLY = {"tf32", "fp16"}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The sizes of a model and its batch."""
+
+    lanes: int
+    steps: int
+    units: int
+    tokens: int
+    embedding: int
+
+
+SIZES = {
+    "aligned": Sizes(lanes=8, steps=16, units=64, tokens=32, embedding=16),
+    "odd": Sizes(lanes=5, steps=7, units=33, tokens=11, embedding=0),
+    "odd-embedding": Sizes(lanes=3, steps=5, units=41, tokens=13, embedding=9),
+}
+
+
+@pytest.fixture
+def numbers(request: pytest.FixtureRequest) -> Iterator[Numbers]:
+    """The precision that the test's parameter names, with float32 products of that kind on a GPU."""
+    precision = PRECISIONS[request.param]
+    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.rnn)
+    before = [backend.fp32_precision for backend in backends]
+    for backend in backends:
+        backend.fp32_precision = precision.float32_products
+    yield precision
+    for backend, value in zip(backends, before, strict=True):
+        backend.fp32_precision = value
+
+
+def precision_parameters() -> list[object]:
+    return [pytest.param(name, marks=[pytest.mark.cuda] * (name in ON_CUDA_ONLY)) for name in PRECISIONS]
+
+
+def make_batch(sizes: Sizes, num_layers: int, device: torch.device) -> Batch:
+    generator = torch.Generator().manual_seed(3)
+    tokens_TB = torch.randint(0, sizes.tokens, (sizes.steps + 1, sizes.lanes), generator=generator)
+    keys_LB = dropout_keys(0, 5, num_layers, range(sizes.lanes))
+    return Batch(tokens_TB[:-1], tokens_TB[1:], torch.zeros(3), keys_LB).to(device)
+
+
+def plain_loss(model: LanguageModel, batch: Batch, dropout: Dropout | None, cell: str) -> tuple[Tensor, list[Tensor]]:
+    """The summed loss of a window from a zero state and the state after it, by plain ``nn`` modules."""
+    if model.embedding is None:
+        x_TBE = F.one_hot(batch.inputs_TB, model.linear.out_features).double()
+    else:
+        x_TBE = model.embedding(batch.inputs_TB)
+    last_states: list[tuple[Tensor, ...]] = []
+    if cell in NN_CELLS:
+        for layer, weights in enumerate(model.rnn.all_weights):
+            module = NN_CELLS[cell](x_TBE.shape[2], weights[1].shape[1]).double()
+            if layer and dropout is not None:
+                x_TBE = dropout(x_TBE, layer)
+            names = [name for name, _ in module.named_parameters()]
+            x_TBE, state = torch.func.functional_call(module, dict(zip(names, weights, strict=True)), (x_TBE,))
+            last_states.append(state if isinstance(state, tuple) else (state,))
+    else:
+        x_TBE, state = model.rnn(x_TBE, None)
+        last_states.append(state)
+    if dropout is not None:
+        x_TBE = dropout(x_TBE, 0)
+    logits_TBV = F.linear(x_TBE, model.linear.weight, model.linear.bias)
+    nats = F.cross_entropy(logits_TBV.flatten(0, 1), batch.targets_TB.flatten(), reduction="sum")
+    return nats, [torch.cat(tensors) for tensors in zip(*last_states, strict=True)]
+
+
+def state_tensors(state: State) -> list[Tensor]:
+    return list(state) if isinstance(state, tuple) else [] if state is None else [state]
+
+
+def assert_near(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
+    for name, exact in expected.items():
+        found = actual[name].detach().cpu().double()
+        assert found.shape == exact.shape, name
+        error = (found - exact).norm() / exact.norm().clamp(min=0.1)
+        assert error <= tolerance, (name, error.item())
+
+
+@pytest.mark.parametrize("numbers", precision_parameters(), indirect=True)
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@pytest.mark.parametrize("num_layers", [1, 2])
+@pytest.mark.parametrize("cell", CELLS)
+def test_step_on_gpu_agrees_with_plain_modules_in_float64(
+    cell: str, num_layers: int, sizes: Sizes, numbers: Numbers, device: torch.device
+) -> None:
+    if cell not in BUILTIN_CELLS and num_layers > 1:
+        cell = "cells:LinearCell"  # DecayCell has one layer only
+    probability = 0.3 if num_layers > 1 else 0.0
+    config = ModelConfig(
+        cell=cell, hidden_size=sizes.units, num_layers=num_layers, embedding_size=sizes.embedding, dropout=probability
+    )
+    model = build_model(config, sizes.tokens, seed=1)
+    exact = copy.deepcopy(model).double()
+    model = model.to(device, numbers.weights)
+    batch = make_batch(sizes, num_layers, device)
+    gradients = AllReduceGradients(LossModule(model, 1, probability, numbers.autocast), assign_lanes(sizes.lanes))
+    with warnings.catch_warnings():
+        # cuDNN copies weights at each call that are not one piece of memory.
+        warnings.filterwarnings("error", "RNN module weights are not part of single contiguous chunk")
+        stats, state = gradients(batch, None)
+
+    batch = batch.to(torch.device("cpu"))
+    dropout = Dropout(probability, batch.dropout_keys_LB) if probability else None
+    nats, last_state = plain_loss(exact, batch, dropout, cell)
+    nats.backward()
+    if cell in BUILTIN_CELLS or num_layers == 1:
+        tensors = state_tensors(state)
+        found = {f"state {index}": tensor for index, tensor in enumerate(tensors)} | {"loss": stats[0]}
+        expected = {f"state {index}": tensor.detach() for index, tensor in enumerate(last_state)}
+        assert_near(found, expected | {"loss": nats.detach()}, numbers.tolerance)
+    found, expected = (
+        {name: weight.grad for name, weight in net.named_parameters() if weight.grad is not None}
+        for net in (model, exact)
+    )
+    assert len(expected) > 3
+    assert_near(found, expected, numbers.tolerance)
+
+
+@pytest.mark.parametrize("name", [*BUILTIN_CELLS])
+@pytest.mark.parametrize("numbers", ["fp64", "fp32", pytest.param("fp16", marks=pytest.mark.cuda), "bf16"], indirect=True)
+def test_two_windows_on_gpu_carry_state_as_one_long_window(name: str, numbers: Numbers, device: torch.device) -> None:
+    """The state after a window is complete: continuing from it gives the same outputs."""
+    sizes = SIZES["odd-embedding"]
+    config = ModelConfig(cell=name, hidden_size=sizes.units, num_layers=2, embedding_size=sizes.embedding)
+    model = build_model(config, sizes.tokens, seed=1).to(device, numbers.weights)
+    inputs_TB = make_batch(sizes, 0, device).inputs_TB
+    with torch.no_grad(), torch.autocast(device.type, numbers.autocast, enabled=numbers.autocast is not None):
+        whole, last = model(inputs_TB, None)
+        first, state = model(inputs_TB[:2], None)
+        second, state = model(inputs_TB[2:], state)
+    found = {str(index): tensor for index, tensor in enumerate([torch.cat([first, second]), *state_tensors(state)])}
+    expected = {str(index): tensor.double().cpu() for index, tensor in enumerate([whole, *state_tensors(last)])}
+    assert_near(found, expected, numbers.tolerance)
