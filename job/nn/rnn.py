@@ -10,6 +10,7 @@ from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from job.errors import UserError
@@ -100,8 +101,8 @@ def rnn_layer(
         inputs = F.embedding(inputs, embedding_VE)
     elif not inputs.is_floating_point():
         inputs = F.one_hot(inputs, weights[0].shape[1]).to(weights[0].dtype)
-    if inputs.is_cuda and torch.is_autocast_enabled("cuda"):
-        return _rnn_layer_cudnn_autocast(cell, dtype, inputs, state, weights)
+    if inputs.is_cuda:
+        return _rnn_layer_cudnn(cell, dtype, inputs, state, weights)
     return _rnn_layer_torch(cell, inputs, state, weights)
 
 
@@ -163,10 +164,10 @@ def _rnn_layer_torch(
     return hidden_TBH, tuple(tensor[0] for tensor in last_state)
 
 
-def _rnn_layer_cudnn_autocast(
+def _rnn_layer_cudnn(
     cell: str, dtype: torch.dtype, inputs_TBE: Tensor, state: LayerState, weights: list[Tensor]
 ) -> tuple[Tensor, LayerState]:
-    """Runs cuDNN in the autocast dtype; torch's own autocast always runs cuDNN layers in float16."""
+    """Runs cuDNN in ``dtype``, whatever autocast's is; torch's own autocast always runs cuDNN layers in float16."""
     cast_state = tuple(tensor.to(dtype) for tensor in state)
     with torch.autocast("cuda", enabled=False):
         hidden_TBH, last_state = _rnn_layer_torch(
@@ -176,7 +177,31 @@ def _rnn_layer_cudnn_autocast(
 
 
 def _flatten_weights(weights: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """Converts weights into views of one contiguous tensor; cuDNN would otherwise copy them at each call."""
-    flat = torch.cat([weight.flatten() for weight in weights]).to(dtype)
-    chunks = flat.split([weight.numel() for weight in weights])
-    return [chunk.view_as(weight) for chunk, weight in zip(chunks, weights, strict=True)]
+    """Converts weights into views of one contiguous tensor; cuDNN would otherwise copy them at each call.
+
+    ``nn.LSTM`` does not do so in bfloat16: ``flatten_parameters`` takes only the dtypes that cuDNN had before that one.
+    """
+    return list(_FlattenWeights.apply(dtype, *weights))
+
+
+class _FlattenWeights(torch.autograd.Function):
+    """Converts all weights in one kernel, and all their gradients in another one."""
+
+    @staticmethod
+    def forward(ctx: Any, dtype: torch.dtype, *weights: Tensor) -> tuple[Tensor, ...]:
+        ctx.dtype = weights[0].dtype
+        return _copy_to_flat(weights, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return None, *_copy_to_flat(gradients, ctx.dtype)
+
+
+def _copy_to_flat(tensors: tuple[Tensor, ...], dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Returns copies that are successive in the memory of one tensor."""
+    sizes = [tensor.numel() for tensor in tensors]
+    chunks = tensors[0].new_empty(sum(sizes), dtype=dtype).split(sizes)
+    copies = tuple(chunk.view_as(tensor) for chunk, tensor in zip(chunks, tensors, strict=True))
+    torch._foreach_copy_(copies, tensors)
+    return copies

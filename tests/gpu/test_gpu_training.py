@@ -1,0 +1,134 @@
+"""Runs on a GPU: reference traces, resuming, CUDA graphs, several workers, memory. On the CPU where there is none."""
+
+import socket
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import Trace, job, result, rows
+from test_reference import PORTABLE, assert_reproduces
+from torch import multiprocessing
+
+from job.config.schema import Config, ModelConfig, OptimizerConfig, StreamConfig, TrainConfig
+from job.data.dataset import Dataset
+from job.data.vocabulary import Vocabulary
+from job.distributed.context import World
+from job.distributed.gradient_sync import ControlFlags
+from job.storage import Folder
+from job.training.cuda_graph import GRAPH_ENV_VAR
+from job.training.loop import train_steps
+from job.training.run_spec import RunSpec
+from job.training.train_state import build_train_state
+from job.training.trainer import configure_process
+
+pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.filterwarnings("error:no CUDA graph")]
+
+
+def flags(prose: Path, storage: Path, name: str, *more: object) -> list[object]:
+    """The command line of a run of 52 steps in two epochs."""
+    return [
+        "train", "--corpus.source", prose, "--corpus.max_tokens", 4200, "--run.storage", storage, "--run.name", name,
+        "--stream.batch_size", 8, "--stream.num_steps", 20, "--model.hidden_size", 33, "--model.num_layers", 2,
+        "--model.dropout", 0.2, "--optimizer.name", "adamw", "--optimizer.learning_rate", 0.01,
+        "--optimizer.grad_clip_norm", 1, "--train.epochs", 2, "--train.log_every", 1, "--train.checkpoint_every", 7,
+        "--generate.prefix", "the", "--scale.workers", 0, *more,
+    ]  # fmt: skip
+
+
+def losses(run: Path) -> list[float]:
+    return [row["nats"] for row in rows(run, "train")]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("trace", PORTABLE, indirect=True)
+def test_train_on_gpu_reproduces_reference_trace(trace: Trace, tmp_path: Path) -> None:
+    """The CPU's are in test_reference.py."""
+    ended = job("train", *trace.arguments, "--scale.workers", 0, "--run.storage", tmp_path, "--run.name", "run")
+    assert ended.status == 0, ended.err
+    assert_reproduces(trace, tmp_path / "run", 1e-8)
+
+
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm", "cells:LinearCell"])
+def test_reproducible_run_that_is_resumed_equals_uninterrupted_run_without_graph(
+    cell: str, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ["--model.cell", cell, "--train.reproducible", "true"]
+    assert job(*flags(prose, tmp_path, "resumed", *more, "--train.max_steps", 31)).status == 0
+    ended = job(*flags(prose, tmp_path, "resumed", *more))
+    assert "resuming from step 31" in ended.out
+    monkeypatch.setenv(GRAPH_ENV_VAR, "off")
+    assert job(*flags(prose, tmp_path, "eager", *more)).status == 0
+    resumed, eager = (result(tmp_path / name) for name in ("resumed", "eager"))
+    assert resumed["steps"] == 52
+    assert resumed["weights_sha256"] == eager["weights_sha256"]
+    assert resumed["generated"] == eager["generated"]
+    assert losses(tmp_path / "resumed") == losses(tmp_path / "eager")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+def test_fast_run_with_graph_has_losses_of_run_without(
+    cell: str, precision: str, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ["--model.cell", cell, "--train.precision", precision]
+    assert job(*flags(prose, tmp_path, "graph", *more)).status == 0
+    monkeypatch.setenv(GRAPH_ENV_VAR, "off")
+    assert job(*flags(prose, tmp_path, "eager", *more)).status == 0
+    found, expected = (losses(tmp_path / name) for name in ("graph", "eager"))
+    np.testing.assert_allclose(found, expected, rtol=1e-3 if precision == "fp32" else 2e-2)
+
+
+# --- several workers ---
+
+
+def small_config(reproducible: bool) -> Config:
+    return Config(
+        stream=StreamConfig(batch_size=7, num_steps=6, offset=0),
+        model=ModelConfig(cell="lstm", hidden_size=20, num_layers=2, embedding_size=5, dropout=0.3),
+        optimizer=OptimizerConfig(name="adamw", learning_rate=0.01, grad_clip_norm=0.5),
+        train=TrainConfig(epochs=1, reproducible=reproducible, lane_groups=4),
+    )
+
+
+def train_on(world: World, config: Config) -> tuple[list[float], dict[str, np.ndarray]]:
+    """The losses of an epoch and the final weights."""
+    tokens = torch.randint(0, 9, (600,), generator=torch.Generator().manual_seed(1)).numpy().astype("uint8")
+    dataset = Dataset(tokens, tokens[:0], Vocabulary("char", tuple("abcdefghi")), {})
+    configure_process(config, world)
+    train_state = build_train_state(RunSpec(config, dataset, Folder(""), None), world, "fp32")
+    nats = [step.stats.nats for step in train_steps(train_state, config, ControlFlags)]
+    return nats, {name: weight.cpu().numpy() for name, weight in train_state.model.state_dict().items()}
+
+
+def train_as_worker(rank: int, port: int, device: torch.device, results: Any) -> None:
+    """A worker of two, which share a GPU."""
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    world = World(rank, 2, device, 1, "a")
+    trained = [train_on(world, small_config(reproducible)) for reproducible in (True, False)]
+    if rank == 0:
+        results.put(trained)
+    dist.destroy_process_group()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def test_two_workers_that_share_a_device_equal_one(device: torch.device) -> None:
+    """Bit for bit with ``train.reproducible``; else up to the order of sums."""
+    results = multiprocessing.get_context("spawn").SimpleQueue()
+    context = multiprocessing.spawn(train_as_worker, (free_port(), device, results), nprocs=2, join=False)
+    (bits, bit_weights), (fast, _) = results.get()
+    while not context.join():
+        pass
+    one = World(0, 1, device, 1, "a")
+    nats, weights = train_on(one, small_config(True))
+    assert (len(nats), nats) == (14, bits)
+    assert all(np.array_equal(weight, bit_weights[name]) for name, weight in weights.items())
+    assert train_on(one, small_config(True))[0] == nats
+    np.testing.assert_allclose(train_on(one, small_config(False))[0], fast, rtol=1e-5)
