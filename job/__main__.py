@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from job.config.schema import SECTIONS, Config, ModelConfig
+from job.config.schema import SECTIONS, Config, ModelConfig, RunConfig
 from job.config.section import format_value, unknown_name
 from job.config.toml import FILE_SECTIONS, ConfigValues, check_field, override_config, parse_flags
 from job.console import NO_BREAK, Console, escape_controls, format_json
@@ -145,6 +145,20 @@ def _doctor(line: CommandLine) -> int:
     return int(problems > 0)
 
 
+def _runs(line: CommandLine) -> int:
+    """List the runs and searches of a storage, the one that changed last first."""
+    from job.storage import Folder
+    from job.tuning.runs import describe_runs, list_runs, print_runs
+
+    storage = Folder.resolve(line.target or RunConfig.storage)
+    runs = list_runs(storage)
+    if line.json:
+        print(format_json(describe_runs(storage, runs)))
+    else:
+        print_runs(storage, runs, Console())
+    return 0
+
+
 @dataclass(frozen=True)
 class Verb:
     """A verb of the command line.
@@ -177,6 +191,7 @@ VERBS = {
     "doctor": Verb(
         _doctor, "[CONFIG.toml]", tuple(SECTIONS), {"address": "a running Ray cluster: HOST:PORT", **JSON_FLAG}
     ),
+    "runs": Verb(_runs, "[STORAGE]", (), JSON_FLAG),
 }
 
 
@@ -219,6 +234,8 @@ def _check_flag(verb_name: str, name: str) -> None:
         return
     if name.startswith("search."):
         raise UserError(f"--{name}: only tune accepts fields of [search]")
+    if not verb.fields:
+        raise UserError(f"--{name}: {verb_name} does not accept fields of a configuration")
     raise UserError(f"--{name} is fixed by the checkpoint and cannot be changed", f"{', '.join(verb.fields)} can")
 
 
@@ -236,7 +253,7 @@ Show the flags of a verb: python -m job VERB --help"""
 
 def _format_verb_help(verb_name: str) -> str:
     verb = VERBS[verb_name]
-    usage = f"usage: python -m job {verb_name} {verb.arguments} [--section.field VALUE …]"
+    usage = f"usage: python -m job {verb_name} {verb.arguments}{' [--section.field VALUE …]' * bool(verb.fields)}"
     tables: dict[str, dict[str, str]] = {}
     for section_name, section in FILE_SECTIONS.items():
         fields = {name: option for name, option in section.config_fields().items() if verb.accepts(name)}

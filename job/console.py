@@ -10,6 +10,7 @@ import shutil
 import sys
 import textwrap
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -103,6 +104,15 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def format_table(rows: Sequence[Sequence[str]], num_left: int = 0) -> list[str]:
+    """Returns rows as lines with aligned columns: the first ``num_left`` to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    alignments = ["<" if index < num_left else ">" for index in range(len(widths))]
+    columns = list(zip(alignments, widths, strict=True))
+    lines = ("  ".join(f"{cell:{a}{w}}" for cell, (a, w) in zip(row, columns, strict=True)) for row in rows)
+    return [line.rstrip() for line in lines]
 
 
 def format_count(count: int) -> str:

@@ -207,15 +207,27 @@ class Folder:
             os.fsync(stream.fileno())
 
     @_retried
+    def infos(self) -> list[fs.FileInfo]:
+        """Returns pyarrow's description of each file and folder in it; empty if it does not exist.
+
+        Leaves out those whose names are not UTF-8, which are not of this program.
+        """
+        file_system, path = self._location
+        return [*filter(_has_valid_name, file_system.get_file_info(fs.FileSelector(path, allow_not_found=True)))]
+
     def sizes(self) -> dict[str, int | None]:
         """Returns the sizes of the files in it by name, None for folders; empty if it does not exist."""
-        file_system, path = self._location
-        infos = file_system.get_file_info(fs.FileSelector(path, allow_not_found=True))
-        return {info.base_name: info.size for info in infos}
+        return {info.base_name: info.size for info in self.infos()}
 
     def names(self) -> list[str]:
         """Returns the names of the files and folders in it, sorted; empty if it does not exist."""
         return sorted(self.sizes())
+
+    @_retried
+    def exists(self) -> bool:
+        """Returns whether it exists: on an object store, whether there is a file in it."""
+        file_system, path = self._location
+        return file_system.get_file_info(path).type != fs.FileType.NotFound
 
     @_retried
     def has(self, name: str) -> bool:
@@ -271,6 +283,13 @@ class Folder:
             with contextlib.suppress(OSError):  # another run may be using the folders by now
                 for folder in missing:
                     folder.rmdir()
+
+
+def _has_valid_name(info: fs.FileInfo) -> bool:
+    try:
+        return bool(info.base_name)
+    except UnicodeDecodeError:
+        return False
 
 
 def _open_location(address: str) -> tuple[fs.FileSystem, str]:

@@ -39,9 +39,9 @@ from job.run.signals import StopRequest
 from job.tuning.exchange import EXCHANGE_FOLDER
 from job.tuning.optuna_sampler import OptunaSampler, import_optuna
 from job.tuning.report import banner, show_progress
-from job.tuning.results import BEST_FILE, has_results, print_results, write_results
+from job.tuning.results import has_results, print_results, write_results
 from job.tuning.setup import check_search, resolve_search
-from job.tuning.trials import TERMINAL_STATES, Trials, load_trials, searched_cells, trial_name
+from job.tuning.trials import BEST_FILE, TERMINAL_STATES, Trials, load_trials, searched_cells, trial_name
 
 MAX_TRIAL_FAILURES = 5  # restarts of a trial without a new epoch in between
 POLL_INTERVAL_S = 0.2

@@ -229,6 +229,12 @@ def list_checkpoints(folder: Folder) -> tuple[list[Checkpoint], list[CorruptChec
     return checkpoints, corrupt
 
 
+def last_step(folder: Folder) -> int | None:
+    """Returns the step of the last checkpoint with a manifest, which is not read; None if the last three have none."""
+    names = sorted(filter(_NAME.fullmatch, folder.names()), key=_step_and_name, reverse=True)
+    return next((_step_and_name(name)[0] for name in names[:3] if (folder / name).has(MANIFEST)), None)
+
+
 def _step_and_name(name: str) -> tuple[int, str]:
     match = _NAME.fullmatch(name)
     return (int(match[1]) if match else -1, name)

@@ -3,7 +3,7 @@
 from textwrap import shorten
 from typing import Any
 
-from job.console import Console
+from job.console import Console, format_table
 from job.tuning.trials import Trial, Trials
 
 
@@ -40,7 +40,7 @@ def format_trial(trials: Trials, trial: Trial) -> str:
     return f"trial {trial.number} {trial.state}{after}{value}: {format_params(trial)}{reason}"
 
 
-def format_table(trials: Trials) -> list[str]:
+def format_trials(trials: Trials) -> list[str]:
     """All trials as the lines of a table, best first; the winner has a star."""
     names, winner = list(trials.search.space.domains), trials.winner
     rows = [["", "trial", "state", "epochs", display_name(trials.search.metric), *names]]
@@ -50,8 +50,7 @@ def format_table(trials: Trials) -> list[str]:
         mark = "*" if trial is winner else ""
         params = [_format_short(trial.params[name]) for name in names]
         rows.append([mark, str(trial.number), trial.state, str(trial.last_epoch), value, *params])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return format_table(rows)
 
 
 def show_progress(trials: Trials, console: Console) -> None:
@@ -61,6 +60,6 @@ def show_progress(trials: Trials, console: Console) -> None:
     best = f"; best {trials.score(winner):.4g} with {format_params(winner)}" if winner else ""
     text = f"{total - trials.num_pending} of {total} trials done, {running} running{best}"
     if console.is_tty:
-        console.redraw([*format_table(trials), text])
+        console.redraw([*format_trials(trials), text])
     else:
         console.progress(text)

@@ -21,11 +21,19 @@ from job.errors import RunFailed
 from job.inference.generate import generate_text
 from job.run.run_dir import open_checkpoint
 from job.tuning.plots import plot_curves, plot_score_by_param
-from job.tuning.report import display_name, format_params, format_table
-from job.tuning.trials import Trial, Trials, baseline_params, read_score_rows, read_trial_run, trial_folder, trial_name
+from job.tuning.report import display_name, format_params, format_trials
+from job.tuning.trials import (
+    BEST_FILE,
+    Trial,
+    Trials,
+    baseline_params,
+    read_score_rows,
+    read_trial_run,
+    trial_folder,
+    trial_name,
+)
 
-# In the search's folder. ``best.toml`` is written last: it marks the search as finished.
-BEST_FILE, SAMPLE_FILE = "best.toml", "sample.txt"
+SAMPLE_FILE = "sample.txt"  # in the search's folder, as the following
 CURVES_FILE, SPACE_FILE, PARQUET_FILE = "curves.png", "space.png", "trials.parquet"
 
 
@@ -110,7 +118,7 @@ def print_results(trials: Trials, console: Console) -> None:
     assert winner
     assert checkpoint
     score = f"{display_name(trials.search.metric)} {trials.score(winner):.4g}"
-    lines = [*format_table(trials), "", f"best is trial {winner.number}: {score} with {format_params(winner)}"]
+    lines = [*format_trials(trials), "", f"best is trial {winner.number}: {score} with {format_params(winner)}"]
     params = baseline_params(trials.base, trials.search)
     baseline = next((trial for trial in trials if trial.params == params), None)
     if baseline and baseline is not winner and baseline.scores:

@@ -24,6 +24,7 @@ from job.training.progress import MAX_PERPLEXITY
 
 TRIALS_DIR = "trials"  # in a search's folder: one run per trial
 TRIALS_FILE = "trials.json"
+BEST_FILE = "best.toml"  # the winner; written last: it marks the search as finished
 DONE_STATES = ("finished", "stopped", "diverged")  # never run again
 TERMINAL_STATES = (*DONE_STATES, "failed")  # failed trials run again when the search is restarted
 _MAX_RECORDS_BYTES = 64 << 20
@@ -143,7 +144,9 @@ class Trials:
         with self.lock:
             trial = self.by_number[number]
             trial.state, trial.reason = state, reason
-            self.records[trial_name(number)] = {"state": state, "why": reason, "point": trial.params}
+            record = {"state": state, "why": reason, "point": trial.params}
+            score = self.score(trial)
+            self.records[trial_name(number)] = record if score is None else {**record, "score": score}
 
     def write_records(self) -> None:
         """Writes ``trials.json``."""
@@ -193,7 +196,7 @@ class Trials:
 
 def load_trials(folder: Folder, base: Config, search: SearchConfig) -> Trials:
     """Reads the trials that earlier runs of the search left. Raises UserError if they cannot be read."""
-    records = _read_records(folder)
+    records = read_records(folder)
     with report_os_error(f"{folder / TRIALS_DIR}: cannot be read"):
         started = set((folder / TRIALS_DIR).names())  # one request, however many trials have not been started
     trials = Trials(folder, base, search, records)
@@ -205,7 +208,7 @@ def load_trials(folder: Folder, base: Config, search: SearchConfig) -> Trials:
     return trials
 
 
-def _read_records(folder: Folder) -> Records:
+def read_records(folder: Folder) -> Records:
     """How trials ended, including those beyond the number of trials of this search."""
     try:
         items = parse_json(folder.read(TRIALS_FILE, _MAX_RECORDS_BYTES)).items()
