@@ -7,13 +7,14 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import Field, asdict, dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from job.config.field import ConfigField
 from job.config.schema import SECTIONS, Config, ModelConfig, RunConfig
-from job.config.section import format_value, unknown_name
+from job.config.section import unknown_name
 from job.config.toml import FILE_SECTIONS, ConfigValues, check_field, override_config, parse_flags
 from job.console import NO_BREAK, Console, escape_controls, format_json
 from job.errors import RunFailed, UserError, error_origin
@@ -267,9 +268,9 @@ def _format_verb_help(verb_name: str) -> str:
     return "\n\n".join([usage, textwrap.fill(str(verb.run.__doc__), 80), *blocks])
 
 
-def _field_help(option: Field[Any]) -> str:
-    default = f"(default: {format_value(option.default)})".replace(" ", NO_BREAK)
-    return f"{option.metadata['meaning']} {default}"
+def _field_help(option: ConfigField) -> str:
+    default = f"(default: {option.default_text})".replace(" ", NO_BREAK)
+    return f"{option.description} {default}"
 
 
 def _format_table(rows: Mapping[str, str], column: int) -> str:

@@ -8,16 +8,15 @@ from dataclasses import dataclass, field
 from textwrap import shorten
 from typing import Any
 
-from job.config.schema import FIELDS, SECTIONS, defines_run
-from job.config.section import Section, at_least, choice_field, config_field, format_value, unknown_name
+from job.config.field import FREE, choice_field, config_field, format_value
+from job.config.schema import FIELDS, SECTIONS
+from job.config.section import Section, unknown_name
 from job.errors import UserError
 
 Params = dict[str, Any]  # values by full field name, such as optimizer.learning_rate
 
 # The metrics that a search may minimize, and the split of the metrics rows that report them.
 METRIC_SPLITS = {"validation_perplexity": "validation", "perplexity": "epoch"}
-# The fields that population-based training may change during a run.
-PBT_MUTABLE = ("optimizer.learning_rate", "optimizer.weight_decay", "optimizer.grad_clip_norm", "model.dropout")
 DEFAULT_NUM_TRIALS = 16  # if values are sampled and search.trials = 0
 MAX_TRIALS = 10_000  # of a search; also the most values in one list
 _PERTURBATION_FACTORS = (0.8, 1.25)  # these two are Ray Tune's defaults
@@ -182,7 +181,7 @@ def _flatten(written: Mapping[str, Any]) -> dict[str, Any]:
 def _check_searchable(name: str) -> None:
     if name not in FIELDS:
         raise unknown_name("field of search.space", name, FIELDS)
-    if not defines_run(name):
+    if FIELDS[name].on_resume == FREE:
         raise UserError(f"search.space: {name} does not affect the result of a run", "remove it")
 
 
@@ -190,12 +189,12 @@ def _check_searchable(name: str) -> None:
 class SearchConfig(Section):
     """The hyperparameter search."""
 
-    metric: str = choice_field(*METRIC_SPLITS, meaning=f"metric to minimize: {' or '.join(METRIC_SPLITS)}")
-    trials: int = config_field(0, f"number of trials; 0: the grid, or {DEFAULT_NUM_TRIALS} if sampled", at_least(0))
-    minutes: float = config_field(0.0, "time limit, after which the same command resumes; 0: none", at_least(0))
-    searcher: str = choice_field("random", "grid", "optuna")
-    scheduler: str = choice_field("none", "asha", "pbt", meaning="none, asha (stops poor trials early) or pbt")
-    concurrent: int = config_field(0, "trials that run at the same time; 0: what resources allow", at_least(0))
+    metric: str = choice_field("metric to minimize", **dict.fromkeys(METRIC_SPLITS, ""))
+    trials: int = config_field(0, f"trials; 0: the grid, or {DEFAULT_NUM_TRIALS} if sampled", ge=0, on_resume=FREE)
+    minutes: float = config_field(0.0, "time limit; the same command resumes; 0: none", "minutes", ge=0, on_resume=FREE)
+    searcher: str = choice_field("how parameters are chosen", random="", grid="", optuna="")
+    scheduler: str = choice_field("scheduler", none="", asha="stops poor trials early", pbt="population-based")
+    concurrent: int = config_field(0, "trials that run at the same time; 0: what resources allow", ge=0, on_resume=FREE)
     space: SearchSpace = field(default_factory=lambda: SearchSpace({}))
 
     def __post_init__(self) -> None:
@@ -236,13 +235,10 @@ def _check_pbt(search: SearchConfig) -> None:
     if search.searcher == "optuna":
         raise UserError('search.searcher = "optuna": not possible with scheduler = "pbt"', "use random")
     for name in search.space.domains:
-        if name not in PBT_MUTABLE:
+        if not FIELDS[name].is_mutable:
             problem = f'search.space "{name}": cannot change during a run, as scheduler = "pbt" does'
-            raise UserError(problem, f"{', '.join(PBT_MUTABLE)} can")
-
-
-# What may differ when a search is resumed.
-_FREE_FIELDS = ("search.trials", "search.minutes", "search.concurrent")
+            mutable = (option.name for option in FIELDS.values() if option.is_mutable)
+            raise UserError(problem, f"{', '.join(mutable)} can")
 
 
 def search_differences(old: SearchConfig, new: SearchConfig) -> list[str]:
@@ -253,5 +249,5 @@ def search_differences(old: SearchConfig, new: SearchConfig) -> list[str]:
 
 
 def _fixed_values(search: SearchConfig) -> dict[str, str]:
-    values = {name: format_value(value) for name, value in search.values().items() if name not in _FREE_FIELDS}
+    values = {name: format_value(value) for name, value in search.fixed_values().items()}
     return values | {f"search.space {name}": str(domain) for name, domain in search.space.domains.items()}

@@ -15,7 +15,7 @@ from job.paths import check_no_credentials, expand_path, unescape_stored
 ConfigValues = dict[str, Any]  # by full field name, such as model.cell
 FILE_SECTIONS: dict[str, type[Section]] = {**SECTIONS, "search": SearchConfig}
 FILE_FIELDS = {name: option for cls in FILE_SECTIONS.values() for name, option in cls.config_fields().items()}
-PATH_FIELDS = [name for name, option in FILE_FIELDS.items() if option.metadata.get("is_path")]
+PATH_FIELDS = [name for name, option in FILE_FIELDS.items() if option.is_path]
 
 
 def _map_text(value: Any, function: Callable[[str, str], str], name: str) -> Any:

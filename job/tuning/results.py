@@ -14,7 +14,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.summary import hparams, scalar
 
-from job.config.section import format_value
+from job.config.field import format_value
 from job.config.toml import config_to_toml
 from job.console import Console, python_command
 from job.errors import RunFailed
