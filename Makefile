@@ -35,12 +35,12 @@ test-gpu: setup  ## the tests of GPUs: on CUDA if there is a GPU, else what a CP
 	$(RUN) -m pytest -m gpu $(PYTEST)
 
 storm: setup  ## the chaos test: twelve faults and a slow object store, the same result (12 minutes; STORM="--mode fp64" and so on)
-	$(RUN) -m tests.chaos $(STORM)
+	$(RUN) tests/chaos.py $(STORM)
 
 lint: setup  ## formatter, linter, type checker, spelling and replaced words, as CI runs them
 	$(RUN) -m ruff format --check job tests benchmarks .ci
 	$(RUN) -m ruff check job tests benchmarks .ci
-	$(RUN) -m mypy job benchmarks
+	$(RUN) -m mypy job benchmarks tests
 	$(VENV)/bin/codespell
 	$(RUN) .ci/words.py
 

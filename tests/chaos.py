@@ -1,6 +1,6 @@
 """The chaos test: one run, many faults, and the same result as without them.
 
-    make storm        (or: python -m tests.chaos [--faults N] [--only FAULT] [--seed S] [--mode MODE])
+    make storm        (or: python tests/chaos.py [--faults N] [--only FAULT] [--seed S] [--mode MODE])
 
 Trains a two-layer LSTM with dropout on a cluster of several nodes on this machine. At random steps a worker, a
 node's raylet or the driver is killed (and the driver's command run again), a node leaves, a node joins, or a
@@ -209,7 +209,8 @@ class ChaosRun:
         node = self.add_node(LANES_KERNEL="off")
         self.nodes.append(node)
         assert self.driver
-        self.wait_for(lambda: self.driver.poll() is not None or self.has_worker_without_kernel(), "worker there")
+        driver = self.driver
+        self.wait_for(lambda: driver.poll() is not None or self.has_worker_without_kernel(), "worker there")
         step = self.step()
         if not self.wait_for_step(step + 30):
             self.wait_for_failure("kernel")
@@ -355,7 +356,7 @@ def check_same_result(run: Path, expected_run: Path, steps: int, exact: bool) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m tests.chaos", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python tests/chaos.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--faults", type=int, default=12, help="number of faults")
     parser.add_argument("--steps", type=int, default=2500)
@@ -372,7 +373,7 @@ def main() -> None:
         if arguments.only != SLOW_STORE:
             run_chaos(flags, arguments.steps, faults, seed, arguments.mode, Path(folder))
         if CAN_MOUNT and arguments.only in (None, SLOW_STORE):
-            from tests.object_store import run_takeover
+            from object_store import run_takeover
 
             print("a driver is replaced while its object store is slow", flush=True)
             steps = ["--train.max_steps", "600", "--train.checkpoint_every", "20", "--train.log_every", "1"]

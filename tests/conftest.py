@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 
 from job import __main__ as command_line
 from job import cluster as _cluster  # noqa: F401  sets the environment that Ray reads when it is imported
+from job.config.search_space import SearchConfig, SearchSpace
 
 # Ray's processes need a token, and a machine on which Ray has never run has no ~/.ray/auth_token.
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -28,6 +29,7 @@ NEEDS_CUDA = "needs CUDA"  # the reason of a skip
 ROOT = Path(__file__).parent.parent
 REFERENCE = Path(__file__).parent / "reference"
 SHARED = ROOT.parent / "shared"  # reference traces and corpora that are not in the repository
+T = TypeVar("T")
 BOOK = SHARED / "corpora" / "timemachine.txt"
 
 
@@ -49,6 +51,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=missing)
         items[:] = [item for item in items if item not in missing]
     for item in items:
+        assert isinstance(item, pytest.Function)
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason=NEEDS_CUDA))
         definitions = item._fixtureinfo.name2fixturedefs
@@ -59,7 +62,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def skipped_tests(config: pytest.Config) -> dict[str, str]:
     """The reason of each skipped test."""
-    reports = config.pluginmanager.get_plugin("terminalreporter").stats.get("skipped", [])
+    reports = not_none(config.pluginmanager.get_plugin("terminalreporter")).stats.get("skipped", [])
     return {report.nodeid.partition("@")[0]: report.longrepr[2] for report in reports}  # pytest-xdist adds "@group"
 
 
@@ -102,12 +105,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 def time_table(reports: list[pytest.TestReport]) -> list[str]:
     """A Markdown table of files, their number of tests, and their seconds with fixtures; slowest first."""
-    count, seconds = Counter[str](), Counter[str]()
+    count, seconds = Counter[str](), dict[str, float]()
     for report in reports:
         name = report.nodeid.partition("::")[0]
         count[name] += report.when == "call"
-        seconds[name] += report.duration
-    rows = [f"| `{name}` | {count[name]} | {total:.0f} |" for name, total in seconds.most_common()]
+        seconds[name] = seconds.get(name, 0.0) + report.duration
+    rows = [
+        f"| `{name}` | {count[name]} | {total:.0f} |"
+        for name, total in sorted(seconds.items(), key=lambda item: -item[1])
+    ]
     return ["| file | tests | seconds |", "| --- | --: | --: |", *rows]
 
 
@@ -148,7 +154,7 @@ def job(*words: object) -> Ended:
     return Ended(status, out.getvalue(), err.getvalue())
 
 
-_started: list[subprocess.Popen] = []
+_started: list[subprocess.Popen[str]] = []
 
 
 @pytest.fixture(autouse=True)
@@ -162,7 +168,9 @@ def _kill_started_processes() -> Iterator[None]:
             process.communicate()
 
 
-def start_job(*words: object, env: dict[str, str] | None = None, cwd: Path = ROOT, **options: Any) -> subprocess.Popen:
+def start_job(
+    *words: object, env: dict[str, str] | None = None, cwd: Path = ROOT, **options: Any
+) -> subprocess.Popen[str]:
     """Starts the command line in its own process."""
     process = subprocess.Popen(
         [sys.executable, "-m", "job", *map(str, words)],
@@ -175,6 +183,17 @@ def start_job(*words: object, env: dict[str, str] | None = None, cwd: Path = ROO
     )
     _started.append(process)
     return process
+
+
+def not_none(value: T | None) -> T:
+    """The value, which must be there."""
+    assert value is not None
+    return value
+
+
+def search_config(space: Any = None, **fields: Any) -> SearchConfig:
+    """A search over a space as TOML states it."""
+    return SearchConfig(space=SearchSpace.parse(space or {}), **fields)
 
 
 def rows(run: Path, split: str) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 from pyarrow import fs
 
@@ -68,7 +69,7 @@ class SlowStore(ThreadingHTTPServer):
         self.s3_port, self.is_busy, self.changes = server_port, False, list[str]()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, *error: Any) -> None:
         self.shutdown()
         super().__exit__(*error)
 

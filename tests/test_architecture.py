@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from conftest import ROOT
@@ -19,11 +20,11 @@ def layer(module: str) -> str:
     return module.removeprefix("job.").partition(".")[0]
 
 
-def imported_modules(path: Path) -> set[str]:
+def imported_modules(path: Path) -> Iterator[str]:
     """The modules of ``job`` that a file imports at its top."""
     for node in ast.parse(path.read_text()).body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("job"):
-            yield node.module
+            yield str(node.module)
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.startswith("job"))
 

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import job, result
+from conftest import job, not_none, result
 from safetensors.torch import load_file
 
 from job.config.schema import ModelConfig
@@ -63,7 +63,7 @@ def test_parameter_used_by_one_lane_group_gets_that_groups_gradient() -> None:
     assert grouped["rnn.first"] is None
     for name, gradient in whole.items():
         assert (gradient is None) == (grouped[name] is None), name
-        assert gradient is None or torch.allclose(gradient, grouped[name], atol=1e-7), name
+        assert gradient is None or torch.allclose(gradient, not_none(grouped[name]), atol=1e-7), name
 
 
 def test_training_torch_gru_as_custom_cell_gives_weights_of_builtin_gru(prose: Path, tmp_path: Path) -> None:

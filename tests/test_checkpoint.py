@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import job, result, rows
+from conftest import job, not_none, result, rows
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -23,7 +23,6 @@ from job.storage import Folder
 from job.training.checkpoint import (
     Checkpoint,
     CorruptCheckpoint,
-    Progress,
     _digest,
     commit_checkpoint,
     find_latest_valid,
@@ -33,7 +32,7 @@ from job.training.checkpoint import (
     weights_sha256,
     write_part,
 )
-from job.training.progress import LossSum
+from job.training.progress import LossSum, Progress
 from job.training.trainer import Trainer
 
 
@@ -129,7 +128,7 @@ def stopped_inside(prose: Path, storage: Path) -> Checkpoint:
     job(
         "train", *flags(prose, storage, "--model.cell", "lstm", "--train.max_steps", 30, "--train.checkpoint_every", 10)
     )
-    return find_latest_valid(Folder(str(storage / "run" / "checkpoints")))[0]
+    return not_none(find_latest_valid(Folder(str(storage / "run" / "checkpoints")))[0])
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 7])
@@ -138,6 +137,7 @@ def test_load_lane_state_for_any_number_of_workers_returns_same_lanes(
 ) -> None:
     found = stopped_inside(prose, tmp_path)
     whole = load_lane_state(found, range(32))
+    assert isinstance(whole, tuple)
     assert whole[0].shape == (1, 32, 16)
     # Written by one number of workers, read by another.
     folder = Folder(str(tmp_path / "again"))
@@ -150,7 +150,7 @@ def test_load_lane_state_for_any_number_of_workers_returns_same_lanes(
         receipts.append(write_part(folder, "step-000030-abcdef", files, workers, progress))
     again = commit_checkpoint(folder, "step-000030-abcdef", receipts)
     for other in (1, 2, 5):
-        parts = [load_lane_state(again, lanes) for lanes in split_evenly(32, other)]
+        parts: list[Any] = [load_lane_state(again, lanes) for lanes in split_evenly(32, other)]
         for index in (0, 1):
             assert torch.equal(torch.cat([part[index] for part in parts], 1), whole[index])
 
@@ -167,7 +167,7 @@ def test_find_latest_valid_skips_and_reports_corrupt_checkpoints(prose: Path, tm
     (place / names[1] / "manifest.json").write_bytes(b"{}")
     (place / "step-000040-abcdef").mkdir()  # never committed
     valid, skipped = find_latest_valid(Folder(str(place)))
-    assert valid.step == 10
+    assert not_none(valid).step == 10
     assert [(corrupt.name, corrupt.reason) for corrupt in pickle.loads(pickle.dumps(skipped))] == [
         (names[2], "model.safetensors is damaged: its checksum differs from the manifest's"),
         (names[1], "the manifest is damaged"),
@@ -180,7 +180,7 @@ def test_find_latest_valid_skips_and_reports_corrupt_checkpoints(prose: Path, tm
     assert ended.status == 0
 
 
-def read_strict(data: bytes) -> dict:
+def read_strict(data: bytes) -> dict[str, Any]:
     """Parses JSON as other programs do, which refuse NaN and Infinity."""
 
     def refuse(constant: str) -> None:
@@ -216,7 +216,7 @@ def test_train_with_validation_loss_that_is_not_finite_never_has_it_as_best(
 
 
 def test_checkpoint_of_early_version_with_nan_is_read_without(tmp_path: Path) -> None:
-    content = {"format": 1, "step": 1, "validation_nats": math.nan, "files": {}}
+    content: dict[str, Any] = {"format": 1, "step": 1, "validation_nats": math.nan, "files": {}}
     path = Folder(str(tmp_path)) / "step-000001-abcdef"
     path.write("manifest.json", json.dumps({"content": content, "sha256": _digest(content)}).encode())
     [checkpoint], _ = list_checkpoints(Folder(str(tmp_path)))
@@ -246,7 +246,7 @@ def test_generate_from_folder_that_is_no_checkpoint_is_an_error(tmp_path: Path) 
 
 
 def test_generate_from_later_format_version_is_an_error(run: Path, tmp_path: Path) -> None:
-    content = {"format": 99, "step": 1, "validation_nats": None, "files": {}}
+    content: dict[str, Any] = {"format": 99, "step": 1, "validation_nats": None, "files": {}}
     manifest = {"content": content, "sha256": _digest(content)}
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     assert "has format 99, but this version reads 1" in job("generate", tmp_path).err
@@ -349,7 +349,7 @@ def rewrite(place: Path, file: str, change: Callable[[str], str]) -> None:
     """Changes a file of a checkpoint as one who can also write the manifest would do it."""
     contents = {path.name: path.read_bytes() for path in place.iterdir() if path.name != "manifest.json"}
     contents[file] = change(contents[file].decode()).encode()
-    parts = {name: [data] for name, data in contents.items()}
+    parts: dict[str, list[bytes | memoryview]] = {name: [data] for name, data in contents.items()}
     folder = Folder(str(place.parent))
     commit_checkpoint(folder, place.name, [write_part(folder, place.name, parts, 1, Progress(step=1))])
 

@@ -68,7 +68,7 @@ def wait_until(condition: Callable[[], object], timeout_s: float, message: str) 
 
 def test_submitted_job_with_relative_storage_fails(job_server: JobServer, prose: Path) -> None:
     """Relative storage would be in the job's own folder, which is deleted with it."""
-    ended = job_server.submit("relative", *train_flags(prose, "runs", "run"))
+    ended = job_server.submit("relative", *train_flags(prose, Path("runs"), "run"))
     assert ended.returncode != 0
     assert "error: run.storage = runs: is in this job's session folder" in ended.stdout + ended.stderr
     assert job_server.status("relative") == "failed"

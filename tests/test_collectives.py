@@ -7,7 +7,7 @@ import pytest
 import torch.distributed as dist
 from conftest import ROOT
 from test_shared_memory import free_port
-from torch import multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 from job.distributed.collectives import broadcast_json, gather_json
 
@@ -24,7 +24,7 @@ def exchange(rank: int, port: int) -> None:
 
 
 def test_json_exchanged_between_workers_is_equal_to_what_was_sent() -> None:
-    multiprocessing.spawn(exchange, (free_port(),), nprocs=3)
+    spawn(exchange, (free_port(),), nprocs=3)
 
 
 @pytest.mark.parametrize("value", VALUES)

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, Ended, job, result, rows, start_job
+from conftest import ROOT, Ended, job, not_none, result, rows, start_job
 from safetensors.torch import save_file
 
 from job.__main__ import VERBS
@@ -26,7 +26,7 @@ from job.training.loop import evaluate_lanes
 SMALL = ["--scale.workers", 0, "--model.hidden_size", 16, "--train.epochs", 2, "--generate.prefix", "the"]
 
 
-def assert_user_error(ended: Ended, *parts: object) -> None:
+def assert_user_error(ended: Ended, *parts: str) -> None:
     """Checks for exit status 2 and one line on standard error that contains all parts."""
     assert ended.status == 2, (ended.out, ended.err)
     assert ended.err.startswith("error: ")
@@ -147,7 +147,7 @@ def test_help_fits_80_columns_and_aligns_them(verb: str) -> None:
     assert ended.out.startswith(f"usage: python -m job {verb or 'VERB'} ")
     lines = ended.out.splitlines()
     assert max(map(len, lines)) <= 80
-    columns = {re.match(r"  \S+  +| +", line).end() for line in lines if line.startswith("  ")}
+    columns = {not_none(re.match(r"  \S+  +| +", line)).end() for line in lines if line.startswith("  ")}
     assert len(columns) == 1
 
 
@@ -244,7 +244,7 @@ def test_evaluate_equals_loop_over_single_tokens(storage: Path, prose: Path, tmp
         for token, target in itertools.pairwise(ids):
             logits, state = model(token.view(1, 1), state)
             nats -= float(torch.log_softmax(logits.double(), -1)[0, 0, target])
-    match = re.search(r"([0-9.]+) bits per character, ([0-9.]+) nats per token over 499 targets", output)
+    match = not_none(re.search(r"([0-9.]+) bits per character, ([0-9.]+) nats per token over 499 targets", output))
     assert float(match[2]) == pytest.approx(nats / 499, abs=2e-6)
     assert float(match[1]) == pytest.approx(nats / 499 / math.log(2), abs=1e-4)
 

@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from conftest import job, start_job
@@ -21,14 +22,15 @@ class Terminal(io.TextIOWrapper):
     """A terminal that keeps the bytes that it is sent."""
 
     def __init__(self, encoding: str = "utf-8") -> None:
-        super().__init__(io.BytesIO(), encoding)
+        self.sent = io.BytesIO()
+        super().__init__(self.sent, encoding)
 
     def isatty(self) -> bool:
         return True
 
     @property
     def lines(self) -> list[str]:
-        return self.buffer.getvalue().decode(self.encoding).replace("\r", "").replace("\x1b[J", "").splitlines()
+        return self.sent.getvalue().decode(self.encoding).replace("\r", "").replace("\x1b[J", "").splitlines()
 
 
 NUMBERS = [
@@ -61,7 +63,13 @@ def test_print_result_of_any_numbers_fits_the_terminal(
     monkeypatch.setenv("COLUMNS", str(columns))
     terminal = Terminal()
     perplexity = math.exp(nats)
-    result = {"perplexity": perplexity, "epochs": epochs, "steps": total_steps, "seconds": 1e12, "workers": 10**6}
+    result: dict[str, Any] = {
+        "perplexity": perplexity,
+        "epochs": epochs,
+        "steps": total_steps,
+        "seconds": 1e12,
+        "workers": 10**6,
+    }
     result |= {"generated": "a  b" * 30, "checkpoint": "checkpoints/step-1", "restarts": 0}
     print_result(RunOutcome(Folder("/runs/run-1"), Config(), result), Console(terminal))
     numbers = terminal.lines[: terminal.lines.index("")]
@@ -125,19 +133,19 @@ def test_help_in_ascii_shows_all_lines() -> None:
 HOSTILE = "a\x1b[2Jb\x9b2Jc\x07d\x1b]0;title\x07\re"
 
 
-@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+@pytest.mark.parametrize("terminal", [Terminal, io.StringIO])
 @pytest.mark.parametrize(
     "show",
     [Console.print, Console.warn, Console.progress, lambda console, text: console.redraw([text])],
     ids=["print", "warn", "progress", "redraw"],
 )
 def test_console_shows_control_characters_of_a_text_escaped(
-    monkeypatch: pytest.MonkeyPatch, stream: str, show: Callable[[Console], object]
+    monkeypatch: pytest.MonkeyPatch, terminal: type[Terminal | io.StringIO], show: Callable[[Console, str], object]
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    stream = stream()
+    stream = terminal()
     show(Console(stream), HOSTILE)
-    shown = stream.buffer.getvalue().decode() if isinstance(stream, Terminal) else stream.getvalue()
+    shown = stream.sent.getvalue().decode() if isinstance(stream, Terminal) else stream.getvalue()
     assert r"a\x1b[2Jb\x9b2Jc\x07d\x1b]0;title\x07" in shown
     assert not {"\x1b", "\x9b", "\x07", "\r"} & set(shown)
 

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -16,13 +16,14 @@ from job.config.schema import BUILTIN_CELLS, Config, ModelConfig, OptimizerConfi
 from job.data.dataset import Dataset
 from job.data.vocabulary import Vocabulary
 from job.distributed.context import World
-from job.distributed.gradient_sync import ControlFlags
+from job.distributed.gradient_sync import AllReduceGradients, ControlFlags
 from job.nn.state import map_state
 from job.storage import Folder
 from job.training.cuda_graph import GRAPH_ENV_VAR, WARMUP_STEPS, CudaGraphTrainStep, capture_graph, supports_cuda_graph
 from job.training.loop import end_epoch, train_steps
 from job.training.run_spec import RunSpec
 from job.training.train_state import TrainState, build_train_state
+from job.training.train_step import EagerTrainStep
 
 LANES, STEPS = 5, 5
 
@@ -37,7 +38,7 @@ class RecordedOperations(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.operations = []
+        self.operations: list[Any] = []
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(name in operation.name() for name in self.FORBIDDEN):
@@ -99,14 +100,15 @@ def train(config: Config, use_graph: bool) -> tuple[list[Any], list[Any], dict[s
     train_state = new_train_state(config)
     capture = FakeCapture(train_state.model, train_state.optimizer)
     if use_graph:
-        train_state.train_step = CudaGraphTrainStep(train_state.train_step, capture)
+        train_state.train_step = CudaGraphTrainStep(cast(EagerTrainStep, train_state.train_step), capture)
     stats, states = [], []
     for _ in range(config.train.epochs):
         for step in train_steps(
             train_state, config, lambda: ControlFlags(check_preemption=train_state.progress.step % 2 == 0)
         ):
             stats.append(step.stats)
-            states.append([tensor.clone() for tensor in map_state(lambda tensor: tensor[None], train_state.lane_state)])
+            lane_states: Any = map_state(lambda tensor: tensor[None], train_state.lane_state)
+            states.append([tensor.clone() for tensor in lane_states])
         end_epoch(train_state)
     return stats, states, train_state.model.state_dict(), capture.num_captures
 
@@ -136,14 +138,14 @@ def test_cuda_graph_train_step_runs_eagerly_if_capture_fails() -> None:
     config = small_config(epochs=2)
     eager_stats, *_ = train(config, use_graph=False)
     train_state = new_train_state(config)
-    eager_step = train_state.train_step
+    eager_step = cast(EagerTrainStep, train_state.train_step)
 
     def gradients_that_wait(batch: Any, state: Any) -> Any:
         stats, state = eager_step.gradients(batch, state)
         assert float(stats[0]) > 0
         return stats, state
 
-    step_that_waits = dataclasses.replace(eager_step, gradients=gradients_that_wait)
+    step_that_waits = dataclasses.replace(eager_step, gradients=cast(AllReduceGradients, gradients_that_wait))
     train_state.train_step = CudaGraphTrainStep(step_that_waits, FakeCapture(train_state.model, train_state.optimizer))
     nats = []
     with pytest.warns(UserWarning, match="no CUDA graph.*cannot be captured") as warnings:
@@ -173,6 +175,7 @@ def test_supports_cuda_graph_only_for_uniform_steps_of_one_gpu(monkeypatch: pyte
 
 def test_capture_graph_restores_stream_if_capture_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     streams = ["current"]
+    result, replay = torch.zeros(1), streams.clear
 
     @contextlib.contextmanager
     def graph(cuda_graph: object, **_: Any) -> Iterator[None]:
@@ -180,11 +183,11 @@ def test_capture_graph_restores_stream_if_capture_fails(monkeypatch: pytest.Monk
         yield
         streams.pop()
 
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=len))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay=replay))
     monkeypatch.setattr(torch.cuda, "graph", graph)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: streams[-1])
     monkeypatch.setattr(torch.cuda, "set_stream", streams.append)
-    assert capture_graph(lambda: 3) == (3, len)
+    assert capture_graph(lambda: result) == (result, replay)
     with pytest.raises(ZeroDivisionError):
-        capture_graph(lambda: 1 // 0)
+        capture_graph(lambda: result / (1 // 0))
     assert streams[-1] == "current"

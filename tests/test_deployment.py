@@ -17,12 +17,12 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
-from conftest import ROOT, job
+from conftest import ROOT, job, not_none
 
 from job.cluster.resources import parse_cluster_config
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-RAY = re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+RAY = not_none(re.search(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))[1]
 CLUSTERS = ["cluster.yaml", "clusters/local.yaml"]
 pytestmark = pytest.mark.slow  # Ray's validators take long to import
 
@@ -48,7 +48,7 @@ def rejection(check: Callable[[str], object], text: str) -> str:
 # --- ray up ---------------------------------------------------------------------------------------------------------
 
 
-def validated(text: str) -> dict:
+def validated(text: str) -> dict[str, Any]:
     """A cluster file as Ray completes and validates it."""
     from ray.autoscaler._private.util import prepare_config, validate_config
 
@@ -193,7 +193,7 @@ def aws(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[SimpleNames
         yield ec2
 
 
-def up(text: str) -> tuple[dict, list[str]]:
+def up(text: str) -> tuple[dict[str, Any], list[str]]:
     """The configuration that ``ray up`` resolves, and the commands that it runs for the head."""
     from ray.autoscaler._private import command_runner, commands
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import ray
 import torch
-from conftest import Ended, job, start_job
+from conftest import Ended, job, not_none, start_job
 
 from job.cluster.connection import join_cluster
 from job.cluster.local_cluster import check_machine, child_processes, create_ray_folder, start_local_cluster
@@ -141,27 +141,27 @@ def test_version_problem_with_same_versions_is_none(local: dict[str, Any]) -> No
 def test_version_problem_with_difference_names_it(
     local: dict[str, Any], changes: dict[str, str], problem: str, remedy: str
 ) -> None:
-    error = version_problem(report(local, **changes), local)
+    error = not_none(version_problem(report(local, **changes), local))
     assert problem in error.problem
     assert remedy in error.remedy
 
 
 def test_version_problem_of_node_without_report_is_its_error(local: dict[str, Any]) -> None:
     node = NodeReport("10.0.0.2", {}, {}, "did not answer within 60 s")
-    assert version_problem(node, local).problem == "node 10.0.0.2: did not answer within 60 s"
+    assert not_none(version_problem(node, local)).problem == "node 10.0.0.2: did not answer within 60 s"
 
 
 def test_storage_problem_reports_unseen_marker_and_write_error(local: dict[str, Any]) -> None:
     assert storage_problem(report(local, seen=True, write_error=""), "/runs") is None
-    assert "does not see files" in storage_problem(report(local, seen=False, write_error=""), "/runs").problem
-    error = storage_problem(report(local, seen=True, write_error="read-only"), "/runs")
+    assert "does not see files" in not_none(storage_problem(report(local, seen=False, write_error=""), "/runs")).problem
+    error = not_none(storage_problem(report(local, seen=True, write_error="read-only"), "/runs"))
     assert "cannot write there: read-only" in error.problem
 
 
 def test_probe_finds_users_cells_that_cannot_be_imported(tmp_path: Path) -> None:
     metadata = probe(str(tmp_path), cells=("gru", "json:Cell", "missing_module:Cell"))
     assert metadata["cells_missing"] == ["missing_module:Cell"]
-    assert "cannot import model.cell = missing_module:Cell" in cell_problem(report(metadata)).problem
+    assert "cannot import model.cell = missing_module:Cell" in not_none(cell_problem(report(metadata))).problem
 
 
 def test_probe_without_marker_writes_nothing(tmp_path: Path) -> None:
@@ -205,7 +205,7 @@ def test_join_cluster_with_wrong_address_raises(address: str, problem: str, reme
 
 
 @pytest.fixture
-def tmpdir_of_scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def tmpdir_of_scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str | Path], None]:
     """Sets the folder that TMPDIR names; RAY_TMPDIR is not set."""
     monkeypatch.delenv("RAY_TMPDIR", raising=False)
     return lambda folder: monkeypatch.setenv("TMPDIR", str(folder))
@@ -213,7 +213,7 @@ def tmpdir_of_scheduler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path
 
 @pytest.mark.parametrize("name", ["x" * 100, "ü" * 40, "missing/folder", "file"])
 def test_create_ray_folder_with_unusable_tmpdir_takes_another(
-    tmp_path: Path, tmpdir_of_scheduler: Path, name: str
+    tmp_path: Path, tmpdir_of_scheduler: Callable[[str | Path], None], name: str
 ) -> None:
     if name == "file":
         (tmp_path / name).touch()
@@ -230,7 +230,9 @@ def test_create_ray_folder_with_unusable_tmpdir_takes_another(
     assert list(tmp_path.rglob("ray-*")) == []
 
 
-def test_create_ray_folder_prefers_ray_tmpdir(monkeypatch: pytest.MonkeyPatch, tmpdir_of_scheduler: Path) -> None:
+def test_create_ray_folder_prefers_ray_tmpdir(
+    monkeypatch: pytest.MonkeyPatch, tmpdir_of_scheduler: Callable[[str | Path], None]
+) -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as short:
         tmpdir_of_scheduler("/var/tmp")
         monkeypatch.setenv("RAY_TMPDIR", short)
@@ -238,7 +240,7 @@ def test_create_ray_folder_prefers_ray_tmpdir(monkeypatch: pytest.MonkeyPatch, t
 
 
 def test_create_ray_folder_on_full_disks_raises_and_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmpdir_of_scheduler: Path
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tmpdir_of_scheduler: Callable[[str | Path], None]
 ) -> None:
     tmpdir_of_scheduler(tmp_path)
     monkeypatch.setattr("job.cluster.local_cluster.shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 20))
@@ -275,7 +277,9 @@ class RayThatFails:
     """Replaces the start of Ray by one that starts a process and then raises these errors, one per attempt."""
 
     def __init__(self, *errors: Exception) -> None:
-        self.errors, self.folders, self.processes = list(errors), [], []
+        self.errors = list(errors)
+        self.folders: list[str] = []
+        self.processes: list[subprocess.Popen[bytes]] = []
 
     def __call__(self, num_cpus: int, folder: str) -> None:
         self.folders.append(folder)
@@ -363,13 +367,18 @@ def run_without_package(function: Callable[..., object], *arguments: object) -> 
 def test_probe_without_package_reports_that(local: dict[str, Any], tmp_path: Path) -> None:
     metadata = run_without_package(probe, str(tmp_path), "marker", ("gru",), True)
     assert metadata["package"] == ""
-    assert version_problem(report(metadata), local).remedy.startswith("install it there")
+    assert not_none(version_problem(report(metadata), local)).remedy.startswith("install it there")
 
 
 def test_read_cluster_config_runs_without_package(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a head that is not part of a cluster it finds no autoscaler."""
     functions = []
-    monkeypatch.setattr(ray, "remote", lambda **_: lambda function: functions.append(function) or function)
+
+    def keep(function: Callable[..., Any]) -> Callable[..., Any]:
+        functions.append(function)
+        return function
+
+    monkeypatch.setattr(ray, "remote", lambda **_: keep)
     with pytest.raises(AttributeError):  # a plain function has no .remote
         read_cluster_config(1.0)
     assert run_without_package(functions[0], "127.0.0.1:1") is None

@@ -1,15 +1,17 @@
 """Workers of a reproducible run compute in the same way, or the run is refused."""
 
+import multiprocessing
 import os
 import platform
 import socket
 from dataclasses import replace
 from multiprocessing.queues import SimpleQueue
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 from job.distributed.context import World, resolve_precision
 from job.errors import UnrecoverableError
@@ -61,7 +63,7 @@ def test_describe_missing_kernel_names_worker_only_if_others_have_it() -> None:
     assert describe_missing_kernel([WITH, WITHOUT]) == "worker 1 on node-b: there is no C compiler"
 
 
-def compare_on_worker(rank: int, port: int, results: SimpleQueue) -> None:
+def compare_on_worker(rank: int, port: int, results: SimpleQueue[Any]) -> None:
     """Worker 1 is on a node without the kernel."""
     if rank:
         os.environ["LANES_KERNEL"] = "off"
@@ -80,7 +82,7 @@ def test_all_workers_raise_the_same_error_without_the_kernel_on_one() -> None:
     results = multiprocessing.get_context("spawn").SimpleQueue()
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-    multiprocessing.spawn(compare_on_worker, (port, results), nprocs=2)
+    spawn(compare_on_worker, (port, results), nprocs=2)
     messages = {(rank, name): message for rank, name, message in (results.get() for _ in range(4))}
     assert messages[0, "fp64"] == messages[1, "fp64"] == "equal"
     assert messages[0, "fp32"] == messages[1, "fp32"]

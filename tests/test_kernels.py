@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, not_none
 from torch import nn
 
 from job.config.schema import ModelConfig
@@ -32,7 +32,7 @@ def test_lane_bits_do_not_depend_on_other_lanes_or_threads(cell: str, dtype: tor
     tokens = torch.randint(0, 7, (6, 77))
     state = tuple(torch.randn(77, 40) for _ in range(2 if cell == "LSTM" else 1))
 
-    def run(first: int, last: int, threads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def run(first: int, last: int, threads: int) -> tuple[torch.Tensor, ...]:
         torch.set_num_threads(threads)
         initial = tuple(part[first:last].clone().requires_grad_() for part in state)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -74,7 +74,7 @@ def test_lstm_saturates_large_inputs_and_propagates_nan() -> None:
 
 @needs_kernel
 def test_token_outside_vocabulary_raises_index_error() -> None:
-    weights = list(nn.RNN(3, 32).parameters())
+    weights: list[torch.Tensor] = list(nn.RNN(3, 32).parameters())
     for token in (-1, 3):
         with pytest.raises(IndexError, match="vocabulary"):
             rnn_layer("RNN_TANH", torch.tensor([[token]]), None, (torch.zeros(1, 32),), weights)
@@ -135,7 +135,7 @@ def test_load_rejects_struct_of_another_size(struct: str, monkeypatch: pytest.Mo
     monkeypatch.setitem(abi.STRUCTS, struct, structs[struct])
     library, reason = build._load_or_explain.__wrapped__()
     assert library is None
-    assert f"{struct} has another size" in reason
+    assert f"{struct} has another size" in not_none(reason)
 
 
 def test_parse_header_understands_numbers_structs_and_pointers() -> None:
@@ -147,9 +147,10 @@ int version(void);
     """
     structs, functions = abi.parse_header(text)
     inner, outer = structs["Inner"], structs["Outer"]
+    fields: Any = inner._fields_
     long, pointer = ctypes.c_long, ctypes.c_void_p
-    assert [ctype for _, ctype in inner._fields_] == [long, long, pointer, pointer, ctypes.c_float]
-    assert [name for name, _ in inner._fields_] == ["rows", "columns", "weight", "bias", "scale"]
+    assert [ctype for _, ctype in fields] == [long, long, pointer, pointer, ctypes.c_float]
+    assert [name for name, _ in fields] == ["rows", "columns", "weight", "bias", "scale"]
     assert outer._fields_ == [("inner", inner), ("many", ctypes.POINTER(inner))]
     assert functions == {"compute": [ctypes.POINTER(outer), pointer, ctypes.c_double], "version": []}
     with pytest.raises(KeyError, match="short"):

@@ -2,20 +2,23 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
+from conftest import not_none
 
 from job.config.schema import Config, GenerateConfig, ModelConfig, OptimizerConfig, StreamConfig
 from job.data.dataset import Dataset
 from job.data.vocabulary import Vocabulary
 from job.distributed.context import World
 from job.inference.generate import generate_batch, load_model
+from job.nn.language_model import LanguageModel
 from job.run.run_dir import open_checkpoint
 from job.storage import Folder
 from job.training.checkpoint import commit_checkpoint, find_latest_valid, weights_sha256
 from job.training.checkpoint_writer import CheckpointWriter
+from job.training.events import Event
 from job.training.resume import agree_on_resume_point
 from job.training.run_spec import RunSpec
 from job.training.train_state import TrainState, build_train_state
@@ -68,7 +71,8 @@ def size_of_weights(state: TrainState) -> int:
 
 def test_save_copies_what_it_saves_once(spec: RunSpec) -> None:
     """Weights and two moments: 3 W, and no second copy to turn them into files."""
-    state, events = state_after_a_step(spec), []
+    events: list[Event] = []
+    state = state_after_a_step(spec)
     writer = CheckpointWriter(spec, WORLD, events.append)
 
     def save() -> None:
@@ -82,7 +86,8 @@ def test_save_copies_what_it_saves_once(spec: RunSpec) -> None:
 @pytest.fixture
 def saved(spec: RunSpec) -> tuple[RunSpec, int]:
     """The run with a checkpoint, and the size of its weights."""
-    state, events = state_after_a_step(spec), []
+    events: list[Any] = []
+    state = state_after_a_step(spec)
     writer = CheckpointWriter(spec, WORLD, events.append)
     writer.save(state)
     writer.finish()
@@ -106,7 +111,7 @@ def test_driver_reads_weights_once_and_no_optimizer(saved: tuple[RunSpec, int]) 
     spec, size = saved
     checkpoints = []
     assert peak_growth(lambda: checkpoints.append(find_latest_valid(spec.checkpoints))) < 0.9 * size
-    folder = checkpoints[0][0].path
+    folder = not_none(checkpoints[0][0]).path
 
     def load() -> None:
         loaded = open_checkpoint(folder)
@@ -136,7 +141,9 @@ def test_generation_takes_the_memory_of_its_tokens_alone() -> None:
     prefix_NB = torch.zeros(1, 1, dtype=torch.int64)
 
     def generate() -> None:
-        results.append(generate_batch(ConstantModel(), prefix_NB, GenerateConfig(length=length), 0))
+        results.append(
+            generate_batch(cast(LanguageModel, ConstantModel()), prefix_NB, GenerateConfig(length=length), 0)
+        )
 
     assert peak_growth(generate) < 10 << 20
     assert results[0].sum() == length

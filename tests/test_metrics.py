@@ -4,18 +4,18 @@ import itertools
 import json
 import struct
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
-from conftest import job, rows
-from numpy import int64
+from conftest import job, rows, search_config
 from pyarrow import fs
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from job.config.config_file import load_config
-from job.config.search_space import SearchConfig
 from job.run.metrics import METRICS_FILE, SEGMENTS, TAIL_BYTES, MetricsLog, read_rows
 from job.run.plot import plot_perplexity
 from job.storage import Folder
@@ -32,7 +32,7 @@ def row(split: str, epoch: int, step: int, **more: Any) -> dict[str, float | str
 
 def read_events(folder: Path) -> list[Event]:
     """The scalars that TensorBoard shows: files in order; a start hides what is before it from its step on."""
-    events = []
+    events: list[Event] = []
     for event in itertools.chain.from_iterable(parse_events(file.read_bytes()) for file in sorted(folder.iterdir())):
         if event.session_log.status == SessionLog.START:
             events = [shown for shown in events if shown.step < event.step]
@@ -43,7 +43,7 @@ def read_events(folder: Path) -> list[Event]:
 
 def parse_events(data: bytes) -> list[Event]:
     """The events of a file: records of length, checksum, data, checksum."""
-    events = []
+    events: list[Event] = []
     while data:
         (size,) = struct.unpack("<Q", data[:8])
         events.append(Event.FromString(data[12 : 12 + size]))
@@ -51,10 +51,10 @@ def parse_events(data: bytes) -> list[Event]:
     return events
 
 
-def drawn_lines(all_rows: list[dict[str, float | str]]) -> tuple[str, list[list[int64]]]:
+def drawn_lines(all_rows: list[dict[str, float | str]]) -> tuple[str, list[list[float]]]:
     """The axis and the points of each line of the curve."""
     (axes,) = plot_perplexity(all_rows, "run").axes
-    return axes.get_xlabel(), [list(line.get_xdata()) for line in axes.lines]
+    return axes.get_xlabel(), [np.asarray(line.get_xdata()).tolist() for line in axes.lines]
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def drawn_lines(all_rows: list[dict[str, float | str]]) -> tuple[str, list[list[
     ],
 )
 def test_plot_perplexity_of_one_epoch_draws_the_rows_of_train(
-    all_rows: list[dict[str, float | str]], axis: str, lines: list[list[int]]
+    all_rows: list[dict[str, float | str]], axis: str, lines: list[list[float]]
 ) -> None:
     assert drawn_lines(all_rows) == (axis, lines)
 
@@ -111,7 +111,7 @@ def test_train_resumed_keeps_the_times_of_rows_in_tensorboard(prose: Path, tmp_p
 
 
 def test_write_tensorboard_of_a_search_keeps_the_time_of_each_score(tmp_path: Path) -> None:
-    search = SearchConfig(space={"model.dropout": {"grid": [0.1]}}, metric="perplexity")
+    search = search_config(space={"model.dropout": {"grid": [0.1]}}, metric="perplexity")
     trial = Trial(0, {"model.dropout": 0.1}, scores=[(1, 8.9), (2, 8.8)])
     log = MetricsLog(Folder(str(tmp_path / "trials" / "00000")))
     log.truncate(0)
@@ -131,7 +131,8 @@ class ObjectStore(fs.FSSpecHandler):
 
     def __init__(self) -> None:
         super().__init__(fsspec.filesystem("memory"))
-        self.written, self.num_changes, self.fails_at = [], 0, -1
+        self.written: list[str] = []
+        self.num_changes, self.fails_at = 0, -1
 
     def change(self) -> None:
         self.num_changes += 1
@@ -163,7 +164,7 @@ class ObjectStore(fs.FSSpecHandler):
 
 
 @pytest.fixture
-def store() -> ObjectStore:
+def store() -> Iterator[ObjectStore]:
     store = ObjectStore()
     yield store
     store.fs.store.clear()
@@ -200,7 +201,12 @@ def test_metrics_log_truncate_reads_no_more_than_the_end(
     data = write_rows(tmp_path / METRICS_FILE, count)
     step = max(0, count - num_later)
     sizes, read_block = [], Folder.read_block
-    monkeypatch.setattr(Folder, "read_block", lambda *args: sizes.append(len(read_block(*args))) or read_block(*args))
+
+    def recorded(*args: Any) -> bytes:
+        sizes.append(len(block := read_block(*args)))
+        return block
+
+    monkeypatch.setattr(Folder, "read_block", recorded)
     monkeypatch.setattr(Folder, "read", None)
     log = MetricsLog(Folder(str(tmp_path)))
     log.truncate(step)

@@ -4,11 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import job, result
+from conftest import job, not_none, result, search_config
 
 from job.config.config_file import load_config
 from job.config.schema import Config, GenerateConfig
-from job.config.search_space import SearchConfig
 from job.config.toml import override_config
 from job.console import Console
 from job.errors import UserError
@@ -111,7 +110,7 @@ def test_generate_continues_the_prefix_that_the_run_took_from_its_text(tmp_path:
     trained = job("train", *flags, "--vocabulary.kind", kind)
     assert trained.status == 0, trained.err
     run = tmp_path / "runs" / "it"
-    prefix = read_existing_run(Folder(str(run))).config.generate.prefix
+    prefix = not_none(read_existing_run(Folder(str(run)))).config.generate.prefix
     assert text.replace("\n", " ").startswith(prefix)
     assert result(run)["generated"].startswith(prefix)
     generated = job("generate", run)
@@ -139,7 +138,7 @@ def test_build_run_spec_with_too_few_words_names_the_cause(
 
 def test_check_search_leaves_the_default_prefix_to_the_trials(tmp_path: Path) -> None:
     config = load_small_config(tmp_path, "31 41 59 26 53 " * 200)
-    search = SearchConfig(metric="perplexity", space={"vocabulary.kind": {"grid": ["char", "word", "byte"]}})
+    search = search_config(metric="perplexity", space={"vocabulary.kind": {"grid": ["char", "word", "byte"]}})
     base = check_search(config, search, Folder(str(tmp_path / "search")), Console())
     assert base.generate == config.generate
     trials = (override_config(base, {"vocabulary.kind": kind}) for kind in ("char", "word", "byte"))

@@ -3,7 +3,6 @@
 import ast
 import importlib
 import inspect
-from ast import Module
 from collections.abc import Callable, Iterator
 from functools import reduce
 from pathlib import Path
@@ -97,7 +96,7 @@ INTERNAL_STRINGS = ("ray._", "_internal", "__autoscaling_status", "AutoscalingCo
 INTERNAL_MODULES = ("ray.autoscaler", "ray.experimental", "ray.data", "ray.dashboard")
 
 
-def resolve(name: str) -> Callable[..., Any] | str | type:
+def resolve(name: str) -> Any:
     module, _, path = name.partition(":")
     return reduce(getattr, path.split("."), importlib.import_module(module))
 
@@ -108,7 +107,7 @@ def short(name: str) -> str:
 
 def parameters(thing: Callable[..., Any]) -> str:
     """The names of a callable's parameters, with stars."""
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     return " ".join(stars.get(part.kind, "") + part.name for part in inspect.signature(thing).parameters.values())
 
 
@@ -186,13 +185,13 @@ def test_ray_starts_autoscaler_with_expected_command_line() -> None:
 # --- the boundary ---
 
 
-def private_imports(tree: Module) -> Iterator[str]:
+def private_imports(tree: ast.Module) -> Iterator[str]:
     """Names that a module imports from Ray's private modules, as module:name; of a module ``as`` x, all x.name."""
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] == "ray":
             for alias in node.names:
                 full = f"{node.module}.{alias.name}"
-                if "._" not in full and not node.module.startswith(INTERNAL_MODULES):
+                if "._" not in full and not full.startswith(INTERNAL_MODULES):
                     continue
                 if alias.asname:
                     attributes = (other for other in ast.walk(tree) if isinstance(other, ast.Attribute))
@@ -204,7 +203,7 @@ def private_imports(tree: Module) -> Iterator[str]:
             yield from (alias.name for alias in node.names if alias.name.startswith("ray.") and "._" in alias.name)
 
 
-def private_uses(tree: Module) -> set[str]:
+def private_uses(tree: ast.Module) -> Iterator[str]:
     """Private names of Ray that a module uses in any way: imports, attributes, arguments and strings."""
     yield from private_imports(tree)
     docstrings = {
@@ -218,7 +217,7 @@ def private_uses(tree: Module) -> set[str]:
             if node.attr in INTERNAL_ATTRIBUTES or (path.startswith("ray.") and "._" in path):
                 yield path
         elif isinstance(node, ast.Call) and ast.unparse(node.func) == "ray.init":
-            yield from (word.arg for word in node.keywords if (word.arg or "").startswith("_"))
+            yield from (word.arg for word in node.keywords if word.arg and word.arg.startswith("_"))
         elif isinstance(node, ast.Constant) and isinstance(node.value, str) and id(node) not in docstrings:
             yield from (text for text in INTERNAL_STRINGS if text in node.value)
 

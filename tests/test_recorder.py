@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import not_none
 
 from job.config.schema import Config, RunConfig
 from job.console import Console
 from job.errors import RunFailed, UnrecoverableError
 from job.run import checkpoint_committer
 from job.run.checkpoint_committer import CheckpointCommitter
-from job.run.lease import acquire_lease
+from job.run.lease import Lease, acquire_lease
 from job.run.metrics import METRICS_FILE, MetricsLog, read_rows
 from job.run.recorder import Recorder
 from job.run.run_status import MAX_CONSECUTIVE_FAILURES, RunStatus
@@ -69,14 +70,20 @@ def committed(committer: CheckpointCommitter, *steps: int) -> list[str]:
     return [receipt.checkpoint for receipt in receipts]
 
 
+class RecordedRun(Recorder):
+    """A recorder that keeps its events and the text of its console."""
+
+    def __init__(self, lease: Lease) -> None:
+        self.output = io.StringIO()
+        self.events: list[Any] = []
+        super().__init__(CONFIG, lease, Console(self.output), self.events.append)
+
+
 @pytest.fixture
-def recorder(tmp_path: Path) -> Iterator[Recorder]:
-    """A recorder of a new run; its events and its console's text are in ``events`` and ``output``."""
-    folder = Folder(str(tmp_path / "run"))
-    lease = acquire_lease(folder)
-    output, events = io.StringIO(), []
-    recorder = Recorder(CONFIG, lease, Console(output), events.append)
-    recorder.output, recorder.events = output, events
+def recorder(tmp_path: Path) -> Iterator[RecordedRun]:
+    """A recorder of a new run."""
+    lease = acquire_lease(Folder(str(tmp_path / "run")))
+    recorder = RecordedRun(lease)
     yield recorder
     recorder.close()
     lease.release()
@@ -169,7 +176,7 @@ def test_status_fails_after_consecutive_failures_without_checkpoint() -> None:
         status.end_attempt("worker 0: it died")
     assert not status.failed
     status.end_attempt("worker 0: it died")
-    assert "without reaching a checkpoint; last: worker 0: it died" in status.failed.problem
+    assert "without reaching a checkpoint; last: worker 0: it died" in not_none(status.failed).problem
 
 
 def test_status_shows_failure_of_group_once() -> None:
@@ -183,14 +190,14 @@ def test_status_shows_failure_of_group_once() -> None:
     assert output.getvalue() == "warning: worker 1 of 2 ended: an error\nwarning: worker 0: it died\n"
 
 
-def test_recorder_dispatches_crash_and_end_of_group(recorder: Recorder) -> None:
+def test_recorder_dispatches_crash_and_end_of_group(recorder: RecordedRun) -> None:
     recorder.handle(Crashed("one", "worker 1 of 2 ended: an error"))
     recorder.handle(WorkerGroupEnded("", "worker 1: what Ray reports"))
     assert recorder.output.getvalue() == "warning: worker 1 of 2 ended: an error\n"
     assert recorder.status.consecutive_failures == 1
 
 
-def test_recorder_ignores_events_of_replaced_workers(recorder: Recorder) -> None:
+def test_recorder_ignores_events_of_replaced_workers(recorder: RecordedRun) -> None:
     recorder.handle(started("aaaaaa"))
     recorder.handle(MetricsRow("aaaaaa", row(1)))
     recorder.handle(started("bbbbbb", 1))
@@ -200,7 +207,7 @@ def test_recorder_ignores_events_of_replaced_workers(recorder: Recorder) -> None
     assert [event.attempt for event in recorder.events] == ["aaaaaa", "aaaaaa", "bbbbbb"]
 
 
-def test_recorder_commit_posts_event_and_clears_failures(recorder: Recorder) -> None:
+def test_recorder_commit_posts_event_and_clears_failures(recorder: RecordedRun) -> None:
     recorder.handle(started("abcdef"))
     recorder.handle(WorkerGroupEnded("", "worker 0: it died"))
     recorder.handle(PartWritten("abcdef", written_part(recorder.committer.folder, 10, "abcdef")))
@@ -211,7 +218,7 @@ def test_recorder_commit_posts_event_and_clears_failures(recorder: Recorder) -> 
 
 @pytest.mark.parametrize("after", ["metrics", "manifest"])
 def test_recorder_after_takeover_commits_and_removes_nothing(
-    recorder: Recorder, monkeypatch: pytest.MonkeyPatch, after: str
+    recorder: RecordedRun, monkeypatch: pytest.MonkeyPatch, after: str
 ) -> None:
     """The lease was checked before the upload of the metrics only, which may take longer than the lease lasts."""
     folder, checkpoints = recorder.folder, recorder.committer.folder
@@ -239,7 +246,7 @@ def test_recorder_after_takeover_commits_and_removes_nothing(
     assert steps == [10, 20, 30] + [40] * (after == "manifest")
 
 
-def test_recorder_when_workers_see_another_storage_fails_and_removes_nothing(recorder: Recorder) -> None:
+def test_recorder_when_workers_see_another_storage_fails_and_removes_nothing(recorder: RecordedRun) -> None:
     """On a node without the mount the folder is empty, and the workers would start over."""
     committed(recorder.committer, 10)
     recorder.committer.committed_at.clear()  # by an earlier driver
@@ -250,7 +257,7 @@ def test_recorder_when_workers_see_another_storage_fails_and_removes_nothing(rec
 
 @pytest.mark.parametrize("is_damaged", [False, True])
 def test_recorder_when_workers_skip_a_checkpoint_removes_it_only_if_it_is_damaged(
-    recorder: Recorder, is_damaged: bool
+    recorder: RecordedRun, is_damaged: bool
 ) -> None:
     """A node that sees an incomplete copy of the folder reported a complete checkpoint as corrupt, and it was lost."""
     (name,) = committed(recorder.committer, 10)
@@ -263,7 +270,7 @@ def test_recorder_when_workers_skip_a_checkpoint_removes_it_only_if_it_is_damage
     assert recorder.committer.folder.names() == ([] if is_damaged else [name])
 
 
-def test_recorder_commits_part_that_arrived_before_its_group_started(recorder: Recorder) -> None:
+def test_recorder_commits_part_that_arrived_before_its_group_started(recorder: RecordedRun) -> None:
     """A group that has nothing left to do saves at once, and its second worker's event may be the first."""
     name, progress = "step-000030-abcdef", Progress(step=30)
     recorder.handle(PartWritten("abcdef", PartReceipt(name, 2, {}, None)))

@@ -42,7 +42,7 @@ def test_train_with_recorded_settings_reproduces_reference_trace(trace: Trace, t
 @pytest.mark.long
 @pytest.mark.shared
 @pytest.mark.parametrize("trace", ["seed-rnn"], indirect=True)
-def test_train_on_first_characters_of_book_reproduces_reference_trace(trace: str, tmp_path: Path) -> None:
+def test_train_on_first_characters_of_book_reproduces_reference_trace(trace: Trace, tmp_path: Path) -> None:
     train(trace, tmp_path)
     assert_reproduces(trace, tmp_path / "run", 1e-9)
 
@@ -50,7 +50,7 @@ def test_train_on_first_characters_of_book_reproduces_reference_trace(trace: str
 @pytest.mark.long
 @pytest.mark.shared
 @pytest.mark.parametrize("trace", ["seed-whole-book"], indirect=True)
-def test_train_on_whole_book_reproduces_first_epochs_of_reference_trace(trace: str, tmp_path: Path) -> None:
+def test_train_on_whole_book_reproduces_first_epochs_of_reference_trace(trace: Trace, tmp_path: Path) -> None:
     train(trace, tmp_path, "--train.epochs", 4)
     losses = [row["nats"] for row in rows(tmp_path / "run", "train")]
     np.testing.assert_allclose(losses, trace.arrays["loss"][: len(losses)], rtol=1e-9)

@@ -1,15 +1,19 @@
 """All workers resume from the same checkpoint, which rank 0 reads and of which each verifies a share."""
 
+import multiprocessing
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
+from conftest import not_none
 from test_shared_memory import free_port
 from test_survival import GOLDEN
-from torch import multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 from job.config.schema import Config
 from job.data.lanes import split_evenly
@@ -17,7 +21,7 @@ from job.distributed.context import World
 from job.storage import Folder
 from job.training.checkpoint import (
     Checkpoint,
-    Progress,
+    FileContents,
     checkpoint_name,
     commit_checkpoint,
     load_lane_state,
@@ -25,6 +29,7 @@ from job.training.checkpoint import (
     serialize_lane_state,
     write_part,
 )
+from job.training.progress import Progress
 from job.training.resume import agree_on_resume_point
 
 WORKERS = 3
@@ -32,22 +37,30 @@ WORKERS = 3
 
 def write_checkpoint(folder: Folder, step: int) -> Checkpoint:
     """The golden checkpoint as another number of workers would have written it."""
-    state = load_lane_state(read_manifest(Folder(str(GOLDEN.parent)), GOLDEN.name), range(8))
-    files = {path.name: [path.read_bytes()] for path in GOLDEN.iterdir() if not path.name.startswith(("lanes", "mani"))}
+    state: Any = load_lane_state(read_manifest(Folder(str(GOLDEN.parent)), GOLDEN.name), range(8))
+    files: FileContents = {
+        path.name: [path.read_bytes()] for path in GOLDEN.iterdir() if not path.name.startswith(("lanes", "mani"))
+    }
     for lanes in split_evenly(8, 5):
         files |= serialize_lane_state(lanes, tuple(part[:, lanes.start : lanes.stop] for part in state))
     name = checkpoint_name(step, "abcdef")
     return commit_checkpoint(folder, name, [write_part(folder, name, files, 1, Progress(step=step))])
 
 
-def resume(rank: int, port: int, folder: str, results: SimpleQueue) -> None:
+def resume(rank: int, port: int, folder: str, results: SimpleQueue[Any]) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=WORKERS)
     files_read = []
     read_with = Folder.read_with
-    Folder.read_with = lambda self, name, *more: (files_read.append(name), read_with(self, name, *more))[1]
-    spec = SimpleNamespace(config=Config(), checkpoints=Folder(folder))
+
+    def recorded(self: Folder, name: str, *more: Any) -> Any:
+        files_read.append(name)
+        return read_with(self, name, *more)
+
+    mock.patch.object(Folder, "read_with", recorded).start()
+    spec: Any = SimpleNamespace(config=Config(), checkpoints=Folder(folder))
     try:
         point, skipped, precision = agree_on_resume_point(spec, World(rank, WORKERS, torch.device("cpu"), 1, "a"))
+        point = not_none(point)
         tensors = [*point.weights.values(), *point.optimizer.values()]
         total = sum(float(tensor.double().sum()) for tensor in tensors)
         reasons = [(error.name, error.reason) for error in skipped]
@@ -58,9 +71,9 @@ def resume(rank: int, port: int, folder: str, results: SimpleQueue) -> None:
         dist.destroy_process_group()
 
 
-def resume_on_workers(folder: Path) -> list[tuple[int, ...]]:
+def resume_on_workers(folder: Path) -> list[tuple[Any, ...]]:
     results = multiprocessing.get_context("spawn").SimpleQueue()
-    multiprocessing.spawn(resume, (free_port(), str(folder), results), nprocs=WORKERS)
+    spawn(resume, (free_port(), str(folder), results), nprocs=WORKERS)
     return sorted(results.get() for _ in range(WORKERS))
 
 
@@ -89,6 +102,6 @@ def test_worker_that_does_not_see_a_checkpoint_fails_without_calling_it_damaged(
     checkpoint = write_checkpoint(Folder(str(tmp_path)), 10)
     seen_by_rank_0 = [checkpoint.name, checkpoint.step, checkpoint.files, None]
     monkeypatch.setattr("job.training.resume.broadcast_json", lambda *_: ([seen_by_rank_0], []))
-    spec = SimpleNamespace(config=Config(), checkpoints=Folder(str(tmp_path / "not mounted")))
+    spec: Any = SimpleNamespace(config=Config(), checkpoints=Folder(str(tmp_path / "not mounted")))
     with pytest.raises(RuntimeError, match="worker 1 does not see it"):
         agree_on_resume_point(spec, World(1, 2, torch.device("cpu"), 1, "a"))

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, not_none
 
 COMPILER = shutil.which("gcc")
 KERNELS = ROOT / "job" / "kernels"
@@ -20,11 +20,11 @@ PORTABLE = ["-march=x86-64"] if platform.machine() == "x86_64" else []
 pytestmark = [pytest.mark.long, pytest.mark.skipif(COMPILER is None, reason="no gcc")]
 
 
-def run_sanitized(folder: Path, kernels: Path, flags: list[str]) -> subprocess.CompletedProcess:
+def run_sanitized(folder: Path, kernels: Path, flags: list[str]) -> subprocess.CompletedProcess[str]:
     """Builds the kernels with their driver and runs it."""
     sources = [ROOT / "tests" / "sanitized_kernels.c", *sorted(kernels.glob("*.c"))]
     program = folder / "kernels"
-    subprocess.run([COMPILER, *FLAGS, *flags, f"-I{kernels}", *sources, "-lm", "-o", program], check=True)
+    subprocess.run([not_none(COMPILER), *FLAGS, *flags, f"-I{kernels}", *sources, "-lm", "-o", program], check=True)
     return subprocess.run([program], capture_output=True, text=True, check=False)
 
 
@@ -70,7 +70,9 @@ assert build.load_library(), build.unavailable_reason()
 sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", *sys.argv[1:]]))
 """
     libraries = [
-        subprocess.run([COMPILER, f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True).stdout
+        subprocess.run(
+            [not_none(COMPILER), f"-print-file-name=lib{name}.so"], capture_output=True, text=True, check=True
+        ).stdout
         for name in ("asan", "ubsan")
     ]
     variables = {"LD_PRELOAD": ":".join(map(str.strip, libraries)), "ASAN_OPTIONS": "detect_leaks=0"}

@@ -14,7 +14,7 @@ from pkgutil import resolve_name
 from typing import Any
 
 import pytest
-from conftest import job, start_job
+from conftest import job, not_none, search_config, start_job
 from fsspec.implementations.local import LocalFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
@@ -64,7 +64,7 @@ SPACE = {
 
 @given(seed=st.integers(0, 2**63), number=st.integers(0, 10**6))
 def test_sample_is_a_pure_function_with_values_in_the_space(seed: int, number: int) -> None:
-    space = SearchConfig(space=SPACE).space
+    space = search_config(space=SPACE).space
     params = space.sample(seed, number)
     assert params == space.sample(seed, number)
     assert 0.01 <= params["optimizer.learning_rate"] <= 4
@@ -78,12 +78,12 @@ def test_sample_is_a_pure_function_with_values_in_the_space(seed: int, number: i
 
 
 def test_sample_of_a_field_does_not_depend_on_other_fields() -> None:
-    alone = SearchConfig(space={"model.dropout": SPACE["model.dropout"]}).space
-    assert alone.sample(3, 5)["model.dropout"] == SearchConfig(space=SPACE).space.sample(3, 5)["model.dropout"]
+    alone = search_config(space={"model.dropout": SPACE["model.dropout"]}).space
+    assert alone.sample(3, 5)["model.dropout"] == search_config(space=SPACE).space.sample(3, 5)["model.dropout"]
 
 
 def test_sample_of_a_grid_search_enumerates_the_grid() -> None:
-    search = SearchConfig(
+    search = search_config(
         searcher="grid", space={"model.cell": SPACE["model.cell"], "model.num_layers": {"choice": [1, 2]}}
     )
     samples = [tuple(search.space.sample(0, number).values()) for number in range(search.num_trials)]
@@ -91,19 +91,19 @@ def test_sample_of_a_grid_search_enumerates_the_grid() -> None:
 
 
 def test_num_trials_is_the_grid_size_or_16_unless_given() -> None:
-    assert SearchConfig(space=SPACE).num_trials == 16
-    assert SearchConfig(space=SPACE, trials=40).num_trials == 40
-    assert SearchConfig(space={"model.cell": SPACE["model.cell"]}, trials=40).num_trials == 3
-    assert SearchConfig(space={"model.cell": SPACE["model.cell"]}, trials=2).num_trials == 2
+    assert search_config(space=SPACE).num_trials == 16
+    assert search_config(space=SPACE, trials=40).num_trials == 40
+    assert search_config(space={"model.cell": SPACE["model.cell"]}, trials=40).num_trials == 3
+    assert search_config(space={"model.cell": SPACE["model.cell"]}, trials=2).num_trials == 2
 
 
 def test_search_to_toml_reads_back_to_the_same_search() -> None:
-    search = SearchConfig(trials=7, scheduler="asha", space=SPACE)
+    search = search_config(trials=7, scheduler="asha", space=SPACE)
     base = load_config(None, {"model.cell": "gru"})
     text = config_to_toml(base, search)
     assert search_config_from_toml(text, "here") == (base, search)
-    assert search_differences(search, SearchConfig(trials=9, scheduler="asha", space=SPACE)) == []
-    other = SearchConfig(trials=7, space={**SPACE, "model.dropout": {"uniform": [0, 0.9]}})
+    assert search_differences(search, search_config(trials=9, scheduler="asha", space=SPACE)) == []
+    other = search_config(trials=7, space={**SPACE, "model.dropout": {"uniform": [0, 0.9]}})
     assert search_differences(search, other) == [
         'search.scheduler ("asha" → "none")',
         "search.space model.dropout ({ uniform = [0.0, 0.5] } → { uniform = [0.0, 0.9] })",
@@ -177,7 +177,7 @@ def test_check_search_with_invalid_params_raises_user_error(
 ) -> None:
     flags = {"corpus.source": str(prose), "corpus.validation_fraction": "0.1", "generate.prefix": "the", **flags}
     with pytest.raises(UserError) as error:
-        check_search(load_config(None, flags), SearchConfig(space=space), Folder(str(tmp_path / "search")), Console())
+        check_search(load_config(None, flags), search_config(space=space), Folder(str(tmp_path / "search")), Console())
     assert message in str(error.value)
     assert list(tmp_path.iterdir()) == []
 
@@ -223,7 +223,7 @@ def test_check_search_with_a_scheduler_without_effect_raises_user_error(
         **flags,
     }
     trials = int(flags.pop("search.trials", 0))
-    search = SearchConfig(scheduler=scheduler, trials=trials, space={**LEARNING_RATE, **space})
+    search = search_config(scheduler=scheduler, trials=trials, space={**LEARNING_RATE, **space})
     config = load_config(None, {**flags, "generate.prefix": "the"})
     if not message:
         check_search(config, search, Folder(str(tmp_path / "search")), Console())
@@ -235,7 +235,7 @@ def test_check_search_with_a_scheduler_without_effect_raises_user_error(
 
 
 def test_resolve_search_where_another_search_or_run_exists_raises_user_error(tmp_path: Path) -> None:
-    search = SearchConfig(space={"model.dropout": {"uniform": [0, 0.5]}})
+    search = search_config(space={"model.dropout": {"uniform": [0, 0.5]}})
     config = load_config(None, {"run.storage": str(tmp_path), "run.name": "it"})
     folder, resolved = resolve_search(config, search, "")
     folder.write(SEARCH_FILE, config_to_toml(resolved, search).encode())
@@ -251,7 +251,7 @@ def test_resolve_search_with_more_epochs_than_a_trial_schedule_spans_raises_user
     config = load_config(None, {"run.storage": str(tmp_path), "run.name": "it", "train.epochs": "2"})
     longer = override_config(config, {"train.epochs": 4})
     for values, is_refused in ((["constant", "cosine"], True), (["constant"], False)):
-        search = SearchConfig(space={"optimizer.schedule": {"choice": values}})
+        search = search_config(space={"optimizer.schedule": {"choice": values}})
         (Folder(str(tmp_path)) / "it").write(SEARCH_FILE, config_to_toml(config, search).encode())
         if is_refused:
             with pytest.raises(UserError, match=r"train\.epochs \(2 → 4\), the schedule's length unless"):
@@ -277,7 +277,7 @@ GRIDS = dict.fromkeys(("train.epochs", "model.hidden_size", "model.num_layers", 
 def test_resolve_search_with_too_many_trials_raises_user_error(
     tmp_path: Path, options: dict[str, dict[str, dict[str, list[Any]]]], count: str
 ) -> None:
-    config, search = load_config(None, {"run.storage": str(tmp_path), "run.name": "it"}), SearchConfig(**options)
+    config, search = load_config(None, {"run.storage": str(tmp_path), "run.name": "it"}), search_config(**options)
     if not count:
         assert resolve_search(config, search, "")[1] == config
         return
@@ -292,7 +292,7 @@ def test_tune_while_it_checks_many_values_shows_progress_and_ends_at_the_first_i
     config.write_text(f'[search.space]\n"model.hidden_size" = {{ choice = {list(range(1, 9001))} }}')
     flags = ["--corpus.source", prose, "--corpus.validation_fraction", 0.1, "--run.storage", tmp_path]
     process = start_job("tune", config, *flags, "--generate.prefix", "the")
-    assert "of 9,000 values in search.space" in process.stdout.readline()
+    assert "of 9,000 values in search.space" in not_none(process.stdout).readline()
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60)[1] == ""
     assert process.returncode == 130
@@ -302,7 +302,7 @@ def test_tune_while_it_checks_many_values_shows_progress_and_ends_at_the_first_i
 def test_optuna_sampler_rebuilt_by_replay_continues_identically() -> None:
     pytest.importorskip("optuna")
 
-    space = SearchConfig(space=SPACE).space
+    space = search_config(space=SPACE).space
     first = OptunaSampler(space, 3)
     trial_params = [first.ask(number) for number in range(12)]
     assert trial_params[0] == OptunaSampler(space, 3).ask(0)
@@ -319,18 +319,18 @@ def test_optuna_sampler_rebuilt_by_replay_continues_identically() -> None:
 
 
 def test_search_space_accepts_nested_tables() -> None:
-    nested = SearchConfig(space={"optimizer": {"learning_rate": SPACE["optimizer.learning_rate"]}})
-    assert nested == SearchConfig(space={"optimizer.learning_rate": SPACE["optimizer.learning_rate"]})
+    nested = search_config(space={"optimizer": {"learning_rate": SPACE["optimizer.learning_rate"]}})
+    assert nested == search_config(space={"optimizer.learning_rate": SPACE["optimizer.learning_rate"]})
 
 
 def test_baseline_params_outside_the_space_is_none() -> None:
-    search = SearchConfig(space={"stream.offset": {"randint": [0, 40]}})
+    search = search_config(space={"stream.offset": {"randint": [0, 40]}})
     assert baseline_params(load_config(None, {}), search) is None
-    assert trial_params(load_config(None, {}), search, 0)["stream.offset"] in range(41)
+    assert not_none(trial_params(load_config(None, {}), search, 0))["stream.offset"] in range(41)
 
 
 def test_to_parquet_writes_values_of_mixed_types_as_text(tmp_path: Path) -> None:
-    search = SearchConfig(space={"stream.offset": {"grid": ["random", 0, [1, 2]]}})
+    search = search_config(space={"stream.offset": {"grid": ["random", 0, [1, 2]]}})
     table = to_parquet(load_trials(Folder(str(tmp_path)), load_config(None, {}), search))
     values = parquet.read_table(io.BytesIO(table)).column("stream.offset").to_pylist()
     assert values == ['"random"', "0", "[1, 2]"]
@@ -342,18 +342,18 @@ def test_import_checkpoint_last_exchanged_does_not_rewind_the_run(prose: Path, t
     flags += ["--model.hidden_size", 8, "--run.name", "run"]
     assert job("train", *flags, "--train.max_steps", 10).status == 0
     run, exchange = Folder(str(tmp_path / "run")), Folder(str(tmp_path / "exchange"))
-    checkpoint, _ = find_latest_valid(run / "checkpoints")
+    checkpoint = not_none(find_latest_valid(run / "checkpoints")[0])
     export_checkpoint(checkpoint, run, exchange)
     assert job("train", *flags, "--train.max_steps", 20).status == 0
-    import_checkpoint(exchange, run, read_existing_run(run).config)
-    assert find_latest_valid(run / "checkpoints")[0].step == 20
+    import_checkpoint(exchange, run, not_none(read_existing_run(run)).config)
+    assert not_none(find_latest_valid(run / "checkpoints")[0]).step == 20
     forget_exchange(run)
-    import_checkpoint(exchange, run, read_existing_run(run).config)
-    assert find_latest_valid(run / "checkpoints")[0].step == 10
-    perturbed = override_config(read_existing_run(run).config, {"optimizer.learning_rate": 0.5})
+    import_checkpoint(exchange, run, not_none(read_existing_run(run)).config)
+    assert not_none(find_latest_valid(run / "checkpoints")[0]).step == 10
+    perturbed = override_config(not_none(read_existing_run(run)).config, {"optimizer.learning_rate": 0.5})
     import_checkpoint(exchange, run, perturbed)
-    assert find_latest_valid(run / "checkpoints")[0].step == 10
-    assert read_existing_run(run).config == perturbed
+    assert not_none(find_latest_valid(run / "checkpoints")[0]).step == 10
+    assert not_none(read_existing_run(run)).config == perturbed
 
 
 def test_import_checkpoint_of_a_folder_that_was_removed_fails_with_one_line(tmp_path: Path) -> None:
@@ -373,15 +373,7 @@ def test_connect_with_more_concurrent_runs_than_this_machine_can_hold_raises_use
 
 
 def test_console_print_erases_redrawn_lines() -> None:
-    class Terminal:
-        text = ""
-
-        def write(self, text: str) -> None:
-            self.text += text
-
-        def flush(self) -> None:
-            pass
-
+    class Terminal(io.StringIO):
         def isatty(self) -> bool:
             return True
 
@@ -389,14 +381,14 @@ def test_console_print_erases_redrawn_lines() -> None:
     console = Console(terminal)
     console.redraw(["a", "b", "c"])
     console.print("stays")
-    assert terminal.text == "a\nb\nc\r\x1b[2A\x1b[Jstays\n"
+    assert terminal.getvalue() == "a\nb\nc\r\x1b[2A\x1b[Jstays\n"
     assert display_name("validation_perplexity") == "validation perplexity"
 
 
 def test_search_space_does_not_depend_on_the_order_of_lines() -> None:
     """A search resumes after the lines of its file were reordered: no trial changes its parameters."""
     grids = {"model.cell": {"grid": ["rnn", "gru"]}, "model.hidden_size": {"grid": [8, 16]}}
-    one, other = SearchConfig(space=grids), SearchConfig(space=dict(reversed(grids.items())))
+    one, other = search_config(space=grids), search_config(space=dict(reversed(grids.items())))
     assert search_differences(one, other) == []
     assert [one.space.sample(0, number) for number in range(4)] == [
         other.space.sample(0, number) for number in range(4)
@@ -405,7 +397,7 @@ def test_search_space_does_not_depend_on_the_order_of_lines() -> None:
 
 @pytest.mark.parametrize("scheduler", ["none", "pbt"])
 def test_winner_is_never_a_trial_whose_loss_is_not_finite(tmp_path: Path, scheduler: str) -> None:
-    search = SearchConfig(trials=3, space={"optimizer.learning_rate": {"uniform": [0.1, 1]}}, scheduler=scheduler)
+    search = search_config(trials=3, space={"optimizer.learning_rate": {"uniform": [0.1, 1]}}, scheduler=scheduler)
     trials = load_trials(Folder(str(tmp_path)), load_config(None, {}), search)
     for number, nats in ((0, math.nan), (1, math.inf)):
         trials.start(number, {})
@@ -413,13 +405,13 @@ def test_winner_is_never_a_trial_whose_loss_is_not_finite(tmp_path: Path, schedu
     assert trials.winner is None
     trials.start(2, {})
     trials.report(2, 1, 1e9)
-    assert trials.winner.number == 2
+    assert not_none(trials.winner).number == 2
 
 
 def test_trials_end_keeps_the_records_of_trials_beyond_num_trials(tmp_path: Path) -> None:
     space = {"optimizer.learning_rate": {"loguniform": [0.01, 4]}}
     base, folder = load_config(None, {}), Folder(str(tmp_path))
-    all_four = load_trials(folder, base, SearchConfig(trials=4, space=space))
+    all_four = load_trials(folder, base, search_config(trials=4, space=space))
     for number in range(4):
         params = all_four.by_number[number].params
         config = trial_config(base, folder, number, params)
@@ -427,16 +419,16 @@ def test_trials_end_keeps_the_records_of_trials_beyond_num_trials(tmp_path: Path
         all_four.start(number, params)
         all_four.end(number, "stopped")
     all_four.write_records()
-    one = load_trials(folder, base, SearchConfig(trials=1, space=space))
+    one = load_trials(folder, base, search_config(trials=1, space=space))
     one.end(0, "failed", "its process died")
     one.write_records()
     records = json.loads((tmp_path / TRIALS_FILE).read_text())
     assert records["00000"] == {"state": "failed", "why": "its process died", "point": one.by_number[0].params}
-    again = load_trials(folder, base, SearchConfig(trials=4, space=space))
+    again = load_trials(folder, base, search_config(trials=4, space=space))
     assert [trial.state for trial in again] == ["failed", "stopped", "stopped", "stopped"]
     (tmp_path / TRIALS_FILE).write_text("[")
     with pytest.raises(UserError, match="invalid content; remove it"):
-        load_trials(folder, base, SearchConfig(trials=4, space=space))
+        load_trials(folder, base, search_config(trials=4, space=space))
 
 
 def test_load_config_reads_a_uri(tmp_path: Path) -> None:
@@ -449,18 +441,18 @@ def test_load_config_reads_a_uri(tmp_path: Path) -> None:
 @pytest.mark.parametrize("metric", ["validation_perplexity", "perplexity"])
 def test_trial_whose_metric_is_not_a_number_never_wins(tmp_path: Path, metric: str) -> None:
     """NaN is neither less nor greater than any number, so such a trial could win, and hid all after it."""
-    search = SearchConfig(metric=metric, space={"optimizer.learning_rate": {"grid": [0.1, 0.2, 0.3, 0.4]}})
+    search = search_config(metric=metric, space={"optimizer.learning_rate": {"grid": [0.1, 0.2, 0.3, 0.4]}})
     base = load_config(None, {"corpus.validation_fraction": "0.1"})
     folder, split = Folder(str(tmp_path)), "validation" if metric == "validation_perplexity" else "epoch"
     for number, values in enumerate([[math.nan, math.nan], [5.0, 4.0], [math.nan, 3.0], [math.inf]]):
         params = trial_params(base, search, number)
         run = trial_folder(folder, number)
-        run.write("config.toml", config_to_toml(trial_config(base, folder, number, params)).encode())
+        run.write("config.toml", config_to_toml(trial_config(base, folder, number, not_none(params))).encode())
         rows = [{"split": split, "epoch": n, "step": n, "perplexity": value} for n, value in enumerate(values, 1)]
         run.write("metrics.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows).encode())
     trials = load_trials(folder, base, search)
     assert [trial.number for trial in trials.ranked()] == [2, 1, 0, 3]
-    assert trials.winner.number == 2
+    assert not_none(trials.winner).number == 2
     for trial in trials:
         trials.end(trial.number, "finished")
     trials.write_records()
@@ -497,7 +489,7 @@ def small_search(prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     flags = {"corpus.source": str(prose), "corpus.validation_fraction": "0.1", "generate.prefix": "the"}
     flags |= {"run.storage": str(tmp_path), "run.name": "it", "model.hidden_size": "8", "scale.workers": "0"}
     config = load_config(None, {**flags, "train.epochs": "1", "train.max_steps": "5"})
-    search = SearchConfig(space={"optimizer.learning_rate": {"grid": [0.1, 1.0]}})
+    search = search_config(space={"optimizer.learning_rate": {"grid": [0.1, 1.0]}})
     output = io.StringIO()
 
     def run() -> tuple[int, str]:
@@ -630,7 +622,7 @@ def test_search_whose_trial_is_a_link_to_another_disk_writes_there(
     (tmp_path / "it" / "trials" / "00001").symlink_to(elsewhere)
     assert small_search()[0] == 0
     assert (elsewhere / "result.json").exists()
-    checkpoint = find_latest_valid(Folder(str(elsewhere / "checkpoints")))[0]
+    checkpoint = not_none(find_latest_valid(Folder(str(elsewhere / "checkpoints")))[0])
     (elsewhere / "checkpoints" / "of the user").mkdir()
     exchange = Folder(str(tmp_path / "exchange"))
     export_checkpoint(checkpoint, Folder(str(elsewhere)), exchange)

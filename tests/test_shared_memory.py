@@ -1,6 +1,7 @@
 """Collectives in shared memory: results, order of summation, timeouts, and which processes can form a group."""
 
 import mmap
+import multiprocessing
 import os
 import socket
 import threading
@@ -8,11 +9,13 @@ from collections.abc import Callable
 from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import multiprocessing
+from conftest import not_none
+from torch.multiprocessing.spawn import spawn
 
 from job.config.schema import ModelConfig
 from job.distributed import shared_memory
@@ -73,7 +76,7 @@ def test_alternating_collectives_are_correct_in_every_round() -> None:
             if not gathered or not torch.equal(data, torch.full((50,), 3.0 * number + 3)):
                 failures.append(number)
 
-    failures = []
+    failures: list[Any] = []
     run_concurrently([lambda m=m: work(m, failures) for m in members])
     assert failures == []
 
@@ -98,10 +101,10 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def create_and_reduce(rank: int, port: int, rank_without_kernel: int | None, results: SimpleQueue) -> None:
+def create_and_reduce(rank: int, port: int, rank_without_kernel: int | None, results: SimpleQueue[Any]) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     if rank == rank_without_kernel:
-        shared_memory.load_library = lambda: None
+        mock.patch.object(shared_memory, "load_library", lambda: None).start()
     group = create_group(30)
     data = torch.tensor([1.0 + rank])
     if group:
@@ -113,7 +116,7 @@ def create_and_reduce(rank: int, port: int, rank_without_kernel: int | None, res
 @pytest.mark.parametrize("rank_without_kernel", [None, 1])
 def test_create_group_needs_the_kernel_on_all_ranks(rank_without_kernel: int | None) -> None:
     results = multiprocessing.get_context("spawn").SimpleQueue()
-    multiprocessing.spawn(create_and_reduce, (free_port(), rank_without_kernel, results), nprocs=2)
+    spawn(create_and_reduce, (free_port(), rank_without_kernel, results), nprocs=2)
     expected = [(True, 3.0)] * 2 if rank_without_kernel is None else [(False, 1.0), (False, 2.0)]
     assert sorted(results.get() for _ in range(2)) == expected
 
@@ -126,7 +129,7 @@ def gradients(rank: int, shared_memory: SharedMemoryGroup | None, world_size: in
     flags = torch.tensor([0.0, rank == world_size - 1, 0.0])
     batch = Batch(tokens[:-1, lanes], tokens[1:, lanes], flags, torch.zeros(0, 9, dtype=torch.int32)[:, lanes])
     stats, _ = DeterministicGradients(LossModule(model, 45), assignment, shared_memory)(batch, None)
-    return [stats] + [weight.grad for weight in model.parameters()]
+    return [stats] + [not_none(weight.grad) for weight in model.parameters()]
 
 
 def compare_gradients(rank: int, port: int, workers: int) -> None:
@@ -140,7 +143,7 @@ def compare_gradients(rank: int, port: int, workers: int) -> None:
 
 
 def test_deterministic_gradients_are_bitwise_equal_alone_in_shared_memory_and_with_gloo() -> None:
-    multiprocessing.spawn(compare_gradients, (free_port(), 3), nprocs=3)
+    spawn(compare_gradients, (free_port(), 3), nprocs=3)
 
 
 def test_attach_rejects_other_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 from conftest import job
@@ -102,7 +103,7 @@ def test_remove_of_which_the_answer_is_lost_succeeds(store: Store, name: str) ->
     def lose(request: str, path: str) -> None:
         if request.startswith("delete") and lost:
             lost.pop()
-            store.get_file_info = lambda path: stale  # from another server of the store
+            mock.patch.object(store, "get_file_info", lambda path: stale).start()  # from another server of the store
             raise OSError("AWS Error NETWORK_CONNECTION during a request")
 
     store.lose = lose

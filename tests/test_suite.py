@@ -50,7 +50,8 @@ def test_collection_with_shared_folder_keeps_marked_tests(pytester: pytest.Pytes
 
 
 def test_skip_that_is_not_allowed_fails_session(pytester: pytest.Pytester, suite: Path) -> None:
-    arguments = ["--allowed-skips", suite / "skips.txt", f"--rootdir={suite.parent}", "-m", "not cluster", suite]
+    flags = ["--allowed-skips", str(suite / "skips.txt"), f"--rootdir={suite.parent}", "-m", "not cluster"]
+    arguments = [*flags, str(suite)]
     (suite / "skips.txt").write_text("# a comment\n")
     session = pytester.runpytest_subprocess("--numprocesses=2", *arguments)
     assert session.ret == pytest.ExitCode.TESTS_FAILED
@@ -78,7 +79,7 @@ def test_tests_with_same_module_fixture_run_in_one_process(pytester: pytest.Pyte
         "@pytest.mark.parametrize('number', range(6))\ndef test_with_fixture(shared, number): pass\n\n"
         "@pytest.mark.parametrize('number', range(6))\ndef test_without_fixture(number): pass\n"
     )
-    arguments = ["--numprocesses=2", "--dist=loadgroup", f"--rootdir={suite.parent}", suite]
+    arguments = ["--numprocesses=2", "--dist=loadgroup", f"--rootdir={suite.parent}", str(suite)]
     assert pytester.runpytest_subprocess(*arguments).ret == pytest.ExitCode.OK
     assert (suite / "set-ups").read_text() == "one "
 

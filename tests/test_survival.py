@@ -16,7 +16,7 @@ from typing import Any, Self
 
 import pytest
 from chaos import CAN_MOUNT
-from conftest import ROOT, job, result, rows, start_job
+from conftest import ROOT, job, not_none, result, rows, start_job
 from object_store import bucket_address, run_takeover, s3_server
 
 from job import storage
@@ -24,6 +24,7 @@ from job.cluster.event_channel import EventChannel
 from job.run.run_dir import open_checkpoint, read_result
 from job.storage import Folder
 from job.training.checkpoint import (
+    FileContents,
     checkpoint_name,
     commit_checkpoint,
     discard_after,
@@ -40,7 +41,7 @@ GOLDEN = ROOT / "tests" / "golden" / "format-1" / "step-000030-901de0"
 GOLDEN_WEIGHTS = "dc1bf71977736643653bbf855d05319b50205fb73b268713437b8096619f42a6"
 
 
-def flags(prose: Path, storage: Path, *more: object) -> list[Path | int | str]:
+def flags(prose: Path, storage: Path | str, *more: object) -> list[object]:
     return [
         "train", "--corpus.source", prose, "--run.storage", storage, "--run.name", "run", "--scale.workers", 0,
         "--model.hidden_size", 16, "--stream.num_steps", 20, "--generate.prefix", "the", "--train.epochs", 2, *more,
@@ -56,10 +57,10 @@ class ProcessKiller:
     def __init__(self, monkeypatch: pytest.MonkeyPatch, last: int) -> None:
         self.num_left = last
         for name in ("replace", "fsync"):
-            monkeypatch.setattr(storage.os, name, self._before(getattr(os, name)))
-        monkeypatch.setattr(storage.Path, "mkdir", self._before(Path.mkdir))
-        monkeypatch.setattr(storage.shutil, "rmtree", self._before(shutil.rmtree))
-        monkeypatch.setattr(storage.Path, "unlink", self._before(Path.unlink))
+            monkeypatch.setattr(os, name, self._before(getattr(os, name)))
+        monkeypatch.setattr(Path, "mkdir", self._before(Path.mkdir))
+        monkeypatch.setattr(shutil, "rmtree", self._before(shutil.rmtree))
+        monkeypatch.setattr(Path, "unlink", self._before(Path.unlink))
         monkeypatch.setattr(storage, "open", self._open, raising=False)
 
     def must_die(self) -> bool:
@@ -107,7 +108,7 @@ def write_checkpoint(folder: Folder, step: int, attempt: str) -> None:
     """Writes and commits as driver and worker do, including the removal of other checkpoints before and after."""
     discard_after(folder, step - 10, attempt)
     name = checkpoint_name(step, attempt)
-    files = {path.name: [path.read_bytes()] for path in GOLDEN.iterdir() if path.name != "manifest.json"}
+    files: FileContents = {path.name: [path.read_bytes()] for path in GOLDEN.iterdir() if path.name != "manifest.json"}
     receipt = write_part(folder, name, files, 1, Progress(step=step))
     commit_checkpoint(folder, name, [receipt])
     for old in list_checkpoints(folder)[0][:-2]:
@@ -142,7 +143,7 @@ def test_checkpoint_write_killed_at_any_file_operation_leaves_valid_checkpoint(
             status = exit_status_of_fork(interrupted)
         assert status in (0, 9)
         checkpoint, skipped = find_latest_valid(folder)
-        step = checkpoint.step
+        step = not_none(checkpoint).step
         assert step in (20, 30)
         assert skipped == ()  # what is not whole is not even taken for a checkpoint
         write_checkpoint(folder, step + 10, "cccccc")
@@ -186,7 +187,7 @@ def test_train_on_full_disk_fails_and_resumes_once_there_is_space(prose: Path, t
 
 
 @pytest.fixture(scope="module")
-def bucket() -> Iterator[int]:
+def bucket() -> Iterator[Callable[[str], str]]:
     """A function that gives the address of a path in a bucket on a local S3 server."""
     pytest.importorskip("moto")
     with s3_server() as port:
@@ -204,7 +205,9 @@ def test_driver_replaced_while_its_object_store_is_slow_writes_nothing_more(pros
 
 
 @pytest.mark.slow
-def test_train_on_object_store_gives_same_result_as_on_disk(bucket: int, prose: Path, tmp_path: Path) -> None:
+def test_train_on_object_store_gives_same_result_as_on_disk(
+    bucket: Callable[[str], str], prose: Path, tmp_path: Path
+) -> None:
     more = ["--train.log_every", 5, "--train.checkpoint_every", 10]
     assert job(*flags(prose, tmp_path, *more)).status == 0
     stopped = job(*flags(prose, bucket("runs"), *more, "--train.max_steps", 33))
@@ -213,7 +216,7 @@ def test_train_on_object_store_gives_same_result_as_on_disk(bucket: int, prose: 
     assert ended.status == 0, ended.err
     assert "resuming from step 33" in ended.out
     folder = Folder.resolve(bucket("runs")) / "run"
-    found, expected = read_result(folder), result(tmp_path / "run")
+    found, expected = not_none(read_result(folder)), result(tmp_path / "run")
     assert found["weights_sha256"] == expected["weights_sha256"]
     losses = [json.loads(line) for line in folder.read("metrics.jsonl").splitlines()]
     assert [(row["step"], row["nats"]) for row in losses if row["split"] == "train"] == [
@@ -257,7 +260,9 @@ def test_open_checkpoint_reads_golden_format_1() -> None:
     loaded = open_checkpoint(Folder(str(GOLDEN)))
     assert weights_sha256(loaded.weights) == GOLDEN_WEIGHTS
     assert (loaded.checkpoint.step, loaded.progress.step, loaded.progress.window) == (30, 30, 30)
-    hidden, memory = load_lane_state(loaded.checkpoint, range(3, 7))
+    state = load_lane_state(loaded.checkpoint, range(3, 7))
+    assert isinstance(state, tuple)
+    hidden, memory = state
     assert hidden.shape == memory.shape == (1, 4, 8)
 
 
@@ -326,12 +331,18 @@ def test_folder_retries_temporary_errors_of_object_store(monkeypatch: pytest.Mon
             assert (folder / "run").has("manifest.json")
 
 
+def new_channel() -> Any:
+    """An event channel in this process; Ray keeps the class of an actor there."""
+    actor: Any = EventChannel
+    return actor.__ray_metadata__.modified_class()
+
+
 def test_event_channel_orders_events_of_one_worker() -> None:
     """Ray may reorder calls to an async actor, and repeat one whose reply was lost."""
     import asyncio
 
     async def post_out_of_order() -> list[bytes]:
-        channel = EventChannel.__ray_metadata__.modified_class()
+        channel = new_channel()
         for number in (1, 0, 0, 3, 1, 2):
             await channel.post("worker", number, bytes([number]))
         return await channel.poll_events(1.0)
@@ -346,7 +357,7 @@ def test_event_channel_of_long_run_has_bounded_memory(monkeypatch: pytest.Monkey
     monkeypatch.setattr("job.cluster.event_channel.MAX_SENDERS", 4)
 
     async def restart_often() -> Any:
-        channel = EventChannel.__ray_metadata__.modified_class()
+        channel = new_channel()
         for attempt in range(100):
             await channel.post(f"worker {attempt}", 0, b"first")
             await channel.post(f"worker {attempt}", 2, b"third")
@@ -364,7 +375,7 @@ def test_event_channel_request_reaches_worker_that_starts_later() -> None:
     import asyncio
 
     async def request_first() -> None:
-        channel = EventChannel.__ray_metadata__.modified_class()
+        channel = new_channel()
         await channel.request(stop=True)
         assert await channel.wait_for_requests((0, 0)) == (0, 1)
         waiting = asyncio.create_task(channel.wait_for_requests((0, 1)))

@@ -19,9 +19,9 @@ def test_reduce_adjacent_on_any_number_of_workers_equals_pairwise_sum(num_groups
     values = torch.randn(num_groups, generator=torch.Generator().manual_seed(num_groups)) * scale
     leaves = [(range(i, i + 1), value) for i, value in enumerate(values)]
     for num_workers in range(1, num_groups + 1):
-        partial_sums = []
+        partial_sums: list[tuple[range, torch.Tensor]] = []
         for groups in split_evenly(num_groups, num_workers):
-            subtrees = []
+            subtrees: list[tuple[range, torch.Tensor]] = []
             for span, value in leaves[groups.start : groups.stop]:
                 subtrees = reduce_adjacent([*subtrees, (span, value.clone())], num_groups)
             assert [span for span, _ in subtrees] == owned_subtrees(groups, num_groups)

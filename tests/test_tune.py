@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT, job, result, rows, start_job
+from conftest import ROOT, job, not_none, result, rows, search_config, start_job
 from ray import tune
 from ray.tune.trainable.trainable import _DICT_CHECKPOINT_FILE_NAME
 
@@ -28,14 +28,14 @@ from job.cluster.tune import _run_trials
 from job.cluster.tune_callbacks import TrialCallback
 from job.config.config_file import load_config
 from job.config.schema import OptimizerConfig
-from job.config.search_space import SearchConfig, SearchSpace
+from job.config.search_space import SearchSpace
 from job.config.toml import config_from_toml, override_config
 from job.console import Console
 from job.run.lease import LeaseObserver, acquire_lease
 from job.run.run_dir import read_existing_run
 from job.run.signals import StopRequest
 from job.storage import Folder
-from job.training.checkpoint import copy_checkpoint, find_latest_valid
+from job.training.checkpoint import Checkpoint, copy_checkpoint, find_latest_valid
 from job.training.events import CheckpointCommitted, MetricsRow
 from job.training.progress import perplexity
 from job.tuning.exchange import EXCHANGE_FOLDER, import_checkpoint
@@ -160,7 +160,7 @@ def test_tune_after_a_trial_was_killed_has_the_same_result(calm: Calm, tmp_path:
     process = start_job(*command(tmp_path, "disturbed"), env={"RAY_ADDRESS": cluster})
     trial = disturbed / "trials" / "00001"
     wait_for(lambda: "00001" in trials_with_a_checkpoint(disturbed) and driver_pid(trial), process)
-    os.kill(driver_pid(trial), signal.SIGKILL)
+    os.kill(not_none(driver_pid(trial)), signal.SIGKILL)
     out, err = process.communicate(timeout=TIMEOUT_S)
     assert (process.returncode, err) == (0, ""), out
     weights, _ = outcome(folder)
@@ -259,7 +259,9 @@ class Member:
     """A fake of Ray Tune's trial with the attributes that a scheduler reads."""
 
     def __init__(self, number: int) -> None:
-        self.number, self.status, self.config, self.checkpoint, self.experiment_tag = number, "PENDING", {}, None, ""
+        self.number, self.status, self.checkpoint, self.experiment_tag = number, "PENDING", None, ""
+        self.config: dict[str, Any] = {}
+        self.num_failures = self.max_failures = 0
         self.run_metadata = SimpleNamespace(
             checkpoint_manager=SimpleNamespace(checkpoint_config=SimpleNamespace(num_to_keep=5))
         )
@@ -276,7 +278,7 @@ class Member:
 def test_pbt_when_the_last_running_trial_ends_resumes_the_paused_ones(tmp_path: Path, status: str) -> None:
     """It ended without a report. While all are paused, a requested stop ends the search."""
     space = {"optimizer.learning_rate": {"grid": [1.0, 0.1, 0.01]}}
-    search = SearchConfig(scheduler="pbt", space=space)
+    search = search_config(scheduler="pbt", space=space)
     trials = load_trials(Folder(str(tmp_path)), load_config(None, {}), search)
     callback = TrialCallback(trials, max_failures=0)
     scheduler = build_scheduler(callback)
@@ -306,7 +308,7 @@ def test_pbt_when_the_last_running_trial_ends_resumes_the_paused_ones(tmp_path: 
 
 
 def test_pbt_after_trials_missed_a_report_resumes_the_earliest(tmp_path: Path) -> None:
-    search = SearchConfig(scheduler="pbt", space={"optimizer.learning_rate": {"grid": [1.0, 0.1]}})
+    search = search_config(scheduler="pbt", space={"optimizer.learning_rate": {"grid": [1.0, 0.1]}})
     trials = load_trials(Folder(str(tmp_path)), load_config(None, {"train.epochs": "9"}), search)
     scheduler = build_scheduler(TrialCallback(trials, max_failures=0))
     members = [Member(number) for number in range(2)]
@@ -325,20 +327,21 @@ def test_pbt_after_trials_missed_a_report_resumes_the_earliest(tmp_path: Path) -
 
 
 def test_trial_runner_reports_every_epoch_although_training_is_ahead_of_the_checkpoints(tmp_path: Path) -> None:
-    runner = TrialRunner(load_config(None, {}), Folder(str(tmp_path)), SearchConfig(metric="perplexity"))
+    runner = TrialRunner(load_config(None, {}), Folder(str(tmp_path)), search_config(metric="perplexity"))
     for step in (24, 48):
         row = {"split": "epoch", "step": step, "epoch": step // 24, "perplexity": 5.0}
         runner._on_event(MetricsRow("attempt", row))
     for step in (24, 48):
         runner.resume.release()
-        runner._on_event(CheckpointCommitted("attempt", SimpleNamespace(step=step)))
-    assert [runner.reports.get_nowait()["step"] for _ in range(2)] == [24, 48]
+        runner._on_event(CheckpointCommitted("attempt", cast(Checkpoint, SimpleNamespace(step=step))))
+    reports: Any = [runner.reports.get_nowait() for _ in range(2)]
+    assert [report["step"] for report in reports] == [24, 48]
 
 
 def test_asha_stops_a_trial_whose_metric_is_not_a_number(tmp_path: Path) -> None:
     """A comparison with NaN is false, so it was never stopped."""
     space = {"optimizer.learning_rate": {"grid": [1.0, 0.1]}}
-    search = SearchConfig(scheduler="asha", space=space, metric="perplexity")
+    search = search_config(scheduler="asha", space=space, metric="perplexity")
     trials = load_trials(Folder(str(tmp_path)), load_config(None, {"train.epochs": "8"}), search)
     scheduler, decisions = build_scheduler(TrialCallback(trials, max_failures=0)), []
     for number, score in enumerate((5.0, perplexity(math.nan))):
@@ -351,7 +354,7 @@ def test_asha_stops_a_trial_whose_metric_is_not_a_number(tmp_path: Path) -> None
 
 
 def test_trial_callback_with_a_new_epoch_renews_the_failures_allowed(tmp_path: Path) -> None:
-    search = SearchConfig(space={"optimizer.learning_rate": {"grid": [1.0, 0.1]}})
+    search = search_config(space={"optimizer.learning_rate": {"grid": [1.0, 0.1]}})
     callback = TrialCallback(load_trials(Folder(str(tmp_path)), load_config(None, {}), search), max_failures=5)
     trial = Member(0)
     trial.config, trial.max_failures = {"trial": {"number": 0, "params": {"optimizer.learning_rate": 1.0}}}, 5
@@ -371,7 +374,12 @@ def test_restore_waits_for_the_lease_of_the_previous_actor(tmp_path: Path, monke
     monkeypatch.setattr(TrialTrainable, "run_config", None)
     monkeypatch.setattr("job.cluster.trainable.import_checkpoint", lambda *_: order.append("imported"))
     lease = acquire_lease(folder)
-    timer = threading.Timer(1.0, lambda: (order.append("written"), lease.release()))
+
+    def write() -> None:
+        order.append("written")
+        lease.release()
+
+    timer = threading.Timer(1.0, write)
     timer.start()
     actor.restore(TrainingResult(tune.Checkpoint(str(tmp_path)), {}))
     timer.join()
@@ -395,11 +403,12 @@ def test_restore_of_a_folder_with_a_pickled_file_reads_the_checkpoint_alone(
     """Ray Tune unpickles a file of this name if a checkpoint has one, and others may write to a search's storage."""
     flags = ["--corpus.source", prose, "--run.storage", tmp_path, "--scale.workers", 0, "--generate.prefix", "the"]
     assert job("train", *flags, "--model.hidden_size", 8, "--train.max_steps", 5, "--run.name", "run").status == 0
-    actor, run = TrialTrainable.__new__(TrialTrainable), Folder.resolve(str(tmp_path / "run"))
+    run = Folder.resolve(str(tmp_path / "run"))
+    actor: Any = TrialTrainable.__new__(TrialTrainable)
     actor.stop_requested, actor.context = False, SimpleNamespace(folder=Folder.resolve(str(tmp_path / "search")))
     actor.runner = SimpleNamespace(checkpoint=find_latest_valid(run / "checkpoints")[0])
     monkeypatch.setattr(TrialTrainable, "run_folder", run)
-    monkeypatch.setattr(TrialTrainable, "run_config", read_existing_run(run).config)
+    monkeypatch.setattr(TrialTrainable, "run_config", not_none(read_existing_run(run)).config)
     saved = actor.save()
     (exported,) = (tmp_path / "search" / EXCHANGE_FOLDER).iterdir()
     for name in (_DICT_CHECKPOINT_FILE_NAME, ".tune_metadata", ".is_checkpoint"):
@@ -407,7 +416,7 @@ def test_restore_of_a_folder_with_a_pickled_file_reads_the_checkpoint_alone(
     other = Folder.resolve(str(tmp_path / "other"))
     monkeypatch.setattr(TrialTrainable, "run_folder", other)
     actor.restore(saved)
-    assert find_latest_valid(other / "checkpoints")[0].step == 5
+    assert not_none(find_latest_valid(other / "checkpoints")[0]).step == 5
     assert not (tmp_path / "executed").exists()
 
 
@@ -415,7 +424,7 @@ def test_ray_tune_reads_and_writes_its_pickled_records_in_a_private_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It unpickles the error of a failed trial and the state of the search, also if somebody else wrote them."""
-    search = SearchConfig(space={"optimizer.learning_rate": {"grid": [1.0, 0.1]}}, concurrent=1, minutes=1e308)
+    search = search_config(space={"optimizer.learning_rate": {"grid": [1.0, 0.1]}}, concurrent=1, minutes=1e308)
     trials = load_trials(Folder(str(tmp_path)), load_config(None, {}), search)
     folders, order = [], []
 
@@ -426,8 +435,9 @@ def test_ray_tune_reads_and_writes_its_pickled_records_in_a_private_folder(
     monkeypatch.setattr("job.cluster.tune.tune.Tuner", create_tuner)
     monkeypatch.setattr("job.cluster.tune.create_event_channel", lambda: None)
     monkeypatch.setattr("job.cluster.tune.check_processes", lambda remedy: None)  # would start Ray
-    lease = SimpleNamespace(check_if_stale=lambda: order.append("checked"))
-    _run_trials(trials, SimpleNamespace(resources={"CPU": 1}), lease, StopRequest(), Console(io.StringIO()))
+    lease: Any = SimpleNamespace(check_if_stale=lambda: order.append("checked"))
+    placement: Any = SimpleNamespace(resources={"CPU": 1})
+    _run_trials(trials, placement, lease, StopRequest(), Console(io.StringIO()))
     ((path, mode),) = folders
     assert mode == 0o700
     assert tmp_path not in Path(path).parents
@@ -442,12 +452,12 @@ def test_import_checkpoint_copies_all_files_and_keeps_the_new_learning_rate(pros
         run_flags = ["--run.name", name, "--optimizer.learning_rate", rate, "--train.max_steps", 30]
         assert job("train", *flags, *run_flags).status == 0
     winner, loser = (Folder(str(tmp_path / name)) for name in ("winner", "loser"))
-    exported = find_latest_valid(winner / "checkpoints")[0]
+    exported = not_none(find_latest_valid(winner / "checkpoints")[0])
     copy_checkpoint(exported, Folder(str(tmp_path / "exchange")))
     (tmp_path / "loser" / "result.json").unlink()
-    perturbed = override_config(read_existing_run(loser).config, {"optimizer.learning_rate": 0.005})
+    perturbed = override_config(not_none(read_existing_run(loser)).config, {"optimizer.learning_rate": 0.005})
     import_checkpoint(Folder(str(tmp_path / "exchange")), loser, perturbed)
-    imported = find_latest_valid(loser / "checkpoints")[0]
+    imported = not_none(find_latest_valid(loser / "checkpoints")[0])
     assert imported.name == exported.name
     assert imported.files == exported.files  # with their checksums
     ended = job("train", *flags, "--run.name", "loser", "--optimizer.learning_rate", 0.005)

@@ -7,10 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Ended, job, result, rows
+from conftest import Ended, job, result, rows, search_config
 
 from job.config.config_file import load_config
-from job.config.search_space import SearchConfig
 from job.console import Console
 from job.inference.generate import generate_text, prefix_warnings
 from job.nn.language_model import build_model
@@ -20,7 +19,7 @@ from job.training.checkpoint import Checkpoint, LoadedCheckpoint
 from job.training.progress import Progress
 from job.tuning.setup import check_search
 
-SMALL = {"scale.workers": 0, "stream.batch_size": 4, "stream.num_steps": 5, "model.hidden_size": 8}
+SMALL: dict[str, object] = {"scale.workers": 0, "stream.batch_size": 4, "stream.num_steps": 5, "model.hidden_size": 8}
 SMALL |= {"train.epochs": 1, "train.max_steps": 2, "generate.length": 5, "generate.prefix": "the time"}
 WORDS = "the time traveller and a man " * 20 + " ".join(f"rare{number}" for number in range(900))
 
@@ -66,8 +65,8 @@ def untrained_checkpoint(tmp_path: Path, dtype: torch.dtype = torch.float32, **f
 def test_sample_begins_with_prefix_as_typed_and_unknown_tokens_are_named_once(
     tmp_path: Path, flags: dict[str, str], prefix: str, unknown: str | None, length: int
 ) -> None:
-    flags = {**flags, "generate.prefix": prefix, "generate.length": length}
-    loaded = untrained_checkpoint(tmp_path, **flags)
+    more: dict[str, Any] = {**flags, "generate.prefix": prefix, "generate.length": length}
+    loaded = untrained_checkpoint(tmp_path, **more)
     text = generate_text(loaded, loaded.config)
     assert text.startswith(prefix)
     if not length:
@@ -163,7 +162,7 @@ def test_run_with_vocabulary_of_training_text_resumes_only_with_the_same_scope(t
 def test_check_search_warns_about_unknown_tokens_of_its_configuration(tmp_path: Path) -> None:
     flags = {"vocabulary.kind": "word", "vocabulary.size": 3, "generate.prefix": "the naïve time"}
     config = load_config(None, write_flags(tmp_path, WORDS, **flags))
-    search = SearchConfig(metric="perplexity", space={"optimizer.learning_rate": {"grid": [0.1, 1]}})
+    search = search_config(metric="perplexity", space={"optimizer.learning_rate": {"grid": [0.1, 1]}})
     stream = io.StringIO()
     check_search(config, search, Folder(str(tmp_path / "search")), Console(stream))
     lines = stream.getvalue().splitlines()

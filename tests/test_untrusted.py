@@ -82,10 +82,10 @@ def test_checkpoint_with_custom_cell_is_refused_unless_the_user_names_the_cell(
 ) -> None:
     checkpoint = max((evil_run / "checkpoints").iterdir())
     for target in (evil_run, checkpoint):
-        ended = assert_user_error(job(verb, target), f"model.cell = {EVIL}", f"add --model.cell {EVIL}")
+        assert_user_error(job(verb, target), f"model.cell = {EVIL}", f"add --model.cell {EVIL}")
         assert_user_error(job(verb, target, "--model.cell", "rnn"), f"this checkpoint's is {EVIL}")
         assert_user_error(job(verb, target, "--model.cell", "other:Cell"), f"this checkpoint's is {EVIL}")
-        assert not evil(), ended
+        assert not evil()
     ended = job(verb, evil_run, "--model.cell", EVIL)
     assert ended.status == 0, ended.err
     assert evil()
@@ -274,6 +274,6 @@ def test_generate_with_control_characters_in_the_vocabulary_escapes_them_on_a_te
     monkeypatch.setattr("sys.stdout", terminal)
     assert main([str(argument) for argument in arguments]) == 0
     terminal.flush()
-    shown = terminal.buffer.getvalue().decode()
+    shown = terminal.sent.getvalue().decode()
     assert "\x1b" not in shown
     assert shown.count("\\x1b") == piped.out.count("\x1b")

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 from chaos import CAN_MOUNT, MARK, ChaosRun, command_line, marked_processes, run_chaos
-from conftest import job, rows, start_job
+from conftest import Trace, job, not_none, rows, start_job
 from test_reference import assert_reproduces
 
 from job.cluster.ray_extensions import FreeResourceScalingPolicy, NodeAddressTorchConfig
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.cluster
     indirect=["trace"],
 )
 def test_train_on_workers_reproduces_reference_trace(
-    trace: str, workers: int, tmp_path: Path, on_cluster: None
+    trace: Trace, workers: int, tmp_path: Path, on_cluster: None
 ) -> None:
     ended = job("train", *trace.arguments, "--scale.workers", workers, "--run.storage", tmp_path, "--run.name", "run")
     assert ended.status == 0, ended.err
@@ -45,7 +45,7 @@ def test_train_on_workers_reproduces_reference_trace(
 
 @pytest.mark.long
 @pytest.mark.parametrize("trace", ["portable-gru"], indirect=True)
-def test_train_with_more_workers_than_cores_starts_cluster_and_reproduces_trace(trace: str, tmp_path: Path) -> None:
+def test_train_with_more_workers_than_cores_starts_cluster_and_reproduces_trace(trace: Trace, tmp_path: Path) -> None:
     flags = [*trace.arguments, "--run.storage", tmp_path, "--run.name", "run", "--scale.workers", 5]
     process = start_job("train", *flags, env={"RAY_ADDRESS": ""})
     out, err = process.communicate(timeout=180)
@@ -111,7 +111,7 @@ def test_scaling_policy_does_not_grow_onto_occupied_nodes(monkeypatch: pytest.Mo
     monkeypatch.setattr(policy, "_maybe_send_resource_request", lambda: None)
     monkeypatch.setattr(policy, "_get_reserved_resources", lambda: {"a": node, "b": node, "c": node})
 
-    def decide(free: list[dict[str, int]], running: int = 0) -> int | None:
+    def decide(free: list[dict[str, float]], running: int = 0) -> int | None:
         monkeypatch.setattr("job.cluster.ray_extensions.free_resources", lambda: free)
         if running:
             state = SimpleNamespace(num_workers=running, start_time=-1e9)
@@ -177,8 +177,8 @@ def test_own_cluster_is_closed_to_other_machines_and_users(prose: Path, tmp_path
     # 127.0.0.1, also in the notation of IPv6
     assert listening_addresses(processes) == {"0100007F", "0000000000000000FFFF00000100007F"}
     raylet = next(process for process in processes if "/raylet/raylet " in command_line(process))
-    (folder,) = (word for word in command_line(raylet).split() if word.startswith("--session_dir="))
-    session = Path(folder.partition("=")[2])
+    (option,) = (word for word in command_line(raylet).split() if word.startswith("--session_dir="))
+    session = Path(option.partition("=")[2])
     assert session.parents[1].stat().st_mode & 0o777 == 0o700
     environment = Path(f"/proc/{raylet}/environ").read_bytes().split(b"\0")
     (token,) = (word.partition(b"=")[2] for word in environment if word.startswith(b"RAY_AUTH_TOKEN="))
@@ -270,8 +270,7 @@ def test_announced_preemption_saves_checkpoint(prose: Path, tmp_path: Path) -> N
     """No other checkpoint is due for a thousand seconds or an epoch."""
     flags = train_flags(prose, tmp_path, "disturbed", "--model.cell", "lstm", "--train.checkpoint_every", "1000s")[1:]
     flags += ["--train.epochs", 4, "--stream.num_steps", 2, "--train.reproducible", "true", "--train.precision", "fp32"]
-    flags = [str(flag) for flag in flags]
-    run = ChaosRun(flags, tmp_path, "1", nodes=1)
+    run = ChaosRun([str(flag) for flag in flags], tmp_path, "1", nodes=1)
     try:
         run.start_driver()
         assert run.wait_for_step(50)
@@ -279,7 +278,7 @@ def test_announced_preemption_saves_checkpoint(prose: Path, tmp_path: Path) -> N
         run.announce_preemption(run.nodes[0].node_id, 15)
         while not list(run.run.glob("checkpoints/*/manifest.json")):
             assert time.monotonic() - started < 14, "nothing was saved before the deadline"
-            assert run.driver.poll() is None
+            assert not_none(run.driver).poll() is None
             time.sleep(0.05)
     finally:
         run.close()

@@ -9,6 +9,7 @@ import copy
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ SIZES = {
 def numbers(request: pytest.FixtureRequest) -> Iterator[Numbers]:
     """The precision that the test's parameter names, with float32 products of that kind on a GPU."""
     precision = PRECISIONS[request.param]
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.rnn)
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.rnn)
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = precision.float32_products
@@ -99,7 +100,8 @@ def plain_loss(model: LanguageModel, batch: Batch, dropout: Dropout | None, cell
         x_TBE = model.embedding(batch.inputs_TB)
     last_states: list[tuple[Tensor, ...]] = []
     if cell in NN_CELLS:
-        for layer, weights in enumerate(model.rnn.all_weights):
+        recurrent: Any = model.rnn
+        for layer, weights in enumerate(recurrent.all_weights):
             module = NN_CELLS[cell](x_TBE.shape[2], weights[1].shape[1]).double()
             if layer and dropout is not None:
                 x_TBE = dropout(x_TBE, layer)

@@ -1,5 +1,6 @@
 """Runs on a GPU: reference traces, resuming, CUDA graphs, several workers, memory. On the CPU where there is none."""
 
+import multiprocessing
 import socket
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 import torch.distributed as dist
 from conftest import Trace, job, result, rows
 from test_reference import PORTABLE, assert_reproduces
-from torch import multiprocessing
+from torch.multiprocessing.spawn import spawn
 
 from job.config.schema import Config, ModelConfig, OptimizerConfig, StreamConfig, TrainConfig
 from job.data.dataset import Dataset
@@ -122,7 +123,7 @@ def free_port() -> int:
 def test_two_workers_that_share_a_device_equal_one(device: torch.device) -> None:
     """Bit for bit with ``train.reproducible``; else up to the order of sums."""
     results = multiprocessing.get_context("spawn").SimpleQueue()
-    context = multiprocessing.spawn(train_as_worker, (free_port(), device, results), nprocs=2, join=False)
+    context = spawn(train_as_worker, (free_port(), device, results), nprocs=2, join=False)
     (bits, bit_weights), (fast, _) = results.get()
     while not context.join():
         pass
