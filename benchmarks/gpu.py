@@ -1,116 +1,298 @@
-"""A training step on a GPU, with and without a CUDA graph, against plain ``nn`` modules under autocast.
+"""Training steps on a GPU, with and without a CUDA graph, against plain ``nn`` modules.
 
-    python -m benchmarks.gpu [--rounds N] [--device cpu]
+    make bench-gpu        (or: python -m benchmarks.gpu [--seconds N] [--json FILE] [--device cpu] [--quick])
 
-The plain step has one-hot input and bf16 autocast and, like ours, reads its loss at each step. The peak is
-measured with a large bf16 matrix product. With ``--device cpu`` there is no graph; use it to check the program.
+All variants start from the same weights and read the same windows, including their transfer to the GPU and the loss
+that each step returns. Their first losses are compared before anything is timed. They take turns, in alternating
+order; ratios are of neighbouring turns, with a bootstrap interval of their median. Without ``--device cpu``, which
+only checks the program, a variant that fails is reported and the others are measured.
 """
 
 import argparse
+import gc
+import json
 import os
+import random
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
+import numpy as np
 import torch
+from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import measure
+from benchmarks.gpu_device import device_facts, versions
+from benchmarks.gpu_report import OURS, RIVAL, benchmarks_section, write_file
 from benchmarks.loops import ONE_WORKER, Shapes, our_steps
+from benchmarks.peak import product_peak, synchronize
 from benchmarks.plain import PlainModel
+from job.config.schema import ModelConfig
+from job.nn.language_model import build_model
 from job.training.cuda_graph import GRAPH_ENV_VAR
 
-SIZES = {
-    "seed's": (32, 40, 256, 28),
-    "larger": (64, 64, 512, 256),
-    "1024 units": (128, 64, 1024, 256),
-    "4096 units": (128, 64, 4096, 256),
-}
+CELLS = ("lstm", "gru", "rnn")
+MARKED = [("rnn", 256, 32), ("gru", 256, 32), ("lstm", 256, 32), ("lstm", 4096, 512)]
+SEED_STEPS, SEED_TOKENS, STEPS, TOKENS = 40, 28, 64, 128
+UNITS, LANES = (1024, 4096, 2048, 256), (128, 512, 32)
+MARKED_ROUNDS, ROUNDS, BLOCK_SECONDS = 15, 5, 0.1
+COMPARED_STEPS, PROFILED_STEPS = 20, 5  # the first steps also warm up and capture the graph
+TOLERANCES = {"fp32": 1e-4, "half": 1e-2}  # of a mean loss, relative to fp32's
+AUTOCAST, PLAIN_BF16, REFERENCE, EAGER = "plain autocast", "plain bf16", "plain fp32", "ours, eager"
+DTYPES = {AUTOCAST: torch.float32, RIVAL: torch.float16, PLAIN_BF16: torch.bfloat16, REFERENCE: torch.float32}
 
 
-def plain_steps(shapes: Shapes, device: torch.device) -> Iterator[object]:
-    """The d2l book's loop with cuDNN under autocast and a fused optimizer."""
-    model, stream = PlainModel(shapes.cell, shapes.tokens, shapes.units).to(device), shapes.stream()
-    updates = torch.optim.SGD(model.parameters(), 0.1, fused=True)
-    state, windows = None, stream.partition(0).num_windows
+class SkewedShapes(Shapes):
+    """Sizes with a text in which some tokens are more frequent, so that the loss falls from the first step on."""
+
+    def text(self, num_workers: int = 1) -> np.ndarray:
+        size = (3, 200 * self.lanes * self.steps * num_workers)
+        return np.random.default_rng(0).integers(0, self.tokens, size).min(0).astype(np.uint8)
+
+
+@dataclass
+class Variant:
+    """Endless training steps that yield their mean loss in nats, and what is known about them."""
+
+    losses: Iterator[float]
+    facts: dict[str, Any]
+    block: int = 1  # steps per turn
+
+
+def plain_losses(model: PlainModel, shapes: Shapes, device: torch.device, autocast: bool) -> Iterator[float]:
+    """The d2l book's loop with a fused optimizer."""
+    optimizer, stream = torch.optim.SGD(model.parameters(), 0.1, fused=device.type == "cuda"), shapes.stream()
     while True:
-        for index in range(windows):
+        state = None
+        for index in range(stream.partition(0).num_windows):
             inputs, targets = (part.to(device) for part in stream.read_window(0, index, range(shapes.lanes)))
             if state is not None:
                 state = state.detach() if isinstance(state, torch.Tensor) else tuple(part.detach() for part in state)
-            with torch.autocast(device.type, torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
                 logits, state = model(inputs, state)
             loss = F.cross_entropy(logits.float(), targets.reshape(-1))
-            updates.zero_grad()
+            optimizer.zero_grad()
             loss.backward()
-            updates.step()
+            optimizer.step()
             yield loss.item()
 
 
-def graph_or_eager_steps(shapes: Shapes, device: torch.device, use_graph: bool) -> Iterator[object]:
-    with mock.patch.dict(os.environ, {} if use_graph else {GRAPH_ENV_VAR: "off"}):
-        return our_steps(shapes, "bf16", replace(ONE_WORKER, device=device))
+def plain_variant(name: str, shapes: Shapes, device: torch.device) -> Variant:
+    """Plain modules with our initial weights."""
+    model = PlainModel(shapes.cell, shapes.tokens, shapes.units)
+    model.load_state_dict(
+        build_model(ModelConfig(cell=shapes.cell, hidden_size=shapes.units), shapes.tokens, 0).state_dict()
+    )
+    model = model.to(device, DTYPES[name])
+    storages = {weight.untyped_storage().data_ptr() for weight in model.rnn.parameters()}
+    facts = {"packed": len(storages) == 1} if device.type == "cuda" and name != AUTOCAST else {}
+    return Variant(plain_losses(model, shapes, device, name == AUTOCAST), facts)
 
 
-def seconds(run: Callable[[], object], times: int, device: torch.device) -> float:
-    """Mean seconds of a run, with the device idle before and after."""
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    wait()
+def our_variant(name: str, shapes: Shapes, device: torch.device) -> Variant:
+    """This program's training loop in bf16."""
+    with mock.patch.dict(os.environ, {} if name == OURS else {GRAPH_ENV_VAR: "off"}):
+        steps = our_steps(shapes, "bf16", replace(ONE_WORKER, device=device))
+    tokens = shapes.lanes * shapes.steps
+    return Variant((result.stats.nats / tokens for result in steps), {})  # type: ignore[attr-defined]
+
+
+def variant_names(device: torch.device) -> list[str]:
+    return [RIVAL, PLAIN_BF16, AUTOCAST, EAGER, OURS] if device.type == "cuda" else [REFERENCE, PLAIN_BF16, EAGER]
+
+
+def prepare(name: str, shapes: Shapes, device: torch.device, reference: list[float]) -> Variant:
+    """Builds a variant, takes its first steps, and measures their losses and memory."""
+    on_gpu, before = device.type == "cuda", 0
+    if on_gpu:
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        reserved_before = torch.cuda.memory_reserved()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        variant = (our_variant if name in (EAGER, OURS) else plain_variant)(name, shapes, device)
+        losses = [next(variant.losses) for _ in range(COMPARED_STEPS)]
+    difference = max(abs(a - b) / b for a, b in zip(losses, reference, strict=True)) if reference else 0.0
+    tolerance = TOLERANCES["fp32" if name == REFERENCE else "half"]
+    variant.facts |= {"losses": losses, "loss_difference": difference, "agrees": difference <= tolerance}
+    if messages := sorted({str(warning.message) for warning in caught}):
+        variant.facts["warnings"] = messages
+    if on_gpu:
+        variant.facts["allocated_bytes"] = torch.cuda.max_memory_allocated() - before
+        variant.facts["reserved_bytes"] = torch.cuda.max_memory_reserved() - reserved_before
+    variant.block = max(2, min(200, round(BLOCK_SECONDS / seconds_per_step(variant, 2, device))))
+    return variant
+
+
+def seconds_per_step(variant: Variant, steps: int, device: torch.device) -> float:
+    """Mean seconds of some steps, with the device idle before and after."""
+    synchronize(device)
     start = time.perf_counter()
-    for _ in range(times):
-        run()
-    wait()
-    return (time.perf_counter() - start) / times
+    for _ in range(steps):
+        next(variant.losses)
+    synchronize(device)
+    return (time.perf_counter() - start) / steps
 
 
-def peak(device: torch.device) -> float:
-    """FLOP/s of a large bf16 matrix product: the best of five tries."""
-    side = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(side, side, dtype=torch.bfloat16, device=device) for _ in range(2))
-    return max(2 * side**3 / seconds(lambda: a @ b, 10, device) for _ in range(5))
+def kernel_seconds(variant: Variant) -> float | None:
+    """The sum of the durations of all kernels and copies of a step on the GPU, None if it cannot be measured."""
+    try:
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            for _ in range(PROFILED_STEPS):
+                next(variant.losses)
+            torch.cuda.synchronize()
+        events = [event for event in profiler.key_averages() if event.device_type == DeviceType.CUDA]
+    except RuntimeError:  # of the profiler's library
+        return None
+    total = sum(event.self_device_time_total for event in events if not event.is_user_annotation)
+    return total / 1e6 / PROFILED_STEPS or None
 
 
-def row(shapes: Shapes, rounds: int, device: torch.device, limit: float) -> None:
-    """Measures one cell at one size: all variants take turns."""
-    runs = {
-        "plain, autocast": plain_steps(shapes, device),
-        "ours, eager": graph_or_eager_steps(shapes, device, False),
-        "ours, CUDA graph": graph_or_eager_steps(shapes, device, True),
+def interval(pairs: list[float]) -> dict[str, float]:
+    """The median of ratios, and the middle 95 % of its bootstrap distribution."""
+    random_numbers = random.Random(0)
+    medians = sorted(statistics.median(random_numbers.choices(pairs, k=len(pairs))) for _ in range(1000))
+    return {"median": statistics.median(pairs), "low": medians[25], "high": medians[974]}
+
+
+def take_turns(variants: dict[str, Variant], rounds: int, device: torch.device) -> dict[str, list[float]]:
+    """Seconds per step of each variant and round; the order alternates."""
+    results: dict[str, list[float]] = {name: [] for name in variants}
+    for number in range(rounds):
+        for name in list(variants)[:: -1 if number % 2 else 1]:
+            results[name].append(seconds_per_step(variants[name], variants[name].block, device))
+    return results
+
+
+def guarded(facts: dict[str, Any], action: Callable[[], Any]) -> Any:
+    """The result of the action; None, and the error in the facts, if the GPU's memory or torch does not allow it."""
+    try:
+        return action()
+    except (RuntimeError, NotImplementedError) as error:  # torch.OutOfMemoryError is one
+        facts["error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        return None
+
+
+def measure_case(shapes: Shapes, rounds: int, device: torch.device, peak: dict[str, float]) -> dict[str, Any]:
+    """Measures one cell at one size."""
+    facts: dict[str, dict[str, Any]] = {name: {} for name in variant_names(device)}
+    reference = guarded({}, partial(reference_losses, shapes, device)) or []
+    variants = {}
+    for name, own_facts in facts.items():
+        if variant := guarded(own_facts, partial(prepare, name, shapes, device, reference)):
+            own_facts.update(variant.facts)
+            variants[name] = variant
+    seconds = take_turns(variants, rounds, device)
+    for name, values in seconds.items():
+        median = statistics.median(values)
+        limit = peak.get("fp16" if name in (RIVAL, AUTOCAST) else "bf16", peak["bf16"])
+        facts[name] |= {
+            "ms": median * 1e3,
+            "tokens_per_second": shapes.lanes * shapes.steps / median,
+            "share": shapes.operations / median / limit,
+            "rounds_ms": [value * 1e3 for value in values],
+        }
+        if device.type == "cuda" and (kernels := kernel_seconds(variants[name])):
+            facts[name] |= {"kernel_ms": kernels * 1e3, "loop_over_kernels": median / kernels}
+    ours = seconds.get(OURS if device.type == "cuda" else EAGER, [])
+    ratios = {
+        name: interval([a / b for a, b in zip(values, ours, strict=True)])
+        for name, values in seconds.items()
+        if name.startswith("plain") and ours
     }
-    times = 50 if device.type == "cuda" else 2
-    results: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds + 1):
-        for name, run in runs.items():
-            elapsed = seconds(lambda run=run: next(run), times, device)  # type: ignore[misc]
-            if number:  # the first round warms up and captures the graph
-                results[name].append(elapsed)
-    for name, values in results.items():
-        elapsed = statistics.median(values)
-        speed, share = shapes.lanes * shapes.steps / elapsed, shapes.operations / elapsed / limit
-        ratio = measure.ratios(results["plain, autocast"], values)
-        print(f"  {name:<18}{elapsed * 1e3:9.3f} ms {speed:12,.0f} tokens/s {share:7.1%}   {ratio}", flush=True)
+    return {"variants": facts, "ratios": ratios}
+
+
+def reference_losses(shapes: Shapes, device: torch.device) -> list[float]:
+    """The first losses of plain modules in float32."""
+    variant = plain_variant(REFERENCE, shapes, device)
+    return [next(variant.losses) for _ in range(COMPARED_STEPS)]
+
+
+def all_cases(quick: bool) -> list[tuple[str, int, int]]:
+    """Cell, hidden units and lanes, the most important first."""
+    if quick:
+        return [("rnn", 32, 4), ("lstm", 64, 8)]
+    rest = [(cell, units, lanes) for lanes in LANES for units in UNITS for cell in CELLS]
+    return MARKED + [case for case in rest if case not in MARKED]
+
+
+def case_shapes(cell: str, units: int, lanes: int, quick: bool) -> Shapes:
+    if quick:
+        return SkewedShapes(cell, lanes, 10, units, SEED_TOKENS)
+    is_seed = (units, lanes) == (256, 32)
+    return SkewedShapes(cell, lanes, SEED_STEPS if is_seed else STEPS, units, SEED_TOKENS if is_seed else TOKENS)
+
+
+def complete_run(device: torch.device, steps: int) -> dict[str, Any]:
+    """The ``train`` command with the seed's sizes and an LSTM: the time of a step with everything that a run does."""
+    with tempfile.TemporaryDirectory() as storage:
+        command = [sys.executable, "-m", "job", "train", "configs/seed.toml", "--corpus.source", "embedded"]
+        command += ["--model.cell", "lstm", "--train.max_steps", str(steps), "--train.log_every", str(steps // 10)]
+        command += ["--scale.accelerator", "gpu" if device.type == "cuda" else "cpu", "--scale.workers", "0"]
+        subprocess.run([*command, "--run.storage", storage, "--run.name", "run"], check=True, stdout=subprocess.DEVNULL)
+        lines = (Path(storage) / "run" / "metrics.jsonl").read_text().splitlines()
+    rows = [row for row in map(json.loads, lines) if row["split"] == "train"]
+    speeds = [row["tokens_per_second"] for row in rows[len(rows) // 2 :]]
+    return {"cell": "lstm", "steps": steps, "tokens_per_second": statistics.median(speeds)}
+
+
+def run(device: torch.device, quick: bool, seconds: float, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Measures as many cases as there is time for; saves the results after each."""
+    deadline = time.monotonic() + seconds
+    sides = {"cuda": 8192, "cpu": 512 if quick else 2048}
+    names = {"bf16": torch.bfloat16} | ({"fp16": torch.float16} if device.type == "cuda" else {})
+    peak = {name: product_peak(device, dtype, sides[device.type]) for name, dtype in names.items()}
+    results: dict[str, Any] = {"peak": peak, "cases": [], "not_measured": []}
+    for case in all_cases(quick):
+        name = "{} of {} units, batch {}".format(*case)
+        if time.monotonic() > deadline:
+            results["not_measured"].append(name)
+            continue
+        shapes, rounds = case_shapes(*case, quick), 2 if quick else MARKED_ROUNDS if case in MARKED else ROUNDS
+        sizes = dict(zip(("cell", "units", "lanes"), case, strict=True)) | {
+            "steps": shapes.steps,
+            "tokens": shapes.tokens,
+        }
+        results["cases"].append({"name": name, **sizes, **measure_case(shapes, rounds, device, peak)})
+        if case == MARKED[-1] or quick:
+            results["complete_run"] = complete_run(device, 20 if quick else 3000)
+        save(results)
+    return results
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--sizes", nargs="+", default=list(SIZES), choices=list(SIZES))
-    parser.add_argument("--cells", nargs="+", default=["rnn", "gru", "lstm"])
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
+    parser.add_argument("--quick", action="store_true", help="small sizes, which only check the program")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no further case after this time")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the results here")
     args = parser.parse_args()
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        parser.error("torch finds no GPU on this machine; use --device cpu to check the program")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else measure.machine()
-    limit = peak(device)
-    print(f"{name}, torch {torch.__version__}; {limit / 1e12:.1f} TFLOP/s in a large bf16 product")
-    print("per step: ms, tokens per second, share of the peak, speed-up over plain: median (range)")
-    for size in args.sizes:
-        for cell in args.cells:
-            print(f"{size} {cell}", flush=True)
-            row(Shapes(cell, *SIZES[size]), args.rounds, device, limit)
+        sys.exit("error: torch finds no GPU on this machine; --device cpu checks the program")
+    described = {"device": device_facts(device), "versions": versions()}
+
+    def save(results: dict[str, Any]) -> None:
+        if args.json:
+            write_file(args.json, json.dumps(described | results, indent=1))
+
+    results = run(device, args.quick, args.seconds, save)
+    save(results)
+    print(", ".join(f"{name} {value}" for facts in described.values() for name, value in facts.items() if value))
+    print(benchmarks_section(results))
 
 
 if __name__ == "__main__":

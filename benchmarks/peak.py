@@ -1,4 +1,4 @@
-"""Measured limits of one core."""
+"""Measured limits of one core, and of a GPU."""
 
 import ctypes
 import subprocess
@@ -40,6 +40,26 @@ def limits() -> Limits:
             _best(library.multiply_bf16, iterations),
             _best(library.copy, *copied),
         )
+
+
+def product_peak(device: torch.device, dtype: torch.dtype, side: int) -> float:
+    """FLOP/s of a large matrix product of random numbers on a device: the best of five tries."""
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    best = 0.0
+    for _ in range(6):  # the first warms up
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(10):
+            a @ b
+        synchronize(device)
+        best = max(best, 10 * 2 * side**3 / (time.perf_counter() - start))
+    return best
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until the device is idle."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _best(function, *arguments) -> float:  # type: ignore[no-untyped-def]

@@ -20,7 +20,7 @@ class PlainModel(nn.Module):
         self.vocabulary_size = vocabulary_size
 
     def forward(self, tokens: torch.Tensor, state):  # type: ignore[no-untyped-def]
-        inputs = F.one_hot(tokens, self.vocabulary_size).float()
+        inputs = F.one_hot(tokens, self.vocabulary_size).to(self.linear.weight.dtype)
         hidden, state = self.rnn(inputs, state)
         return self.linear(hidden.reshape(-1, hidden.shape[-1])), state
 
