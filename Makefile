@@ -4,7 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help setup train tune test test-gpu test-long test-quick storm lint bench bench-speed bench-gpu bench-survival bench-tuning clean
+.PHONY: help setup train tune test test-gpu test-long test-quick storm lint reference bench bench-speed bench-gpu \
+        bench-survival bench-tuning clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -38,11 +39,14 @@ storm: setup  ## the chaos test: twelve faults and a slow object store, the same
 	$(RUN) tests/chaos.py $(STORM)
 
 lint: setup  ## formatter, linter, type checker, spelling and replaced words, as CI runs them
-	$(RUN) -m ruff format --check job tests benchmarks .ci
-	$(RUN) -m ruff check job tests benchmarks .ci
-	$(RUN) -m mypy job benchmarks tests
+	$(RUN) -m ruff format --check job tests benchmarks scripts .ci
+	$(RUN) -m ruff check job tests benchmarks scripts .ci
+	$(RUN) -m mypy job benchmarks tests scripts
 	$(VENV)/bin/codespell
 	$(RUN) .ci/words.py
+
+reference: setup  ## write configs/schema.json and docs/configuration.md from the declarations of the fields
+	$(RUN) -m scripts.generate_reference
 
 bench: setup  ## overhead of the job on one and two workers over a plain training loop
 	$(RUN) -m benchmarks.overhead

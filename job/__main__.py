@@ -1,4 +1,4 @@
-"""The command line: ``python -m job VERB [CONFIG.toml | RUN] [--section.field VALUE …]``."""
+"""The command line: ``python -m job VERB [CONFIG.toml | RUN] [--section.field VALUE …]``, or ``lanes VERB …``."""
 
 import io
 import os
@@ -10,13 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from job.config.field import ConfigField
 from job.config.schema import SECTIONS, Config, ModelConfig, RunConfig
 from job.config.section import unknown_name
 from job.config.toml import FILE_SECTIONS, ConfigValues, check_field, override_config, parse_flags
-from job.console import NO_BREAK, Console, escape_controls, format_json
+from job.console import NO_BREAK, Console, escape_controls, format_json, program
 from job.errors import RunFailed, UserError, error_origin
 from job.paths import check_no_credentials, expand_path, mask_credentials
 
@@ -242,19 +242,19 @@ def _check_flag(verb_name: str, name: str) -> None:
 
 def _format_help() -> str:
     verbs = {name: str(verb.run.__doc__) for name, verb in VERBS.items()}
-    return f"""usage: python -m job VERB [CONFIG.toml | RUN] [--section.field VALUE …]
+    return f"""usage: {program()} VERB [CONFIG.toml | RUN] [--section.field VALUE …]
 
 Train recurrent language models on Ray.
 
 {_format_table(verbs, max(map(len, VERBS)))}
 
 Flags override the configuration file, and the file overrides the defaults.
-Show the flags of a verb: python -m job VERB --help"""
+Show the flags of a verb: {program()} VERB --help"""
 
 
 def _format_verb_help(verb_name: str) -> str:
     verb = VERBS[verb_name]
-    usage = f"usage: python -m job {verb_name} {verb.arguments}{' [--section.field VALUE …]' * bool(verb.fields)}"
+    usage = f"usage: {program()} {verb_name} {verb.arguments}{' [--section.field VALUE …]' * bool(verb.fields)}"
     tables: dict[str, dict[str, str]] = {}
     for section_name, section in FILE_SECTIONS.items():
         fields = {name: option for name, option in section.config_fields().items() if verb.accepts(name)}
@@ -327,7 +327,12 @@ def command() -> int:
         return 2 if isinstance(error, UserError) else 1
 
 
-if __name__ == "__main__":
-    STATUS = command()
+def run_and_exit() -> NoReturn:
+    """Runs the command line of this process, as ``python -m job`` and the installed script ``lanes`` do."""
+    status = command()
     # A normal exit would join Ray's threads, which may be waiting for a cluster that is gone.
-    os._exit(STATUS)
+    os._exit(status)
+
+
+if __name__ == "__main__":
+    run_and_exit()

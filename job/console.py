@@ -142,8 +142,15 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minutes:02d}:{seconds_left:02d}" if hours else f"{minutes}:{seconds_left:02d}"
 
 
-def python_command() -> str:
-    """Returns the command that starts this Python, relative to the working directory if it is below it."""
+def program() -> str:
+    """Returns the name by which this process was started: ``python -m job``, or ``lanes``, the installed script."""
+    return "lanes" if Path(sys.argv[0]).name == "lanes" else "python -m job"
+
+
+def program_command() -> str:
+    """Returns ``program()`` with the path of its file, relative to the working directory if it is below it."""
+    name, *arguments = program().split()
     with contextlib.suppress(ValueError, OSError):
-        return shlex.quote(str(Path(sys.executable).relative_to(Path.cwd())))
-    return "python"
+        file = Path(sys.argv[0] if name == "lanes" else sys.executable).absolute()
+        name = shlex.quote(str(file.relative_to(Path.cwd())))
+    return " ".join([name, *arguments])

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import tomllib
 import venv
 import zipfile
 from pathlib import Path
@@ -34,19 +35,32 @@ def run(*command: object, **options: Any) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A wheel built from a copy of the tree, so that no build folder of the checkout takes part."""
+    """A wheel, built from the source distribution of a copy of the tree: no build folder of the checkout takes part."""
     folder = tmp_path_factory.mktemp("wheel")
     shutil.copytree(ROOT / "job", folder / "tree" / "job", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder / "tree")
-    run(*PIP, "wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", folder, folder / "tree")
+    # What pip does to build a source distribution, which it has no command for.
+    build = "import sys, setuptools.build_meta; setuptools.build_meta.build_sdist(sys.argv[1])"
+    run(sys.executable, "-c", build, folder, cwd=folder / "tree")
+    (source,) = folder.glob("*.tar.gz")
+    run(*PIP, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", folder, source)
     return next(folder.glob("*.whl"))
 
 
 def test_wheel_contains_all_files_of_package(wheel: Path) -> None:
+    """The marker of a typed package and the C sources, too. Its metadata are those of pyproject.toml."""
     with zipfile.ZipFile(wheel) as archive:
-        names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    assert names == PACKAGE_FILES
+        names = set(archive.namelist())
+        (folder,) = {name.partition("/")[0] for name in names if ".dist-info/" in name}
+        entry_points = archive.read(f"{folder}/entry_points.txt").decode()
+        metadata = archive.read(f"{folder}/METADATA").decode()
+    assert {name for name in names if ".dist-info/" not in name} == PACKAGE_FILES
+    assert "job/py.typed" in PACKAGE_FILES
+    assert f"{folder}/licenses/LICENSE" in names
+    assert "lanes = job.__main__:run_and_exit" in entry_points
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert f"\nVersion: {project['version']}\n" in metadata
 
 
 @pytest.mark.skipif(load_library() is None, reason="no kernel on this machine")
@@ -62,10 +76,16 @@ def test_installed_wheel_trains_with_compiled_kernel(wheel: Path, prose: Path, t
     (site_packages / "dependencies.pth").write_text(sysconfig.get_path("purelib"))
     location = run(python, "-c", "import job; print(job.__file__)", cwd=tmp_path, env=env)
     assert Path(location.strip()).is_relative_to(environment)
+    script = environment / "bin" / "lanes"
     arguments = ["--corpus.source", prose, "--corpus.max_tokens", 3000, "--train.epochs", 1, "--scale.workers", 0]
-    out = run(python, "-m", "job", "train", *arguments, "--generate.prefix", "the", cwd=tmp_path, env=env)
+    out = run(script, "train", *arguments, "--generate.prefix", "the", cwd=tmp_path, env=env)
     assert "1 worker on cpu" in out
     assert "without the compiled kernel" not in out
+    assert "environment/bin/lanes generate runs/run-1" in " ".join(out.split())
+    assert run(script, "--help", cwd=tmp_path, env=env).startswith("usage: lanes VERB ")
+    assert run(python, "-m", "job", "--help", cwd=tmp_path, env=env).startswith("usage: python -m job VERB ")
+    failed = subprocess.run([script, "evaluate", "runs/run-2"], capture_output=True, text=True, env=env, check=False)
+    assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)
 
 
 # --- ray job submit -------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from conftest import Ended, job, result
 from job.config.config_file import load_config, load_search_config
 from job.config.schema import Config, CorpusConfig, ModelConfig, RunConfig
 from job.config.toml import config_from_toml, config_to_toml, search_config_from_toml
-from job.console import python_command
+from job.console import program_command
 from job.data.corpus import read_corpus
 from job.errors import UserError
 from job.paths import expand_path, is_uri
@@ -244,7 +244,9 @@ def test_prefix_may_contain_anything() -> None:
 def test_printed_commands_are_quoted_for_the_shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.executable", str(tmp_path / name / "python"))
-    assert shlex.split(python_command()) == [f"{name}/python"]
+    assert shlex.split(program_command()) == [f"{name}/python", "-m", "job"]
+    monkeypatch.setattr("sys.argv", [str(tmp_path / name / "lanes"), "train"])
+    assert shlex.split(program_command()) == [f"{name}/lanes"]
     (tmp_path / name).mkdir()
     (path,) = shlex.split(Folder.resolve(name).shell_quoted)
     assert Folder.resolve(expand_path(path)) == Folder(str(tmp_path / name))

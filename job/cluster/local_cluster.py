@@ -15,6 +15,7 @@ from pathlib import Path
 import ray
 
 from job.cluster.ray_extensions import LOOPBACK, ended_processes, shutdown, start_private_cluster
+from job.console import program
 from job.errors import RunFailed, UserError
 
 START_ATTEMPTS, RETRY_DELAY_S, CONNECT_TIMEOUT_S = 3, 2.0, 5.0
@@ -56,7 +57,7 @@ def _start_with_retries(num_cpus: int, folder: str) -> None:
             if attempt == START_ATTEMPTS:
                 raise UserError(
                     f"Ray cannot start on this machine: {type(error).__name__}: {' '.join(str(error).split())}",
-                    "end other processes or raise the limits of ulimit -a; python -m job doctor checks what Ray needs",
+                    f"end other processes or raise the limits of ulimit -a; {program()} doctor checks what Ray needs",
                 ) from None
             time.sleep(RETRY_DELAY_S)
 

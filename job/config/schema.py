@@ -148,7 +148,7 @@ class ScaleConfig(Section, on_resume=FREE):
     accelerator_type: str = config_field(
         "", "GPU that workers need", pattern=_NAME, form="a name that Ray gives it, such as A100, H100 or T4"
     )
-    cpus_per_worker: int = config_field(0, "of each worker; 0: a share of this machine, 1 on a cluster", "cores", ge=0)
+    cpus_per_worker: int = config_field(0, "cores per worker; 0: share of this machine, 1 on a cluster", "cores", ge=0)
     placement: str = choice_field("nodes on which workers are placed", pack="few", spread="many")
     hang_timeout: float = config_field(
         60.0, "until a hung worker is replaced, and between elastic resizes", "seconds", ge=1e-3, le=10**9

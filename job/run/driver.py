@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from job.config.schema import BUILTIN_CELLS, Config
 from job.config.toml import config_to_toml
-from job.console import Console, format_duration, python_command
+from job.console import Console, format_duration, program_command
 from job.data.vocabulary import format_unknown_share
 from job.errors import RunFailed, UserError
 from job.inference.generate import generate_text
@@ -228,7 +228,7 @@ def _describe_last_checkpoint(folder: Folder, cell: str, verify: bool = False) -
 def _generate_command(folder: Folder, cell: str) -> str:
     """Returns the command that continues a text with a run's model; a custom cell must be named again."""
     cell_flag = "" if cell in BUILTIN_CELLS else f" --model.cell {cell}"
-    return f"{python_command()} -m job generate {folder.shell_quoted}{cell_flag}"
+    return f"{program_command()} generate {folder.shell_quoted}{cell_flag}"
 
 
 def print_result(outcome: RunOutcome, console: Console) -> None:

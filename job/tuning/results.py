@@ -16,7 +16,7 @@ from tensorboardX.summary import hparams, scalar
 
 from job.config.field import format_value
 from job.config.toml import config_to_toml
-from job.console import Console, python_command
+from job.console import Console, program_command
 from job.errors import RunFailed
 from job.inference.generate import generate_text
 from job.run.run_dir import open_checkpoint
@@ -128,5 +128,5 @@ def print_results(trials: Trials, console: Console) -> None:
     files = (("best", BEST_FILE), ("curves", CURVES_FILE), ("space", SPACE_FILE), ("results", PARQUET_FILE))
     lines += [f"{name:<11}{folder / file}" for name, file in files]
     lines.append(f"{'checkpoint':<11}{checkpoint.path}")
-    lines.append(f"{'train':<11}{python_command()} -m job train {(folder / BEST_FILE).shell_quoted}")
+    lines.append(f"{'train':<11}{program_command()} train {(folder / BEST_FILE).shell_quoted}")
     console.print("\n".join(lines), wrap=False)
