@@ -1,9 +1,21 @@
-"""Recurrent language models, trained on Ray."""
+"""Recurrent language models, trained on Ray: ``job.train`` and ``job.load`` in Python, ``python -m job`` in a shell.
+
+Importing it sets environment variables that torch reads when it is imported, and loads nothing else.
+"""
 
 import contextlib
+import importlib
 import os
+from typing import TYPE_CHECKING, Any
 
 from job.paths import cache_folder
+
+if TYPE_CHECKING:
+    from job.api import Run, load, train
+    from job.config.schema import Config
+    from job.errors import RunFailed, UserError
+
+__all__ = ["Config", "Run", "RunFailed", "UserError", "load", "train"]
 
 # Both variables are read when torch is imported. By default idle OpenMP threads spin for some milliseconds, which
 # is as long as a whole step of configs/seed.toml, on cores that other threads need. Two threads make that
@@ -23,3 +35,18 @@ if not all(os.access(folder, os.W_OK | os.X_OK) for folder in (_home, *_folders)
             os.environ.setdefault(_name, str(cache_folder() / _name.lower()))
         if _home == "~":
             os.environ["HOME"] = str(cache_folder())
+
+_MODULES = {"Config": "job.config.schema", "RunFailed": "job.errors", "UserError": "job.errors"}
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a name of the API when it is first used (PEP 562)."""
+    if name == "__version__":
+        return importlib.import_module("importlib.metadata").version("lanes")
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_MODULES.get(name, "job.api")), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

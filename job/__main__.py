@@ -32,21 +32,12 @@ class CommandLine:
 
 def _train(line: CommandLine) -> int:
     """Train a model, or resume a run."""
+    from job.api import select_launcher
     from job.config.config_file import load_config
-    from job.run.driver import Launcher, print_result, run_training
+    from job.run.driver import print_result, run_training
 
-    config = load_config(line.target, line.flags)
-    launcher: Launcher
-    if config.scale.max_workers:
-        from job.cluster.launcher import RayLauncher
-
-        launcher = RayLauncher()
-    else:
-        from job.run.local_launcher import LocalLauncher
-
-        launcher = LocalLauncher()
-    console = Console()
-    outcome = run_training(config, Path(line.target or "run").stem, console, launcher)
+    config, console = load_config(line.target, line.flags), Console()
+    outcome = run_training(config, Path(line.target or "run").stem, console, select_launcher(config))
     if outcome.result:
         print_result(outcome, console)
     return outcome.exit_code

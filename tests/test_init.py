@@ -101,7 +101,7 @@ def test_build_run_spec_init_of_other_token_ids_gives_the_same_losses(
     assert spec.dataset.vocabulary.tokens != first.vocabulary.tokens
     torch.testing.assert_close(
         loss_by_text(model_of(spec), spec.dataset.vocabulary, new_text),
-        loss_by_text(load_model(first, spec.config.model.cell), first.vocabulary, new_text),
+        loss_by_text(load_model(first, spec.config.model), first.vocabulary, new_text),
     )
 
 

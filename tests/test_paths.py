@@ -3,6 +3,7 @@
 import os
 import shlex
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -34,7 +35,7 @@ NAMES = [
 ]
 
 
-def read(source: Path | str) -> list[str] | list[bytes]:
+def read(source: Path | str) -> Any:
     return read_corpus(load_config(None, {"corpus.source": str(source)}).corpus, "char").lines
 
 

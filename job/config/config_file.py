@@ -26,14 +26,18 @@ def load_search_config(path: str | None, flags: Mapping[str, str]) -> tuple[Conf
     Raises:
         UserError: if the file cannot be read, or a field or value is invalid
     """
+    return build_config(path, parse_flags(flags), "command line")
+
+
+def build_config(path: str | None, overrides: ConfigValues, origin: str) -> tuple[Config, SearchConfig]:
+    """Returns the configuration and the search of a file, overridden by values whose origin messages name."""
     values: ConfigValues = {}
     if path is not None:
         text = _read_text(path)
         with error_origin(path):
             values = expand_paths(parse_config(text))
             build_sections(values)
-    overrides = parse_flags(flags)
-    with error_origin("command line"):
+    with error_origin(origin):
         sections, search = build_sections(values | overrides)
     return Config(*sections), search
 

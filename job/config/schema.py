@@ -1,7 +1,7 @@
 """The sections and fields of the configuration."""
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from job.config.field import FREE, choice_field, config_field, format_value
@@ -76,6 +76,7 @@ class ModelConfig(Section):
         "rnn", "recurrent cell", pattern=rf"{'|'.join(BUILTIN_CELLS)}|[\w.]+:\w+",
         form=f"one of {', '.join(BUILTIN_CELLS)}, or package.module:Class",
     )  # fmt: skip
+    cell_class: Any = field(default=None, compare=False, repr=False)  # what ``cell`` names; None: import it
     hidden_size: int = config_field(256, "hidden units per layer", ge=1)
     num_layers: int = config_field(1, "number of recurrent layers", ge=1, le=1000)
     embedding_size: int = config_field(0, "embedding size; 0: one-hot input", ge=0)

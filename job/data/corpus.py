@@ -2,12 +2,14 @@
 
 import contextlib
 import glob
+import hashlib
 import importlib
 import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow
 
 from job.config.schema import CorpusConfig
@@ -18,6 +20,8 @@ from job.paths import check_no_credentials, is_uri
 from job.storage import Folder
 
 AUTO_DOWNLOAD_TIMEOUT_S = 5.0  # before `auto` falls back to the embedded text
+Content = bytes | np.ndarray  # a text in UTF-8, or token ids: one-dimensional, int32
+_CONTENT_NAME = re.compile(r"(text|tokens):[0-9a-f]{16}")
 
 
 @dataclass(frozen=True)
@@ -28,33 +32,42 @@ class Corpus:
         source: ``corpus.source``, with ``auto`` replaced by the source that was read
         cleaning: ``corpus.cleaning``, with ``auto`` replaced by d2l or none
         lines: the pieces to tokenize separately, so that no word spans two lines; bytes for a byte vocabulary without
-            cleaning, which are those of all files without a separator
+            cleaning, which are those of all files without a separator; or an array of token ids
     """
 
     source: str
     cleaning: str
-    lines: list[str] | list[bytes]
+    lines: list[str] | list[bytes] | list[np.ndarray]
 
     @property
     def num_characters(self) -> int:
-        """Number of characters, or of bytes if the lines are bytes."""
+        """Number of characters, or of bytes or token ids if the lines are those."""
         return sum(map(len, self.lines))
 
 
-def read_corpus(corpus_config: CorpusConfig, vocabulary_kind: str) -> Corpus:
+def content_name(content: Content) -> str:
+    """Returns ``corpus.source`` for a text or token ids that are in no file; it contains their checksum."""
+    kind, data = ("text", content) if isinstance(content, bytes) else ("tokens", content.tobytes())
+    return f"{kind}:{hashlib.sha256(data).hexdigest()[:16]}"
+
+
+def read_corpus(corpus_config: CorpusConfig, vocabulary_kind: str, content: Content | None = None) -> Corpus:
     """Reads and cleans the text that a configuration names.
 
     Args:
         corpus_config: the source and its cleaning
         vocabulary_kind: char, byte or word
+        content: what ``content_name`` named; None: read the source
 
     Raises:
         UserError: the source cannot be read, is not UTF-8 text, or has no text after cleaning
     """
     check_no_credentials("corpus.source", corpus_config.source)
-    with error_origin(f"corpus.source = {corpus_config.source}"):
-        source, files = _read_source(corpus_config.source)
-        cleaning = corpus_config.cleaning
+    source, cleaning = corpus_config.source, corpus_config.cleaning
+    if isinstance(content, np.ndarray):
+        return Corpus(source, "none" if cleaning == "auto" else cleaning, [content])
+    with error_origin("text" if content is not None else f"corpus.source = {source}"):
+        source, files = _read_source(source) if content is None else (source, {source: content})
         if cleaning == "auto":
             cleaning = "d2l" if source in ("time-machine", "embedded") else "none"
         is_raw = vocabulary_kind == "byte" and cleaning == "none"
@@ -111,6 +124,9 @@ def _read_source(source: str) -> tuple[str, dict[str, bytes]]:
         data = download_time_machine()
     elif source == "embedded":
         data = _embedded_text()
+    elif match := _CONTENT_NAME.fullmatch(source):
+        problem = f"is {match[1]} that job.train was given in Python, and that no file contains"
+        raise UserError(problem, f"give job.train the same {match[1]} again, or name another source")
     elif source.startswith(("http://", "https://")):
         data = download_text(source)
     elif is_uri(source):

@@ -39,12 +39,21 @@ class Vocabulary:
     def _ids(self) -> dict[str, int]:
         return {token: index for index, token in enumerate(self.tokens)}
 
-    def encode(self, lines: Iterable[str] | Iterable[bytes]) -> np.ndarray:
-        """Returns the token ids of all lines, concatenated: (tokens,) int32. Unknown tokens have id 0."""
+    def encode(self, lines: Iterable[str] | Iterable[bytes] | Iterable[np.ndarray]) -> np.ndarray:
+        """Returns the token ids of all lines, concatenated: (tokens,) int32. Unknown tokens have id 0.
+
+        Raises:
+            UserError: a line is an array, and one of its token ids is not in the vocabulary
+        """
         arrays = [self._encode_line(line) for line in lines]
         return np.concatenate(arrays) if arrays else np.empty(0, np.int32)
 
-    def _encode_line(self, line: str | bytes) -> np.ndarray:
+    def _encode_line(self, line: str | bytes | np.ndarray) -> np.ndarray:
+        if isinstance(line, np.ndarray):
+            invalid = line[(line < 0) | (line >= len(self))]
+            if len(invalid):
+                raise UserError(f"tokens: {invalid[0]} is not the id of a token, of which there are {len(self)}")
+            return line
         if self.kind == "byte":
             data = line.encode() if isinstance(line, str) else line
             return np.frombuffer(data, np.uint8).astype(np.int32)

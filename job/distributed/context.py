@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
+_MAX_MMAP_THRESHOLD = 32 << 20  # to which glibc itself raises it, in a process that frees blocks of such a size
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,18 @@ def raise_malloc_thresholds() -> None:
     with contextlib.suppress(OSError, AttributeError):
         libc = ctypes.CDLL(None)
         libc.mallopt(_M_TRIM_THRESHOLD, 1 << 30)
-        libc.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
+        libc.mallopt(_M_MMAP_THRESHOLD, _MAX_MMAP_THRESHOLD)
+
+
+def release_freed_memory() -> None:
+    """Returns freed memory to the system, and from now on, too, as glibc does in a process that frees large tensors.
+
+    ``raise_malloc_thresholds`` cannot be undone any better: glibc does not return the thresholds.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL(None)
+        libc.mallopt(_M_TRIM_THRESHOLD, 2 * _MAX_MMAP_THRESHOLD)
+        libc.malloc_trim(0)
 
 
 def available_cpus() -> int:

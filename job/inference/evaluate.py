@@ -39,7 +39,7 @@ def evaluate_text(checkpoint: LoadedCheckpoint, config: Config) -> Evaluation:
 
     Args:
         checkpoint: gives the model and the vocabulary
-        config: its ``corpus`` section, and ``model.cell`` as the user gave it
+        config: its ``corpus`` section, and the cell of ``model`` as the user gave it
 
     Raises:
         UserError: the text cannot be read, or has fewer than two tokens, or the checkpoint has another custom cell
@@ -51,7 +51,7 @@ def evaluate_text(checkpoint: LoadedCheckpoint, config: Config) -> Evaluation:
         problem = f"corpus.source = {corpus_config.source}: {len(tokens)} tokens, and evaluation needs two"
         blanks = " with blanks between its words" if vocabulary.kind == "word" else ""
         raise UserError(problem, f"give more text{blanks}")
-    (nats,) = evaluate_lanes(load_model(checkpoint, config.model.cell), tokens, [range(1)], 1, WINDOW_STEPS)
+    (nats,) = evaluate_lanes(load_model(checkpoint, config.model), tokens, [range(1)], 1, WINDOW_STEPS)
     num_characters = _count_characters(corpus, vocabulary.kind, len(tokens))
     return Evaluation(LossSum(nats, len(tokens) - 1), num_characters, vocabulary.unknown_share(tokens[1:]))
 
@@ -60,5 +60,5 @@ def _count_characters(corpus: Corpus, vocabulary_kind: str, num_tokens: int) -> 
     """Counts the characters (or bytes) of all tokens but the first; a word includes the space before it."""
     if vocabulary_kind != "word":
         return num_tokens - 1
-    words = [word for line in corpus.lines for word in line.split()]
+    words = [word for line in corpus.lines if isinstance(line, str) for word in line.split()]
     return sum(len(word) + 1 for word in words[1:num_tokens])

@@ -4,6 +4,7 @@ Axes: N tokens of the prefix, T steps, B lanes, V tokens of the vocabulary.
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,27 +22,29 @@ from job.training.checkpoint import LoadedCheckpoint
 PREFIX_CHARACTERS = 12
 PREFIX_WORDS = 3
 MAX_NAMED_TOKENS = 10  # of a prefix, in a notice
+NO_CUSTOM_CELL = ModelConfig()
 
 
-def load_model(checkpoint: LoadedCheckpoint, cell: str = ModelConfig.cell) -> LanguageModel:
+def load_model(checkpoint: LoadedCheckpoint, model_config: ModelConfig = NO_CUSTOM_CELL) -> LanguageModel:
     """Returns the checkpoint's model on the CPU, in the dtype of its weights, which become the model's own.
 
     Args:
         checkpoint: the weights and their configuration
-        cell: ``model.cell`` as the user gave it; what is stored with a checkpoint must not choose the code to import
+        model_config: its cell as the user gave it; what is stored with a checkpoint must not choose the code to import
 
     Raises:
-        UserError: the checkpoint's cell is neither ``cell`` nor built in
+        UserError: the checkpoint's cell is neither the user's nor built in
     """
     config = checkpoint.config
-    if config.model.cell not in (cell, *BUILTIN_CELLS):
+    if config.model.cell not in (model_config.cell, *BUILTIN_CELLS):
         problem = (
             f"{checkpoint.checkpoint.path}: model.cell = {config.model.cell}: code named by a file is not imported"
         )
-        raise UserError(problem, f"if you trust it, add --model.cell {config.model.cell}")
+        raise UserError(problem, f"if you trust it, add --model.cell {config.model.cell}, or cell= in Python")
     vocabulary_size, weights = len(checkpoint.vocabulary), checkpoint.weights
     dtype = next((weight.dtype for weight in weights.values() if weight.is_floating_point()), torch.float32)
-    return build_model_with_weights(config.model, vocabulary_size, config.run.seed, weights, dtype, "checkpoint")
+    stored = replace(config.model, cell_class=model_config.cell_class)
+    return build_model_with_weights(stored, vocabulary_size, config.run.seed, weights, dtype, "checkpoint")
 
 
 def generate_text(checkpoint: LoadedCheckpoint, config: Config) -> str:
@@ -49,14 +52,14 @@ def generate_text(checkpoint: LoadedCheckpoint, config: Config) -> str:
 
     Args:
         checkpoint: gives the model, the vocabulary and the cleaning of the prefix
-        config: its ``generate`` section, ``run.seed``, and ``model.cell`` as the user gave it
+        config: its ``generate`` section, ``run.seed``, and the cell of ``model`` as the user gave it
 
     Raises:
         UserError: none of the prefix's tokens is in the vocabulary, or the checkpoint has another custom cell
     """
     vocabulary, prefix = checkpoint.vocabulary, config.generate.prefix
     ids = encode_prefix(prefix, checkpoint.config.corpus.cleaning, vocabulary)
-    model = load_model(checkpoint, config.model.cell)
+    model = load_model(checkpoint, config.model)
     if vocabulary.has_unknown and not config.generate.unknown:
         bias = model.linear.bias  # copied, since the checkpoint's weights must not change
         bias.data = bias.data.index_fill(0, torch.tensor(UNKNOWN_ID), -math.inf)

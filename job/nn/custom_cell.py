@@ -18,7 +18,7 @@ REMEDY = "see 'Custom cells' in the README"
 
 
 def build_custom_cell(model_config: ModelConfig, input_size: int) -> nn.Module:
-    """Imports the class that ``model.cell = module:Class`` names and instantiates it.
+    """Instantiates ``cell_class``, or imports the class that ``model.cell = module:Class`` names.
 
     Args:
         model_config: the class is called with ``input_size`` and the config's hidden_size and num_layers
@@ -28,8 +28,10 @@ def build_custom_cell(model_config: ModelConfig, input_size: int) -> nn.Module:
         UserError: the class cannot be imported or instantiated, or is no ``torch.nn.Module``
     """
     module_name, _, class_name = model_config.cell.partition(":")
-    with _user_code(model_config, "cannot be imported"):
-        cell_class = getattr(importlib.import_module(module_name), class_name)  # the name is known only at run time
+    cell_class = model_config.cell_class
+    if cell_class is None:
+        with _user_code(model_config, "cannot be imported"):
+            cell_class = getattr(importlib.import_module(module_name), class_name)  # the name is known only at run time
     if not (inspect.isclass(cell_class) and issubclass(cell_class, nn.Module)):
         raise UserError(f"model.cell = {model_config.cell}: not a torch.nn.Module", REMEDY)
     arguments = (input_size, model_config.hidden_size, model_config.num_layers)

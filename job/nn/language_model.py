@@ -126,7 +126,7 @@ def build_model(model_config: ModelConfig, vocabulary_size: int, seed: int) -> L
         UserError: a custom cell cannot be built or does not implement the state protocol
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)  # and not those of GPUs
         model = LanguageModel(model_config, vocabulary_size)
     if model.has_custom_cell:
         check_state_protocol(model.rnn, model_config, model_config.embedding_size or vocabulary_size)

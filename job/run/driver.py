@@ -3,11 +3,13 @@
 import json
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Protocol
 
 from job.config.schema import BUILTIN_CELLS, Config
 from job.config.toml import config_to_toml
 from job.console import Console, format_duration, program_command
+from job.data.corpus import Content
 from job.data.vocabulary import format_unknown_share
 from job.errors import RunFailed, UserError
 from job.inference.generate import generate_text
@@ -76,6 +78,8 @@ def run_training(
     on_event: EventSink | None = None,
     *,
     retry: bool = False,
+    content: Content | None = None,
+    in_python: bool = False,
 ) -> RunOutcome:
     """Trains a run, or resumes it if it exists.
 
@@ -87,6 +91,8 @@ def run_training(
         stop_request: lets the caller stop the run; signals do so anyway
         on_event: called after each event that was recorded, and after each commit of a checkpoint
         retry: retry failed requests to an object store from the first on, because it is known to be reachable
+        content: the text or token ids that ``corpus.source`` names, if they are in no file
+        in_python: the caller is a program, whose messages name a call instead of a command
 
     Raises:
         UserError: the input is invalid; nothing was started
@@ -103,7 +109,7 @@ def run_training(
     with stop_request.installed():
         stop_request.can_save = False
         with suppress(KeyboardInterrupt):
-            spec = build_run_spec(config, folder)
+            spec = build_run_spec(config, folder, content)
             check_same_text(folder / "checkpoints", spec.dataset)
             folder.check_writable()
         stop_request.can_save = True
@@ -120,13 +126,16 @@ def run_training(
                 acquire_lease(folder, observer) as lease,
                 closing(Recorder(spec.config, lease, console, on_event)) as recorder,
             ):
-                result = _run(launcher, spec, recorder, stop_request)
+                result = _run(launcher, spec, recorder, stop_request, in_python)
                 return RunOutcome(folder, spec.config, result, 0 if result else stop_request.exit_code)
 
 
-def _run(launcher: Launcher, spec: RunSpec, recorder: Recorder, stop_request: StopRequest) -> dict[str, Any] | None:
+def _run(
+    launcher: Launcher, spec: RunSpec, recorder: Recorder, stop_request: StopRequest, in_python: bool
+) -> dict[str, Any] | None:
     """Runs the workers under the lease and finishes the run. Returns its result, or None if it was stopped."""
-    folder, console, cell = recorder.folder, recorder.status.console, spec.config.model.cell
+    folder, console = recorder.folder, recorder.status.console
+    describe_last_checkpoint = partial(_describe_last_checkpoint, folder, spec.config.model.cell, in_python)
     try:
         # Another driver may have changed it before the lease was acquired.
         check_same_config(folder, read_existing_run(folder), spec.config)
@@ -138,20 +147,18 @@ def _run(launcher: Launcher, spec: RunSpec, recorder: Recorder, stop_request: St
         if not finished:
             raise RunFailed("the workers exited without reporting a result")
         if finished.stopped:
-            console.print(f"stopped at step {finished.progress.step:,}; {_describe_last_checkpoint(folder, cell)}")
+            console.print(f"stopped at step {finished.progress.step:,}; {describe_last_checkpoint()}")
             return None
         stop_request.can_save = False
         return _finish(spec, recorder, finished)
     except KeyboardInterrupt:
-        console.print(f"stopped; {_describe_last_checkpoint(folder, cell)}")
+        console.print(f"stopped; {describe_last_checkpoint()}")
         return None
     except RunFailed as error:
-        remedies = (error.remedy, _describe_last_checkpoint(folder, cell, verify=True))
+        remedies = (error.remedy, describe_last_checkpoint(verify=True))
         raise type(error)(error.problem, "; ".join(filter(None, remedies))) from error.__cause__
     except OSError as error:
-        raise RunFailed(
-            f"{folder}: cannot be read or written: {error}", _describe_last_checkpoint(folder, cell)
-        ) from None
+        raise RunFailed(f"{folder}: cannot be read or written: {error}", describe_last_checkpoint()) from None
 
 
 def _finish(spec: RunSpec, recorder: Recorder, finished: Finished) -> dict[str, Any]:
@@ -201,12 +208,13 @@ def _run_banner(spec: RunSpec, requested_source: str) -> str:
     )
 
 
-def _describe_last_checkpoint(folder: Folder, cell: str, verify: bool = False) -> str:
+def _describe_last_checkpoint(folder: Folder, cell: str, in_python: bool, verify: bool = False) -> str:
     """Describes what was saved and how to resume it. Empty if all checkpoints are corrupt.
 
     Args:
         folder: the run's folder
         cell: ``model.cell``
+        in_python: name a call instead of a command
         verify: check every byte of the checkpoint, not only that it has a manifest
     """
     try:
@@ -218,11 +226,14 @@ def _describe_last_checkpoint(folder: Folder, cell: str, verify: bool = False) -
     except (OSError, UserError) as error:
         return f"the checkpoints cannot be read now: {error}"
     if not checkpoint:
-        return "" if corrupt else "no checkpoint was written: the same command starts over"
-    return (
-        f"saved at step {checkpoint.step:,}. Resume: the same command with --run.name {folder.name}. "
-        f"Sample: {_generate_command(folder, cell)}"
-    )
+        return (
+            "" if corrupt else f"no checkpoint was written: the same {'call' if in_python else 'command'} starts over"
+        )
+    resume, sample = f"the same command with --run.name {folder.name}", _generate_command(folder, cell)
+    if in_python:
+        resume = f'the same call with run={{"name": "{folder.name}"}}'
+        sample = f'job.load("{folder}"{"" if cell in BUILTIN_CELLS else ", cell=…"}).generate()'
+    return f"saved at step {checkpoint.step:,}. Resume: {resume}. Sample: {sample}"
 
 
 def _generate_command(folder: Folder, cell: str) -> str:

@@ -6,7 +6,7 @@ import uuid
 import torch
 
 from job.console import Console
-from job.distributed.context import World, available_cpus
+from job.distributed.context import World, available_cpus, release_freed_memory
 from job.distributed.gradient_sync import ControlFlags
 from job.errors import RunFailed, UserError
 from job.run.estimate import check_workers
@@ -42,7 +42,8 @@ class LocalLauncher:
             raise RunFailed(f"{type(error).__name__}: {error}") from error
 
     def close(self) -> None:
-        """Does nothing: there is nothing to release."""
+        """Returns the memory of the training to the system."""
+        release_freed_memory()
 
 
 class _LocalLink:

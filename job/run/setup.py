@@ -5,7 +5,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from job.config.schema import Config
-from job.data.corpus import Corpus, read_corpus
+from job.data.corpus import Content, Corpus, read_corpus
 from job.data.dataset import Dataset, build_dataset
 from job.data.stream import Stream
 from job.data.vocabulary import Vocabulary, unknown_warnings, vocabulary_from_json
@@ -23,12 +23,13 @@ VOCABULARY_FILE = "vocabulary.json"
 MAX_MEAN_WORD_LENGTH = 12  # characters; of languages that separate words by blanks
 
 
-def build_run_spec(config: Config, folder: Folder) -> RunSpec:
+def build_run_spec(config: Config, folder: Folder, content: Content | None = None) -> RunSpec:
     """Reads the corpus, builds the dataset, and checks all that can be checked without a cluster.
 
     Args:
         config: as the user gave it
         folder: the run's folder; nothing is written to it
+        content: the text or token ids that ``corpus.source`` names, if they are in no file
 
     Returns:
         The input of all workers; its configuration has ``corpus.source``, ``corpus.cleaning`` and ``generate.prefix``
@@ -37,7 +38,7 @@ def build_run_spec(config: Config, folder: Folder) -> RunSpec:
     Raises:
         UserError: the corpus, the sizes or the initial weights cannot be used as configured
     """
-    corpus = read_corpus(config.corpus, config.vocabulary.kind)
+    corpus = read_corpus(config.corpus, config.vocabulary.kind, content)
     config = replace(config, corpus=replace(config.corpus, source=corpus.source, cleaning=corpus.cleaning))
     dataset = build_dataset(corpus, config.corpus, config.vocabulary)
     try:
@@ -71,7 +72,7 @@ def _remedy_for_long_words(corpus: Corpus, vocabulary_kind: str) -> str:
     """Returns the remedy for too few words of a text with few blanks, such as Chinese. Empty for another text."""
     if vocabulary_kind != "word":
         return ""
-    lengths = [len(word) for line in corpus.lines for word in line.split()]
+    lengths = [len(word) for line in corpus.lines if isinstance(line, str) for word in line.split()]
     mean_length = sum(lengths) // max(len(lengths), 1)
     if mean_length <= MAX_MEAN_WORD_LENGTH:
         return ""

@@ -1,0 +1,254 @@
+"""The Python API, ``job.train`` and ``job.load``, for notebooks and programs."""
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from signal import SIGINT
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from job.config.config_file import build_config
+from job.config.schema import BUILTIN_CELLS, SECTIONS, Config, ModelConfig
+from job.config.section import unknown_name
+from job.config.toml import ConfigValues, check_field, expand_paths, override_config
+from job.console import Console
+from job.data.corpus import Content, content_name
+from job.errors import UserError, report_os_error
+from job.inference.generate import NO_CUSTOM_CELL, generate_text, prefix_warnings
+from job.paths import expand_path
+from job.run.driver import Launcher, run_training
+from job.run.local_launcher import LocalLauncher
+from job.run.metrics import read_rows
+from job.run.plot import plot_perplexity
+from job.run.run_dir import open_checkpoint, read_existing_run
+from job.run.signals import StopRequest
+from job.storage import Folder
+from job.training.checkpoint import LoadedCheckpoint
+
+CellClass = type[torch.nn.Module]
+
+
+@dataclass(frozen=True, repr=False)
+class Run:
+    """A run: its results, and text that its last checkpoint generates.
+
+    Args:
+        folder: where it is stored
+        config: its configuration, complete
+        result: the content of ``result.json``; None if the run is not finished
+        model_config: its cell as the caller gave it
+    """
+
+    folder: Folder
+    config: Config
+    result: dict[str, Any] | None
+    model_config: ModelConfig = NO_CUSTOM_CELL
+
+    def __repr__(self) -> str:
+        return f"Run({str(self.folder)!r}, perplexity={self.perplexity})"
+
+    @property
+    def perplexity(self) -> float | None:
+        """The training perplexity of the last epoch; None before the first one has ended."""
+        if self.result:
+            return float(self.result["perplexity"])
+        return next((row["perplexity"] for row in reversed(self.metrics) if row["split"] == "epoch"), None)
+
+    @property
+    def metrics(self) -> list[dict[str, Any]]:
+        """The rows of ``metrics.jsonl``, read again each time."""
+        with report_os_error(f"{self.folder}: cannot be read"):
+            return list(read_rows(self.folder))
+
+    def plot(self) -> Figure:
+        """Returns the curve of the perplexity, which a notebook shows."""
+        return plot_perplexity(self.metrics, self.folder.name)
+
+    def generate(self, prefix: str | None = None, **fields: Any) -> str:
+        """Returns a prefix and its continuation by the model.
+
+        Args:
+            prefix: the text to continue; None: that of the configuration
+            fields: fields of the section generate, such as ``length`` and ``temperature``, and ``seed`` of the sampling
+
+        Raises:
+            UserError: a field is invalid, the prefix is not known to the model, or the run has a custom cell
+                that was not given
+        """
+        values = fields if prefix is None else {**fields, "prefix": prefix}
+        named = {"run.seed" if name == "seed" else f"generate.{name}": value for name, value in values.items()}
+        for name in named:
+            check_field(name)
+        config = override_config(replace(self.config, model=self.model_config), named)
+        with _process_state_restored():
+            text = generate_text(self._checkpoint, config)
+        for warning in prefix_warnings(config, self._checkpoint.vocabulary):
+            warnings.warn(warning, stacklevel=2)
+        return text
+
+    @cached_property
+    def _checkpoint(self) -> LoadedCheckpoint:
+        return open_checkpoint(self.folder)
+
+
+def train(
+    config: "str | os.PathLike[str] | Config | None" = None,
+    *,
+    text: str | None = None,
+    tokens: Any = None,
+    cell: CellClass | None = None,
+    **sections: Any,
+) -> Run:
+    """Trains a run as ``python -m job train`` does, or resumes it, and returns it when it has finished.
+
+    Args:
+        config: a configuration file, or a configuration; None: the defaults
+        text: the text to train on, in place of ``corpus.source``
+        tokens: its token ids instead, a one-dimensional array of integers; needs ``vocabulary={"file": …}``
+        cell: a class, in place of ``model.cell``; it may be defined in a notebook
+        sections: fields that override those of the configuration, by section: ``model={"hidden_size": 64}``;
+            ``corpus`` may be the source alone
+
+    Raises:
+        UserError: the input is invalid; nothing was started
+        RunFailed: the run failed; the error says what was saved
+        KeyboardInterrupt: Ctrl-C; the run was saved and can be resumed
+    """
+    values, content = _section_values(sections), _content(text, tokens)
+    if content is not None:
+        _set(values, "corpus.source", content_name(content), "text" if tokens is None else "tokens")
+    if cell is not None:
+        _set(values, "model.cell", _cell_name(cell), "cell")
+    if isinstance(config, Config):
+        resolved, default_name = override_config(config, values), "run"
+    else:
+        path = None if config is None else expand_path(os.fspath(config))
+        resolved, default_name = build_config(path, values, "job.train")[0], Path(path or "run").stem
+    if tokens is not None and not resolved.vocabulary.file and resolved.vocabulary.kind != "byte":
+        raise UserError("tokens: their vocabulary is missing", 'add vocabulary={"file": …}, a vocabulary.json')
+    if cell is not None:
+        resolved = replace(resolved, model=replace(resolved.model, cell_class=cell))
+    stop_request = StopRequest()
+    with _process_state_restored():
+        outcome = run_training(
+            resolved, default_name, Console(), select_launcher(resolved), stop_request, content=content, in_python=True
+        )
+    if stop_request.exit_code or outcome.result is None:
+        raise KeyboardInterrupt if stop_request.exit_code in (0, 128 + SIGINT) else SystemExit(stop_request.exit_code)
+    return Run(outcome.folder, outcome.config, outcome.result, outcome.config.model)
+
+
+def load(folder: "str | os.PathLike[str] | Folder", cell: CellClass | None = None) -> Run:
+    """Opens the run in a folder, finished or not, or one of its checkpoints.
+
+    Args:
+        folder: a path or URI, or the ``folder`` of a Run
+        cell: the class of a custom cell, whose code a run's folder does not contain; needed to generate text
+
+    Raises:
+        UserError: the folder contains no run, or its cell is built in and one was given
+    """
+    path = folder if isinstance(folder, Folder) else Folder.resolve(expand_path(os.fspath(folder)))
+    existing = read_existing_run(path)
+    if existing is None:
+        raise UserError(f"{path}: is not a run", "give its folder, such as runs/seed-1")
+    model = existing.config.model
+    if cell is not None and model.cell in BUILTIN_CELLS:
+        raise UserError(f"cell = {_cell_name(cell)}: the cell of this run is {model.cell}", "leave it out")
+    given = NO_CUSTOM_CELL if cell is None else replace(model, cell_class=cell)
+    return Run(path, existing.config, existing.result, given)
+
+
+def select_launcher(config: Config) -> Launcher:
+    """Returns the launcher that ``scale.workers`` needs. Imports Ray only for workers on a cluster."""
+    if not config.scale.max_workers:
+        return LocalLauncher()
+    from job.cluster.launcher import RayLauncher
+
+    return RayLauncher()
+
+
+def _section_values(sections: Mapping[str, Any]) -> ConfigValues:
+    """Returns the values of all sections by full field name, as a configuration file would contain them."""
+    values: ConfigValues = {}
+    for section, given in sections.items():
+        if section not in SECTIONS:
+            raise unknown_name("argument", section, [*SECTIONS, "text", "tokens", "cell"])
+        is_source = section == "corpus" and isinstance(given, str | os.PathLike)
+        fields = {"source": given} if is_source else given
+        if not isinstance(fields, Mapping):
+            raise UserError(
+                f"{section} = {fields!r}: must be a dict of fields", f'such as {section}={{"field": value}}'
+            )
+        values |= {f"{section}.{name}": _plain(value) for name, value in fields.items()}
+    for name in values:
+        check_field(name)
+    return expand_paths(values)
+
+
+def _plain(value: Any) -> Any:
+    """Returns a path as text, and a NumPy number as Python's."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if isinstance(value, np.generic) else value
+
+
+def _set(values: ConfigValues, name: str, value: str, argument: str) -> None:
+    """Sets a field to what an argument gives. Raises UserError if the field is set already."""
+    if name in values:
+        raise UserError(f"{argument}: {name} is given, too", "give one of them")
+    values[name] = value
+
+
+def _content(text: str | None, tokens: Any) -> Content | None:
+    """Returns the text as bytes, or the token ids as an array; None without both."""
+    if text is not None and tokens is not None:
+        raise UserError("text: tokens are given, too", "give one of them")
+    if text is not None:
+        if not isinstance(text, str):
+            raise UserError(f"text: must be a str and not {type(text).__name__}", "corpus= takes the path of a file")
+        try:
+            return text.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(f"text: character {error.start}, {text[error.start]!a}, is not valid in UTF-8") from None
+    if tokens is None:
+        return None
+    array = np.asarray(tokens)
+    if array.ndim != 1 or array.dtype.kind not in "iu" or (len(array) and array.max() > np.iinfo(np.int32).max):
+        raise UserError(f"tokens: must be a one-dimensional array of token ids, not {array.dtype} of {array.shape}")
+    return np.ascontiguousarray(array, np.int32)
+
+
+def _cell_name(cell: CellClass) -> str:
+    if not isinstance(cell, type):
+        raise UserError(f"cell: must be a class and not {type(cell).__name__}", "see 'Custom cells' in the README")
+    return f"{cell.__module__}:{cell.__name__}"
+
+
+@contextmanager
+def _process_state_restored() -> Iterator[None]:
+    """Gives the block torch's default settings. Restores the environment, torch's settings and malloc's after it."""
+    environment, threads = dict(os.environ), torch.get_num_threads()
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.set_default_dtype(torch.float32)
+    torch.set_default_device(None)
+    try:
+        with torch.inference_mode(False), torch.enable_grad():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_default_device(None if device.type == "cpu" else device)
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        for name in os.environ.keys() - environment.keys():
+            del os.environ[name]
+        os.environ.update(environment)
