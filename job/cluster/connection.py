@@ -68,7 +68,7 @@ def connect(scale: ScaleConfig, stack: contextlib.ExitStack, concurrent: int = 0
     cpus_per_run = placement.max_workers * placement.cpus_per_worker
     num_runs = concurrent or max(1, cores // cpus_per_run)
     if placement.use_gpu:
-        num_runs = min(num_runs, gpus // placement.max_workers)
+        num_runs = max(1, min(num_runs, gpus // placement.max_workers))
     start_local_cluster(cpus_per_run * num_runs if concurrent else max(cores, cpus_per_run), stack)
     return placement, num_runs
 

@@ -256,7 +256,10 @@ class _NodeAddressBackend(_TorchBackend):
         timeout = timedelta(seconds=backend_config.timeout_s)
         try:
             host, port = worker_group.execute_single(0, _start_store, timeout)
-            worker_group.execute(_join_process_group, host, port, timeout)
+            devices = worker_group.execute(_device_of_worker)
+            has_gpus_of_their_own = None not in devices and len(set(devices)) == len(devices)
+            backend = "nccl" if has_gpus_of_their_own else "gloo"  # NCCL refuses workers that share a GPU
+            worker_group.execute(_join_process_group, backend, host, port, timeout)
         except ray.exceptions.RayTaskError as error:
             worker_group.abort()
             cause = error.cause or error
@@ -285,7 +288,12 @@ def _start_store(timeout: timedelta) -> tuple[str, int]:
     return host, port
 
 
-def _join_process_group(host: str, port: int, timeout: timedelta) -> None:
+def _device_of_worker() -> tuple[str, str] | None:
+    """The node of a worker and Ray's name of its GPU there; None if torch computes on the CPU."""
+    return (ray.util.get_node_ip_address(), str(ray.get_gpu_ids())) if get_device().type == "cuda" else None
+
+
+def _join_process_group(backend: str, host: str, port: int, timeout: timedelta) -> None:
     """Starts torch.distributed on a worker, with the store of rank 0."""
     address = ray.util.get_node_ip_address()
     if name := _interface_of(address):
@@ -294,7 +302,7 @@ def _join_process_group(host: str, port: int, timeout: timedelta) -> None:
             os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = name
     context = ray.train.get_context()
     dist.init_process_group(
-        "nccl" if get_device().type == "cuda" else "gloo",
+        backend,
         store=TCPStore(host, port, timeout=timeout),
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),

@@ -41,6 +41,7 @@ class Placement:
         min_workers, max_workers: the same unless the run is elastic
         strategy: how Ray spreads the workers over nodes
         notice: what the user should know about a difference from the configuration
+        workers_per_gpu: how many of them share a GPU, if they use any
     """
 
     min_workers: int
@@ -50,13 +51,14 @@ class Placement:
     strategy: str
     accelerator_type: str = ""
     notice: str = ""
+    workers_per_gpu: int = 1
 
     @property
     def resources(self) -> Resources:
         """The resources that Ray reserves for one worker."""
         resources: Resources = {"CPU": self.cpus_per_worker}
         if self.use_gpu:
-            resources["GPU"] = 1
+            resources["GPU"] = math.floor(10_000 / self.workers_per_gpu) / 10_000  # Ray takes four decimals
         if self.accelerator_type:
             resources[f"accelerator_type:{self.accelerator_type}"] = 0.001  # Ray marks such nodes by a resource
         return resources
@@ -64,8 +66,9 @@ class Placement:
     def describe(self) -> str:
         """The resources of one worker, for messages."""
         cpus = f"{self.cpus_per_worker} CPU{'s' * (self.cpus_per_worker > 1)}"
-        gpu = f" and a GPU{f' ({self.accelerator_type})' if self.accelerator_type else ''}" if self.use_gpu else ""
-        return f"{cpus}{gpu} each"
+        share = f"1/{self.workers_per_gpu} of " * (self.workers_per_gpu > 1)
+        model = f" ({self.accelerator_type})" if self.accelerator_type else ""
+        return f"{cpus}{f' and {share}a GPU{model}' if self.use_gpu else ''} each"
 
     def capacity(self, nodes: Iterable[Resources]) -> int:
         """The number of workers that fit on nodes with these resources."""
@@ -73,21 +76,30 @@ class Placement:
 
 
 def local_placement(scale: ScaleConfig, cores: int, gpus: int) -> Placement:
-    """Places workers on this machine. Raises UserError if it has too few cores or GPUs for the configuration."""
+    """Places workers on this machine, with fewer of them than configured, or several on a GPU, if it has few GPUs.
+
+    They share GPUs only if the configuration requires GPUs: a GPU is not faster with several workers.
+
+    Raises UserError if it has too few cores for the configuration, or no GPU and the configuration requires one.
+    """
     workers = scale.max_workers
     check_cpus(scale.cpus_per_worker, cores)
-    if scale.gpu_requirement and gpus < scale.min_workers:
-        raise UserError(
-            f"{scale.gpu_requirement}: this machine has {gpus} GPUs for {scale.min_workers} workers",
-            "lower scale.workers, or remove this setting",
-        )
+    if scale.gpu_requirement and not gpus:
+        problem = f"{scale.gpu_requirement}: this machine has 0 GPUs for {scale.min_workers} workers"
+        raise UserError(problem, "remove this setting")
     use_gpu = scale.accelerator != "cpu" and gpus > 0
-    notice = ""
+    notice, workers_per_gpu = "", 1
     if use_gpu and gpus < workers:  # the number of workers does not change the result
-        notice = f"this machine has {gpus} GPU{'s' * (gpus > 1)}: using {gpus} instead of {workers} workers"
-        workers = gpus
+        has = f"this machine has {gpus} GPU{'s' * (gpus > 1)}"
+        if scale.gpu_requirement and gpus < scale.min_workers:
+            workers = scale.min_workers
+            workers_per_gpu = math.ceil(workers / gpus)
+            notice = f"{has}: up to {workers_per_gpu} workers share one"
+        else:
+            notice, workers = f"{has}: using {gpus} instead of {workers} workers", gpus
     cpus = scale.cpus_per_worker or max(1, cores // max(1, workers))
-    return Placement(min(scale.min_workers, workers), workers, use_gpu, cpus, scale.placement.upper(), notice=notice)
+    min_workers, strategy = min(scale.min_workers, workers), scale.placement.upper()
+    return Placement(min_workers, workers, use_gpu, cpus, strategy, "", notice, workers_per_gpu)
 
 
 def cluster_placement(scale: ScaleConfig, nodes: list[Resources], addable: list[Resources] | None) -> Placement:

@@ -113,6 +113,9 @@ def _connected(
     with ExitStack() as stack:
         placement, max_concurrent = connect(worker_scale, stack, min(search.concurrent, search.num_trials))
         stack.callback(disconnect)
+        if placement.workers_per_gpu > 1:
+            problem = f"scale.workers = {scale.workers}: the workers of a trial do not share a GPU"
+            raise UserError(problem, "lower it, or leave out the setting that requires GPUs")
         check_placement(placement, console, base.run.storage, *searched_cells(base, search))
         if scale.max_workers:
             if placement.max_workers < scale.max_workers:

@@ -41,7 +41,10 @@ class TreeExchange:
             return partial_sums[0][1]
         vectors = [vector for _, vector in partial_sums]
         if self.shared_memory is None:
-            return self._sum_pairwise(partial_sums, vectors[-1])
+            device = vectors[0].device
+            if dist.get_backend() == "gloo":  # of workers that share a GPU; it sends between CPUs only
+                partial_sums = [(span, vector.cpu()) for span, vector in partial_sums]
+            return self._sum_pairwise(partial_sums, partial_sums[-1][1]).to(device)
         chunk_size = SLOT_BYTES // vectors[0].element_size() // max(map(len, self.subtrees))
         for chunks in zip(*(vector.split(chunk_size) for vector in vectors), strict=True):
             chunks[0].copy_(self._sum_chunks(self.shared_memory, list(chunks)))
