@@ -17,6 +17,7 @@ from job.distributed.context import World, resolve_precision
 from job.errors import UnrecoverableError
 from job.training.implementation import (
     Implementation,
+    check_devices,
     check_same_implementation,
     describe_missing_kernel,
     gather_implementations,
@@ -55,6 +56,31 @@ def test_check_same_implementation_of_different_workers_names_one(workers: list[
         check_same_implementation(workers)
     assert message in raised.value.problem
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("devices", "requirement", "message"),
+    [
+        (["cuda", "cpu", "cuda"], "", "worker 1 on node-1 has no GPU that torch can use, but others have one"),
+        (["cpu", "cuda"], "scale.accelerator = gpu", "scale.accelerator = gpu: worker 0 on node-0 has no GPU"),
+        (["cpu", "cpu"], "scale.accelerator = gpu", "worker 0 on node-0 has no GPU that torch can use"),
+        (["cpu", "cpu"], "", ""),
+        (["cuda", "cuda"], "scale.accelerator = gpu", ""),
+    ],
+)
+def test_check_devices_refuses_mixed_workers_and_those_without_required_gpu(
+    devices: list[str], requirement: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workers = [(f"node-{rank}", device) for rank, device in enumerate(devices)]
+    monkeypatch.setattr("job.training.implementation.gather_json", lambda _: workers)
+    world = World(0, len(devices), CPU, 1, "a")
+    if not message:
+        return check_devices(world, requirement)
+    with pytest.raises(UnrecoverableError) as raised:
+        check_devices(world, requirement)
+    assert message in raised.value.problem
+    assert "scale.accelerator = cpu" in raised.value.remedy
 
 
 def test_describe_missing_kernel_names_worker_only_if_others_have_it() -> None:

@@ -42,6 +42,26 @@ def gather_implementations(world: World, precision: Precision) -> list[Implement
     return [Implementation(*values) for values in gather_json(own)]
 
 
+def check_devices(world: World, gpu_requirement: str) -> None:
+    """Compares the devices of all workers, which must all call it.
+
+    Args:
+        gpu_requirement: the field that requires GPUs and its value; empty if none does
+
+    Raises:
+        UnrecoverableError: some workers compute on a GPU and others on a CPU, or on a CPU although a GPU is required
+    """
+    workers = gather_json((platform.node(), world.device.type))
+    on_cpu = [f"worker {rank} on {node}" for rank, (node, device) in enumerate(workers) if device == "cpu"]
+    if on_cpu and (gpu_requirement or len(on_cpu) < len(workers)):
+        required = f"{gpu_requirement}: " if gpu_requirement else ""
+        others = "" if len(on_cpu) == len(workers) else ", but others have one"
+        raise UnrecoverableError(
+            f"{required}{on_cpu[0]} has no GPU that torch can use{others}",
+            "check torch and the driver there, or set scale.accelerator = cpu",
+        )
+
+
 def check_same_implementation(implementations: list[Implementation]) -> None:
     """Raises UnrecoverableError if the workers of a reproducible run would compute different bits."""
     first = implementations[0]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+import torch.backends.cudnn.rnn
 
 from job.config.schema import BUILTIN_CELLS, Config
 from job.distributed.collectives import gather_json
@@ -16,7 +17,12 @@ from job.errors import Diverged, UnrecoverableError, UserError
 from job.training.checkpoint import CorruptCheckpoint, checkpoint_name
 from job.training.checkpoint_writer import CheckpointWriter
 from job.training.events import Event, Failed, Finished, Started
-from job.training.implementation import check_same_implementation, describe_missing_kernel, gather_implementations
+from job.training.implementation import (
+    check_devices,
+    check_same_implementation,
+    describe_missing_kernel,
+    gather_implementations,
+)
 from job.training.loop import end_epoch, evaluate_lanes, is_done, train_steps
 from job.training.progress import LossSum, Progress, finite_or_none
 from job.training.reporter import Reporter
@@ -25,6 +31,10 @@ from job.training.run_spec import RunSpec
 from job.training.train_state import TrainState, build_train_state
 
 PREEMPTION_POLL_S = 5.0  # seconds between two checks for nodes that are about to be removed
+OUT_OF_MEMORY_REMEDY = (
+    "resume on more scale.workers with a GPU each, or start another run with a smaller stream.batch_size, "
+    "stream.num_steps or model.hidden_size"
+)
 
 
 class DriverLink(Protocol):
@@ -53,6 +63,7 @@ def train(spec: RunSpec, world: World, link: DriverLink) -> None:
     """
     try:
         configure_process(spec.config, world)
+        check_devices(world, spec.config.scale.gpu_requirement)
         train_state, skipped_checkpoints = _resume(spec, world)
         implementations = gather_implementations(world, train_state.precision)
         if spec.config.train.reproducible:
@@ -65,6 +76,9 @@ def train(spec: RunSpec, world: World, link: DriverLink) -> None:
         link.post(Failed(world.attempt, error))
     except UserError as error:
         link.post(Failed(world.attempt, UnrecoverableError(error.problem, error.remedy)))
+    except torch.OutOfMemoryError:
+        problem = f"worker {world.rank} of {world.size} has run out of memory on {device_name(world.device)}"
+        link.post(Failed(world.attempt, UnrecoverableError(problem, OUT_OF_MEMORY_REMEDY)))
     except OSError as error:
         problem = f"{spec.checkpoints}: a checkpoint cannot be written or read: {error}"
         link.post(Failed(world.attempt, UnrecoverableError(problem)))
@@ -77,8 +91,10 @@ def _resume(spec: RunSpec, world: World) -> tuple[TrainState, tuple[CorruptCheck
 
 
 def configure_process(config: Config, world: World) -> None:
-    """Sets torch's threads and determinism, and malloc's thresholds, for the whole process."""
+    """Sets torch's threads, determinism and products in float32, and malloc's thresholds, for the whole process."""
     raise_malloc_thresholds()
+    # The default of cuDNN is TF32, unlike that of other products.
+    torch.backends.cudnn.rnn.fp32_precision = "ieee"  # type: ignore[attr-defined]
     torch.set_num_threads(1 if config.train.reproducible else world.threads)
     torch.use_deterministic_algorithms(config.train.reproducible)
 

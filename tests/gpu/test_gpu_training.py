@@ -16,13 +16,24 @@ from torch.multiprocessing.spawn import spawn
 from job.config.schema import Config, ModelConfig, OptimizerConfig, StreamConfig, TrainConfig
 from job.data.dataset import Dataset
 from job.data.vocabulary import Vocabulary
-from job.distributed.context import World
-from job.distributed.gradient_sync import ControlFlags
+from job.distributed.collectives import broadcast_json, gather_json
+from job.distributed.context import World, device_name
+from job.distributed.gradient_sync import (
+    AllReduceGradients,
+    Batch,
+    ControlFlags,
+    LaneAssignment,
+    LossModule,
+    assign_lanes,
+)
+from job.nn.language_model import build_model
 from job.storage import Folder
+from job.training import loop
 from job.training.cuda_graph import GRAPH_ENV_VAR
+from job.training.loop import _next_batch as read_batch
 from job.training.loop import train_steps
 from job.training.run_spec import RunSpec
-from job.training.train_state import build_train_state
+from job.training.train_state import TrainState, build_train_state
 from job.training.trainer import configure_process
 
 pytestmark = [pytest.mark.gpu, pytest.mark.slow, pytest.mark.filterwarnings("error:no CUDA graph")]
@@ -34,7 +45,7 @@ def flags(prose: Path, storage: Path, name: str, *more: object) -> list[object]:
         "train", "--corpus.source", prose, "--corpus.max_tokens", 4200, "--run.storage", storage, "--run.name", name,
         "--stream.batch_size", 8, "--stream.num_steps", 20, "--model.hidden_size", 33, "--model.num_layers", 2,
         "--model.dropout", 0.2, "--optimizer.name", "adamw", "--optimizer.learning_rate", 0.01,
-        "--optimizer.grad_clip_norm", 1, "--train.epochs", 2, "--train.log_every", 1, "--train.checkpoint_every", 7,
+        "--optimizer.grad_clip_norm", 1, "--train.epochs", 2, "--train.log_every", 5, "--train.checkpoint_every", 7,
         "--generate.prefix", "the", "--scale.workers", 0, *more,
     ]  # fmt: skip
 
@@ -83,6 +94,57 @@ def test_fast_run_with_graph_has_losses_of_run_without(
     np.testing.assert_allclose(found, expected, rtol=1e-3 if precision == "fp32" else 2e-2)
 
 
+# --- memory ---
+
+
+def exhaust_memory(device: torch.device) -> None:
+    """Raises the error of a GPU that has no memory left."""
+    if device.type == "cuda":
+        torch.empty(1 << 50, dtype=torch.uint8, device=device)
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate a lot.\nSee the documentation.")
+
+
+def test_run_out_of_memory_ends_with_one_line_and_resumes_from_last_checkpoint(
+    prose: Path, tmp_path: Path, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    more = ["--train.reproducible", "true"]
+    with monkeypatch.context() as patch:
+
+        def exhaust_or_read(train_state: TrainState, config: Config, control_flags: ControlFlags) -> Batch:
+            if train_state.progress.step == 20:
+                exhaust_memory(device)
+            return read_batch(train_state, config, control_flags)
+
+        patch.setattr(loop, "_next_batch", exhaust_or_read)
+        ended = job(*flags(prose, tmp_path, "run", *more))
+    assert (ended.status, ended.err.count("\n")) == (1, 1)
+    assert f"worker 0 of 1 has run out of memory on {device_name(device)}" in ended.err
+    assert "smaller stream.batch_size" in ended.err
+    assert "saved at step 14" in ended.err
+    smaller = job(*flags(prose, tmp_path, "run", *more, "--stream.batch_size", 4))
+    assert (smaller.status, smaller.err.count("\n")) == (2, 1)
+    assert "stream.batch_size" in smaller.err
+    ended = job(*flags(prose, tmp_path, "run", *more))
+    assert "resuming from step 14" in ended.out
+    assert job(*flags(prose, tmp_path, "undisturbed", *more)).status == 0
+    run, undisturbed = (result(tmp_path / name) for name in ("run", "undisturbed"))
+    assert run["weights_sha256"] == undisturbed["weights_sha256"]
+    assert losses(tmp_path / "run") == losses(tmp_path / "undisturbed")
+
+
+@pytest.mark.cuda
+def test_model_larger_than_memory_ends_with_one_line(prose: Path, tmp_path: Path) -> None:
+    try:
+        torch.cuda.set_per_process_memory_fraction(0.01)
+        ended = job(
+            *flags(prose, tmp_path, "run", "--model.hidden_size", 8192, "--model.cell", "lstm", "--model.num_layers", 1)
+        )
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert (ended.status, ended.err.count("\n")) == (1, 1)
+    assert "has run out of memory on" in ended.err
+
+
 # --- several workers ---
 
 
@@ -91,7 +153,7 @@ def small_config(reproducible: bool) -> Config:
         stream=StreamConfig(batch_size=7, num_steps=6, offset=0),
         model=ModelConfig(cell="lstm", hidden_size=20, num_layers=2, embedding_size=5, dropout=0.3),
         optimizer=OptimizerConfig(name="adamw", learning_rate=0.01, grad_clip_norm=0.5),
-        train=TrainConfig(epochs=1, reproducible=reproducible, lane_groups=4),
+        train=TrainConfig(epochs=1, reproducible=reproducible, lane_groups=4, log_every=1),
     )
 
 
@@ -133,3 +195,27 @@ def test_two_workers_that_share_a_device_equal_one(device: torch.device) -> None
     assert all(np.array_equal(weight, bit_weights[name]) for name, weight in weights.items())
     assert train_on(one, small_config(True))[0] == nats
     np.testing.assert_allclose(train_on(one, small_config(False))[0], fast, rtol=1e-5)
+
+
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+def test_gradient_of_group_of_one_process_equals_gradient_without_group(cell: str, device: torch.device) -> None:
+    """By NCCL on a GPU: messages between workers, and the exchange of gradients."""
+    config = ModelConfig(cell=cell, hidden_size=20, embedding_size=5)
+    tokens_TB = torch.randint(0, 9, (7, 4), generator=torch.Generator().manual_seed(1))
+    flags = torch.tensor(ControlFlags(stop=True), dtype=torch.float32)
+    batch = Batch(tokens_TB[:-1], tokens_TB[1:], flags, torch.zeros(0, 4, dtype=torch.int32)).to(device)
+    torch.use_deterministic_algorithms(True)
+    results = []
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        assert broadcast_json({"a": [1, "b"]}) == {"a": [1, "b"]}
+        assert gather_json(2.5) == [2.5]
+        for assignment in (assign_lanes(4), LaneAssignment([range(4)], 2, 0, 2)):  # of a group, although it has one
+            model = build_model(config, 9, seed=1).to(device)
+            stats, state = AllReduceGradients(LossModule(model, 24), assignment)(batch, None)
+            gradients = [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
+            results.append([stats, *gradients, *(state if isinstance(state, tuple) else [state])])
+    finally:
+        dist.destroy_process_group()
+    assert results[0][0].tolist()[1:] == [0, 1, 0]
+    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
