@@ -56,6 +56,10 @@ class Batch(NamedTuple):
         """Returns the batch on that device."""
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
+    def pin_memory(self) -> "Batch":
+        """Returns the batch in memory that a GPU can read while the CPU goes on."""
+        return Batch(*(tensor.pin_memory() if tensor.numel() else tensor for tensor in self))
+
     def lanes(self, start: int, count: int) -> "Batch":
         """Returns ``count`` lanes from index ``start`` of this batch. The flags go with the first lane only."""
         span = slice(start, start + count)

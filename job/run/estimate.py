@@ -90,7 +90,9 @@ def describe_needs(spec: RunSpec, on_cluster: bool) -> str:
     stream_config = replace(config.stream, batch_size=-(-config.stream.batch_size // workers))
     optimizer_config = replace(config.optimizer, learning_rate=1e-9)  # so that no loss diverges
     scale = replace(config.scale, workers=0)
-    alone = replace(spec, config=replace(config, stream=stream_config, optimizer=optimizer_config, scale=scale))
+    train_config = replace(config.train, log_every=1)  # so that each step is waited for
+    alone_config = replace(config, stream=stream_config, optimizer=optimizer_config, scale=scale, train=train_config)
+    alone = replace(spec, config=alone_config)
     device = torch.device("cuda" if torch.cuda.is_available() and scale.accelerator != "cpu" else "cpu")
     threads = min(scale.cpus_per_worker or max(1, available_cpus() // workers), available_cpus())
     world = World(0, 1, device, threads, "estimate")

@@ -6,6 +6,7 @@ Axes: T steps of a window, B lanes, V tokens of the vocabulary.
 """
 
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -28,7 +29,11 @@ from job.training.train_state import TrainState
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step: its reduced statistics, and whether it is the last of its epoch or of the run."""
+    """One step: its reduced statistics, and whether it is the last of its epoch or of the run.
+
+    On a GPU the statistics may be those of the step before, and the progress then lacks the loss of this one. It is
+    complete where it is reported or saved, and at the end of an epoch or the run.
+    """
 
     stats: StepStats
     ends_epoch: bool
@@ -52,31 +57,74 @@ def train_steps(
         control_flags: polled before each step for this worker's flags
 
     Raises:
-        Diverged: the loss is not finite
+        Diverged: the loss is not finite; on a GPU it may be that of the step before
     """
     progress, stream = train_state.progress, train_state.stream
+    device = train_state.model.linear.weight.device
+    pending: list[_PendingStats] = []
+    stats = StepStats(math.nan, ControlFlags())
     num_windows = stream.partition(progress.epoch).num_windows
     train_state.model.train()
     while progress.window < num_windows and not is_done(progress, config.train):
         batch = _next_batch(train_state, config, control_flags())
+        if device.type == "cuda":
+            batch = batch.pin_memory()
         train_state.learning_rate = learning_rate_at(config.optimizer, progress.step, train_state.schedule_steps)
         stats_tensor, train_state.lane_state = train_state.train_step(
             batch, train_state.lane_state, train_state.learning_rate
         )
-        stats = StepStats.from_tensor(stats_tensor)
-        if not math.isfinite(stats.nats):
-            raise Diverged(
-                f"the loss is {stats.nats} at step {progress.step + 1} (epoch {progress.epoch + 1})",
-                "lower optimizer.learning_rate or set optimizer.grad_clip_norm",
-            )
         progress.window += 1
         progress.step += 1
         progress.tokens += stream.tokens_per_step
-        progress.epoch_mean.add(stats.nats, stream.tokens_per_step)
-        progress.report_mean.add(stats.nats, stream.tokens_per_step)
         ends_epoch = progress.window == num_windows
         ends_run = is_done(progress, config.train) or (ends_epoch and progress.epoch + 1 >= config.train.epochs)
-        yield StepResult(stats, ends_epoch, ends_run)
+        pending.append(_PendingStats(stats_tensor, progress.step))
+        can_wait = not (ends_epoch or ends_run) and _can_read_later(progress, config.train, device)
+        flags = ControlFlags()
+        while len(pending) > 1 or (pending and (any(flags) or not can_wait)):
+            stats = _add_stats(progress, pending.pop(0), stream.tokens_per_step)
+            flags = ControlFlags(*map(operator.or_, flags, stats.flags))
+        yield StepResult(stats._replace(flags=flags), ends_epoch, ends_run)
+
+
+def _can_read_later(progress: Progress, train_config: TrainConfig, device: torch.device) -> bool:
+    """Whether a step's statistics may be read after the next step has been launched, so that the GPU need not wait.
+
+    Not if the progress is reported or saved now. All workers decide the same.
+    """
+    intervals = (train_config.log_every, train_config.checkpoint_steps)
+    is_due = any(every and progress.step % every == 0 for every in intervals)
+    return device.type == "cuda" and not is_due and progress.epoch_mean.tokens > 0
+
+
+class _PendingStats:
+    """A step's statistics on their way from the device."""
+
+    def __init__(self, stats: Tensor, step: int) -> None:
+        self.step = step
+        self.stats = stats.to("cpu", non_blocking=True, copy=True)  # of a GPU, into pinned memory
+        self.event = torch.cuda.Event() if stats.is_cuda else None
+        if self.event:
+            self.event.record()
+
+    def read(self) -> StepStats:
+        """Waits for the copy."""
+        if self.event:
+            self.event.synchronize()
+        return StepStats.from_tensor(self.stats)
+
+
+def _add_stats(progress: Progress, pending: _PendingStats, tokens: int) -> StepStats:
+    """Reads a step's statistics and adds its loss to the progress. Raises Diverged if the loss is not finite."""
+    stats = pending.read()
+    if not math.isfinite(stats.nats):
+        raise Diverged(
+            f"the loss is {stats.nats} at step {pending.step} (epoch {progress.epoch + 1})",
+            "lower optimizer.learning_rate or set optimizer.grad_clip_norm",
+        )
+    progress.epoch_mean.add(stats.nats, tokens)
+    progress.report_mean.add(stats.nats, tokens)
+    return stats
 
 
 def _next_batch(train_state: TrainState, config: Config, flags: ControlFlags) -> Batch:
