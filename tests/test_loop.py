@@ -10,6 +10,7 @@ from test_cuda_graph import new_train_state, small_config
 
 from job.config.schema import TrainConfig
 from job.distributed.gradient_sync import ControlFlags
+from job.errors import Diverged
 from job.training import loop
 from job.training.loop import train_steps
 from job.training.progress import Progress
@@ -80,7 +81,7 @@ def test_train_steps_whose_statistics_are_read_late_names_step_of_nan_loss(read_
     config = small_config(epochs=1)
     train_state = new_train_state(config)
     weight = train_state.model.linear.weight
-    with pytest.raises(loop.Diverged, match="the loss is nan at step 4 "):
+    with pytest.raises(Diverged, match="the loss is nan at step 4 "):
         for _ in train_steps(train_state, config, ControlFlags):
             if train_state.progress.step == 3:
                 weight.data.fill_(torch.nan)

@@ -206,7 +206,8 @@ def test_gradient_of_group_of_one_process_equals_gradient_without_group(cell: st
     batch = Batch(tokens_TB[:-1], tokens_TB[1:], flags, torch.zeros(0, 4, dtype=torch.int32)).to(device)
     torch.use_deterministic_algorithms(True)
     results = []
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    backend, address = "nccl" if device.type == "cuda" else "gloo", f"tcp://127.0.0.1:{free_port()}"
+    dist.init_process_group(backend, init_method=address, rank=0, world_size=1)
     try:
         assert broadcast_json({"a": [1, "b"]}) == {"a": [1, "b"]}
         assert gather_json(2.5) == [2.5]
