@@ -57,7 +57,7 @@ class Batch(NamedTuple):
         return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
     def pin_memory(self) -> "Batch":
-        """Returns the batch in memory that a GPU can read while the CPU goes on."""
+        """Returns the batch in pinned memory, from which a GPU copies while the CPU continues."""
         return Batch(*(tensor.pin_memory() if tensor.numel() else tensor for tensor in self))
 
     def lanes(self, start: int, count: int) -> "Batch":
