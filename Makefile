@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: help setup train tune test test-gpu test-long test-quick storm lint reference bench bench-speed bench-gpu \
+.PHONY: help setup train tune test test-gpu test-long test-quick storm lint docs reference bench bench-speed bench-gpu \
         bench-survival bench-tuning clean
 
 help:  ## list the commands
@@ -38,12 +38,16 @@ test-gpu: setup  ## the tests of GPUs: on CUDA if there is a GPU, else what a CP
 storm: setup  ## the chaos test: twelve faults and a slow object store, the same result (12 minutes; STORM="--mode fp64" and so on)
 	$(RUN) tests/chaos.py $(STORM)
 
-lint: setup  ## formatter, linter, type checker, spelling and replaced words, as CI runs them
+lint: setup  ## formatter, linter, type checker, spelling, replaced words and shell scripts, as CI runs them
 	$(RUN) -m ruff format --check job tests benchmarks scripts .ci
 	$(RUN) -m ruff check job tests benchmarks scripts .ci
 	$(RUN) -m mypy job benchmarks tests scripts
 	$(VENV)/bin/codespell
 	$(RUN) .ci/words.py
+	$(VENV)/bin/shellcheck .ci/run .ci/image docker/install.sh clusters/*.sh
+
+docs: setup  ## the documentation as pages, in site/
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 reference: setup  ## write configs/schema.json and docs/configuration.md from the declarations of the fields
 	$(RUN) -m scripts.generate_reference
@@ -68,4 +72,4 @@ bench-tuning: setup  ## what ASHA costs and saves (about 15 minutes)
 	$(RUN) -m benchmarks.tuning
 
 clean:  ## remove the environment and caches, but no runs
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

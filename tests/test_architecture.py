@@ -111,7 +111,7 @@ def test_documented_tests_exist() -> None:
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.FunctionDef)
     }
-    for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]:
+    for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
         assert set(re.findall(r"`(test_\w+)`", path.read_text())) <= defined
     matrix = (ROOT / "docs" / "reliability.md").read_text().partition("## What happens when")[2].splitlines()
     failures = [line for line in matrix if line.startswith("| ") and not line.startswith(("| failure", "| ---"))]
