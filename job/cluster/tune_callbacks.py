@@ -1,4 +1,4 @@
-"""What Ray Tune calls in the driver of a search: for trial events, and to ask whether the search shall end."""
+"""Callbacks of Ray Tune in the driver of a search: for trial events, and to stop the search."""
 
 import contextlib
 import queue
