@@ -1,5 +1,6 @@
 """clusters/slurm.sh with simulated commands of Slurm; in most tests Ray and the run are simulated, too."""
 
+import contextlib
 import json
 import os
 import re
@@ -114,10 +115,8 @@ class Job:
 
     def close(self) -> None:
         if self.process:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
             self.process.communicate()
         shutil.rmtree(self.ray_folder, ignore_errors=True)
 
@@ -191,7 +190,8 @@ def test_cancelled_job_saves_before_ray_ends(slurm: Job) -> None:
     """Slurm sends SIGTERM to the script and to the task of each step, but not to their child processes."""
     process = slurm.start("train", "x.toml")
     slurm.wait_for(lambda: is_running(slurm))
-    children = subprocess.run(["ps", "-o", "pid=,args=", "--ppid", str(process.pid)], capture_output=True, text=True)
+    listing = ["ps", "-o", "pid=,args=", "--ppid", str(process.pid)]
+    children = subprocess.run(listing, check=True, capture_output=True, text=True)
     tasks = [int(line.split()[0]) for line in children.stdout.splitlines() if "run_node" in line]
     assert len(tasks) == 2
     for task in [*tasks, process.pid]:
