@@ -73,8 +73,10 @@ static index_t gates_of(index_t cell) { return cell == RNN ? 1 : cell == GRU ? 3
 
 static void *copy(const void *data, index_t bytes) { return memcpy(buffer(bytes), data, bytes); }
 
-static void run_rnn(index_t cell, int is_bf16, index_t steps, index_t lanes, index_t units, index_t table_rows, int full) {
-    index_t size = is_bf16 ? 2 : 4, states = (steps + 1) * lanes * units, rows = steps * lanes, G = gates_of(cell) * units;
+static void run_rnn(index_t cell, int is_bf16, index_t steps, index_t lanes, index_t units, index_t table_rows,
+                    int full) {
+    index_t size = is_bf16 ? 2 : 4, states = (steps + 1) * lanes * units, rows = steps * lanes,
+            G = gates_of(cell) * units;
     index_t saved = cell == RNN ? units : 4 * units;
     int shared = cell == GRU && !is_bf16;
     RnnArgs args = {cell, is_bf16, steps, lanes, units, table_rows ? table_rows : rows, 1};

@@ -51,13 +51,14 @@ int linear(const LinearArgs *args);
 
 /* The cross-entropy of an output layer, for each row. */
 typedef struct {
-    index_t is_bf16, rows, units, vocabulary_size, columns, num_threads; /* columns: V, rounded up to a multiple of 32 */
-    const void *hidden;     /* (R, H) */
-    const float *weight;    /* (V, H) */
-    const float *bias;      /* (V) */
-    const int64_t *targets; /* (R) */
-    float *nats;            /* (R): the result */
-    void *dlogits;          /* (R, columns): gradient of the sum of all; NULL if not needed */
+    index_t is_bf16, rows, units, vocabulary_size;
+    index_t columns, num_threads; /* columns: V, rounded up to a multiple of 32 */
+    const void *hidden;           /* (R, H) */
+    const float *weight;          /* (V, H) */
+    const float *bias;            /* (V) */
+    const int64_t *targets;       /* (R) */
+    float *nats;                  /* (R): the result */
+    void *dlogits;                /* (R, columns): gradient of the sum of all; NULL if not needed */
 } LossArgs;
 
 int linear_cross_entropy(const LossArgs *args);
@@ -87,7 +88,7 @@ int segment_sum(const SegmentSumArgs *args);
 
 /* A layer of the greedy decoder, float only. Its rnn has one step; above the first layer rnn.inputs is scratch. */
 typedef struct {
-    RnnArgs rnn;        /* hidden and carry are updated */
+    RnnArgs rnn;         /* hidden and carry are updated */
     const float *weight; /* (G, H): input projection of an upper layer */
     const float *bias;   /* (G) */
 } DecoderLayer;

@@ -78,14 +78,14 @@ static int release(ShmGroup *g) {
     return wait_for_all(g, offsetof(slot_flags, released));
 }
 
-#define SUM_SLOTS(type)                                                                     \
-    static void sum_slots_##type(const ShmGroup *g, index_t first, index_t last) {         \
-        type *sums = (type *)slot(g, g->workers);                                           \
-        memcpy(sums + first, (type *)slot(g, 0) + first, (last - first) * sizeof *sums);    \
-        for (index_t rank = 1; rank < g->workers; rank++) {                                 \
-            const type *data = (const type *)slot(g, rank);                                 \
-            for (index_t i = first; i < last; i++) sums[i] += data[i];                      \
-        }                                                                                   \
+#define SUM_SLOTS(type)                                                                  \
+    static void sum_slots_##type(const ShmGroup *g, index_t first, index_t last) {       \
+        type *sums = (type *)slot(g, g->workers);                                        \
+        memcpy(sums + first, (type *)slot(g, 0) + first, (last - first) * sizeof *sums); \
+        for (index_t rank = 1; rank < g->workers; rank++) {                              \
+            const type *data = (const type *)slot(g, rank);                              \
+            for (index_t i = first; i < last; i++) sums[i] += data[i];                   \
+        }                                                                                \
     }
 SUM_SLOTS(float)
 SUM_SLOTS(double)

@@ -63,8 +63,7 @@ int generate_greedy(const DecoderArgs *args) {
         layers[0].rnn.tokens = args->tokens + t * B;
         for (index_t i = 0; i < args->num_layers; i++) step_layer(&layers[i]);
         project(&output, B, logits);
-        for (index_t lane = 0; lane < B; lane++)
-            args->tokens[(t + 1) * B + lane] = argmax(logits + lane * columns, V);
+        for (index_t lane = 0; lane < B; lane++) args->tokens[(t + 1) * B + lane] = argmax(logits + lane * columns, V);
     }
     for (index_t i = 0; layers && i < args->num_layers; i++) {
         free(layers[i].packed_recurrent);

@@ -101,8 +101,8 @@ INLINE void micro_kernel(int is_bf16, const int rows, const uint32_t *a, index_t
 /* The same for any number of rows and any depth, in blocks of the panel that fit the L1 cache. */
 INLINE void gemm_panel(int is_bf16, index_t rows, const void *a, index_t row_stride, index_t word_stride,
                        const uint32_t *panel, index_t depth, float *sums, index_t stride, int accumulate) {
-#define MICRO_KERNEL(rows)                                                                                         \
-    micro_kernel(is_bf16, rows, words + i * row_stride, row_stride, word_stride, block, block_depth,               \
+#define MICRO_KERNEL(rows)                                                                           \
+    micro_kernel(is_bf16, rows, words + i * row_stride, row_stride, word_stride, block, block_depth, \
                  sums + i * stride, stride, accumulate)
     for (index_t k = 0; k < depth; k += BLOCK_DEPTH, accumulate = 1) {
         index_t block_depth = depth - k < BLOCK_DEPTH ? depth - k : BLOCK_DEPTH, i = 0;

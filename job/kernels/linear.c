@@ -55,7 +55,8 @@ typedef struct {
     atomic_int *failed; /* set if a thread has no memory */
 } gradient_task;
 
-INLINE void gradient_rows(int is_bf16, const WeightGradientArgs *args, atomic_int *failed, index_t first, index_t count) {
+INLINE void gradient_rows(int is_bf16, const WeightGradientArgs *args, atomic_int *failed, index_t first,
+                          index_t count) {
     index_t step = is_bf16 ? 2 : 1, N = args->columns;
     uint32_t *a = alloc_floats(count * BLOCK_DEPTH), *b = alloc_floats(N * BLOCK_DEPTH);
     if (a && b)

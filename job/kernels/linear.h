@@ -14,7 +14,8 @@ typedef struct {
 } packed_product;
 
 /* out (count, columns) = scale * rows of the left factor times the right one + bias; at most BLOCK_ROWS rows. */
-INLINE void product_rows(int is_bf16, int out_is_bf16, const packed_product *p, index_t first, index_t count, void *out) {
+INLINE void product_rows(int is_bf16, int out_is_bf16, const packed_product *p, index_t first, index_t count,
+                         void *out) {
     float sums[BLOCK_ROWS * PANEL] __attribute__((aligned(64))), scale = p->scale;
     index_t N = p->columns, depth = p->depth;
     for (index_t n = 0; n < N; n += PANEL) {

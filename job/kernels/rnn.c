@@ -16,8 +16,8 @@ INLINE void forward(enum cell cell, int is_bf16, const rnn_task *task, index_t f
             index_t row = t * a->lanes + first;
             const void *previous = offset_ptr(is_bf16, a->hidden, row * H);
             for (index_t gate = 0; gate < num_gates(cell); gate++)
-                gemm_panel(is_bf16, count, previous, depth, 1, packed + (gate * H + j) * depth, depth, sums[gate], PANEL,
-                           0);
+                gemm_panel(is_bf16, count, previous, depth, 1, packed + (gate * H + j) * depth, depth, sums[gate],
+                           PANEL, 0);
             for (index_t lane = 0; lane < count; lane++)
                 for (index_t v = 0; v < PANEL; v += WIDTH)
                     cell_forward(cell, is_bf16, a, row + lane, j + v, sums[0] + lane * PANEL + v, BLOCK_ROWS * PANEL);
@@ -64,19 +64,19 @@ INLINE void backward(enum cell cell, int is_bf16, const rnn_task *task, index_t 
 }
 
 /* Work on any number of lanes, in blocks, by the variant of the function for the cell and the precision. */
-#define DISPATCH(function)                                                                       \
-    void rnn_##function##_lanes(const void *argument, index_t first, index_t count) {            \
-        const rnn_task *task = argument;                                                         \
-        index_t cell = task->args->cell, is_bf16 = task->args->is_bf16;                          \
-        for (; count > 0; first += BLOCK_ROWS, count -= BLOCK_ROWS) {                            \
-            index_t rows = count < BLOCK_ROWS ? count : BLOCK_ROWS;                              \
-            if (cell == RNN && is_bf16) function(RNN, 1, task, first, rows);                     \
-            if (cell == RNN && !is_bf16) function(RNN, 0, task, first, rows);                    \
-            if (cell == GRU && is_bf16) function(GRU, 1, task, first, rows);                     \
-            if (cell == GRU && !is_bf16) function(GRU, 0, task, first, rows);                    \
-            if (cell == LSTM && is_bf16) function(LSTM, 1, task, first, rows);                   \
-            if (cell == LSTM && !is_bf16) function(LSTM, 0, task, first, rows);                  \
-        }                                                                                        \
+#define DISPATCH(function)                                                            \
+    void rnn_##function##_lanes(const void *argument, index_t first, index_t count) { \
+        const rnn_task *task = argument;                                              \
+        index_t cell = task->args->cell, is_bf16 = task->args->is_bf16;               \
+        for (; count > 0; first += BLOCK_ROWS, count -= BLOCK_ROWS) {                 \
+            index_t rows = count < BLOCK_ROWS ? count : BLOCK_ROWS;                   \
+            if (cell == RNN && is_bf16) function(RNN, 1, task, first, rows);          \
+            if (cell == RNN && !is_bf16) function(RNN, 0, task, first, rows);         \
+            if (cell == GRU && is_bf16) function(GRU, 1, task, first, rows);          \
+            if (cell == GRU && !is_bf16) function(GRU, 0, task, first, rows);         \
+            if (cell == LSTM && is_bf16) function(LSTM, 1, task, first, rows);        \
+            if (cell == LSTM && !is_bf16) function(LSTM, 0, task, first, rows);       \
+        }                                                                             \
     }
 DISPATCH(forward)
 static DISPATCH(backward)
