@@ -1,6 +1,7 @@
 # On a fresh machine, `make train` and `make test` are enough: both install what they need.
 
 PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
 VENV := .venv
 RUN := $(VENV)/bin/python
 
@@ -10,9 +11,9 @@ RUN := $(VENV)/bin/python
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
-$(VENV)/ready: pyproject.toml constraints.txt
+$(VENV)/ready: pyproject.toml $(CONSTRAINTS)
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(RUN) -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
 setup: $(VENV)/ready  ## create .venv and install everything into it
@@ -38,13 +39,8 @@ test-gpu: setup  ## the tests of GPUs: on CUDA if there is a GPU, else what a CP
 storm: setup  ## the chaos test: twelve faults and a slow object store, the same result (12 minutes; STORM="--mode fp64" and so on)
 	$(RUN) tests/chaos.py $(STORM)
 
-lint: setup  ## formatter, linter, type checker, spelling, replaced words and shell scripts, as CI runs them
-	$(RUN) -m ruff format --check job tests benchmarks scripts .ci
-	$(RUN) -m ruff check job tests benchmarks scripts .ci
-	$(RUN) -m mypy job benchmarks tests scripts
-	$(VENV)/bin/codespell
-	$(RUN) .ci/words.py
-	$(VENV)/bin/shellcheck .ci/run .ci/image docker/install.sh clusters/*.sh
+lint: setup  ## formatters, linters, type checker, spelling: all hooks of .pre-commit-config.yaml, as CI runs them
+	$(VENV)/bin/pre-commit run --all-files --show-diff-on-failure
 
 docs: setup  ## the documentation as pages, in site/
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
