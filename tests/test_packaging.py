@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 from conftest import ROOT
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from job.kernels.build import load_library
 
@@ -86,6 +88,21 @@ def test_installed_wheel_trains_with_compiled_kernel(wheel: Path, prose: Path, t
     assert run(python, "-m", "job", "--help", cwd=tmp_path, env=env).startswith("usage: python -m job VERB ")
     failed = subprocess.run([script, "evaluate", "runs/run-2"], capture_output=True, text=True, env=env, check=False)
     assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)
+
+
+def test_oldest_constraints_are_the_lower_bounds_of_the_dependencies() -> None:
+    """The job of CI that installs them tests what pyproject.toml promises."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    requirements = map(Requirement, [*project["dependencies"], *project["optional-dependencies"]["optuna"]])
+    promised = {
+        (requirement.name, Version(bound.version))
+        for requirement in requirements
+        for bound in requirement.specifier
+        if bound.operator == ">="
+    }
+    lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
+    pinned = [line.split("==") for line in lines if not line.startswith("#")]
+    assert {(name, Version(version)) for name, version in pinned} == promised
 
 
 # --- ray job submit -------------------------------------------------------------------------------------------------
