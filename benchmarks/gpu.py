@@ -102,7 +102,7 @@ def plain_variant(name: str, shapes: Shapes, device: torch.device) -> Variant:
 def our_variant(name: str, shapes: Shapes, device: torch.device) -> Variant:
     """This program's training loop in bf16."""
     with mock.patch.dict(os.environ, {} if name == OURS else {GRAPH_ENV_VAR: "off"}):
-        steps = our_steps(shapes, "bf16", replace(ONE_WORKER, device=device))
+        steps = our_steps(shapes, "bf16", replace(ONE_WORKER, device=device), exact_steps=COMPARED_STEPS)
     tokens = shapes.lanes * shapes.steps
     return Variant((result.stats.nats / tokens for result in steps), {})  # type: ignore[attr-defined]
 

@@ -1,7 +1,8 @@
 """Endless iterators of training steps, ours and the plain loop's, over the same random text."""
 
+import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -81,12 +82,19 @@ def endless(train_state: TrainState, config: Config) -> Iterator[object]:
 
 
 def our_steps(
-    shapes: Shapes, precision: str, world: World = ONE_WORKER, reproducible: bool = False
+    shapes: Shapes, precision: str, world: World = ONE_WORKER, reproducible: bool = False, exact_steps: int = 0
 ) -> Iterator[object]:
-    """The training steps of one worker, each of which holds ``shapes.lanes`` lanes, in eight groups if reproducible."""
+    """The training steps of one worker, each of which holds ``shapes.lanes`` lanes, in eight groups if reproducible.
+
+    The first ``exact_steps`` have their own loss also on a GPU, which otherwise is that of the step before.
+    """
     config = Config(
         model=ModelConfig(cell=shapes.cell, hidden_size=shapes.units),
         stream=StreamConfig(batch_size=shapes.lanes * world.size, num_steps=shapes.steps, offset=0),
         train=TrainConfig(reproducible=reproducible, lane_groups=8 * world.size),
     )
-    return endless(new_train_state(config, shapes.text(world.size), shapes.tokens, precision, world), config)
+    train_state = new_train_state(config, shapes.text(world.size), shapes.tokens, precision, world)
+    exact_config = replace(config, train=replace(config.train, log_every=1))
+    return itertools.chain(
+        itertools.islice(endless(train_state, exact_config), exact_steps), endless(train_state, config)
+    )
