@@ -34,7 +34,7 @@ from ray.cloudpickle import dumps
 from ray.experimental.internal_kv import _internal_kv_get
 from ray.train import ControllerError, ScalingConfig, WorkerGroupError
 from ray.train._internal.session import _TrainingResult
-from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal import exceptions as train_errors
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
@@ -45,7 +45,7 @@ from ray.train.v2._internal.execution.scaling_policy import autoscaling_coordina
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from job.cluster.resources import Placement, Resources
-from job.cluster.train_worker import one_line
+from job.cluster.train_worker import one_line, worker_device
 from job.training.events import WorkerGroupEnded
 
 LOOPBACK = "127.0.0.1"
@@ -290,7 +290,7 @@ def _start_store(timeout: timedelta) -> tuple[str, int]:
 
 def _device_of_worker() -> tuple[str, str] | None:
     """The node of a worker and Ray's name of its GPU there; None if torch computes on the CPU."""
-    return (ray.util.get_node_ip_address(), str(ray.get_gpu_ids())) if get_device().type == "cuda" else None
+    return (ray.util.get_node_ip_address(), str(ray.get_gpu_ids())) if worker_device().type == "cuda" else None
 
 
 def _join_process_group(backend: str, host: str, port: int, timeout: timedelta) -> None:

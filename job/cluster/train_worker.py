@@ -9,8 +9,9 @@ from typing import Any
 
 import ray
 import ray.train
-import ray.train.torch
+import torch
 from ray.cloudpickle import dumps
+from ray.train.torch import get_device
 
 from job.distributed.collectives import broadcast_json
 from job.distributed.context import World
@@ -82,7 +83,7 @@ def train_worker(task: dict[str, Any]) -> None:
     attempt = ""
     try:
         attempt = broadcast_json(uuid.uuid4().hex[:8])  # drawn by rank 0
-        world = World(rank, world_size, ray.train.torch.get_device(), task["threads"], attempt)
+        world = World(rank, world_size, worker_device(), task["threads"], attempt)
         spec: RunSpec = ray.get(task["spec"])
         train(spec, world, link)
     except Exception as error:
@@ -90,6 +91,11 @@ def train_worker(task: dict[str, Any]) -> None:
         raise
     finally:
         link.flush()
+
+
+def worker_device() -> torch.device:
+    """Returns the GPU that Ray has assigned to this worker, or the CPU if there is none or torch cannot use it."""
+    return get_device() if torch.cuda.is_available() else torch.device("cpu")
 
 
 def one_line(error: BaseException) -> str:

@@ -80,11 +80,11 @@ def train_steps(
         ends_run = is_done(progress, config.train) or (ends_epoch and progress.epoch + 1 >= config.train.epochs)
         pending.append(_PendingStats(stats_tensor, progress.step))
         can_wait = not (ends_epoch or ends_run) and _can_read_later(progress, config.train, device)
-        flags = ControlFlags()
-        while len(pending) > 1 or (pending and (any(flags) or not can_wait)):
+        flags = None
+        while len(pending) > can_wait or (pending and flags and any(flags)):
             stats = _add_stats(progress, pending.pop(0), stream.tokens_per_step)
-            flags = ControlFlags(*map(operator.or_, flags, stats.flags))
-        yield StepResult(stats._replace(flags=flags), ends_epoch, ends_run)
+            flags = ControlFlags(*map(operator.or_, flags, stats.flags)) if flags else stats.flags
+        yield StepResult(StepStats(stats.nats, flags or ControlFlags()), ends_epoch, ends_run)
 
 
 def _can_read_later(progress: Progress, train_config: TrainConfig, device: torch.device) -> bool:
@@ -92,25 +92,26 @@ def _can_read_later(progress: Progress, train_config: TrainConfig, device: torch
 
     Not if the progress is reported or saved now. All workers decide the same.
     """
+    if device.type == "cpu" or not progress.epoch_mean.tokens:
+        return False
     intervals = (train_config.log_every, train_config.checkpoint_steps)
-    is_due = any(every and progress.step % every == 0 for every in intervals)
-    return device.type == "cuda" and not is_due and progress.epoch_mean.tokens > 0
+    return not any(every and progress.step % every == 0 for every in intervals)
 
 
 class _PendingStats:
     """A step's statistics on their way from the device."""
 
     def __init__(self, stats: Tensor, step: int) -> None:
-        self.step = step
-        self.stats = stats.to("cpu", non_blocking=True, copy=True)  # of a GPU, into pinned memory
-        self.event = torch.cuda.Event() if stats.is_cuda else None
-        if self.event:
-            self.event.record()
+        self.step, self.stats, self.copied = step, stats, None
+        if stats.is_cuda:
+            self.stats = stats.to("cpu", non_blocking=True)  # in pinned memory
+            self.copied = torch.cuda.Event()
+            self.copied.record()
 
     def read(self) -> StepStats:
         """Waits for the copy."""
-        if self.event:
-            self.event.synchronize()
+        if self.copied:
+            self.copied.synchronize()
         return StepStats.from_tensor(self.stats)
 
 

@@ -8,6 +8,7 @@ import torch
 from conftest import job, result, start_job
 
 from job.cluster.resources import Placement, local_placement
+from job.cluster.train_worker import worker_device
 from job.config.schema import ScaleConfig
 from job.errors import UserError
 
@@ -58,6 +59,16 @@ def test_local_placement_with_required_gpu_and_none_raises() -> None:
 def test_placement_describes_share_of_gpu() -> None:
     assert place(1, workers=2, accelerator="gpu").describe() == "4 CPUs and 1/2 of a GPU each"
     assert place(2, workers=2, accelerator="gpu").describe() == "4 CPUs and a GPU each"
+
+
+@pytest.mark.parametrize(("is_available", "device"), [(True, "cuda:1"), (False, "cpu")])
+def test_worker_device_without_usable_gpu_is_cpu(
+    is_available: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray assigns a GPU that it counts also where torch has no CUDA; ``check_devices`` then refuses the run."""
+    monkeypatch.setattr("job.cluster.train_worker.get_device", lambda: torch.device("cuda", 1))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: is_available)
+    assert worker_device() == torch.device(device)
 
 
 def flags(prose: Path, storage: Path, name: str, *more: object) -> list[object]:
