@@ -37,7 +37,7 @@ def seed_stream() -> tuple[Stream, int]:
     config = load_config(SEED, {})
     text = read_corpus(config.corpus, "char")
     arguments = build_vocabulary(config.vocabulary, text)
-    return Stream(arguments.encode(text.lines), config.stream, 0), len(arguments)
+    return Stream(arguments.encode_documents(text.documents), config.stream, 0), len(arguments)
 
 
 def timed(each_step: Iterator[object], steps: int, warm: int) -> float:

@@ -73,7 +73,7 @@ def main() -> None:
     args = parser.parse_args()
     flags = ["--corpus.source", args.corpus] if args.corpus else []
     config = load_config(CONFIG, {"corpus.source": args.corpus} if args.corpus else {})
-    (text,) = read_corpus(config.corpus, config.vocabulary.kind).lines
+    ((text,),) = read_corpus(config.corpus, config.vocabulary.kind).documents
     assert isinstance(text, str)
     print(measure.machine())
     runs = {"ours": ours(flags), "nanoGPT": nano_gpt(args.nanogpt, text), "ours again": ours(flags)}

@@ -178,7 +178,18 @@ VERBS = {
     "tune": Verb(_tune, "CONFIG.toml", tuple(FILE_SECTIONS)),
     "generate": Verb(_generate, "RUN|CHECKPOINT", ("generate", "run.seed", "model.cell"), JSON_FLAG),
     "evaluate": Verb(
-        _evaluate, "RUN|CHECKPOINT", ("corpus.source", "corpus.cleaning", "corpus.max_tokens", "model.cell"), JSON_FLAG
+        _evaluate,
+        "RUN|CHECKPOINT",
+        (
+            "corpus.source",
+            "corpus.encoding",
+            "corpus.text_field",
+            "corpus.separator",
+            "corpus.cleaning",
+            "corpus.max_tokens",
+            "model.cell",
+        ),
+        JSON_FLAG,
     ),
     "doctor": Verb(
         _doctor, "[CONFIG.toml]", tuple(SECTIONS), {"address": "a running Ray cluster: HOST:PORT", **JSON_FLAG}

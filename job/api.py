@@ -19,7 +19,7 @@ from job.config.schema import BUILTIN_CELLS, SECTIONS, Config, ModelConfig
 from job.config.section import unknown_name
 from job.config.toml import ConfigValues, check_field, expand_paths, override_config
 from job.console import Console
-from job.data.corpus import Content, content_name
+from job.data.source import Content, content_name
 from job.errors import UserError, report_os_error
 from job.inference.generate import NO_CUSTOM_CELL, generate_text, prefix_warnings
 from job.paths import expand_path

@@ -1,6 +1,7 @@
 """Folders on a local disk or on any file system that pyarrow supports: atomic writes, retries."""
 
 import contextlib
+import glob
 import os
 import random
 import re
@@ -17,6 +18,7 @@ from typing import Any, TypeVar, cast
 from urllib.parse import quote
 
 import pyarrow
+from fsspec.implementations.arrow import ArrowFSWrapper
 from pyarrow import fs
 
 from job.errors import UserError, report_os_error
@@ -222,6 +224,22 @@ class Folder:
     def names(self) -> list[str]:
         """Returns the names of the files and folders in it, sorted; empty if it does not exist."""
         return sorted(self.sizes())
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether it exists and is not a file."""
+        file_system, path = self._location
+        return file_system.get_file_info(path).type == fs.FileType.Directory
+
+    def find(self, pattern: str) -> list[str]:
+        """Returns the relative paths of the files below it that match a glob, sorted, without hidden ones.
+
+        ``*`` matches within a name, ``**`` any folders.
+        """
+        file_system, path = self._location
+        found = ArrowFSWrapper(file_system).glob(f"{glob.escape(path)}/{pattern}", detail=True)
+        names = [name.removeprefix(path).lstrip("/") for name, info in found.items() if info["type"] == "file"]
+        return sorted(name for name in names if "/." not in f"/{name}")
 
     @_retried
     def exists(self) -> bool:

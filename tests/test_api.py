@@ -22,7 +22,8 @@ from conftest import job as command
 
 import job
 from job.config.schema import CorpusConfig
-from job.data.corpus import content_name, read_corpus
+from job.data.corpus import read_corpus
+from job.data.source import content_name
 
 SMALL: dict[str, dict[str, Any]] = {
     "stream": {"batch_size": 8, "num_steps": 20},
@@ -127,7 +128,7 @@ def test_read_corpus_of_text_in_memory_equals_a_file(tmp_path: Path, kind: str, 
     (tmp_path / "text.txt").write_bytes(data)
     from_file = read_corpus(CorpusConfig(source=str(tmp_path / "text.txt"), cleaning=cleaning), kind)
     corpus = read_corpus(CorpusConfig(source=content_name(data), cleaning=cleaning), kind, data)
-    assert corpus.lines == from_file.lines
+    assert corpus.documents == from_file.documents
     assert corpus.source != content_name(data + b".")
 
 

@@ -74,8 +74,8 @@ def web(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Pages]:
 
 def test_download_is_cached(web: Pages) -> None:
     web["/text.txt"] = b"some text"
-    assert read(f"{web.address}/text.txt").lines == ["some text"]
-    assert read(f"{web.address}/text.txt").lines == ["some text"]
+    assert read(f"{web.address}/text.txt").documents == [["some text"]]
+    assert read(f"{web.address}/text.txt").documents == [["some text"]]
     assert web.requests == ["/text.txt"]
 
 
@@ -83,9 +83,9 @@ def test_download_replaces_damaged_cache_file(web: Pages, monkeypatch: pytest.Mo
     data = b"The Time Machine!"
     monkeypatch.setattr("job.data.download.TIME_MACHINE_SHA1", hashlib.sha1(data).hexdigest())
     web["/book"] = data
-    assert read("time-machine").lines == ["the time machine"]
+    assert read("time-machine").documents == [["the time machine"]]
     (cache_folder() / "timemachine.txt").write_bytes(b"The Tim")
-    assert read("time-machine").lines == ["the time machine"]
+    assert read("time-machine").documents == [["the time machine"]]
     assert read("auto").source == "time-machine"
     assert len(web.requests) == 2
 
@@ -101,7 +101,7 @@ def test_download_failure_falls_back_to_embedded_text_only_for_auto(
 
 def test_download_with_compressed_transfer_is_decompressed(web: Pages) -> None:
     web["/gzip.txt"] = gzip.compress(b"original text")
-    assert read(f"{web.address}/gzip.txt").lines == ["original text"]
+    assert read(f"{web.address}/gzip.txt").documents == [["original text"]]
 
 
 def test_download_follows_redirect_without_reading_its_body(web: Pages, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ def test_download_follows_redirect_without_reading_its_body(web: Pages, monkeypa
     read_body = urllib3.HTTPResponse.read
     monkeypatch.setattr(urllib3.HTTPResponse, "read", read_counted)
     web["/moved.gzip"], web["/text.gzip"] = gzip.compress(bytes(1 << 20)), gzip.compress(b"some text")
-    assert read(f"{web.address}/moved.gzip").lines == ["some text"]
+    assert read(f"{web.address}/moved.gzip").documents == [["some text"]]
     assert web.requests == ["/moved.gzip", "/text.gzip"]
     assert sum(lengths) < 1000
 
@@ -170,7 +170,7 @@ def test_download_from_slow_server_is_refused(web: Pages, monkeypatch: pytest.Mo
         patch.setattr("job.data.download.SPEED_INTERVAL_S", 0.2)
         read(f"{web.address}{path}")
     web["/fast"] = b"some text"
-    assert read(f"{web.address}/fast").lines == ["some text"]
+    assert read(f"{web.address}/fast").documents == [["some text"]]
 
 
 @pytest.mark.parametrize("path", ["/silent", "/slow"])

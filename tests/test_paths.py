@@ -3,7 +3,6 @@
 import os
 import shlex
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import pytest
@@ -35,8 +34,9 @@ NAMES = [
 ]
 
 
-def read(source: Path | str) -> Any:
-    return read_corpus(load_config(None, {"corpus.source": str(source)}).corpus, "char").lines
+def read(source: Path | str) -> list[str]:
+    (document,) = read_corpus(load_config(None, {"corpus.source": str(source)}).corpus, "char").documents
+    return [str(line) for line in document]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -4,12 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from job.config.schema import CorpusConfig, VocabularyConfig
-from job.data.corpus import Corpus
+from job.data.corpus import Corpus, clean_text
 from job.data.dataset import build_dataset
 from job.data.vocabulary import (
     Vocabulary,
@@ -23,24 +24,82 @@ from job.errors import UserError
 
 @given(st.binary(min_size=1))
 def test_encode_bytes_returns_their_values(data: bytes) -> None:
-    vocabulary = build_vocabulary(VocabularyConfig(kind="byte"), Corpus("file", "none", [data]))
+    vocabulary = build_vocabulary(VocabularyConfig(kind="byte"), Corpus("file", "none", [[data]]))
     assert bytes(vocabulary.encode([data]).tolist()) == data
 
 
 @given(st.text(min_size=1).filter(lambda text: not any(0xD800 <= ord(c) <= 0xDFFF for c in text)))
 def test_decode_of_encoded_characters_returns_the_text(text: str) -> None:
-    vocabulary = build_vocabulary(VocabularyConfig(), Corpus("file", "none", [text]))
+    vocabulary = build_vocabulary(VocabularyConfig(), Corpus("file", "none", [[text]]))
     assert vocabulary.decode(vocabulary.encode([text])) == text
     assert vocabulary_from_json(vocabulary.to_json().encode(), "file") == vocabulary
     assert Vocabulary("char", vocabulary.tokens[:1]).encode([text]).tolist() == [0] * len(text)
 
 
 def test_build_vocabulary_counts_words_by_line() -> None:
-    corpus = Corpus("file", "d2l", ["b a", "b c", "a d"])
+    corpus = Corpus("file", "d2l", [["b a", "b c", "a d"]])
     vocabulary = build_vocabulary(VocabularyConfig(kind="word", min_frequency=2), corpus)
     assert vocabulary.tokens == ("<unk>", "b", "a")
-    assert vocabulary.decode(vocabulary.encode(corpus.lines)) == "b a b <unk> a <unk>"
+    assert vocabulary.decode(vocabulary.encode_documents(corpus.documents)) == "b a b <unk> a <unk>"
     assert len(build_vocabulary(VocabularyConfig(kind="word", size=2), corpus)) == 2
+
+
+DOCUMENTS = st.lists(
+    st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(lambda text: not text.isspace()), min_size=1
+)
+
+
+@pytest.mark.parametrize("kind", ["char", "word", "byte"])
+@given(documents=DOCUMENTS)
+def test_encode_documents_separates_them_by_the_last_id(kind: str, documents: list[str]) -> None:
+    corpus = Corpus("file", "none", [[document] for document in documents])
+    vocabulary = build_vocabulary(VocabularyConfig(kind=kind), corpus)
+    ids = vocabulary.encode_documents(corpus.documents)
+    separator = len(vocabulary) - 1
+    if len(documents) == 1:
+        assert not vocabulary.has_separator
+        np.testing.assert_array_equal(ids, vocabulary.encode(documents))
+        return
+    parts = np.split(ids, np.flatnonzero(ids == separator))
+    assert len(parts) == len(documents)
+    for number, (part, document) in enumerate(zip(parts, documents, strict=True)):
+        decoded = vocabulary.decode(part[1:] if number else part)
+        assert decoded == (" ".join(document.split()) if kind == "word" else document)
+    assert vocabulary_from_json(vocabulary.to_json().encode(), "file") == vocabulary
+
+
+def test_build_vocabulary_with_separator_takes_no_text_for_it() -> None:
+    corpus = Corpus("file", "none", [["a <|endoftext|> b"], ["a"]])
+    vocabulary = build_vocabulary(VocabularyConfig(kind="word", size=4), corpus)
+    assert (vocabulary.tokens, len(vocabulary)) == (("<unk>", "a", "<|endoftext|>"), 4)
+    assert vocabulary.encode_documents(corpus.documents).tolist() == [1, 2, 0, 3, 1]
+    assert vocabulary.decode([1, 3, 1]) == "a <|endoftext|> a"
+    assert Vocabulary("char", ("<unk>", "a"), True).decode([1, 2, 1]) == "a<|endoftext|>a"
+    assert Vocabulary("byte", (), True).decode([97, 256, 97]) == "a<|endoftext|>a"
+    assert len(set(vocabulary.names)) == len(vocabulary)
+
+
+def test_build_dataset_scope_training_counts_separators_as_tokens() -> None:
+    corpus = Corpus("file", "none", [["ab"], ["cd"], ["ef"]])
+    dataset = build_dataset(corpus, CorpusConfig(validation_fraction=0.5), VocabularyConfig(scope="training"))
+    assert dataset.vocabulary.tokens == ("<unk>", "a", "b", "c")
+    assert (dataset.train_tokens.tolist(), dataset.validation_tokens.tolist()) == ([1, 2, 4, 3], [0, 4, 0, 0])
+
+
+@given(st.lists(st.lists(st.text("abc", min_size=1))), st.sampled_from(["\n", "\r\n", "\r"]))
+def test_end_of_line_is_a_token_per_newline_as_published_figures_count_them(
+    lines: list[list[str]], newline: str
+) -> None:
+    text = "".join(" ".join(words) + newline for words in lines)
+    corpus = Corpus("file", "none", [[text]])
+    vocabulary = build_vocabulary(VocabularyConfig(kind="word", end_of_line=True), corpus)
+    ids = vocabulary.encode_documents(corpus.documents)
+    expected = [token for words in lines for token in [*words, "\n"]]  # as readers of WikiText append <eos> to a line
+    assert [vocabulary.tokens[index] for index in ids] == expected
+    assert vocabulary.decode(ids) == text.replace(newline, "\n")
+    assert vocabulary_from_json(vocabulary.to_json().encode(), "file").encode([text]).tolist() == ids.tolist()
+    cleaned = clean_text(text, CorpusConfig(cleaning="d2l"))
+    np.testing.assert_array_equal(vocabulary.encode(cleaned), ids)
 
 
 @pytest.mark.parametrize("kind", ["char", "word"])
@@ -51,7 +110,7 @@ def test_build_dataset_scope_gives_vocabulary_of_all_tokens_or_of_those_trained_
 ) -> None:
     lines = ["c a b", "a b z", "", "x c c y"] if kind == "word" else ["cab", "abz", "", "xccy"]
     corpus_config = CorpusConfig(max_tokens=max_tokens, validation_fraction=0.5)
-    dataset = build_dataset(Corpus("file", "d2l", lines), corpus_config, VocabularyConfig(kind=kind, scope=scope))
+    dataset = build_dataset(Corpus("file", "d2l", [lines]), corpus_config, VocabularyConfig(kind=kind, scope=scope))
     tokens = {("corpus", 0): "cabzxy", ("corpus", 6): "cabzxy", ("training", 0): "abc", ("training", 6): "cab"}
     assert dataset.vocabulary.tokens == ("<unk>", *tokens[scope, max_tokens])
     train, validation = ("cab", "abz") if max_tokens else ("cabab", "zxccy")
@@ -62,7 +121,7 @@ def test_build_dataset_scope_gives_vocabulary_of_all_tokens_or_of_those_trained_
 
 
 def test_build_dataset_scope_training_applies_size_and_frequency_to_the_counted_tokens() -> None:
-    corpus, corpus_config = Corpus("file", "none", ["aabbcd" + "dddd"]), CorpusConfig(validation_fraction=0.4)
+    corpus, corpus_config = Corpus("file", "none", [["aabbcd" + "dddd"]]), CorpusConfig(validation_fraction=0.4)
 
     def tokens(**fields: Any) -> tuple[Any, ...]:
         return build_dataset(corpus, corpus_config, VocabularyConfig(**fields)).vocabulary.tokens[1:]
@@ -85,6 +144,7 @@ def test_build_dataset_scope_training_applies_size_and_frequency_to_the_counted_
         {"kind": "byte", "tokens": ["<unk>"]},
         {"kind": "line", "tokens": ["<unk>"]},
         {"kind": ["char"], "tokens": ["<unk>"]},
+        {"kind": "char", "tokens": ["<unk>"], "separator": 1},
     ],
 )
 def test_vocabulary_from_json_rejects_invalid_content(content: list[Any] | dict[str, Any]) -> None:
@@ -103,11 +163,11 @@ def test_unknown_share_is_shown_as_percentage_and_warned_about(share: float, tex
 
 @pytest.mark.parametrize("kind", ["char", "word", "byte"])
 def test_build_vocabulary_from_a_file_equals_the_one_that_was_written(tmp_path: Path, kind: str) -> None:
-    corpus = Corpus("file", "none", [b"b a b"] if kind == "byte" else ["b a b"])
+    corpus = Corpus("file", "none", [[b"b a b"]] if kind == "byte" else [["b a b"]])
     vocabulary = build_vocabulary(VocabularyConfig(kind=kind), corpus)
     (tmp_path / "vocabulary.json").write_text(vocabulary.to_json())
     config = VocabularyConfig(kind=kind, file=str(tmp_path / "vocabulary.json"))
-    assert build_vocabulary(config, Corpus("other", "none", ["c d a"])) == vocabulary
+    assert build_vocabulary(config, Corpus("other", "none", [["c d a"]])) == vocabulary
     assert build_dataset(corpus, CorpusConfig(), config).vocabulary == vocabulary
 
 
@@ -126,7 +186,7 @@ def test_build_vocabulary_from_an_invalid_file_raises_user_error(
     if content:
         path.write_text(content)
     with pytest.raises(UserError) as error:
-        build_vocabulary(VocabularyConfig(kind=kind, file=str(path)), Corpus("file", "none", ["a"]))
+        build_vocabulary(VocabularyConfig(kind=kind, file=str(path)), Corpus("file", "none", [["a"]]))
     assert str(error.value).startswith(f"vocabulary.file = {path}: {message}")
 
 

@@ -1,5 +1,6 @@
 """The sections and fields of the configuration."""
 
+import codecs
 import math
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -30,11 +31,27 @@ class CorpusConfig(Section):
     """The text."""
 
     source: str = config_field(
-        "auto", "auto (The Time Machine), time-machine, embedded, a path, a glob or a URI", is_path=True
+        "auto",
+        "auto (The Time Machine), time-machine, embedded, or a file, folder or glob as a path or URI",
+        is_path=True,
     )
+    encoding: str = config_field("utf-8", "encoding of text files without a byte order mark")
+    text_field: str = config_field("text", "field of JSON lines, or column of Parquet files, that contains the text")
+    separator: bool = config_field(False, "separate text files by a token, as documents of other formats; false: join")
+    newlines: str = choice_field("line ends of the text", keep="", normalize="\\r\\n and \\r become \\n")
     cleaning: str = choice_field("normalization", auto="d2l for built-in texts", d2l="lower-case letters", none="")
     max_tokens: int = config_field(0, "use only the first N tokens; 0: all", "tokens", ge=0)
     validation_fraction: float = config_field(0.0, "fraction of the text, at its end, for validation", ge=0, lt=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        try:
+            is_text = codecs.getincrementaldecoder(self.encoding)().decode(b"") == ""
+        except (LookupError, ValueError, TypeError):
+            is_text = False
+        if not is_text:
+            problem = f"corpus.encoding = {format_value(self.encoding)}: is not a text encoding of Python"
+            raise UserError(problem, "give one such as utf-8, latin-1 or utf-16-le")
 
 
 @dataclass(frozen=True)
@@ -44,6 +61,7 @@ class VocabularyConfig(Section):
     kind: str = choice_field("kind of tokens", char="", byte="", word="")
     size: int = config_field(0, "maximum vocabulary size, <unk> included; 0: no limit", "tokens", ge=0)
     min_frequency: int = config_field(0, "tokens that occur less often become <unk>", ge=0)
+    end_of_line: bool = config_field(False, "make each end of line a token, between words")
     scope: str = choice_field("text whose tokens are counted", corpus="all of it", training="what is trained on")
     file: str = config_field(
         "", "an existing vocabulary.json, of a run for example; empty: made of the text", is_path=True
@@ -51,8 +69,9 @@ class VocabularyConfig(Section):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.file and (self.size or self.min_frequency or self.scope != "corpus"):
-            problem = f"vocabulary.file = {self.file}: vocabulary.size, min_frequency and scope do not apply to it"
+        if self.file and (self.size or self.min_frequency or self.end_of_line or self.scope != "corpus"):
+            names = "vocabulary.size, min_frequency, end_of_line and scope"
+            problem = f"vocabulary.file = {self.file}: {names} do not apply to it"
             raise UserError(problem, "remove them")
 
 
@@ -218,6 +237,12 @@ class Config:
         if scale.accelerator_type and scale.accelerator == "cpu":
             problem = f'{scale.gpu_requirement}: names a GPU, and scale.accelerator = "cpu"'
             raise UserError(problem, "remove one of them")
+        if self.vocabulary.kind == "byte" and self.corpus.newlines != "keep":
+            problem = f"corpus.newlines = {self.corpus.newlines}: vocabulary.kind = byte keeps all bytes"
+            raise UserError(problem, "leave it out")
+        if self.vocabulary.end_of_line and self.vocabulary.kind != "word":
+            problem = f"vocabulary.end_of_line = true: vocabulary.kind = {self.vocabulary.kind} has newlines already"
+            raise UserError(problem, "leave it out, or set vocabulary.kind = word")
         if self.train.reproducible and scale.max_workers > num_groups:
             problem = f"{workers}: each worker of a reproducible run needs a lane group, and there are {num_groups}"
             raise UserError(problem, "lower it or raise train.lane_groups")

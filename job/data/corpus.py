@@ -1,27 +1,20 @@
 """Reads the text that ``corpus.source`` names and cleans it."""
 
 import contextlib
-import glob
-import hashlib
-import importlib
-import os
 import re
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, AnyStr
 
 import numpy as np
-import pyarrow
 
 from job.config.schema import CorpusConfig
-from job.data.download import TIME_MACHINE_LENGTH, download_text, download_time_machine
-from job.data.file_format import describe_file_format
+from job.data.parse import parse_file, parse_file_of_bytes
+from job.data.source import Content, SourceFile, find_files
 from job.errors import UserError, error_origin
-from job.paths import check_no_credentials, is_uri
-from job.storage import Folder
+from job.paths import check_no_credentials
 
-AUTO_DOWNLOAD_TIMEOUT_S = 5.0  # before `auto` falls back to the embedded text
-Content = bytes | np.ndarray  # a text in UTF-8, or token ids: one-dimensional, int32
-_CONTENT_NAME = re.compile(r"(text|tokens):[0-9a-f]{16}")
+NEWLINE = re.compile(r"\r\n|\r|\n")
 
 
 @dataclass(frozen=True)
@@ -31,147 +24,108 @@ class Corpus:
     Args:
         source: ``corpus.source``, with ``auto`` replaced by the source that was read
         cleaning: ``corpus.cleaning``, with ``auto`` replaced by d2l or none
-        lines: the pieces to tokenize separately, so that no word spans two lines; bytes for a byte vocabulary without
-            cleaning, which are those of all files without a separator; or an array of token ids
+        documents: for each document, the pieces to tokenize separately, so that no word spans two lines; bytes for a
+            byte vocabulary without cleaning; or an array of token ids
     """
 
     source: str
     cleaning: str
-    lines: list[str] | list[bytes] | list[np.ndarray]
+    documents: Sequence[list[str]] | Sequence[list[bytes]] | Sequence[list[np.ndarray]]
 
     @property
     def num_characters(self) -> int:
-        """Number of characters, or of bytes or token ids if the lines are those."""
-        return sum(map(len, self.lines))
+        """Number of characters, or of bytes or token ids if the documents are those."""
+        return sum(len(line) for document in self.documents for line in document)
 
 
-def content_name(content: Content) -> str:
-    """Returns ``corpus.source`` for a text or token ids that are in no file; it contains their checksum."""
-    kind, data = ("text", content) if isinstance(content, bytes) else ("tokens", content.tobytes())
-    return f"{kind}:{hashlib.sha256(data).hexdigest()[:16]}"
-
-
-def read_corpus(corpus_config: CorpusConfig, vocabulary_kind: str, content: Content | None = None) -> Corpus:
+def read_corpus(
+    corpus_config: CorpusConfig, vocabulary_kind: str, content: Content | None = None, has_separator: bool = True
+) -> Corpus:
     """Reads and cleans the text that a configuration names.
 
     Args:
-        corpus_config: the source and its cleaning
+        corpus_config: the source, its format and its cleaning
         vocabulary_kind: char, byte or word
         content: what ``content_name`` named; None: read the source
+        has_separator: whether a vocabulary can separate documents; if not, they are joined by newlines to a single one
 
     Raises:
-        UserError: the source cannot be read, is not UTF-8 text, or has no text after cleaning
+        UserError: the source cannot be read, is in another encoding or format, or has no text after cleaning
     """
     check_no_credentials("corpus.source", corpus_config.source)
     source, cleaning = corpus_config.source, corpus_config.cleaning
     if isinstance(content, np.ndarray):
-        return Corpus(source, "none" if cleaning == "auto" else cleaning, [content])
+        return Corpus(source, "none" if cleaning == "auto" else cleaning, [[content]])
     with error_origin("text" if content is not None else f"corpus.source = {source}"):
-        source, files = _read_source(source) if content is None else (source, {source: content})
+        source, files = find_files(source) if content is None else (source, [SourceFile("", lambda: content)])
+        if content is not None:
+            corpus_config = replace(corpus_config, encoding=CorpusConfig.encoding)
         if cleaning == "auto":
             cleaning = "d2l" if source in ("time-machine", "embedded") else "none"
-        is_raw = vocabulary_kind == "byte" and cleaning == "none"
-        corpus = Corpus(source, cleaning, [b"".join(files.values())] if is_raw else clean_text(_join(files), cleaning))
+        corpus_config = replace(corpus_config, cleaning=cleaning)
+        is_raw = cleaning == "none" and corpus_config.encoding == CorpusConfig.encoding
+        documents: list[list[str]] | list[list[bytes]]
+        if vocabulary_kind == "byte" and is_raw:
+            byte_groups = _read_groups(files, parse_file_of_bytes, corpus_config, (b"\n", b"\r"), has_separator)
+            documents = [[b"".join(group)] for group in byte_groups]
+        else:
+            groups = _read_groups(files, parse_file, corpus_config, ("\n", "\r"), has_separator)
+            documents = [clean_text(_join_lines(group, ("\n", "\r")), corpus_config) for group in groups]
+        corpus = Corpus(source, cleaning, _without_blank(documents, vocabulary_kind))
         if not corpus.num_characters:
             detail = " after cleaning (d2l keeps letters only)" if cleaning == "d2l" else ""
             raise UserError(f"contains no text{detail}")
         return corpus
 
 
-def clean_text(text: str, cleaning: str) -> list[str]:
+def clean_text(text: str, corpus_config: CorpusConfig) -> list[str]:
     """Returns the text's lines in lower case with letters only, as the d2l book cleans it (section 9.2).
 
-    With ``cleaning = none`` the text is a single, unchanged line.
+    With ``cleaning = none`` the text is a single line, unchanged except for the newlines that are normalized.
     """
-    if cleaning == "none":
-        return [text]
-    lines = re.split(r"\r\n|\r|\n", text)
-    return [re.sub("[^A-Za-z]+", " ", line).strip().lower() for line in lines]
+    if corpus_config.cleaning == "none":
+        return [NEWLINE.sub("\n", text) if corpus_config.newlines == "normalize" else text]
+    return [re.sub("[^A-Za-z]+", " ", line).strip().lower() for line in NEWLINE.split(text)]
 
 
-def _join(files: dict[str, bytes]) -> str:
-    """Returns the text of all files. A file starts on its own line, so that no word spans two files."""
-    texts: list[str] = []
-    for name, data in files.items():
-        with error_origin(name) if len(files) > 1 else contextlib.nullcontext():
-            text = _decode(data)
-        if text and texts and not texts[-1].endswith(("\n", "\r")):
-            texts.append("\n")
-        texts += [text] if text else []
-    return "".join(texts)
+def _read_groups(
+    files: list[SourceFile],
+    parse: Callable[[str, bytes, CorpusConfig], AnyStr | list[AnyStr]],
+    corpus_config: CorpusConfig,
+    newlines: tuple[AnyStr, AnyStr],
+    has_separator: bool,
+) -> list[list[AnyStr]]:
+    """Returns the texts of all files, in groups that become documents: successive text files are one document."""
+    groups: list[list[AnyStr]] = []
+    is_open = False  # whether a text file joins the last group
+    for file in files:
+        with error_origin(file.name) if len(files) > 1 else contextlib.nullcontext():
+            content = parse(file.name, file.read(), corpus_config)
+        if isinstance(content, list) and has_separator:
+            groups += [[document] for document in content]
+            is_open = False
+            continue
+        text = _join_lines(content, newlines) if isinstance(content, list) else content
+        if is_open and not (has_separator and corpus_config.separator):
+            groups[-1].append(text)
+        else:
+            groups.append([text])
+        is_open = True
+    return groups
 
 
-def _decode(data: bytes) -> str:
-    """Returns UTF-8 text without its byte order mark."""
-    null_index = data.find(b"\0")
-    problem = f"not text, byte {null_index} is NUL"
-    if null_index < 0:
-        try:
-            return data.decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            problem = f"not UTF-8 at byte {error.start} (0x{data[error.start]:02x})"
-    if description := describe_file_format(data):
-        raise UserError(*description)
-    remedy = "use vocabulary.kind = byte, which reads any file"
-    raise UserError(problem, remedy if null_index >= 0 else f"convert it to UTF-8, or {remedy}")
+def _join_lines(texts: list[AnyStr], newlines: tuple[AnyStr, AnyStr]) -> AnyStr:
+    """Returns one text. Each starts on its own line, so that no word spans two files."""
+    lines: list[AnyStr] = []
+    for text in filter(None, texts):
+        lines += [newlines[0], text] if lines and not lines[-1].endswith(newlines) else [text]
+    return newlines[0][:0].join(lines)
 
 
-def _read_source(source: str) -> tuple[str, dict[str, bytes]]:
-    """Returns the source that was read, which differs from ``source`` for ``auto``, and the bytes of its files."""
-    if source == "auto":
-        source, data = _time_machine_or_embedded()
-    elif source == "time-machine":
-        data = download_time_machine()
-    elif source == "embedded":
-        data = _embedded_text()
-    elif match := _CONTENT_NAME.fullmatch(source):
-        problem = f"is {match[1]} that job.train was given in Python, and that no file contains"
-        raise UserError(problem, f"give job.train the same {match[1]} again, or name another source")
-    elif source.startswith(("http://", "https://")):
-        data = download_text(source)
-    elif is_uri(source):
-        data = _read_uri(source)
-    else:
-        return source, _read_files(source)
-    return source, {source: data}
+def _without_blank(documents: Sequence[list[Any]], vocabulary_kind: str) -> Sequence[list[Any]]:
+    """Returns the documents that have a token, or the first if none has."""
 
+    def has_token(line: str | bytes) -> bool:
+        return bool(line) and not (vocabulary_kind == "word" and line.isspace())
 
-def _time_machine_or_embedded() -> tuple[str, bytes]:
-    """Returns The Time Machine if it is cached or downloaded within seconds, else the embedded text."""
-    try:
-        return "time-machine", download_time_machine(max_retries=0, limit_s=AUTO_DOWNLOAD_TIMEOUT_S)
-    except UserError:
-        return "embedded", _embedded_text()
-
-
-def _embedded_text() -> bytes:
-    """Returns English prose of Python's standard library: the help topics, truncated to the book's length."""
-    topics = importlib.import_module("pydoc_data.topics").topics  # large, so imported only if it is the corpus
-    return "\n".join(topics[name] for name in sorted(topics))[:TIME_MACHINE_LENGTH].encode()
-
-
-def _read_files(pattern: str) -> dict[str, bytes]:
-    """Returns the bytes of the files that a path or glob names, in the order of their names."""
-    path = folder = os.path.expanduser(pattern)
-    paths = [path]
-    if glob.has_magic(path) and not os.path.exists(path):
-        while folder and not os.path.exists(folder):  # the part of the path that exists is literal
-            folder = os.path.dirname(folder)
-        names = glob.glob(glob.escape(folder) + path[len(folder) :], recursive=True)
-        paths = [name for name in sorted(names) if not os.path.isdir(name)]
-    if not paths:
-        raise UserError("no file matches")
-    try:
-        return {path: Path(path).read_bytes() for path in paths}
-    except FileNotFoundError:
-        raise UserError("no such file", "give a file, a glob, a URL, auto, time-machine or embedded") from None
-    except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}") from None
-
-
-def _read_uri(uri: str) -> bytes:
-    try:
-        file = Folder.resolve(uri)
-        return file.parent.read(file.name)
-    except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"cannot be read: {str(error).splitlines()[0]}") from None
+    return [document for document in documents if any(map(has_token, document))] or documents[:1]

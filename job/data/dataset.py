@@ -38,11 +38,11 @@ class Dataset:
 def build_dataset(corpus: Corpus, corpus_config: CorpusConfig, vocabulary_config: VocabularyConfig) -> Dataset:
     """Builds the vocabulary, encodes the corpus, and splits off the validation part."""
     vocabulary = build_vocabulary(vocabulary_config, corpus)
-    tokens = vocabulary.encode(corpus.lines)[: corpus_config.max_tokens or None]
+    tokens = vocabulary.encode_documents(corpus.documents)[: corpus_config.max_tokens or None]
     num_train = len(tokens) - round(len(tokens) * corpus_config.validation_fraction)
     if vocabulary_config.scope == "training":
         vocabulary = build_vocabulary(vocabulary_config, corpus, num_train)
-        tokens = vocabulary.encode(corpus.lines)[: len(tokens)]
+        tokens = vocabulary.encode_documents(corpus.documents)[: len(tokens)]
     metadata = {
         "source": corpus.source,
         "characters": corpus.num_characters,

@@ -13,6 +13,7 @@ import requests
 from requests.adapters import HTTPAdapter
 from urllib3.util.retry import Retry
 
+from job.data.compression import expansion_limit
 from job.errors import UserError
 from job.paths import cache_folder
 from job.storage import Folder
@@ -23,7 +24,6 @@ TIME_MACHINE_SHA1 = "090b5e7e70c295757f55df93cb0a180b9691891a"
 TIME_MACHINE_LENGTH = 178_979  # characters
 
 MAX_DOWNLOAD_BYTES = 4 << 30
-MAX_EXPANSION, FREE_BYTES = 100, 16 << 20  # a compressed answer may become that many times as long, and as much longer
 CHUNK_BYTES = 16 << 10
 CONNECT_TIMEOUT_S = 5.0
 READ_TIMEOUT_S = 30.0
@@ -142,7 +142,7 @@ def _read_body(response: requests.Response, body: bytearray) -> None:
     try:
         for chunk in response.iter_content(CHUNK_BYTES):
             num_received += len(chunk)
-            limit = min(MAX_DOWNLOAD_BYTES, MAX_EXPANSION * num_received + FREE_BYTES)
+            limit = min(MAX_DOWNLOAD_BYTES, expansion_limit(num_received))
             body += decoder.decompress(chunk, limit + 1 - len(body)) if decoder else chunk
             if len(body) > limit:
                 raise UserError(f"larger than {limit:,} bytes", "download it and give the file")

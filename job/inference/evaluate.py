@@ -2,9 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from itertools import islice, pairwise
+from typing import cast
 
 from job.config.schema import Config
 from job.data.corpus import Corpus, read_corpus
+from job.data.vocabulary import END_OF_LINE, Vocabulary
 from job.errors import UserError
 from job.inference.generate import load_model
 from job.training.checkpoint import LoadedCheckpoint
@@ -45,20 +48,27 @@ def evaluate_text(checkpoint: LoadedCheckpoint, config: Config) -> Evaluation:
         UserError: the text cannot be read, or has fewer than two tokens, or the checkpoint has another custom cell
     """
     vocabulary, corpus_config = checkpoint.vocabulary, config.corpus
-    corpus = read_corpus(corpus_config, vocabulary.kind)
-    tokens = vocabulary.encode(corpus.lines)[: corpus_config.max_tokens or None]
+    corpus = read_corpus(corpus_config, vocabulary.kind, has_separator=vocabulary.has_separator)
+    tokens = vocabulary.encode_documents(corpus.documents)[: corpus_config.max_tokens or None]
     if len(tokens) < 2:
         problem = f"corpus.source = {corpus_config.source}: {len(tokens)} tokens, and evaluation needs two"
         blanks = " with blanks between its words" if vocabulary.kind == "word" else ""
         raise UserError(problem, f"give more text{blanks}")
     (nats,) = evaluate_lanes(load_model(checkpoint, config.model), tokens, [range(1)], 1, WINDOW_STEPS)
-    num_characters = _count_characters(corpus, vocabulary.kind, len(tokens))
+    num_characters = _count_characters(corpus, vocabulary, len(tokens))
     return Evaluation(LossSum(nats, len(tokens) - 1), num_characters, vocabulary.unknown_share(tokens[1:]))
 
 
-def _count_characters(corpus: Corpus, vocabulary_kind: str, num_tokens: int) -> int:
-    """Counts the characters (or bytes) of all tokens but the first; a word includes the space before it."""
-    if vocabulary_kind != "word":
+def _count_characters(corpus: Corpus, vocabulary: Vocabulary, num_tokens: int) -> int:
+    """Counts the characters (or bytes) of all tokens but the first; a word includes the space before it.
+
+    A separator and an end of line are one character, and there is no space after them.
+    """
+    if vocabulary.kind != "word":
         return num_tokens - 1
-    words = [word for line in corpus.lines if isinstance(line, str) for word in line.split()]
-    return sum(len(word) + 1 for word in words[1:num_tokens])
+    tokens = islice(vocabulary.split(cast(list[list[str]], corpus.documents)), num_tokens)
+    breaks = (None, END_OF_LINE)
+    return sum(
+        1 if token is None or token in breaks else len(token) + (previous not in breaks)
+        for previous, token in pairwise(tokens)
+    )

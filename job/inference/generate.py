@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from job.config.schema import BUILTIN_CELLS, Config, GenerateConfig, ModelConfig
+from job.config.schema import BUILTIN_CELLS, Config, CorpusConfig, GenerateConfig, ModelConfig
 from job.data.corpus import clean_text
 from job.data.dataset import Dataset
 from job.data.vocabulary import UNKNOWN, UNKNOWN_ID, Vocabulary
@@ -58,7 +58,7 @@ def generate_text(checkpoint: LoadedCheckpoint, config: Config) -> str:
         UserError: none of the prefix's tokens is in the vocabulary, or the checkpoint has another custom cell
     """
     vocabulary, prefix = checkpoint.vocabulary, config.generate.prefix
-    ids = encode_prefix(prefix, checkpoint.config.corpus.cleaning, vocabulary)
+    ids = encode_prefix(prefix, checkpoint.config.corpus, vocabulary)
     model = load_model(checkpoint, config.model)
     if vocabulary.has_unknown and not config.generate.unknown:
         bias = model.linear.bias  # copied, since the checkpoint's weights must not change
@@ -66,23 +66,24 @@ def generate_text(checkpoint: LoadedCheckpoint, config: Config) -> str:
     prefixes_NB = torch.from_numpy(ids.astype(np.int64))[:, None]
     tokens_TB = generate_batch(model, prefixes_NB, config.generate, config.run.seed)
     continuation = vocabulary.decode(tokens_TB[:, 0].tolist())
-    needs_blank = vocabulary.kind == "word" and bool(continuation) and not prefix[-1].isspace()
+    has_blank = prefix[-1].isspace() or not continuation or continuation[0].isspace()
+    needs_blank = vocabulary.kind == "word" and not has_blank
     return prefix + " " * needs_blank + continuation
 
 
 def prefix_warnings(config: Config, vocabulary: Vocabulary) -> list[str]:
     """Returns a warning that names the tokens of the prefix that are not in the vocabulary, if there are any."""
-    tokens = vocabulary.unknown_tokens(clean_text(config.generate.prefix, config.corpus.cleaning))
+    tokens = vocabulary.unknown_tokens(clean_text(config.generate.prefix, config.corpus))
     names = ", ".join(map(repr, tokens[:MAX_NAMED_TOKENS])) + ", …" * (len(tokens) > MAX_NAMED_TOKENS)
     return [f"generate.prefix: not in the vocabulary, and read as {UNKNOWN}: {names}"] if tokens else []
 
 
-def resolve_prefix(prefix: str, cleaning: str, dataset: Dataset) -> str:
+def resolve_prefix(prefix: str, corpus_config: CorpusConfig, dataset: Dataset) -> str:
     """Returns the prefix, or the beginning of the training text in place of a default that the text does not have.
 
     Args:
         prefix: ``generate.prefix``; checked unless it is the default
-        cleaning: that of the corpus
+        corpus_config: its cleaning
         dataset: the vocabulary and the text
 
     Raises:
@@ -90,16 +91,16 @@ def resolve_prefix(prefix: str, cleaning: str, dataset: Dataset) -> str:
     """
     vocabulary, tokens = dataset.vocabulary, dataset.train_tokens
     if prefix == GenerateConfig.prefix:
-        ids = vocabulary.encode(clean_text(prefix, cleaning))
-        is_known = ~vocabulary.is_unknown(ids) if vocabulary.has_unknown else np.isin(ids, tokens)
+        ids = vocabulary.encode(clean_text(prefix, corpus_config))
+        is_known = vocabulary.is_text(ids) if vocabulary.has_unknown else np.isin(ids, tokens)
         prefix = prefix if is_known.all() else _first_known_text(vocabulary, tokens)
-    encode_prefix(prefix, cleaning, vocabulary)
+    encode_prefix(prefix, corpus_config, vocabulary)
     return prefix
 
 
 def _first_known_text(vocabulary: Vocabulary, tokens: np.ndarray) -> str:
     """Returns the first known characters or words, without blanks before them unless there are only blanks."""
-    is_known = ~vocabulary.is_unknown(tokens)
+    is_known = vocabulary.is_text(tokens)
     if not is_known.any():
         problem = "vocabulary: contains no token of the training text"
         raise UserError(problem, "raise vocabulary.size or lower vocabulary.min_frequency")
@@ -110,20 +111,21 @@ def _first_known_text(vocabulary: Vocabulary, tokens: np.ndarray) -> str:
     num_known = np.cumprod(is_known[start:stop]).sum()
     text = vocabulary.decode(tokens[start : start + num_known].tolist())
     text = text.lstrip() or text
-    return " ".join(text.split()[:PREFIX_WORDS]) if vocabulary.kind == "word" else text[:PREFIX_CHARACTERS]
+    return " ".join(text.split()[:PREFIX_WORDS]) or text if vocabulary.kind == "word" else text[:PREFIX_CHARACTERS]
 
 
-def encode_prefix(prefix: str, cleaning: str, vocabulary: Vocabulary) -> np.ndarray:
+def encode_prefix(prefix: str, corpus_config: CorpusConfig, vocabulary: Vocabulary) -> np.ndarray:
     """Returns the token ids (N,) of a prefix, cleaned as the corpus was.
 
     Raises:
         UserError: it is empty, or none of its tokens is in the vocabulary
     """
-    ids = vocabulary.encode(clean_text(prefix, cleaning))
+    ids = vocabulary.encode(clean_text(prefix, corpus_config))
     if not prefix:
         raise UserError("generate.prefix is empty", "give a text to continue")
     if not len(ids):
-        reason = "letters from A to Z, and corpus.cleaning = d2l keeps only those" if cleaning == "d2l" else "words"
+        is_d2l = corpus_config.cleaning == "d2l"
+        reason = "letters from A to Z, and corpus.cleaning = d2l keeps only those" if is_d2l else "words"
         raise UserError(f"generate.prefix = {prefix!r}: contains no {reason}", "choose another prefix")
     if vocabulary.is_unknown(ids).all():
         problem = f"generate.prefix = {prefix!r}: none of its tokens is in the vocabulary"

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from job.config.schema import BUILTIN_CELLS, Config
 from job.config.toml import config_to_toml
 from job.console import Console, format_duration, program_command
-from job.data.corpus import Content
+from job.data.source import Content
 from job.data.vocabulary import format_unknown_share
 from job.errors import RunFailed, UserError
 from job.inference.generate import generate_text

@@ -5,10 +5,11 @@ from dataclasses import replace
 from torch import Tensor
 
 from job.config.schema import Config
-from job.data.corpus import Content, Corpus, read_corpus
+from job.data.corpus import Corpus, read_corpus
 from job.data.dataset import Dataset, build_dataset
+from job.data.source import Content
 from job.data.stream import Stream
-from job.data.vocabulary import Vocabulary, unknown_warnings, vocabulary_from_json
+from job.data.vocabulary import Vocabulary, read_vocabulary, unknown_warnings, vocabulary_from_json
 from job.errors import UserError, error_origin, report_os_error
 from job.inference.generate import prefix_warnings, resolve_prefix
 from job.nn.language_model import build_model, check_shapes, place_by_token, reference_state_dict
@@ -38,14 +39,15 @@ def build_run_spec(config: Config, folder: Folder, content: Content | None = Non
     Raises:
         UserError: the corpus, the sizes or the initial weights cannot be used as configured
     """
-    corpus = read_corpus(config.corpus, config.vocabulary.kind, content)
+    has_separator = not config.vocabulary.file or read_vocabulary(config.vocabulary).has_separator
+    corpus = read_corpus(config.corpus, config.vocabulary.kind, content, has_separator)
     config = replace(config, corpus=replace(config.corpus, source=corpus.source, cleaning=corpus.cleaning))
     dataset = build_dataset(corpus, config.corpus, config.vocabulary)
     try:
         _check_sizes(dataset, config)
     except UserError as error:
         raise UserError(error.problem, _remedy_for_long_words(corpus, config.vocabulary.kind) or error.remedy) from None
-    prefix = resolve_prefix(config.generate.prefix, config.corpus.cleaning, dataset)
+    prefix = resolve_prefix(config.generate.prefix, config.corpus, dataset)
     config = replace(config, generate=replace(config.generate, prefix=prefix))
     checkpoints = folder / "checkpoints"
     return RunSpec(config, dataset, checkpoints, _read_init(config, dataset.vocabulary, checkpoints))
@@ -72,7 +74,8 @@ def _remedy_for_long_words(corpus: Corpus, vocabulary_kind: str) -> str:
     """Returns the remedy for too few words of a text with few blanks, such as Chinese. Empty for another text."""
     if vocabulary_kind != "word":
         return ""
-    lengths = [len(word) for line in corpus.lines if isinstance(line, str) for word in line.split()]
+    documents = (line for lines in corpus.documents for line in lines if isinstance(line, str))
+    lengths = [len(word) for line in documents for word in line.split()]
     mean_length = sum(lengths) // max(len(lengths), 1)
     if mean_length <= MAX_MEAN_WORD_LENGTH:
         return ""
@@ -99,7 +102,7 @@ def _read_init(config: Config, vocabulary: Vocabulary, checkpoints: Folder) -> b
     check_shapes(weights, reference_state_dict(config.model, len(old)), origin)
     if old != vocabulary:
         with error_origin(origin):
-            weights = place_by_token(weights, old.tokens, model, config.model, vocabulary.tokens)
+            weights = place_by_token(weights, old.names, model, config.model, vocabulary.names)
     return b"".join(tensor_file(weights))
 
 

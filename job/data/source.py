@@ -1,0 +1,166 @@
+"""The files that ``corpus.source`` names: on a disk, in an object store, or on the web."""
+
+import contextlib
+import glob
+import hashlib
+import importlib
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import numpy as np
+import pyarrow
+
+from job.data.download import TIME_MACHINE_LENGTH, download_text, download_time_machine
+from job.data.file_format import is_text_name
+from job.errors import UserError
+from job.paths import is_uri
+from job.storage import Folder
+
+AUTO_DOWNLOAD_TIMEOUT_S = 5.0  # before `auto` falls back to the embedded text
+Content = bytes | np.ndarray  # a text in UTF-8, or token ids: one-dimensional, int32
+_CONTENT_NAME = re.compile(r"(text|tokens):[0-9a-f]{16}")
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A file of a corpus.
+
+    Args:
+        name: its path, by which its format is recognized; for messages
+        read: returns its bytes; raises UserError if it cannot be read
+    """
+
+    name: str
+    read: Callable[[], bytes]
+
+
+def content_name(content: Content) -> str:
+    """Returns ``corpus.source`` for a text or token ids that are in no file; it contains their checksum."""
+    kind, data = ("text", content) if isinstance(content, bytes) else ("tokens", content.tobytes())
+    return f"{kind}:{hashlib.sha256(data).hexdigest()[:16]}"
+
+
+def find_files(source: str) -> tuple[str, list[SourceFile]]:
+    """Returns the source that is read, which differs from ``source`` for ``auto``, and its files in their order.
+
+    Args:
+        source: a name, or a file, a folder or a glob as a path or URI
+
+    Raises:
+        UserError: nothing is found, or a built-in text cannot be downloaded
+    """
+    if source == "auto":
+        return _time_machine_or_embedded()
+    if source == "time-machine":
+        return source, [_in_memory(source, download_time_machine())]
+    if source == "embedded":
+        return source, [_in_memory(source, _embedded_text())]
+    if match := _CONTENT_NAME.fullmatch(source):
+        problem = f"is {match[1]} that job.train was given in Python, and that no file contains"
+        raise UserError(problem, f"give job.train the same {match[1]} again, or name another source")
+    if source.startswith(("http://", "https://")):
+        return source, [SourceFile(urlsplit(source).path, partial(download_text, source))]
+    return source, _find_in_storage(source) if is_uri(source) else _find_on_disk(source)
+
+
+def _in_memory(source: str, data: bytes) -> SourceFile:
+    return SourceFile(source, lambda: data)
+
+
+def _time_machine_or_embedded() -> tuple[str, list[SourceFile]]:
+    """Returns The Time Machine if it is cached or downloaded within seconds, else the embedded text."""
+    try:
+        data = download_time_machine(max_retries=0, limit_s=AUTO_DOWNLOAD_TIMEOUT_S)
+        return "time-machine", [_in_memory("time-machine", data)]
+    except UserError:
+        return find_files("embedded")
+
+
+def _embedded_text() -> bytes:
+    """Returns English prose of Python's standard library: the help topics, truncated to the book's length."""
+    topics = importlib.import_module("pydoc_data.topics").topics  # large, so imported only if it is the corpus
+    return "\n".join(topics[name] for name in sorted(topics))[:TIME_MACHINE_LENGTH].encode()
+
+
+def _find_on_disk(pattern: str) -> list[SourceFile]:
+    """Returns the files that a path or glob names, or that a folder contains, in the order of their names."""
+    path = existing = os.path.expanduser(pattern)
+    paths = [path]
+    if os.path.isdir(path):
+        paths = _checked(sorted(_walk(path)))
+    elif glob.has_magic(path) and not os.path.exists(path):
+        while existing and not os.path.exists(existing):  # the part of the path that exists is literal
+            existing = os.path.dirname(existing)
+        names = glob.glob(glob.escape(existing) + path[len(existing) :], recursive=True)
+        paths = [name for name in sorted(names) if not os.path.isdir(name)]
+    if not paths:
+        raise UserError("no file matches")
+    return [SourceFile(path, partial(_read_from_disk, path)) for path in paths]
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """Yields the files of readable types below a folder. Skips hidden files and folders, and links to folders."""
+
+    def fail(error: OSError) -> None:
+        raise UserError(f"cannot be read: {error.filename}: {error.strerror}") from None
+
+    for parent, folders, names in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (os.path.join(parent, name) for name in names if is_text_name(name) and not name.startswith("."))
+
+
+def _checked(paths: list[str]) -> list[str]:
+    if not paths:
+        kinds = "text (.txt, .md, .rst), JSON lines (.jsonl) or Parquet (.parquet)"
+        raise UserError(f"a folder without files of {kinds}", "give a glob for files of other names")
+    return paths
+
+
+def _read_from_disk(path: str) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except FileNotFoundError:
+        raise UserError(
+            "no such file", "give a file, a folder, a glob, a URL, auto, time-machine or embedded"
+        ) from None
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}") from None
+
+
+def _find_in_storage(uri: str) -> list[SourceFile]:
+    """Returns the files that a URI names, that its folder contains, or that match its glob (of ``*`` and ``**``)."""
+    with _report_storage_error():
+        path = Folder.resolve(uri)
+        if path.local_path is not None:
+            return _find_on_disk(str(path.local_path))
+        folder, pattern = path.parent, path.name
+        if path.is_folder:
+            return [_stored_file(path, name) for name in _checked([*filter(is_text_name, path.find("**"))])]
+        while "*" in str(folder):
+            folder, pattern = folder.parent, f"{folder.name}/{pattern}"
+        is_glob = "*" in pattern and not path.parent.has(path.name)
+        names = folder.find(pattern) if is_glob else [pattern]
+    if not names:
+        raise UserError("no file matches")
+    return [_stored_file(folder, name) for name in names]
+
+
+def _stored_file(folder: Folder, name: str) -> SourceFile:
+    def read() -> bytes:
+        with _report_storage_error():
+            return folder.read(name)
+
+    return SourceFile(str(folder / name), read)
+
+
+@contextlib.contextmanager
+def _report_storage_error() -> Iterator[None]:
+    try:
+        yield
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(f"cannot be read: {str(error).splitlines()[0]}") from None
