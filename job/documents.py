@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 MAX_DEPTH = 32  # of nested lists and tables; thousands would exhaust Python's stack
+MAX_BITS = 14_000  # of an integer; Python refuses to print one of more than 4,300 digits
 
 
 def parse_json(data: bytes | str, parse_constant: Callable[[str], Any] = float) -> Any:
@@ -30,7 +31,7 @@ def _parse_int(digits: str) -> int:
 
 
 def parse_toml(text: str) -> dict[str, Any]:
-    """Parses TOML. Raises ValueError if it is malformed or nested too deeply."""
+    """Parses TOML. Raises ValueError if it is malformed or nested too deeply, or has an integer beyond MAX_BITS."""
     return _parse(tomllib.loads, text)
 
 
@@ -62,6 +63,8 @@ def _parse(parse: Callable[[Any], Any], text: bytes | str) -> Any:
     for _ in range(MAX_DEPTH):
         containers = [value for value in level if isinstance(value, dict | list)]
         level = [inner for value in containers for inner in (value.values() if isinstance(value, dict) else value)]
+        if any(isinstance(value, int) and value.bit_length() > MAX_BITS for value in level):
+            raise ValueError("an integer of thousands of digits")
     if level:
         raise ValueError("nested too deeply")
     return document

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job.config.config_file import load_config
+from job.config.field import ConfigField
 from job.config.schema import (
     Config,
     GenerateConfig,
@@ -55,6 +56,11 @@ def test_load_config_flags_override_file(tmp_path: Path) -> None:
     ("toml", "message"),
     [
         ("[modell]", "unknown section modell; did you mean model?"),
+        ('["mo\\ndel"]', 'unknown section "mo\\ndel"; did you mean model?'),
+        ("[model]\nHIDDEN_SIZE = 3", "unknown field model.HIDDEN_SIZE; did you mean model.hidden_size?"),
+        ('[model]\nhidden_size = { "a\\nb" = 1 }', 'model.hidden_size = { "a\\nb" = 1 }: must be an integer'),
+        ("[model]\nhidden_size = 1979-05-27", "model.hidden_size = 1979-05-27: must be an integer"),
+        (f"[train]\nepochs = 0x{'f' * 5000}", "not TOML: an integer of thousands of digits"),
         ("[model]\nhiden_size = 3", "unknown field model.hiden_size; did you mean model.hidden_size?"),
         ("[train]\nbatch_size = 3", "unknown field train.batch_size; did you mean stream.batch_size?"),
         ('[model]\nhidden_size = "3"', 'model.hidden_size = "3": must be an integer'),
@@ -71,6 +77,9 @@ def test_load_config_flags_override_file(tmp_path: Path) -> None:
         ("[stream]\noffset = [1, 2]", "stream.offset has 2 entries for train.epochs = 50; give one for each epoch"),
         ("[scale]\nworkers = 40", "scale.workers = 40: each worker needs a lane, and stream.batch_size = 32"),
         ('[scale]\nworkers = "8-2"', 'scale.workers = "8-2": must be an integer, or a range'),
+        (f'[scale]\nworkers = "1-{"9" * 5000}"', ": must be an integer, or a range"),
+        ("[scale]\nworkers = 2.5", "scale.workers = 2.5: must be an integer, or a range"),
+        ("[scale]\nworkers = -1", "scale.workers = -1: must be at least 0"),
         ("[scale]\nworkers = 9\n[train]\nreproducible = true", "needs a lane group, and there are 8; lower it or"),
         ('[train]\ncheckpoint_every = "0s"', 'must be steps (200) or seconds ("30s")'),
         ("[run]\nname = '../x'", "run.name"),
@@ -97,6 +106,9 @@ def test_load_config_invalid_file_raises_one_line(tmp_path: Path, toml: str, mes
         ("model.hiden", "3", "unknown field model.hiden; did you mean model.hidden_size?"),
         ("hidden_size", "3", "unknown field hidden_size; did you mean model.hidden_size?"),
         ("model.hidden_size", "many", 'command line: model.hidden_size = "many": must be an integer'),
+        ("model.hidden_size", "", 'command line: model.hidden_size = "": must be an integer'),
+        ("model.hidden_size", "3\nx = 4", 'model.hidden_size = "3\\nx = 4": must be an integer'),
+        ("train.epochs", f"0x{'f' * 5000}", "must be an integer"),
         ("train.reproducible", "yes", "must be true or false"),
         ("generate.prefix", "\udcff", "contains bytes that are not UTF-8"),
     ],
@@ -127,8 +139,11 @@ def test_parse_flags_unquoted_text_is_a_string() -> None:
     }
 
 
-def test_config_field_always_has_a_meaning() -> None:
-    assert all(option.meaning for option in FILE_FIELDS.values())
+@pytest.mark.parametrize("option", FILE_FIELDS.values(), ids=lambda option: option.name)
+def test_config_field_is_declared_completely(option: ConfigField) -> None:
+    assert option.meaning
+    assert option.form or len(option.types) == 1
+    assert option.validate(option.default) == option.default
 
 
 def test_config_differences_lists_what_prevents_a_resume() -> None:

@@ -131,6 +131,10 @@ def test_load_config_ignores_the_search_section(tmp_path: Path) -> None:
         ("[search]\nspace = 3", "search.space must be a section"),
         ("[search.space]\n'model.hiden_size' = { choice = [3] }", "model.hiden_size; did you mean model.hidden_size?"),
         ("[search.space]\n'scale.workers' = { choice = [1, 2] }", "scale.workers does not affect the result of a run"),
+        (
+            "[search.space]\n'model.dropout' = { grid = [0] }\nmodel.dropout = { grid = [0.1] }",
+            "search.space: model.dropout is given twice; remove one of them",
+        ),
         ("[search.space]\n'model.dropout' = 3", "must be one of { uniform = […] }"),
         ("[search.space]\n'model.dropout' = { unifrom = [0, 1] }", "must be one of { uniform = […] }"),
         ("[search.space]\n'model.dropout' = { uniform = [0.5, 0.1] }", "the range is empty or not finite"),

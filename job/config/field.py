@@ -28,7 +28,7 @@ class ConfigField:
         bounds: of its number, or of each number in its list, by their name in ``BOUNDS``
         choices: the texts that it can be, each with an explanation or ""; empty: any text
         pattern: regular expression of the whole text
-        form: what values look like, where type and choices do not say it
+        form: what values look like, where type and choices do not say it; needed if there are several types
         is_path: whether it is a path or URI, in which ``$NAME`` and ``~`` are expanded when it is read from the user
         on_resume: what may change when a run or search is resumed; "": as the section says
         is_mutable: whether population-based training may change it during a run
@@ -78,13 +78,11 @@ class ConfigField:
             UserError: if it has another type, or fails a check
         """
         converted = next((match for cls in self.types if (match := _convert(value, cls)) is not None), None)
-        problem = self._find_type_problem() if converted is None else self._find_problem(converted)
-        if problem:
-            raise UserError(f"{self.name} = {format_value(value if converted is None else converted)}: {problem}")
+        if converted is None:
+            raise UserError(f"{self.name} = {format_value(value)}: must be {_TYPE_NAMES.get(self.type, self.form)}")
+        if problem := self._find_problem(converted):
+            raise UserError(f"{self.name} = {format_value(converted)}: {problem}")
         return converted
-
-    def _find_type_problem(self) -> str:
-        return f"must be {' or '.join(_TYPE_NAMES.get(cls, 'a list of integers') for cls in self.types)}"
 
     def _find_problem(self, value: Any) -> str:
         """Returns what is wrong with a value of the right type; empty if it is valid."""
@@ -140,5 +138,10 @@ def format_value(value: Any) -> str:
     if isinstance(value, tuple | list):
         return f"[{', '.join(map(format_value, value))}]"
     if isinstance(value, Mapping):
-        return f"{{ {', '.join(f'{key} = {format_value(inner)}' for key, inner in value.items())} }}"
-    return repr(value)
+        return f"{{ {', '.join(f'{format_name(key)} = {format_value(inner)}' for key, inner in value.items())} }}"
+    return str(value)
+
+
+def format_name(name: str) -> str:
+    """Returns the name of a field or section; one that is no TOML key without quotes is quoted."""
+    return name if re.fullmatch(r"[\w.-]+", name) else format_value(name)

@@ -175,7 +175,10 @@ def _flatten(written: Mapping[str, Any]) -> dict[str, Any]:
     """Returns domains by full field name: without quotes, TOML reads ``model.dropout`` as nested tables."""
     nested = {name: table for name, table in written.items() if name in SECTIONS and isinstance(table, Mapping)}
     flat = {name: domain for name, domain in written.items() if name not in nested}
-    return flat | {f"{section}.{key}": domain for section, table in nested.items() for key, domain in table.items()}
+    unquoted = {f"{section}.{key}": domain for section, table in nested.items() for key, domain in table.items()}
+    for name in flat.keys() & unquoted.keys():
+        raise UserError(f"search.space: {name} is given twice", "remove one of them")
+    return flat | unquoted
 
 
 def _check_searchable(name: str) -> None:

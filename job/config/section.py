@@ -6,15 +6,15 @@ from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any, ClassVar
 
-from job.config.field import FREE, ConfigField, format_value
+from job.config.field import FREE, ConfigField, format_name, format_value
 from job.errors import UserError
 from job.paths import escape_dollars
 
 
 def unknown_name(noun: str, name: str, names: Iterable[str]) -> UserError:
     """Returns the error for a name that is none of ``names``; its remedy is the nearest of them."""
-    (nearest,) = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
-    return UserError(f"unknown {noun} {name}", f"did you mean {nearest}?")
+    (nearest,) = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.0)
+    return UserError(f"unknown {noun} {format_name(name)}", f"did you mean {nearest}?")
 
 
 @dataclass(frozen=True)

@@ -99,9 +99,10 @@ def parse_flags(flags: Mapping[str, str]) -> ConfigValues:
 
 def _parse_value(text: str) -> Any:
     try:
-        return parse_toml(f"value = {text}")["value"]
+        document = parse_toml(f"value = {text}")
     except ValueError:  # a string without quotes, or more digits than Python converts
         return text
+    return document["value"] if len(document) == 1 else text  # text with line ends may contain other keys
 
 
 def override_config(config: Config, values: ConfigValues) -> Config:
