@@ -45,8 +45,9 @@ lint: setup  ## formatters, linters, type checker, spelling: all hooks of .pre-c
 docs: setup  ## the documentation as pages, in site/
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
-reference: setup  ## write configs/schema.json and docs/configuration.md from the declarations of the fields
+reference: setup  ## write what is generated: configs/schema.json, docs/configuration.md, the table of third-party licences
 	$(RUN) -m scripts.generate_reference
+	$(RUN) -m scripts.generate_notices
 
 bench: setup  ## overhead of the job on one and two workers over a plain training loop
 	$(RUN) -m benchmarks.overhead

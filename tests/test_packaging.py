@@ -1,6 +1,7 @@
 """What is packed for other machines: the wheel, and the working directory of ``ray job submit``."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from job.kernels.build import load_library
+from scripts.generate_notices import dependencies, license_of
 
 pytestmark = pytest.mark.slow
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
@@ -40,7 +42,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A wheel, built from the source distribution of a copy of the tree: no build folder of the checkout takes part."""
     folder = tmp_path_factory.mktemp("wheel")
     shutil.copytree(ROOT / "job", folder / "tree" / "job", ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", "THIRD_PARTY_NOTICES.md"):
         shutil.copy(ROOT / name, folder / "tree")
     # What pip does to build a source distribution, which it has no command for.
     build = "import sys, setuptools.build_meta; setuptools.build_meta.build_sdist(sys.argv[1])"
@@ -59,7 +61,7 @@ def test_wheel_contains_all_files_of_package(wheel: Path) -> None:
         metadata = archive.read(f"{folder}/METADATA").decode()
     assert {name for name in names if ".dist-info/" not in name} == PACKAGE_FILES
     assert "job/py.typed" in PACKAGE_FILES
-    assert f"{folder}/licenses/LICENSE" in names
+    assert {f"{folder}/licenses/LICENSE", f"{folder}/licenses/THIRD_PARTY_NOTICES.md"} <= names
     assert "lanes = job.__main__:run_and_exit" in entry_points
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     assert f"\nVersion: {project['version']}\n" in metadata
@@ -103,6 +105,14 @@ def test_oldest_constraints_are_the_lower_bounds_of_the_dependencies() -> None:
     lines = (ROOT / "constraints-oldest.txt").read_text().splitlines()
     pinned = [line.split("==") for line in lines if not line.startswith("#")]
     assert {(name, Version(version)) for name, version in pinned} == promised
+
+
+def test_third_party_notices_list_the_licence_of_each_dependency() -> None:
+    """``make reference`` writes them. The text of a licence's name is that of the installed version."""
+    notices = (ROOT / "THIRD_PARTY_NOTICES.md").read_text()
+    listed = dict(re.findall(r"^\| \[(\S+)\]\(https://\S+\) \| (.+) \|$", notices, re.MULTILINE))
+    assert list(listed) == dependencies()
+    assert all(license_of(name) for name in listed)
 
 
 # --- ray job submit -------------------------------------------------------------------------------------------------
