@@ -144,9 +144,8 @@ def heading(facts: Facts) -> str:
     versions = ", ".join(f"{name} {value}" for name, value in facts["versions"].items() if value)
     packages = facts["packages"]
     lines = [f"# GPU report ({state}, {facts['seconds']:.0f} s{quick})", f"Device: {device}", f"Versions: {versions}"]
-    for name in ("unpacked", "missing", "error"):
-        if packages.get(name):
-            lines.append(f"Bundle, {name}: {', '.join(packages[name])}")
+    found = [name for name in ("unpacked", "missing", "error") if packages.get(name)]
+    lines += [f"Bundle, {name}: {', '.join(packages[name])}" for name in found]
     return "\n\n".join(lines)
 
 

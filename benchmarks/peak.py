@@ -6,6 +6,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,7 +63,7 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _best(function, *arguments) -> float:  # type: ignore[no-untyped-def]
+def _best(function: Any, *arguments: object) -> float:
     function.restype = ctypes.c_double
     results = 0.0
     for _ in range(20):

@@ -7,6 +7,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from job.data.stream import Stream
+from job.nn.state import State
 
 
 class PlainModel(nn.Module):
@@ -19,7 +20,7 @@ class PlainModel(nn.Module):
         self.linear = nn.Linear(hidden_size, vocabulary_size)
         self.vocabulary_size = vocabulary_size
 
-    def forward(self, tokens: torch.Tensor, state):  # type: ignore[no-untyped-def]
+    def forward(self, tokens: torch.Tensor, state: State) -> tuple[torch.Tensor, State]:
         inputs = F.one_hot(tokens, self.vocabulary_size).to(self.linear.weight.dtype)
         hidden, state = self.rnn(inputs, state)
         return self.linear(hidden.reshape(-1, hidden.shape[-1])), state

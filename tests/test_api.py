@@ -231,7 +231,7 @@ def process_state() -> dict[str, Any]:
         "dtype": torch.get_default_dtype(),
         "device": torch.get_default_device(),
         "grad": torch.is_grad_enabled(),
-        "random": (random.getstate(), torch.get_rng_state().tolist(), str(np.random.get_state())),
+        "random": (random.getstate(), torch.get_rng_state().tolist(), str(np.random.get_state())),  # noqa: NPY002  the state that all share
         "stdout": sys.stdout,
         "stderr": sys.stderr,
         "directory": os.getcwd(),
