@@ -1,6 +1,7 @@
 """The Python API, ``job.train`` and ``job.load``, for notebooks and programs."""
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from job.run.signals import StopRequest
 from job.storage import Folder
 from job.training.checkpoint import LoadedCheckpoint
 
+SHUTDOWN_TIMEOUT_S = 60.0  # for Ray Train to end, so that its cluster can be ended
 CellClass = type[torch.nn.Module]
 
 
@@ -133,12 +135,18 @@ def train(
         resolved, default_name = build_config(path, values, "job.train")[0], Path(path or "run").stem
     if tokens is not None and not resolved.vocabulary.file and resolved.vocabulary.kind != "byte":
         raise UserError("tokens: their vocabulary is missing", 'add vocabulary={"file": …}, a vocabulary.json')
-    if cell is not None:
+    if cell is not None and not _is_importable(cell):
         resolved = replace(resolved, model=replace(resolved.model, cell_class=cell))
     stop_request = StopRequest()
     with _process_state_restored():
         outcome = run_training(
-            resolved, default_name, Console(), select_launcher(resolved), stop_request, content=content, in_python=True
+            resolved,
+            default_name,
+            Console(),
+            select_launcher(resolved, SHUTDOWN_TIMEOUT_S),
+            stop_request,
+            content=content,
+            in_python=True,
         )
     if stop_request.exit_code or outcome.result is None:
         raise KeyboardInterrupt if stop_request.exit_code in (0, 128 + SIGINT) else SystemExit(stop_request.exit_code)
@@ -166,13 +174,18 @@ def load(folder: "str | os.PathLike[str] | Folder", cell: CellClass | None = Non
     return Run(path, existing.config, existing.result, given)
 
 
-def select_launcher(config: Config) -> Launcher:
-    """Returns the launcher that ``scale.workers`` needs. Imports Ray only for workers on a cluster."""
+def select_launcher(config: Config, shutdown_timeout_s: float | None = None) -> Launcher:
+    """Returns the launcher that ``scale.workers`` needs. Imports Ray only for workers on a cluster.
+
+    Args:
+        config: the run's configuration
+        shutdown_timeout_s: how long to wait for Ray Train to end; None: shortly, because this process ends, too
+    """
     if not config.scale.max_workers:
         return LocalLauncher()
     from job.cluster.launcher import RayLauncher
 
-    return RayLauncher()
+    return RayLauncher(shutdown_timeout_s=shutdown_timeout_s)
 
 
 def _section_values(sections: Mapping[str, Any]) -> ConfigValues:
@@ -232,6 +245,11 @@ def _cell_name(cell: CellClass) -> str:
     return f"{cell.__module__}:{cell.__name__}"
 
 
+def _is_importable(cell: CellClass) -> bool:
+    """Whether workers can import the class by its name, so that its code need not be sent to them."""
+    return cell.__module__ != "__main__" and getattr(sys.modules[cell.__module__], cell.__name__, None) is cell
+
+
 @contextmanager
 def _process_state_restored() -> Iterator[None]:
     """Gives the block torch's default settings. Restores the environment, torch's settings and malloc's after it."""
@@ -252,3 +270,5 @@ def _process_state_restored() -> Iterator[None]:
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)
+        if "job.cluster.ray_extensions" in sys.modules:
+            sys.modules["job.cluster.ray_extensions"].reset_authentication()

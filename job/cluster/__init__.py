@@ -51,6 +51,11 @@ def _check_ray_settings() -> None:
         raise UserError(f"{values}: Ray cannot be imported with such a value", "correct or unset it")
 
 
+def set_environment_defaults() -> None:
+    """Sets the variables that the user has not set. Called before Ray is imported, and before each run."""
+    for name, value in (RAY_ENV_DEFAULTS | NODE_ENV_DEFAULTS | TUNE_ENV_DEFAULTS).items():
+        os.environ.setdefault(name, value)
+
+
 _check_ray_settings()
-for _name, _value in (RAY_ENV_DEFAULTS | NODE_ENV_DEFAULTS | TUNE_ENV_DEFAULTS).items():
-    os.environ.setdefault(_name, _value)
+set_environment_defaults()

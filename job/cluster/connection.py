@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import signal
 import socket
 import threading
 from collections.abc import Callable
@@ -11,7 +10,7 @@ import ray
 import torch
 
 from job.cluster import NODE_ENV_DEFAULTS
-from job.cluster.local_cluster import start_local_cluster, suppress_stderr
+from job.cluster.local_cluster import keep_sigterm_handler, start_local_cluster, suppress_stderr
 from job.cluster.ray_extensions import is_autoscaled, read_cluster_config
 from job.cluster.resources import Placement, Resources, cluster_placement, local_placement, parse_cluster_config
 from job.config.schema import ScaleConfig
@@ -44,7 +43,7 @@ def ray_address() -> str:
 
 
 def connect(scale: ScaleConfig, stack: contextlib.ExitStack, concurrent: int = 0) -> tuple[Placement, int]:
-    """Connects to the cluster at ``RAY_ADDRESS``, or starts one on this machine.
+    """Uses the cluster to which this process is connected, connects to ``RAY_ADDRESS``, or starts one on this machine.
 
     Args:
         scale: the workers of one run
@@ -58,6 +57,8 @@ def connect(scale: ScaleConfig, stack: contextlib.ExitStack, concurrent: int = 0
     Raises:
         UserError: the cluster can never hold the workers of one run, or this machine the number of runs
     """
+    if ray.is_initialized():
+        return _place(scale, concurrent)
     if ray_address():
         return _join_and_place(scale, concurrent)
     cores, gpus = available_cpus(), torch.cuda.device_count()
@@ -76,11 +77,15 @@ def connect(scale: ScaleConfig, stack: contextlib.ExitStack, concurrent: int = 0
 def _join_and_place(scale: ScaleConfig, concurrent: int) -> tuple[Placement, int]:
     join_cluster(ray_address())
     try:
-        nodes, addable = node_resources(), query_autoscaler()
-        placement = cluster_placement(scale, nodes, addable)
+        return _place(scale, concurrent)
     except UserError:
         ray.shutdown()
         raise
+
+
+def _place(scale: ScaleConfig, concurrent: int) -> tuple[Placement, int]:
+    nodes, addable = node_resources(), query_autoscaler()
+    placement = cluster_placement(scale, nodes, addable)
     if concurrent and addable is None:
         return placement, concurrent
     num_runs = max(1, placement.capacity(nodes + (addable or [])) // placement.max_workers)
@@ -91,14 +96,13 @@ def join_cluster(address: str) -> None:
     """Connects to the cluster at an address. Raises UserError if that fails or takes too long."""
     if address != "auto":
         _check_port(address)
-    environment, handler = {"env_vars": NODE_ENV_DEFAULTS}, signal.getsignal(signal.SIGTERM)
+    environment = {"env_vars": NODE_ENV_DEFAULTS}
     init = BackgroundTask(
         lambda: ray.init(address=address, log_to_driver=False, logging_level="error", runtime_env=environment)
     )
-    with suppress_stderr():
+    with keep_sigterm_handler(), suppress_stderr():
         init.start()
         init.join(INIT_TIMEOUT_S)
-    signal.signal(signal.SIGTERM, handler)  # Ray installs one that prints a stack trace or ends the process
     error = TimeoutError(f"no answer within {INIT_TIMEOUT_S:.0f} s") if init.is_alive() else init.error
     if error:
         problem, remedy = _explain(" ".join(str(error).split()) or type(error).__name__)

@@ -10,6 +10,7 @@ from ray.cloudpickle import loads
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from job.cluster import NODE_ENV_DEFAULTS, set_environment_defaults
 from job.cluster.connection import BackgroundTask, connect, node_resources, ray_address
 from job.cluster.event_channel import EventChannel
 from job.cluster.local_cluster import check_processes, disconnect
@@ -41,14 +42,17 @@ RUN_ID_FILE = "requester"  # in that folder: Ray's identifier of the run, to wit
 
 
 class RayLauncher:
-    """Starts the workers by Ray Train: on the cluster at ``RAY_ADDRESS``, or on a local one that ends with the run.
+    """Starts the workers by Ray Train: on the cluster to which this process is connected, and which stays so, on the
+    one at ``RAY_ADDRESS``, or on a local one that ends with the run.
 
     Args:
-        in_trial: this process already belongs to a cluster that can place the workers, as that of a search's trial
+        in_trial: this process belongs to a cluster that can place the workers, as that of a search's trial
+        shutdown_timeout_s: how long to wait for Ray Train to end; None: shortly, because this process ends, too
     """
 
-    def __init__(self, in_trial: bool = False) -> None:
-        self.in_trial = in_trial
+    def __init__(self, in_trial: bool = False, shutdown_timeout_s: float | None = None) -> None:
+        self.in_trial, self.shutdown_timeout_s = in_trial, shutdown_timeout_s
+        self.is_connected = ray.is_initialized()
         self.placement: Placement | None = None
         self.fit: BackgroundTask | None = None
         self.stack = contextlib.ExitStack()
@@ -56,13 +60,15 @@ class RayLauncher:
     def connect(self, spec: RunSpec, console: Console) -> None:
         """Connects to the cluster. Raises UserError if it can never place the workers or a node cannot run them."""
         config = spec.config
-        if not self.in_trial and not ray_address():
+        set_environment_defaults()
+        if not self.is_connected and not ray_address():
             check_workers(spec)
         if self.in_trial:
             self.placement = cluster_placement(config.scale, node_resources(), None)
         else:
             self.placement, _ = connect(config.scale, self.stack)
-            check_placement(self.placement, console, config.run.storage, config.model.cell)
+            cells = [] if config.model.cell_class else [config.model.cell]
+            check_placement(self.placement, console, config.run.storage, *cells, is_connected=self.is_connected)
         _set_ray_timeouts(config)
         # Ray prints pages of advice whenever a worker dies. The events have what matters.
         devnull = self.stack.enter_context(open(os.devnull, "w"))  # noqa: SIM115
@@ -76,7 +82,9 @@ class RayLauncher:
         assert self.placement
         ray_folder = recorder.folder / RAY_FOLDER
         event_channel = create_event_channel()
-        trainer = _build_trainer(spec, self.placement, recorder.folder, event_channel)
+        trainer = _build_trainer(
+            spec, self.placement, recorder.folder, event_channel, self.is_connected and not self.in_trial
+        )
         with contextlib.suppress(OSError, ValueError):  # left by a driver of this run that died
             cancel_autoscaler_request(ray_folder.read(RUN_ID_FILE, 100).decode())
         recorder.folder.remove(RAY_FOLDER)
@@ -123,23 +131,26 @@ class RayLauncher:
         daemon and dies with this process, which also ends the local cluster or job.
         """
         if self.fit:
-            self.fit.join(0 if ended_processes() else SHUTDOWN_TIMEOUT_S)
-        if not self.in_trial and not (self.fit and self.fit.is_alive()):
+            self.fit.join(0 if ended_processes() else self.shutdown_timeout_s or SHUTDOWN_TIMEOUT_S)
+        if not self.is_connected and not (self.fit and self.fit.is_alive()):
             disconnect()
         self.stack.close()
 
 
-def check_placement(placement: Placement, console: Console, storage: str, *cells: str) -> None:
-    """Prints the placement's notice. Raises UserError if a node of the cluster at ``RAY_ADDRESS`` cannot run workers.
+def check_placement(
+    placement: Placement, console: Console, storage: str, *cells: str, is_connected: bool = False
+) -> None:
+    """Prints the placement's notice. Raises UserError if a node of a cluster that exists cannot run workers.
 
     Args:
         placement: what ``connect`` returned
         console: shows the notice
         storage, cells: ``run.storage`` and the values of ``model.cell``
+        is_connected: the cluster is not that at ``RAY_ADDRESS``, but one to which the caller was connected
     """
     if placement.notice:
         console.print(placement.notice)
-    if ray_address():
+    if is_connected or ray_address():
         check_nodes(placement, storage, *cells)
 
 
@@ -163,7 +174,9 @@ def _poll_events(event_channel: Any) -> list[Event]:
     return [loads(payload) for payload in ray.get(call)]
 
 
-def _build_trainer(spec: RunSpec, placement: Placement, folder: Folder, event_channel: Any) -> ElasticTorchTrainer:
+def _build_trainer(
+    spec: RunSpec, placement: Placement, folder: Folder, event_channel: Any, sets_environment: bool
+) -> ElasticTorchTrainer:
     config = spec.config
     elastic = placement.min_workers < placement.max_workers
     # A resize only after a checkpoint: otherwise a run whose nodes keep changing would make no progress.
@@ -190,6 +203,7 @@ def _build_trainer(spec: RunSpec, placement: Placement, folder: Folder, event_ch
             failure_config=FailureConfig(max_failures=-1),  # always restart the workers; RunStatus limits it
             logging_config=LoggingConfig(log_level="ERROR"),
             callbacks=[WorkerGroupFailureCallback(event_channel)],
+            worker_runtime_env={"env_vars": NODE_ENV_DEFAULTS} if sets_environment else None,
         ),
         placement=placement,
     )

@@ -35,12 +35,19 @@ def start_local_cluster(num_cpus: int, stack: ExitStack) -> None:
     check_machine()
     folder = create_ray_folder()
     stack.callback(_remove, folder)
+    with keep_sigterm_handler(), suppress_stderr():
+        _start_with_retries(num_cpus, folder)
+
+
+@contextmanager
+def keep_sigterm_handler() -> Iterator[None]:
+    """Restores the handler after the block. Ray installs one that prints a stack trace or ends the process."""
     handler = signal.getsignal(signal.SIGTERM)
     try:
-        with suppress_stderr():
-            _start_with_retries(num_cpus, folder)
+        yield
     finally:
-        signal.signal(signal.SIGTERM, handler)  # Ray installs one that prints a stack trace or ends the process
+        if signal.getsignal(signal.SIGTERM) is not handler:  # never outside the main thread
+            signal.signal(signal.SIGTERM, handler)
 
 
 def _start_with_retries(num_cpus: int, folder: str) -> None:

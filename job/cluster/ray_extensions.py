@@ -101,11 +101,19 @@ def shutdown() -> None:
     """Ends the connection to a cluster, and a cluster that this process has started.
 
     Ray's core would use the token of a run's own cluster for the next cluster that this process joins.
+    """
+    ray.shutdown()
+    reset_authentication()
+
+
+def reset_authentication() -> None:
+    """Makes Ray's core read RAY_AUTH_MODE and the token again when this process connects to its next cluster.
 
     Source: _private/authentication/authentication_token_setup.py
     """
-    ray.shutdown()
-    AuthenticationTokenLoader.instance().reset_cache()
+    if not ray.is_initialized():
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
 
 
 def ended_processes() -> list[str]:
