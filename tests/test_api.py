@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray
 import torch
 from cells import LinearCell
 from conftest import ROOT, result
@@ -318,6 +319,29 @@ def test_train_in_another_thread_trains(text: str, storage: str) -> None:
     thread.start()
     thread.join()
     assert runs[0].perplexity == job.train(text=text, **sections).perplexity
+
+
+@pytest.mark.cluster
+def test_train_uses_the_cluster_to_which_the_process_is_connected(
+    text: str, storage: str, cluster: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")  # the connection has priority
+    cell, sections = local_cell(), small(run={"storage": storage}, train={"reproducible": True})
+    alone = job.train(text=text, cell=cell, **sections)
+    ray.init(address=cluster, log_to_driver=False, logging_level="error")
+    try:
+        before = process_state()
+        run = job.train(
+            text=text, cell=cell, **{**sections, "scale": {"workers": 2}, "run": {"storage": storage, "name": "ray"}}
+        )
+        assert process_state() == before
+        assert ray.is_initialized()
+    finally:
+        ray.shutdown()
+    assert run.result is not None
+    assert alone.result is not None
+    assert run.result["workers"] == 2
+    assert run.result["weights_sha256"] == alone.result["weights_sha256"]
 
 
 # --- invalid arguments ---
