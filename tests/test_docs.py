@@ -11,8 +11,8 @@ A block that begins with the comment ``# NAME.py`` or ``# NAME.toml`` becomes th
 ``<!-- not run: REASON -->`` in the line above it.
 
 A page's blocks run in order in a folder with the repository's configurations and two small texts. There is no network
-and no cluster, and training is short: ``--scale.workers 0 --train.epochs 1`` is appended to commands that train, and
-``--corpus.source my-text.txt`` if they name no text. Pages with a search run among the long tests.
+and no cluster, and training is short: SMALL is appended to commands that train, and ``--corpus.source my-text.txt`` if
+they name no text. Pages with a search run among the long tests.
 """
 
 import importlib
@@ -34,7 +34,9 @@ from job.config.config_file import load_search_config
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
 LANGUAGES = {"bash", "python", "toml", "json", "text"}
-TRAINING = {"train", "tune", "doctor"}
+SMALL = ["--scale.workers", "0", "--train.epochs", "1"]
+SMALL_SEARCH = [*SMALL, "--search.trials", "2", "--search.scheduler", "none"]
+SETTINGS = {"train": SMALL, "doctor": SMALL, "tune": SMALL_SEARCH}
 
 
 @dataclass(frozen=True)
@@ -137,10 +139,10 @@ def example_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def small_settings(words: list[str]) -> list[str]:
     """Flags that let a command run without a cluster and a network, and in a short time."""
-    if words[0] not in TRAINING:
+    if words[0] not in SETTINGS:
         return []
     corpus = [] if "--corpus.source" in words else ["--corpus.source", "my-text.txt"]
-    return ["--scale.workers", "0", "--train.epochs", "1", *corpus]
+    return [*SETTINGS[words[0]], *corpus]
 
 
 def run_command(words: list[str], place: str) -> None:
@@ -156,6 +158,14 @@ def run_command(words: list[str], place: str) -> None:
         settings = small_settings(arguments)
     ended = job(*arguments, *settings)
     assert ended.status == 0, f"{place}: {shlex.join(words)}\n{ended.out}{ended.err}"
+
+
+def test_command_that_fails_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AssertionError, match=r"no-file\.toml"):
+        run_command([".venv/bin/python", "-m", "job", "train", "no-file.toml"], "README.md:1")
+    with pytest.raises(subprocess.CalledProcessError):
+        run_command(["make", "no-target"], "README.md:1")
 
 
 def run_block(block: Block, names: dict[str, object]) -> None:
@@ -205,6 +215,7 @@ def test_blocks_of_page_run(name: str, example_folder: Path, tmp_path: Path, mon
 
 @pytest.mark.cluster
 @pytest.mark.long
+@pytest.mark.usefixtures("on_cluster")
 @pytest.mark.parametrize("name", pages(with_search=True))
 def test_blocks_of_page_with_search_run(
     name: str, example_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

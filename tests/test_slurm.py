@@ -18,6 +18,7 @@ from conftest import ROOT
 
 SCRIPT = ROOT / "clusters" / "slurm.sh"
 WAIT_S = 120.0
+pytestmark = pytest.mark.slow
 
 # Slurm: each step runs on this machine, and srun passes signals on to its task.
 SRUN = """#!/bin/bash
