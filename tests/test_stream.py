@@ -3,9 +3,11 @@
 import math
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import job
 
 from job.config.schema import StreamConfig, TrainConfig
 from job.data.lanes import split_evenly
@@ -80,3 +82,27 @@ def test_total_steps_beyond_the_counted_epochs_is_near_their_sum(monkeypatch: py
     exact = stream.total_steps(TrainConfig(epochs=15_000))
     monkeypatch.setattr("job.data.stream.MAX_COUNTED_EPOCHS", 5000)
     assert stream.total_steps(TrainConfig(epochs=15_000)) == pytest.approx(exact, rel=2e-3)
+
+
+@pytest.mark.parametrize(("num_tokens", "batch", "steps", "offset"), [(35, 2, 5, 0), (1000, 7, 11, 3), (26, 3, 3, 1)])
+def test_dropped_share_is_that_of_the_targets_in_no_window(
+    num_tokens: int, batch: int, steps: int, offset: int
+) -> None:
+    stream = Stream(np.arange(num_tokens), StreamConfig(batch_size=batch, num_steps=steps, offset=offset), 0)
+    windows = (stream.read_window(0, window, range(batch))[1] for window in range(stream.partition(0).num_windows))
+    used = {target for targets in windows for target in targets.flatten().tolist()}
+    assert stream.dropped_share == pytest.approx(1 - len(used) / (num_tokens - 1))
+
+
+@pytest.mark.parametrize(("num_characters", "share"), [(641, ""), (680, ", an epoch does not use 5.7% of them")])
+def test_run_reports_the_dropped_share_if_it_is_above_one_percent(
+    tmp_path: Path, num_characters: int, share: str
+) -> None:
+    (tmp_path / "text").write_text("abcd" * (num_characters // 4) + "a" * (num_characters % 4))
+    flags = [
+        "--corpus.source", tmp_path / "text", "--stream.batch_size", 8, "--stream.num_steps", 20, "--stream.offset", 0,
+        "--model.hidden_size", 4, "--train.max_steps", 1, "--run.storage", tmp_path, "--scale.workers", 0,
+    ]  # fmt: skip
+    ended = job("train", *flags)
+    assert ended.status == 0, ended.err
+    assert ended.out.splitlines()[0].endswith(f"{num_characters} tokens, 5 distinct{share}")

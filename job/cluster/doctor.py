@@ -25,7 +25,7 @@ from job.distributed.context import available_cpus
 from job.errors import UserError
 from job.run.estimate import checkpoint_bytes, describe_needs
 from job.run.run_dir import check_same_text, resolve_run, resolve_storage
-from job.run.setup import build_run_spec, run_warnings
+from job.run.setup import build_run_spec, format_dropped_share, run_warnings
 from job.storage import Folder
 from job.training.run_spec import RunSpec
 from job.tuning.setup import check_search, resolve_search
@@ -117,8 +117,8 @@ def _resolve(config: Config, search: SearchConfig, default_name: str) -> tuple[F
 def _describe_text(spec: RunSpec, folder: Folder) -> str:
     check_same_text(folder / "checkpoints", spec.dataset)
     source, tokens = spec.dataset.metadata["source"], spec.dataset.metadata["tokens"]
-    unknown = format_unknown_share(spec.dataset.unknown_shares["training"])
-    return f"{source}: {tokens:,} tokens, vocabulary of {len(spec.dataset.vocabulary):,}{unknown}"
+    shares = format_unknown_share(spec.dataset.unknown_shares["training"]) + format_dropped_share(spec)
+    return f"{source}: {tokens:,} tokens, vocabulary of {len(spec.dataset.vocabulary):,}{shares}"
 
 
 def _check_search(folder: Folder, config: Config, search: SearchConfig, console: Console) -> str:

@@ -50,6 +50,11 @@ class Stream:
         """Number of targets in one window of all lanes."""
         return self.config.batch_size * self.config.num_steps
 
+    @property
+    def dropped_share(self) -> float:
+        """Share of the targets that the first epoch does not use: before its offset, and after the last window."""
+        return 1 - self.partition(0).num_windows * self.tokens_per_step / (len(self.tokens) - 1)
+
     def total_steps(self, train_config: TrainConfig) -> int:
         """Returns the number of windows in all epochs, at most ``train.max_steps``.
 

@@ -27,7 +27,7 @@ from job.run.run_dir import (
     read_existing_run,
     resolve_run,
 )
-from job.run.setup import build_run_spec, run_warnings
+from job.run.setup import MAX_DROPPED_SHARE, build_run_spec, format_dropped_share, run_warnings
 from job.run.signals import StopRequest
 from job.storage import Folder
 from job.training.checkpoint import find_latest_valid, list_checkpoints, weights_sha256
@@ -205,6 +205,7 @@ def _run_banner(spec: RunSpec, requested_source: str) -> str:
         f"run {config.run.name}: {source}, {metadata['characters']:,} {unit}, "
         f"{metadata['tokens']:,} tokens, {len(spec.dataset.vocabulary):,} distinct"
         f"{format_unknown_share(spec.dataset.unknown_shares['training'])}"
+        f"{format_dropped_share(spec, MAX_DROPPED_SHARE)}"
     )
 
 

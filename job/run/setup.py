@@ -21,6 +21,7 @@ from job.training.run_spec import RunSpec
 from job.training.tensor_file import read_tensors, tensor_file
 
 VOCABULARY_FILE = "vocabulary.json"
+MAX_DROPPED_SHARE = 0.01  # of the tokens, in an epoch, without a notice at the start of a run
 MAX_MEAN_WORD_LENGTH = 12  # characters; of languages that separate words by blanks
 
 
@@ -56,6 +57,12 @@ def build_run_spec(config: Config, folder: Folder, content: Content | None = Non
 def run_warnings(spec: RunSpec) -> list[str]:
     """Returns warnings about too many unknown tokens in a text, and unknown tokens in the prefix."""
     return unknown_warnings(spec.dataset.unknown_shares) + prefix_warnings(spec.config, spec.dataset.vocabulary)
+
+
+def format_dropped_share(spec: RunSpec, min_share: float = 0.0) -> str:
+    """Returns the share of the training tokens that an epoch does not use, after a comma; empty up to ``min_share``."""
+    share = Stream(spec.dataset.train_tokens, spec.config.stream, spec.config.run.seed).dropped_share
+    return f", an epoch does not use {100 * share:.2g}% of them" if share > min_share else ""
 
 
 def _check_sizes(dataset: Dataset, config: Config) -> None:
