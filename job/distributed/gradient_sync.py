@@ -173,13 +173,18 @@ def _all_reduce_bucket(
     bucket: dist.GradBucket,  # type: ignore[name-defined]
 ) -> torch.futures.Future[Tensor]:
     """Sums a DDP bucket over the workers."""
+    buffer = bucket.buffer()
+    is_shared_gpu = buffer.is_cuda and dist.get_backend() == "gloo"
+    if not shared_memory and not is_shared_gpu:
+        work = dist.all_reduce(buffer, async_op=True)
+        return work.get_future().then(lambda future: future.value()[0])
     if shared_memory:
-        shared_memory.all_reduce_(bucket.buffer())
-        future: torch.futures.Future[Tensor] = torch.futures.Future()
-        future.set_result(bucket.buffer())
-        return future
-    work = dist.all_reduce(bucket.buffer(), async_op=True)
-    return work.get_future().then(lambda future: future.value()[0])
+        shared_memory.all_reduce_(buffer)
+    else:  # the future of gloo's work does not wait for the copy to the GPU
+        dist.all_reduce(buffer)
+    done: torch.futures.Future[Tensor] = torch.futures.Future()
+    done.set_result(buffer)
+    return done
 
 
 class DeterministicGradients:

@@ -194,7 +194,7 @@ def test_two_workers_that_share_a_device_equal_one(device: torch.device) -> None
     assert (len(nats), nats) == (14, bits)
     assert all(np.array_equal(weight, bit_weights[name]) for name, weight in weights.items())
     assert train_on(one, small_config(True))[0] == nats
-    np.testing.assert_allclose(train_on(one, small_config(False))[0], fast, rtol=1e-5)
+    np.testing.assert_allclose(train_on(one, small_config(False))[0], fast, rtol=1e-5 if device.type == "cpu" else 1e-4)
 
 
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
