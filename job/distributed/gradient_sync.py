@@ -7,7 +7,7 @@ Axes: T steps, B lanes, L layers.
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -134,15 +134,23 @@ class LossModule(nn.Module):
 
 
 class AllReduceGradients:
-    """Gradients of a worker's whole batch, added over the workers by DDP (which by itself would average them)."""
+    """Gradients of a worker's whole batch, added over the workers by DDP (which by itself would average them).
+
+    With ``in_one_call`` they are added after the backward pass, all at once. Unlike DDP, a CUDA graph can contain that.
+    """
 
     def __init__(
-        self, loss_module: LossModule, assignment: LaneAssignment, shared_memory: SharedMemoryGroup | None = None
+        self,
+        loss_module: LossModule,
+        assignment: LaneAssignment,
+        shared_memory: SharedMemoryGroup | None = None,
+        in_one_call: bool = False,
     ) -> None:
         self.loss_module = loss_module
         self.parameters = list(loss_module.parameters())
         self.forward: nn.Module = loss_module
-        if assignment.world_size > 1:
+        self.in_one_call = in_one_call and assignment.world_size > 1
+        if assignment.world_size > 1 and not in_one_call:
             ddp = DistributedDataParallel(
                 loss_module,
                 gradient_as_bucket_view=True,
@@ -165,7 +173,17 @@ class AllReduceGradients:
             parameter.grad = None
         outputs, state = self.forward(batch, state)
         torch.autograd.backward(outputs, self.loss_module.grad_outputs(outputs[0], batch.flags))
+        if self.in_one_call:
+            self._all_reduce()
         return self.loss_module.reduced_stats, detach_state(state)
+
+    def _all_reduce(self) -> None:
+        """Sums all gradients over the workers; each must have one."""
+        flat = torch.cat([cast(Tensor, parameter.grad).flatten() for parameter in self.parameters])
+        dist.all_reduce(flat)
+        sizes = [parameter.numel() for parameter in self.parameters]
+        for parameter, gradient in zip(self.parameters, flat.split(sizes), strict=True):
+            parameter.grad = gradient.view_as(parameter)
 
 
 def _all_reduce_bucket(

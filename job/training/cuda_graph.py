@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from job.distributed.gradient_sync import Batch
@@ -17,7 +18,7 @@ from job.nn.language_model import LanguageModel
 from job.nn.state import State, map_state
 from job.training.train_step import EagerTrainStep
 
-GRAPH_ENV_VAR = "LANES_GRAPH"  # "off" disables the capture
+GRAPH_ENV_VAR = "LANES_GRAPH"  # "off" disables the capture, "workers" captures the steps of several workers, too
 WARMUP_STEPS = 3  # steps before the capture, in which libraries finish autotuning and allocate their workspaces
 
 Replay = Callable[[], None]
@@ -26,11 +27,16 @@ DeviceStep = Callable[[Batch, State, Tensor], tuple[Tensor, State]]  # a TrainSt
 
 
 def supports_cuda_graph(model: LanguageModel, world_size: int) -> bool:
-    """Whether each step is the same work of a single GPU, without communication."""
-    weight = model.linear.weight
-    is_uniform = world_size == 1 and not model.has_custom_cell
+    """Whether each step is the same work of a single GPU, or of several that exchange gradients by NCCL if asked for.
+
+    NCCL's operations can be captured, but this has not run on several GPUs yet.
+    """
+    weight, setting = model.linear.weight, os.environ.get(GRAPH_ENV_VAR)
     # The learning rate on the GPU is a float32, which would round that of a run in float64.
-    return is_uniform and weight.is_cuda and weight.dtype == torch.float32 and os.environ.get(GRAPH_ENV_VAR) != "off"
+    is_uniform = not model.has_custom_cell and weight.is_cuda and weight.dtype == torch.float32
+    return is_uniform and (
+        setting != "off" if world_size == 1 else setting == "workers" and dist.get_backend() == "nccl"
+    )
 
 
 def capture_graph(step: Callable[[], Tensor]) -> tuple[Tensor, Replay]:

@@ -75,10 +75,14 @@ def build_train_state(
         load_optimizer_tensors(optimizer, model, resume_point.optimizer)
     shared_memory = create_group(config.scale.hang_timeout) if world.size > 1 and device.type == "cpu" else None
     loss_module = LossModule(model, stream.tokens_per_step, config.model.dropout, precision.autocast)
-    gradients_class = DeterministicGradients if config.train.reproducible else AllReduceGradients
-    gradients = gradients_class(loss_module, assignment, shared_memory)
+    use_graph = supports_cuda_graph(model, world.size) and (world.size == 1 or not config.train.reproducible)
+    gradients = (
+        DeterministicGradients(loss_module, assignment, shared_memory)
+        if config.train.reproducible
+        else AllReduceGradients(loss_module, assignment, shared_memory, in_one_call=use_graph)
+    )
     eager_step = EagerTrainStep(gradients, optimizer, config.optimizer.grad_clip_norm, device)
-    train_step = CudaGraphTrainStep(eager_step) if supports_cuda_graph(model, world.size) else eager_step
+    train_step = CudaGraphTrainStep(eager_step) if use_graph else eager_step
     schedule_steps = config.optimizer.schedule_steps or stream.total_steps(replace(config.train, max_steps=0))
     learning_rate = config.optimizer.learning_rate
     train_state = TrainState(

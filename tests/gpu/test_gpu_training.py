@@ -1,7 +1,9 @@
 """Runs on a GPU: reference traces, resuming, CUDA graphs, several workers, memory. On the CPU where there is none."""
 
+import dataclasses
 import multiprocessing
 import socket
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,7 @@ from job.distributed.gradient_sync import (
 from job.nn.language_model import build_model
 from job.storage import Folder
 from job.training import loop
-from job.training.cuda_graph import GRAPH_ENV_VAR
+from job.training.cuda_graph import GRAPH_ENV_VAR, CudaGraphTrainStep
 from job.training.loop import _next_batch as read_batch
 from job.training.loop import train_steps
 from job.training.run_spec import RunSpec
@@ -157,12 +159,19 @@ def small_config(reproducible: bool) -> Config:
     )
 
 
-def train_on(world: World, config: Config) -> tuple[list[float], dict[str, np.ndarray]]:
-    """The losses of an epoch and the final weights."""
+OF_GROUP = LaneAssignment([range(4)], 2, 0, 2)  # as if the group had two workers
+
+
+def new_train_state(world: World, config: Config) -> TrainState:
     tokens = torch.randint(0, 9, (600,), generator=torch.Generator().manual_seed(1)).numpy().astype("uint8")
     dataset = Dataset(tokens, tokens[:0], Vocabulary("char", tuple("abcdefghi")), {})
+    return build_train_state(RunSpec(config, dataset, Folder(""), None), world, "fp32")
+
+
+def train_on(world: World, config: Config) -> tuple[list[float], dict[str, np.ndarray]]:
+    """The losses of an epoch and the final weights."""
     configure_process(config, world)
-    train_state = build_train_state(RunSpec(config, dataset, Folder(""), None), world, "fp32")
+    train_state = new_train_state(world, config)
     nats = [step.stats.nats for step in train_steps(train_state, config, ControlFlags)]
     return nats, {name: weight.cpu().numpy() for name, weight in train_state.model.state_dict().items()}
 
@@ -172,6 +181,9 @@ def train_as_worker(rank: int, port: int, device: torch.device, results: Any) ->
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     world = World(rank, 2, device, 1, "a")
     trained = [train_on(world, small_config(reproducible)) for reproducible in (True, False)]
+    patch, in_one_call = pytest.MonkeyPatch(), partial(AllReduceGradients, in_one_call=True)
+    patch.setattr("job.training.train_state.AllReduceGradients", lambda *arguments, **_: in_one_call(*arguments))
+    trained.append(train_on(world, small_config(False)))
     if rank == 0:
         results.put(trained)
     dist.destroy_process_group()
@@ -186,10 +198,11 @@ def test_two_workers_that_share_a_device_equal_one(device: torch.device) -> None
     """Bit for bit with ``train.reproducible``; else up to the order of sums."""
     results = multiprocessing.get_context("spawn").SimpleQueue()
     context = spawn(train_as_worker, (free_port(), device, results), nprocs=2, join=False)
-    (bits, bit_weights), (fast, _) = results.get()
+    (bits, bit_weights), (fast, _), (in_one_call, _) = results.get()
     while not context.join():
         pass
     one = World(0, 1, device, 1, "a")
+    np.testing.assert_allclose(in_one_call, fast, rtol=1e-5)
     nats, weights = train_on(one, small_config(True))
     assert (len(nats), nats) == (14, bits)
     assert all(np.array_equal(weight, bit_weights[name]) for name, weight in weights.items())
@@ -211,12 +224,45 @@ def test_gradient_of_group_of_one_process_equals_gradient_without_group(cell: st
     try:
         assert broadcast_json({"a": [1, "b"]}) == {"a": [1, "b"]}
         assert gather_json(2.5) == [2.5]
-        for assignment in (assign_lanes(4), LaneAssignment([range(4)], 2, 0, 2)):  # of a group, although it has one
+        for assignment, in_one_call in ((assign_lanes(4), False), (OF_GROUP, False), (OF_GROUP, True)):
             model = build_model(config, 9, seed=1).to(device)
-            stats, state = AllReduceGradients(LossModule(model, 24), assignment)(batch, None)
+            stats, state = AllReduceGradients(LossModule(model, 24), assignment, None, in_one_call)(batch, None)
             gradients = [weight.grad.clone() for weight in model.parameters() if weight.grad is not None]
             results.append([stats, *gradients, *(state if isinstance(state, tuple) else [state])])
     finally:
         dist.destroy_process_group()
     assert results[0][0].tolist()[1:] == [0, 1, 0]
-    torch.testing.assert_close(results[1], results[0], rtol=0, atol=0)
+    torch.testing.assert_close(results[1:], [results[0]] * 2, rtol=0, atol=0)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+def test_graph_with_exchange_of_gradients_equals_steps_without(cell: str, device: torch.device) -> None:
+    """The exchange of several workers, by NCCL, in a CUDA graph; the group has one process."""
+    config = small_config(False)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, cell=cell))
+    world = World(0, 1, device, 1, "a")
+    torch.use_deterministic_algorithms(True)
+    dist.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{free_port()}", rank=0, world_size=1)
+    try:
+        results = []
+        for with_exchange in (True, False):
+            train_state = new_train_state(world, config)
+            graph_step = train_state.train_step
+            assert isinstance(graph_step, CudaGraphTrainStep)
+            train_state.train_step = graph_step.eager_step
+            if with_exchange:
+                assignment, loss_module = (
+                    LaneAssignment([range(7)], 2, 0, 2),
+                    graph_step.eager_step.gradients.loss_module,
+                )
+                gradients = AllReduceGradients(loss_module, assignment, None, in_one_call=True)
+                eager_step = dataclasses.replace(graph_step.eager_step, gradients=gradients)
+                train_state.train_step = CudaGraphTrainStep(eager_step)
+                del eager_step, gradients
+            nats = [result.stats.nats for result in train_steps(train_state, config, ControlFlags)]
+            results.append([nats, [weight.detach().clone() for weight in train_state.model.parameters()]])
+            del train_state, graph_step  # NCCL's group cannot end before graphs that use it
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)
