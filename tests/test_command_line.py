@@ -18,6 +18,7 @@ from conftest import ROOT, Ended, job, not_none, result, rows, start_job
 from safetensors.torch import save_file
 
 from job.__main__ import VERBS
+from job.config.toml import FILE_FIELDS
 from job.inference.generate import load_model
 from job.run.run_dir import open_checkpoint
 from job.storage import Folder
@@ -155,11 +156,19 @@ def test_help_fits_80_columns_and_aligns_them(verb: str) -> None:
 def test_help_imports_no_large_package(verb: str) -> None:
     code = f"""
 import sys
-for name in ("torch", "numpy", "pyarrow", "ray", "matplotlib"): sys.modules[name] = None
+for name in ("torch", "numpy", "pyarrow", "ray", "matplotlib", "pydantic"): sys.modules[name] = None
 from job.__main__ import main
 sys.exit(main({[verb, "--help"] if verb else ["--help"]}))
 """
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+
+
+def test_help_for_tune_lists_every_field_with_its_default() -> None:
+    text = " ".join(job("tune", "--help").out.split())
+    assert re.findall(r" --(\w+\.\w+) ", text) == list(FILE_FIELDS)
+    assert re.findall(r"\(default: (.*?)\)(?= --| \[| Other)", text) == [
+        option.default_text for option in FILE_FIELDS.values()
+    ]
 
 
 def test_help_for_generate_lists_only_accepted_flags() -> None:

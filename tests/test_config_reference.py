@@ -13,7 +13,7 @@ from jsonschema import Draft7Validator, validators
 from job.config.config_file import load_search_config
 from job.config.field import ConfigField
 from job.config.search_space import SearchConfig
-from job.config.toml import FILE_FIELDS, FILE_SECTIONS
+from job.config.toml import FILE_FIELDS
 from job.errors import UserError
 from scripts.generate_reference import FILES, SEARCHABLE, json_schema
 
@@ -40,9 +40,9 @@ def test_json_schema_accepts_every_file_in_configs(path: Path) -> None:
 
 
 def field_is_valid(option: ConfigField, value: Any) -> bool:
-    """Whether its section can be made with a value of a field."""
+    """Whether a field accepts a value; its section may still reject it by code, of which a schema has nothing."""
     try:
-        FILE_SECTIONS[option.name.partition(".")[0]](**{option.key: value})
+        option.validate(value)
     except UserError:
         return False
     return True
@@ -52,7 +52,7 @@ VALUES = [
     0, 1, -1, 2, 1000, 1001, 10**6, 10**6 + 1, 10**9 + 1, 2**63 - 1, 2**63, 10**30, 0.0005, 0.5, 1.5, -0.5, 1e300,
     1e-300, True, False, [], [1, 2], [0, -1], [1, "a"], [0.5], [[1]], {}, {"a": 1}, "", "a", "auto", "random", "gr",
     ".a", "a/b", "A100", "x.y:Z", "x:y:z", "é.è:È", "30s", "0s", "0.0s", "0.50s", "1e3s", "s", "-1s", "2-8", "0-8",
-    "2-", "8", "1" * 20 + "s", "1-" + "1" * 20, "a\0b", "$HOME", "<unk>", "true",
+    "02-08", "2-", "8", "1" * 20 + "s", "1" * 200 + "s", "1-" + "1" * 20, "a\0b", "$HOME", "<unk>", "true",
 ]  # fmt: skip
 
 
@@ -64,7 +64,7 @@ def test_json_schema_agrees_with_validation(name: str) -> None:
     values = [*VALUES, option.default, *option.choices, *near_bounds]
     accepted = [value for value in values if field_is_valid(option, value)]
     assert accepted == [value for value in values if SCHEMA.is_valid({section: {key: value}})]
-    assert 0 < len(accepted) < len(values)
+    assert 0 < len(accepted) < len(values)  # neither accepts everything
 
 
 VALUES_OF_TOML = st.recursive(
@@ -82,7 +82,7 @@ def test_json_schema_agrees_with_validation_of_any_value(name: str, value: Any) 
 
 
 def space_is_valid(space: dict[str, Any]) -> bool:
-    """Whether a search can be made with a space, and sections with its values."""
+    """Whether a search accepts a space, and fields its values."""
     try:
         endpoints = SearchConfig(space=space).space.endpoints  # type: ignore[arg-type]
     except UserError:

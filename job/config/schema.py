@@ -137,7 +137,7 @@ class TrainConfig(Section):
     max_steps: int = config_field(0, "maximum length of the run; 0: no limit", "steps", ge=0, on_resume=FREE)
     log_every: int = config_field(0, "interval between rows of metrics; 0: one epoch", "steps", ge=0, on_resume=FREE)
     checkpoint_every: str | int = config_field(
-        "30s", "interval between checkpoints", ge=1, pattern=r"(?=.*[1-9])[0-9]{1,9}(\.[0-9]{1,9})?s", on_resume=FREE,
+        "30s", "interval between checkpoints", ge=1, pattern=r"(?=.*[1-9])[0-9]{1,99}(\.[0-9]{1,99})?s", on_resume=FREE,
         form='steps (200) or seconds ("30s"), above 0',
     )  # fmt: skip
     keep_checkpoints: int = config_field(3, "how many of the latest checkpoints to keep", ge=1, on_resume=FREE)
@@ -161,7 +161,7 @@ class ScaleConfig(Section, on_resume=FREE):
     """The workers and their hardware."""
 
     workers: str | int = config_field(
-        2, "number of workers (0: in this process)", ge=0, pattern="[1-9][0-9]{0,8}-[1-9][0-9]{0,8}",
+        2, "number of workers (0: in this process)", ge=0, pattern="0{0,9}[1-9][0-9]{0,8}-[0-9]{1,18}",
         form='an integer, or a range such as "2-8" (elastic)',
     )  # fmt: skip
     accelerator: str = choice_field("hardware of the workers", auto="a GPU if there is one for each", cpu="", gpu="")
