@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import Trace, job, result, rows
+from test_cuda_graph import fake_model
 from test_reference import PORTABLE, assert_reproduces
 from torch.multiprocessing.spawn import spawn
 
@@ -31,7 +32,7 @@ from job.distributed.gradient_sync import (
 from job.nn.language_model import build_model
 from job.storage import Folder
 from job.training import loop
-from job.training.cuda_graph import GRAPH_ENV_VAR, CudaGraphTrainStep
+from job.training.cuda_graph import GRAPH_ENV_VAR, CudaGraphTrainStep, supports_cuda_graph
 from job.training.loop import _next_batch as read_batch
 from job.training.loop import train_steps
 from job.training.run_spec import RunSpec
@@ -235,6 +236,19 @@ def test_gradient_of_group_of_one_process_equals_gradient_without_group(cell: st
     torch.testing.assert_close(results[1:], [results[0]] * 2, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize(
+    ("setting", "backend", "expected"), [("", "nccl", False), ("workers", "nccl", True), ("workers", "gloo", False)]
+)
+def test_supports_cuda_graph_of_several_workers_only_if_set_and_by_nccl(
+    setting: str, backend: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setenv(GRAPH_ENV_VAR, setting)
+    assert supports_cuda_graph(fake_model(), 2) == expected
+    assert supports_cuda_graph(fake_model(), 1)
+    assert not supports_cuda_graph(fake_model("torch.nn:GRU"), 2)
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
 def test_graph_with_exchange_of_gradients_equals_steps_without(cell: str, device: torch.device) -> None:
@@ -252,11 +266,8 @@ def test_graph_with_exchange_of_gradients_equals_steps_without(cell: str, device
             assert isinstance(graph_step, CudaGraphTrainStep)
             train_state.train_step = graph_step.eager_step
             if with_exchange:
-                assignment, loss_module = (
-                    LaneAssignment([range(7)], 2, 0, 2),
-                    graph_step.eager_step.gradients.loss_module,
-                )
-                gradients = AllReduceGradients(loss_module, assignment, None, in_one_call=True)
+                loss_module = graph_step.eager_step.gradients.loss_module
+                gradients = AllReduceGradients(loss_module, OF_GROUP, None, in_one_call=True)
                 eager_step = dataclasses.replace(graph_step.eager_step, gradients=gradients)
                 train_state.train_step = CudaGraphTrainStep(eager_step)
                 del eager_step, gradients
