@@ -92,6 +92,15 @@ def test_installed_wheel_trains_with_compiled_kernel(wheel: Path, prose: Path, t
     assert (failed.returncode, failed.stderr.count("\n")) == (2, 1)
 
 
+def test_image_tags_have_the_version_of_the_project() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    files = [ROOT / "cluster.yaml", *(ROOT / "clusters").iterdir(), *(ROOT / "docker").iterdir()]
+    files += (ROOT / "docs").rglob("*.md")
+    tags = [tag for file in files for tag in re.findall(r"lanes:(\d\S*)-[cg]pu", file.read_text())]
+    assert len(tags) > 5
+    assert set(tags) == {version}
+
+
 def test_oldest_constraints_are_the_lower_bounds_of_the_dependencies() -> None:
     """The job of CI that installs them tests what pyproject.toml promises."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
