@@ -142,7 +142,7 @@ def test_command_invalid_arguments_are_an_error(arguments: list[int | str], part
 
 
 @pytest.mark.parametrize("verb", [None, *VERBS])
-def test_help_fits_80_columns_and_aligns_them(verb: str) -> None:
+def test_help_fits_80_columns_and_aligns_them(verb: str | None) -> None:
     ended = job(*([verb] if verb else []), "--help")
     assert (ended.status, ended.err) == (0, "")
     assert ended.out.startswith(f"usage: python -m job {verb or 'VERB'} ")
