@@ -95,6 +95,7 @@ def test_stopped_job_resumes_when_submitted_again(job_server: JobServer, prose: 
     assert job_server.status("again") == "succeeded"
 
 
+@pytest.mark.long
 def test_submitted_search_succeeds(job_server: JobServer, prose: Path, tmp_path: Path) -> None:
     command = train_flags(prose, tmp_path, "search", "--scale.workers", 0, "--corpus.validation_fraction", 0.1)[1:]
     options = ["--submission-id", "search", "--working-dir", "."]
@@ -164,14 +165,6 @@ def test_doctor_on_cluster_checks_nodes_and_workers(
 # --- wrong configurations ---
 
 
-@pytest.fixture(scope="module")
-def head() -> Iterator[RayNodes]:
-    """A head with two CPUs."""
-    nodes = RayNodes("--num-cpus=2", "--include-dashboard=false")
-    yield nodes
-    nodes.close()
-
-
 @pytest.mark.parametrize(
     ("address", "part"),
     [
@@ -191,21 +184,24 @@ def test_train_with_wrong_address_is_refused_train(
     assert not (tmp_path / "runs").exists()
 
 
-def refused_train(head: RayNodes, prose: Path, tmp_path: Path, *flags: object, **env: str) -> str:
+def refused_train(cluster: RayNodes, prose: Path, tmp_path: Path, *flags: object, **env: str) -> str:
     """Runs a training that is refused. Returns its message."""
-    process = start_job(*train_flags(prose, tmp_path / "runs", "run", *flags), env={"RAY_ADDRESS": head.address, **env})
+    process = start_job(
+        *train_flags(prose, tmp_path / "runs", "run", *flags), env={"RAY_ADDRESS": cluster.address, **env}
+    )
     _, err = process.communicate(timeout=120)
     assert (process.returncode, err.count("\n")) == (2, 1), err
     return err
 
 
-def test_train_with_wrong_token_is_refused(head: RayNodes, prose: Path, tmp_path: Path) -> None:
-    assert "its token in RAY_AUTH_TOKEN" in refused_train(head, prose, tmp_path, RAY_AUTH_TOKEN="b" * 40)
+def test_train_with_wrong_token_is_refused(job_server: JobServer, prose: Path, tmp_path: Path) -> None:
+    assert "its token in RAY_AUTH_TOKEN" in refused_train(job_server, prose, tmp_path, RAY_AUTH_TOKEN="b" * 40)
 
 
-def test_train_with_cell_missing_on_node_is_refused(head: RayNodes, prose: Path, tmp_path: Path) -> None:
+def test_train_with_cell_missing_on_node_is_refused(job_server: JobServer, prose: Path, tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("from torch import nn\n\nclass Cell(nn.GRU):\n    pass\n")
-    err = refused_train(head, prose, tmp_path, "--model.cell", "mine:Cell", PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
+    flags, python_path = ["--scale.workers", 1, "--model.cell", "mine:Cell"], f"{ROOT}{os.pathsep}{tmp_path}"
+    err = refused_train(job_server, prose, tmp_path, *flags, PYTHONPATH=python_path)
     assert "cannot import model.cell = mine:Cell" in err
 
 

@@ -62,7 +62,7 @@ def test_train_from_interrupted_golden_run_gives_uninterrupted_weights(folder: P
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("workers", [2, pytest.param(3, marks=pytest.mark.long), 4])
+@pytest.mark.parametrize("workers", [*(pytest.param(count, marks=pytest.mark.long) for count in (2, 3)), 4])
 def test_train_reproducibly_on_workers_gives_golden_weights_of_one_process(
     workers: int, folder: Path, on_cluster: None
 ) -> None:

@@ -88,6 +88,7 @@ def test_custom_cell_with_nan_loss_stops_on_workers_at_same_step_as_without(
     np.testing.assert_allclose(three, one, rtol=1e-9)
 
 
+@pytest.mark.long
 def test_custom_cell_with_unused_weights_trains_equally_on_two_workers(
     prose: Path, tmp_path: Path, on_cluster: None
 ) -> None:
@@ -127,27 +128,6 @@ def test_scaling_policy_does_not_grow_onto_occupied_nodes(monkeypatch: pytest.Mo
     assert decide([]) == 3
 
 
-def test_interrupt_on_workers_saves_and_leaves_no_process(prose: Path, tmp_path: Path) -> None:
-    mark = uuid.uuid4().hex
-    command = train_flags(prose, tmp_path, "run", "--train.epochs", 3000, "--scale.workers", 2)
-    process = start_job(*command, env={"RAY_ADDRESS": "", MARK: mark}, start_new_session=True)
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.stat().st_size):
-        assert process.poll() is None
-        time.sleep(0.1)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the whole process group
-    out, err = process.communicate(timeout=30)
-    assert (process.returncode, err) == (130, "")
-    steps = len(rows(tmp_path / "run", "train"))
-    assert f"stopped at step {steps:,}; saved at step {steps:,}." in out
-    deadline = time.monotonic() + 30  # Ray's agents end after their node
-    while processes := marked_processes(mark):
-        assert time.monotonic() < deadline, [command_line(process) for process in processes]
-        time.sleep(0.2)
-    again = job(*command, "--scale.workers", 0, "--train.max_steps", steps + 2)
-    assert f"resuming from step {steps:,}" in again.out
-
-
 def listening_addresses(processes: list[int]) -> set[str]:
     """The addresses, in hexadecimal as in /proc, on which processes accept connections over IPv4 and IPv6."""
     sockets = set()
@@ -160,7 +140,7 @@ def listening_addresses(processes: list[int]) -> set[str]:
 
 
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="the sockets of processes are read from /proc")
-def test_own_cluster_is_closed_to_other_machines_and_users(prose: Path, tmp_path: Path) -> None:
+def test_own_cluster_is_closed_to_others_and_an_interrupt_saves_and_leaves_nothing(prose: Path, tmp_path: Path) -> None:
     """It starts without a home or a token, and although the path of TMPDIR is too long for Ray's sockets."""
     mark, home = uuid.uuid4().hex, tmp_path / "home"
     long_folder = tmp_path / ("x" * 100)
@@ -187,10 +167,18 @@ def test_own_cluster_is_closed_to_other_machines_and_users(prose: Path, tmp_path
     assert len(files) > 10
     assert [path for path in files if token in path.read_bytes()] == []
     assert [process for process in processes if token.decode() in command_line(process)] == []
-    os.killpg(process.pid, signal.SIGINT)
-    _, err = process.communicate(timeout=90)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does, to the whole process group
+    out, err = process.communicate(timeout=90)
     assert (process.returncode, err) == (130, "")
+    steps = len(rows(tmp_path / "run", "train"))
+    assert f"stopped at step {steps:,}; saved at step {steps:,}." in out
+    deadline = time.monotonic() + 30  # Ray's agents end after their node
+    while left := marked_processes(mark):
+        assert time.monotonic() < deadline, [command_line(process) for process in left]
+        time.sleep(0.2)
     assert not session.parent.exists()
+    again = job(*command, "--scale.workers", 0, "--train.max_steps", steps + 2)
+    assert f"resuming from step {steps:,}" in again.out
 
 
 @pytest.mark.parametrize("name", ["gcs_server", pytest.param("raylet", marks=pytest.mark.long)])
