@@ -1,19 +1,21 @@
 """Endless iterators of training steps, ours and the plain loop's, over the same random text."""
 
 import itertools
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
 from benchmarks import plain
-from job.config.schema import Config, ModelConfig, StreamConfig, TrainConfig
-from job.data.dataset import Dataset
+from job.config.schema import Config, ModelConfig, StreamConfig, TrainConfig, VocabularyConfig
 from job.data.stream import Stream
 from job.data.vocabulary import Vocabulary
 from job.distributed.context import World
 from job.distributed.gradient_sync import ControlFlags
+from job.run.setup import build_run_spec
 from job.storage import Folder
 from job.training.loop import end_epoch, train_steps
 from job.training.run_spec import RunSpec
@@ -64,13 +66,14 @@ def plain_steps(shapes: Shapes) -> Iterator[object]:
     return plain.steps(plain.PlainModel(shapes.cell, shapes.tokens, shapes.units), shapes.stream(), 0.1)
 
 
-def new_train_state(
-    config: Config, tokens: np.ndarray, vocabulary_size: int, precision: str, world: World = ONE_WORKER
-) -> TrainState:
-    """A worker's training state before its first step, without a run's directory."""
-    vocabulary = Vocabulary("char", tuple(map(chr, range(vocabulary_size))))
-    spec = RunSpec(config, Dataset(tokens, tokens[:0], vocabulary, {}), Folder(""), None)
-    return build_train_state(spec, world, precision)
+def spec_of_tokens(config: Config, tokens: np.ndarray, vocabulary_size: int) -> RunSpec:
+    """The specification of a run on token ids."""
+    vocabulary = Vocabulary("char", ("<unk>", *map(chr, range(1, vocabulary_size))))
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "vocabulary.json")
+        file.write_text(vocabulary.to_json())
+        config = replace(config, vocabulary=VocabularyConfig(file=str(file)))
+        return build_run_spec(config, Folder(folder), tokens.astype(np.int32))
 
 
 def endless(train_state: TrainState, config: Config) -> Iterator[object]:
@@ -93,7 +96,8 @@ def our_steps(
         stream=StreamConfig(batch_size=shapes.lanes * world.size, num_steps=shapes.steps, offset=0),
         train=TrainConfig(reproducible=reproducible, lane_groups=8 * world.size),
     )
-    train_state = new_train_state(config, shapes.text(world.size), shapes.tokens, precision, world)
+    spec = spec_of_tokens(config, shapes.text(world.size), shapes.tokens)
+    train_state = build_train_state(spec, world, precision)
     exact_config = replace(config, train=replace(config.train, log_every=1))
     return itertools.chain(
         itertools.islice(endless(train_state, exact_config), exact_steps), endless(train_state, config)

@@ -21,23 +21,22 @@ from pathlib import Path
 import torch
 
 from benchmarks import measure, plain
-from benchmarks.loops import endless, new_train_state
+from benchmarks.loops import ONE_WORKER, endless
 from job.config.config_file import load_config
-from job.data.corpus import read_corpus
 from job.data.stream import Stream
-from job.data.vocabulary import build_vocabulary
 from job.distributed.context import raise_malloc_thresholds
+from job.run.setup import build_run_spec
+from job.storage import Folder
+from job.training.run_spec import RunSpec
+from job.training.train_state import build_train_state
 
 STEPS, LOG_EVERY, WARMUP_STEPS = 4000, 100, 1000
 PLAIN_STEPS, PLAIN_WARMUP_STEPS = 800, 100  # the plain loop is slower
 SEED = str(Path(__file__).parent.parent / "configs" / "seed.toml")
 
 
-def seed_stream() -> tuple[Stream, int]:
-    config = load_config(SEED, {})
-    text = read_corpus(config.corpus, "char")
-    arguments = build_vocabulary(config.vocabulary, text)
-    return Stream(arguments.encode_documents(text.documents), config.stream, 0), len(arguments)
+def seed_spec() -> RunSpec:
+    return build_run_spec(load_config(SEED, {}), Folder.resolve("runs"))  # nothing is written there
 
 
 def timed(each_step: Iterator[object], steps: int, warm: int) -> float:
@@ -51,15 +50,16 @@ def timed(each_step: Iterator[object], steps: int, warm: int) -> float:
 
 
 def plain_loop() -> float:
-    stream, size = seed_stream()
+    spec = seed_spec()
     torch.manual_seed(0)
-    return timed(plain.steps(plain.PlainModel("rnn", size, 256), stream, 0.1), PLAIN_STEPS, PLAIN_WARMUP_STEPS)
+    model = plain.PlainModel("rnn", len(spec.dataset.vocabulary), 256)
+    stream = Stream(spec.dataset.train_tokens, spec.config.stream, 0)
+    return timed(plain.steps(model, stream, 0.1), PLAIN_STEPS, PLAIN_WARMUP_STEPS)
 
 
 def our_loop(precision: str) -> float:
-    stream, size = seed_stream()
-    config = load_config(SEED, {})
-    return timed(endless(new_train_state(config, stream.tokens, size, precision), config), STEPS, WARMUP_STEPS)
+    spec = seed_spec()
+    return timed(endless(build_train_state(spec, ONE_WORKER, precision), spec.config), STEPS, WARMUP_STEPS)
 
 
 def job(workers: int, precision: str, starts: list[dict[str, float]]) -> float:

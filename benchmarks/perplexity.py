@@ -6,29 +6,29 @@ All start from the same weights and read the same windows, for each of the book'
 """
 
 import argparse
+import contextlib
+import io
 import math
+import tempfile
 
 import torch
 
+import job
 from benchmarks import measure, plain
-from benchmarks.loops import new_train_state
-from benchmarks.overhead import SEED, seed_stream
+from benchmarks.overhead import SEED, seed_spec
 from job.config.config_file import load_config
 from job.config.schema import Config
 from job.data.stream import Stream
 from job.distributed.context import raise_malloc_thresholds
-from job.distributed.gradient_sync import ControlFlags
 from job.nn.language_model import build_model
-from job.training.loop import end_epoch, train_steps
 
 
-def our_perplexity(config: Config, stream: Stream, tokens: int, precision: str) -> float:
-    train_state = new_train_state(config, stream.tokens, tokens, precision)
-    for _ in range(config.train.epochs):
-        for _ in train_steps(train_state, config, ControlFlags):
-            pass
-        loss = end_epoch(train_state)
-    return math.exp(loss.nats_per_token)
+def our_perplexity(config: Config, precision: str) -> float:
+    scale = {"workers": 0, "cpus_per_worker": 1}
+    with tempfile.TemporaryDirectory() as storage, contextlib.redirect_stdout(io.StringIO()):
+        run = job.train(config, train={"precision": precision}, scale=scale, run={"storage": storage})
+    assert run.perplexity
+    return run.perplexity
 
 
 def plain_perplexity(config: Config, stream: Stream, tokens: int) -> float:
@@ -47,14 +47,15 @@ def main() -> None:
     args = parser.parse_args()
     raise_malloc_thresholds()
     torch.set_num_threads(1)
-    stream, tokens = seed_stream()
+    dataset = seed_spec().dataset
     print(f"{measure.machine()}\nperplexity of epoch {args.epochs}, and relative difference to the plain loop")
     for cell in args.cells:
         config = load_config(SEED, {"model.cell": cell, "train.epochs": str(args.epochs)})
-        expected = plain_perplexity(config, stream, tokens)
+        stream = Stream(dataset.train_tokens, config.stream, config.run.seed)
+        expected = plain_perplexity(config, stream, len(dataset.vocabulary))
         print(f"  {cell:<6}plain, fp32 {expected:12.6f}", flush=True)
         for precision in ("fp32", "bf16"):
-            results = our_perplexity(config, stream, tokens, precision)
+            results = our_perplexity(config, precision)
             print(f"  {cell:<6}ours, {precision}  {results:12.6f}   {results / expected - 1:+.1e}", flush=True)
 
 

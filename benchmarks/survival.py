@@ -19,11 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 from unittest import mock
 
+import job
 from benchmarks import measure
-from job.config.config_file import load_config
-from job.console import Console
-from job.run.driver import run_training
-from job.run.local_launcher import LocalLauncher
 from job.training.checkpoint_writer import CheckpointWriter
 from job.training.train_state import TrainState
 
@@ -32,14 +29,14 @@ STEPS = 1200  # of each run that is compared
 EPOCHS, WARM = 120, 6  # of the run whose epochs are compared
 
 
-def speed(**flags: str) -> float:
+def speed(**train: object) -> float:
     """Thousand tokens per second of a run in this process, including everything between its steps."""
     with tempfile.TemporaryDirectory() as storage:
-        args = {"run.storage": storage, "run.name": "run", "scale.workers": "0", "scale.cpus_per_worker": "1"}
-        config = load_config(SEED, {**args, "train.max_steps": str(STEPS), **flags})
-        run_training(config, "seed", Console(io.StringIO()), LocalLauncher())
-        result = json.loads((Path(storage) / "run" / "result.json").read_text())
-    return float(result["tokens"] / result["seconds"] / 1000)
+        scale = {"workers": 0, "cpus_per_worker": 1}
+        with contextlib.redirect_stdout(io.StringIO()):
+            run = job.train(SEED, run={"storage": storage}, scale=scale, train={"max_steps": STEPS, **train})
+    assert run.result
+    return float(run.result["tokens"] / run.result["seconds"] / 1000)
 
 
 def epochs_after_a_checkpoint(count: int) -> tuple[list[float], list[float]]:
@@ -56,7 +53,7 @@ def epochs_after_a_checkpoint(count: int) -> tuple[list[float], list[float]]:
             save(writer, train_state)
 
     with mock.patch.object(CheckpointWriter, "save", save_every_other):
-        speed(**{"train.max_steps": "0", "train.epochs": str(count)})
+        speed(max_steps=0, epochs=count)
     elapsed = [after - before for before, after in itertools.pairwise(start)][WARM:]
     return elapsed[0::2], elapsed[1::2]
 
@@ -125,8 +122,8 @@ def main() -> None:
     print(f"  {statistics.median(with_one):.4f}  {statistics.median(without):.4f}  {quartiles}", flush=True)
     results = measure.interleaved(
         {
-            "fp32": lambda: speed(**{"train.precision": "fp32"}),
-            "fp32, reproducible": lambda: speed(**{"train.precision": "fp32", "train.reproducible": "true"}),
+            "fp32": lambda: speed(precision="fp32"),
+            "fp32, reproducible": lambda: speed(precision="fp32", reproducible=True),
         },
         rounds,
     )

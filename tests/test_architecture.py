@@ -78,6 +78,22 @@ def test_functions_contain_no_imports() -> None:
                 assert not inner, f"{path.name}: {node.name}"
 
 
+def test_benchmarks_build_runs_as_the_program_does() -> None:
+    """There is no second way: a run's specification comes from build_run_spec, and nothing private is used."""
+    for path in sorted((ROOT / "benchmarks").glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+            assert called not in ("RunSpec", "Dataset", "TrainState", "Trainer"), f"{path.name}: {called}"
+            private = (
+                re.search(r"^job\..*\._[a-z]", node.value)
+                if isinstance(node, ast.Constant) and isinstance(node.value, str)
+                else None
+            )
+            assert not private, path.name
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("job"):
+                assert not [alias.name for alias in node.names if alias.name.startswith("_")], path.name
+
+
 def test_error_messages_are_not_parsed() -> None:
     """Problem and remedy are fields of an error; code that needs one of them reads the field."""
     parsing = re.compile(
