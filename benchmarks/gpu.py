@@ -4,13 +4,15 @@
 
 All variants start from the same weights and read the same windows, including their transfer to the GPU and the loss
 that each step returns. Their first losses are compared before anything is timed. They take turns, in alternating
-order; ratios are of neighbouring turns, with a bootstrap interval of their median. Without ``--device cpu``, which
-only checks the program, a variant that fails is reported and the others are measured.
+order; ratios are of neighbouring turns, with a bootstrap interval of their median. A variant that fails is reported and
+the others are measured. A CPU, or ``--quick``, only checks the program.
 """
 
 import argparse
 import gc
+import itertools
 import json
+import math
 import os
 import random
 import statistics
@@ -33,14 +35,16 @@ from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu_device import device_facts, versions
-from benchmarks.gpu_report import OURS, RIVAL, benchmarks_section, write_file
+from benchmarks.gpu_report import OURS, RIVAL, RIVAL_GRAPH, benchmarks_section, write_file
 from benchmarks.loops import ONE_WORKER, Shapes, our_steps
 from benchmarks.peak import product_peak, synchronize
 from benchmarks.plain import PlainModel
 from job.config.schema import ModelConfig
 from job.nn.language_model import build_model
-from job.training.cuda_graph import GRAPH_ENV_VAR
+from job.training.cuda_graph import GRAPH_ENV_VAR, capture_graph
 
+ROOT = Path(__file__).resolve().parent.parent
+COMPLETE_RUN_SECONDS = 90.0
 CELLS = ("lstm", "gru", "rnn")
 MARKED = [("rnn", 256, 32), ("gru", 256, 32), ("lstm", 256, 32), ("lstm", 4096, 512)]
 SEED_STEPS, SEED_TOKENS, STEPS, TOKENS = 40, 28, 64, 128
@@ -49,7 +53,10 @@ MARKED_ROUNDS, ROUNDS, BLOCK_SECONDS = 15, 5, 0.1
 COMPARED_STEPS, PROFILED_STEPS = 20, 5  # the first steps also warm up and capture the graph
 TOLERANCES = {"fp32": 1e-4, "half": 1e-2}  # of a mean loss, relative to fp32's
 AUTOCAST, PLAIN_BF16, REFERENCE, EAGER = "plain autocast", "plain bf16", "plain fp32", "ours, eager"
-DTYPES = {AUTOCAST: torch.float32, RIVAL: torch.float16, PLAIN_BF16: torch.bfloat16, REFERENCE: torch.float32}
+DTYPES = {
+    AUTOCAST: torch.float32, REFERENCE: torch.float32, PLAIN_BF16: torch.bfloat16,
+    RIVAL: torch.float16, RIVAL_GRAPH: torch.float16,
+}  # fmt: skip
 
 
 class SkewedShapes(Shapes):
@@ -57,7 +64,7 @@ class SkewedShapes(Shapes):
 
     def text(self, num_workers: int = 1) -> np.ndarray:
         size = (3, 200 * self.lanes * self.steps * num_workers)
-        return np.random.default_rng(0).integers(0, self.tokens, size).min(0).astype(np.uint8)
+        return np.random.default_rng(0).integers(0, self.tokens, size, np.uint8).min(0)
 
 
 @dataclass
@@ -87,6 +94,43 @@ def plain_losses(model: PlainModel, shapes: Shapes, device: torch.device, autoca
             yield loss.item()
 
 
+def graph_losses(model: PlainModel, shapes: Shapes, device: torch.device) -> Iterator[float]:
+    """The same loop with each step captured in a CUDA graph, and a zero state at the start of each epoch."""
+    optimizer, stream = torch.optim.SGD(model.parameters(), 0.1), shapes.stream()
+    inputs, targets = (torch.zeros(shapes.steps, shapes.lanes, dtype=torch.int64, device=device) for _ in range(2))
+    zeros = torch.zeros(1, shapes.lanes, shapes.units, device=device, dtype=model.linear.weight.dtype)
+    state = tuple(zeros.clone() for _ in range(2 if shapes.cell == "lstm" else 1))
+
+    def step() -> torch.Tensor:
+        logits, new_state = model(inputs, state if shapes.cell == "lstm" else state[0])
+        loss = F.cross_entropy(logits.float(), targets.reshape(-1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        for old, new in zip(state, new_state if shapes.cell == "lstm" else (new_state,), strict=True):
+            old.copy_(new.detach())
+        return loss.detach()
+
+    run_step: Callable[[], torch.Tensor] = step
+    for number in itertools.count():
+        index = number % stream.partition(0).num_windows
+        for destination, source in zip(
+            (inputs, targets), stream.read_window(0, index, range(shapes.lanes)), strict=True
+        ):
+            destination.copy_(source)
+        if index == 0:
+            for tensor in state:
+                tensor.zero_()
+        if number == 3:  # the first steps let libraries allocate their workspaces
+            loss, replay = capture_graph(step)
+
+            def run_step(loss: torch.Tensor = loss, replay: Callable[[], None] = replay) -> torch.Tensor:
+                replay()
+                return loss
+
+        yield run_step().item()
+
+
 def plain_variant(name: str, shapes: Shapes, device: torch.device) -> Variant:
     """Plain modules with our initial weights."""
     model = PlainModel(shapes.cell, shapes.tokens, shapes.units)
@@ -96,6 +140,8 @@ def plain_variant(name: str, shapes: Shapes, device: torch.device) -> Variant:
     model = model.to(device, DTYPES[name])
     storages = {weight.untyped_storage().data_ptr() for weight in model.rnn.parameters()}
     facts = {"packed": len(storages) == 1} if device.type == "cuda" and name != AUTOCAST else {}
+    if name == RIVAL_GRAPH:
+        return Variant(graph_losses(model, shapes, device), facts)
     return Variant(plain_losses(model, shapes, device, name == AUTOCAST), facts)
 
 
@@ -108,7 +154,11 @@ def our_variant(name: str, shapes: Shapes, device: torch.device) -> Variant:
 
 
 def variant_names(device: torch.device) -> list[str]:
-    return [RIVAL, PLAIN_BF16, AUTOCAST, EAGER, OURS] if device.type == "cuda" else [REFERENCE, PLAIN_BF16, EAGER]
+    return (
+        [RIVAL, RIVAL_GRAPH, PLAIN_BF16, AUTOCAST, EAGER, OURS]
+        if device.type == "cuda"
+        else [REFERENCE, PLAIN_BF16, EAGER]
+    )
 
 
 def prepare(name: str, shapes: Shapes, device: torch.device, reference: list[float]) -> Variant:
@@ -124,9 +174,11 @@ def prepare(name: str, shapes: Shapes, device: torch.device, reference: list[flo
         warnings.simplefilter("always")
         variant = (our_variant if name in (EAGER, OURS) else plain_variant)(name, shapes, device)
         losses = [next(variant.losses) for _ in range(COMPARED_STEPS)]
-    difference = max(abs(a - b) / b for a, b in zip(losses, reference, strict=True)) if reference else 0.0
-    tolerance = TOLERANCES["fp32" if name == REFERENCE else "half"]
-    variant.facts |= {"losses": losses, "loss_difference": difference, "agrees": difference <= tolerance}
+    variant.facts["losses"] = losses
+    if reference:
+        difference = max(abs(a - b) / b for a, b in zip(losses, reference, strict=True))
+        is_close = not math.isnan(sum(losses)) and difference <= TOLERANCES["fp32" if name == REFERENCE else "half"]
+        variant.facts |= {"loss_difference": difference, "agrees": is_close}
     if messages := sorted({str(warning.message) for warning in caught}):
         variant.facts["warnings"] = messages
     if on_gpu:
@@ -146,18 +198,25 @@ def seconds_per_step(variant: Variant, steps: int, device: torch.device) -> floa
     return (time.perf_counter() - start) / steps
 
 
-def kernel_seconds(variant: Variant) -> float | None:
-    """The sum of the durations of all kernels and copies of a step on the GPU, None if it cannot be measured."""
-    try:
-        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            for _ in range(PROFILED_STEPS):
-                next(variant.losses)
-            torch.cuda.synchronize()
-        events = [event for event in profiler.key_averages() if event.device_type == DeviceType.CUDA]
-    except RuntimeError:  # of the profiler's library
-        return None
-    total = sum(event.self_device_time_total for event in events if not event.is_user_annotation)
-    return total / 1e6 / PROFILED_STEPS or None
+def measure_kernels(case: dict[str, Any], shapes: Shapes, device: torch.device) -> None:
+    """Adds to a case the sum of the durations of all kernels and copies of a step on the GPU, in two variants."""
+    for name in (RIVAL, OURS):
+        facts = case["variants"].get(name, {})
+        if "ms" in facts and (variant := guarded(facts, partial(prepare, name, shapes, device, []))):
+            milliseconds = guarded(facts, partial(kernel_milliseconds, variant))
+            facts |= (
+                {"kernel_ms": milliseconds, "loop_over_kernels": facts["ms"] / milliseconds} if milliseconds else {}
+            )
+
+
+def kernel_milliseconds(variant: Variant) -> float:
+    """The sum of the durations of all kernels and copies of a step; 0 if the profiler sees none."""
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        for _ in range(PROFILED_STEPS):
+            next(variant.losses)
+        torch.cuda.synchronize()
+    events = [event for event in profiler.key_averages() if event.device_type == DeviceType.CUDA]
+    return sum(event.self_device_time_total for event in events if not event.is_user_annotation) / 1e3 / PROFILED_STEPS
 
 
 def interval(pairs: list[float]) -> dict[str, float]:
@@ -177,11 +236,11 @@ def take_turns(variants: dict[str, Variant], rounds: int, device: torch.device) 
 
 
 def guarded(facts: dict[str, Any], action: Callable[[], Any]) -> Any:
-    """The result of the action; None, and the error in the facts, if the GPU's memory or torch does not allow it."""
+    """The result of the action; None, and the error in the facts, if it fails: the rest is still worth measuring."""
     try:
         return action()
-    except (RuntimeError, NotImplementedError) as error:  # torch.OutOfMemoryError is one
-        facts["error"] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    except Exception as error:
+        facts["error"] = f"{type(error).__name__}: {' '.join(str(error).splitlines()[:1])}"
         return None
 
 
@@ -197,15 +256,13 @@ def measure_case(shapes: Shapes, rounds: int, device: torch.device, peak: dict[s
     seconds = take_turns(variants, rounds, device)
     for name, values in seconds.items():
         median = statistics.median(values)
-        limit = peak.get("fp16" if name in (RIVAL, AUTOCAST) else "bf16", peak["bf16"])
+        limit = peak.get("fp16" if name in (RIVAL, RIVAL_GRAPH, AUTOCAST) else "bf16", peak["bf16"])
         facts[name] |= {
             "ms": median * 1e3,
             "tokens_per_second": shapes.lanes * shapes.steps / median,
             "share": shapes.operations / median / limit,
             "rounds_ms": [value * 1e3 for value in values],
         }
-        if device.type == "cuda" and (kernels := kernel_seconds(variants[name])):
-            facts[name] |= {"kernel_ms": kernels * 1e3, "loop_over_kernels": median / kernels}
     ours = seconds.get(OURS if device.type == "cuda" else EAGER, [])
     ratios = {
         name: interval([a / b for a, b in zip(values, ours, strict=True)])
@@ -242,7 +299,8 @@ def complete_run(device: torch.device, steps: int) -> dict[str, Any]:
         command = [sys.executable, "-m", "job", "train", "configs/seed.toml", "--corpus.source", "embedded"]
         command += ["--model.cell", "lstm", "--train.max_steps", str(steps), "--train.log_every", str(steps // 10)]
         command += ["--scale.accelerator", "gpu" if device.type == "cuda" else "cpu", "--scale.workers", "0"]
-        subprocess.run([*command, "--run.storage", storage, "--run.name", "run"], check=True, stdout=subprocess.DEVNULL)
+        command += ["--run.storage", storage, "--run.name", "run"]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd=ROOT, timeout=COMPLETE_RUN_SECONDS)
         lines = (Path(storage) / "run" / "metrics.jsonl").read_text().splitlines()
     rows = [row for row in map(json.loads, lines) if row["split"] == "train"]
     speeds = [row["tokens_per_second"] for row in rows[len(rows) // 2 :]]
@@ -266,10 +324,17 @@ def run(device: torch.device, quick: bool, seconds: float, save: Callable[[dict[
             "steps": shapes.steps,
             "tokens": shapes.tokens,
         }
-        results["cases"].append({"name": name, **sizes, **measure_case(shapes, rounds, device, peak)})
-        if case == MARKED[-1] or quick:
-            results["complete_run"] = complete_run(device, 20 if quick else 3000)
+        measured: dict[str, Any] = {"name": name, **sizes, "variants": {}, "ratios": {}}
+        measured |= guarded(measured, partial(measure_case, shapes, rounds, device, peak)) or {}
+        results["cases"].append(measured)
+        if case == MARKED[-1] or (quick and len(results["cases"]) == 1):
+            steps, results["complete_run"] = 20 if quick else 3000, {}
+            results["complete_run"] |= guarded(results["complete_run"], partial(complete_run, device, steps)) or {}
         save(results)
+    if device.type == "cuda":  # last, because a profiler may slow down or end the program
+        for case in results["cases"][: len(MARKED)]:
+            measure_kernels(case, case_shapes(case["cell"], case["units"], case["lanes"], quick), device)
+            save(results)
     return results
 
 
@@ -283,13 +348,14 @@ def main() -> None:
     device = torch.device(args.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         sys.exit("error: torch finds no GPU on this machine; --device cpu checks the program")
+    quick = args.quick or device.type == "cpu"
     described = {"device": device_facts(device), "versions": versions()}
 
     def save(results: dict[str, Any]) -> None:
         if args.json:
             write_file(args.json, json.dumps(described | results, indent=1))
 
-    results = run(device, args.quick, args.seconds, save)
+    results = run(device, quick, args.seconds, save)
     save(results)
     print(", ".join(f"{name} {value}" for facts in described.values() for name, value in facts.items() if value))
     print(benchmarks_section(results))

@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 BUNDLE = ROOT / ".gpu-bundle" / "bundle.tar"
 MANIFEST = "manifest.json"
 MAX_BYTES = 60 << 20  # 64 MiB are a usual limit of a transfer, which the checkout shares
-TEST_PACKAGES = ("packaging", "pytest", "hypothesis", "safetensors", "setuptools")
+TEST_PACKAGES = ("packaging", "pytest", "pytest-xdist", "hypothesis", "safetensors", "setuptools")
 # Torch, which the other machine has, and what no run imports: it is for Ray's dashboard and its client, for workers
 # with packages of their own, for Google's cloud, and for searches by Optuna.
 NOT_NEEDED = {
@@ -212,7 +212,7 @@ def main() -> None:
     packages = closure(project_requirements(), args.python)
     if problems := unsatisfied(packages):
         sys.exit(f"error: this environment does not meet {', '.join(problems)}: run make setup")
-    folder = args.output.parent / f"wheels-{args.python}"
+    folder = ROOT / "build" / f"wheels-{args.python}"  # not next to the bundle, whose folder may be copied as it is
     folder.mkdir(parents=True, exist_ok=True)
     files = pack(packages, args.python, folder)
     size = write(files, args.output)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import is_nccl_available
 
 from benchmarks.gpu_packages import installed_version
 from job.distributed.context import available_cpus, machine_memory
@@ -52,7 +53,7 @@ def processor_name() -> str:
 
 def versions() -> dict[str, Any]:
     """Python, torch, CUDA's libraries, the driver, and packages."""
-    nccl = torch.cuda.nccl.version() if torch.version.cuda else None  # type: ignore[no-untyped-call]
+    nccl = torch.cuda.nccl.version() if is_nccl_available() else None  # type: ignore[no-untyped-call]
     return {
         "python": platform.python_version(),
         "system": platform.platform(),

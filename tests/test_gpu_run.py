@@ -11,6 +11,7 @@ import sys
 import tarfile
 import time
 import zipfile
+from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,10 @@ import pytest
 import torch
 from conftest import ROOT
 
-from benchmarks.gpu import EAGER, REFERENCE, SkewedShapes, prepare, reference_losses
+from benchmarks.gpu import DTYPES, EAGER, REFERENCE, SkewedShapes, plain_variant, prepare, reference_losses
 from benchmarks.gpu_bundle import closure, packed_name, project_requirements, repack, unsatisfied, write
 from benchmarks.gpu_packages import Bundle, BundleError, choose_packages, missing_packages
-from benchmarks.gpu_report import TARGET_NATS, Report, marks, time_to_target
+from benchmarks.gpu_report import RIVAL_GRAPH, TARGET_NATS, Report, marks, time_to_target
 from benchmarks.gpu_run import Outcome, facts_of_tests, read_json_lines, run_process
 from benchmarks.transformer import QUICK, Transformer, learning_rate_at
 
@@ -279,6 +280,9 @@ def test_marks_of_benchmarks_compare_with_the_fastest_plain_modules() -> None:
     ]
     expected = ["reached", "not reached", "not measured", "reached", "not reached", "not measured"]
     assert results_of({"benchmarks": {"cases": cases}}) == expected
+    captured = case("rnn", 256, 32, 3.1, 9, 0.1)
+    captured["ratios"]["plain fp16, CUDA graph"] = {"median": 1.5, "low": 1.0, "high": 2.0}
+    assert results_of({"benchmarks": {"cases": [captured]}})[0] == "reached"
     unpacked = [case("lstm", 4096, 512, 1.1, 3, 0.6, packed=False)]
     assert results_of({"benchmarks": {"cases": unpacked}})[3:5] == ["not measured", "reached"]
 
@@ -326,6 +330,20 @@ def test_benchmarked_variants_have_the_same_first_losses_only_if_they_learn(
     untrained = reference_losses(shapes, cpu)
     assert not prepare(REFERENCE, shapes, cpu, reference).facts["agrees"]
     assert untrained[0] == reference[0]
+
+
+@pytest.mark.parametrize("cell", ["rnn", "lstm"])
+def test_captured_plain_step_has_the_losses_of_the_plain_loop(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def capture(step: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], torch.Tensor]]:
+        loss = torch.zeros(())  # like a graph's memory, overwritten by each replay
+        return loss, lambda: loss.copy_(step())
+
+    monkeypatch.setattr("benchmarks.gpu.capture_graph", capture)
+    monkeypatch.setitem(DTYPES, RIVAL_GRAPH, torch.float32)
+    shapes, cpu = SkewedShapes(cell, 2, 4, 16, 28), torch.device("cpu")
+    plain, captured = (plain_variant(name, shapes, cpu).losses for name in (REFERENCE, RIVAL_GRAPH))
+    for _ in range(205):  # beyond an epoch of 199 windows
+        assert next(captured) == pytest.approx(next(plain), rel=1e-6)
 
 
 def test_transformer_does_not_see_later_characters() -> None:
