@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-import torch.backends.cudnn.rnn
 
 from job.config.schema import BUILTIN_CELLS, Config
 from job.distributed.collectives import gather_json
@@ -93,8 +92,7 @@ def _resume(spec: RunSpec, world: World) -> tuple[TrainState, tuple[CorruptCheck
 def configure_process(config: Config, world: World) -> None:
     """Sets torch's threads, determinism and products in float32, and malloc's thresholds, for the whole process."""
     raise_malloc_thresholds()
-    # The default of cuDNN is TF32, unlike that of other products.
-    torch.backends.cudnn.rnn.fp32_precision = "ieee"  # type: ignore[attr-defined]
+    torch.backends.cudnn.allow_tf32 = False  # the default is True, unlike that of cuBLAS
     torch.set_num_threads(1 if config.train.reproducible else world.threads)
     torch.use_deterministic_algorithms(config.train.reproducible)
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.backends.cudnn.rnn
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -36,16 +35,16 @@ class Numbers:
 
     weights: torch.dtype
     autocast: torch.dtype | None
-    float32_products: str  # of a GPU: ieee or tf32
+    allow_tf32: bool  # in products of float32 on a GPU
     tolerance: float
 
 
 PRECISIONS = {
-    "fp64": Numbers(torch.float64, None, "ieee", 1e-10),
-    "fp32": Numbers(torch.float32, None, "ieee", 1e-5),
-    "tf32": Numbers(torch.float32, None, "tf32", 1e-2),
-    "bf16": Numbers(torch.float32, torch.bfloat16, "ieee", 5e-2),
-    "fp16": Numbers(torch.float32, torch.float16, "ieee", 1e-2),
+    "fp64": Numbers(torch.float64, None, False, 1e-10),
+    "fp32": Numbers(torch.float32, None, False, 1e-5),
+    "tf32": Numbers(torch.float32, None, True, 1e-2),
+    "bf16": Numbers(torch.float32, torch.bfloat16, False, 5e-2),
+    "fp16": Numbers(torch.float32, torch.float16, False, 1e-2),
 }
 ON_CUDA_ONLY = {"tf32", "fp16"}
 
@@ -72,13 +71,13 @@ SIZES = {
 def numbers(request: pytest.FixtureRequest) -> Iterator[Numbers]:
     """The precision that the test's parameter names, with float32 products of that kind on a GPU."""
     precision = PRECISIONS[request.param]
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.rnn)
-    before = [backend.fp32_precision for backend in backends]
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [backend.allow_tf32 for backend in backends]
     for backend in backends:
-        backend.fp32_precision = precision.float32_products
+        backend.allow_tf32 = precision.allow_tf32
     yield precision
     for backend, value in zip(backends, before, strict=True):
-        backend.fp32_precision = value
+        backend.allow_tf32 = value
 
 
 def precision_parameters() -> list[object]:

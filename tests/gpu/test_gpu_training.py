@@ -97,6 +97,15 @@ def test_fast_run_with_graph_has_losses_of_run_without(
     np.testing.assert_allclose(found, expected, rtol=1e-3 if precision == "fp32" else 2e-2)
 
 
+def test_configure_process_turns_off_tf32_of_cudnn() -> None:
+    """And in a way that torch's other functions can read: its newer setting makes the older one raise."""
+    torch.backends.cudnn.allow_tf32 = True
+    configure_process(Config(), World(0, 1, torch.device("cpu"), 1, "a"))
+    assert not torch.backends.cudnn.allow_tf32
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        assert not torch.backends.cudnn.allow_tf32
+
+
 # --- memory ---
 
 
