@@ -9,7 +9,7 @@ import torch
 from job.config.schema import Config, ModelConfig
 from job.console import format_bytes, format_count, format_duration
 from job.data.stream import Stream
-from job.distributed.context import World, available_cpus, machine_memory, resolve_precision
+from job.distributed.context import World, available_cpus, device_name, machine_memory, resolve_precision
 from job.distributed.gradient_sync import ControlFlags
 from job.errors import UserError
 from job.nn.language_model import reference_state_dict
@@ -97,12 +97,18 @@ def describe_needs(spec: RunSpec, on_cluster: bool) -> str:
     threads = min(scale.cpus_per_worker or max(1, available_cpus() // workers), available_cpus())
     world = World(0, 1, device, threads, "estimate")
     configure_process(config, world)
-    train_state = build_train_state(alone, world, resolve_precision(config.train.precision, device).name)
-    seconds, started_at = [], time.monotonic()
+    seconds: list[float] = []
     try:
+        train_state = build_train_state(alone, world, resolve_precision(config.train.precision, device).name)
+        started_at = time.monotonic()
         for _ in islice(train_steps(train_state, alone.config, ControlFlags), _NUM_MEASURED_STEPS):
             seconds.append(time.monotonic() - started_at)
             started_at = time.monotonic()
+    except UserError:
+        raise
+    except torch.OutOfMemoryError:
+        problem = f"model: a training step does not fit into the memory of {device_name(device)}"
+        raise UserError(problem, "lower stream.batch_size, stream.num_steps or model.hidden_size") from None
     except Exception as error:  # of the user's cell, for example
         raise UserError(f"a training step fails: {type(error).__name__}: {error}") from None
     num_weights = sum(map(torch.numel, train_state.model.parameters()))

@@ -103,3 +103,17 @@ def test_doctor_shows_gpus_and_their_workers(prose: Path, tmp_path: Path) -> Non
     assert "of a GPU each; this machine has" in ended.out
     if shutil.which("nvidia-smi"):
         assert f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}, driver " in ended.out
+
+
+def test_doctor_with_model_larger_than_memory_of_gpu_fails(
+    prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def build_train_state(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    monkeypatch.setattr("job.run.estimate.build_train_state", build_train_state)
+    ended = job("doctor", *flags(prose, tmp_path, "run", "--scale.workers", 0))
+    assert ended.status == 1
+    assert "model: a training step does not fit into the memory of" in ended.out
+    assert "lower stream.batch_size" in ended.out
