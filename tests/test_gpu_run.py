@@ -283,6 +283,9 @@ def test_marks_of_benchmarks_compare_with_the_fastest_plain_modules() -> None:
     captured = case("rnn", 256, 32, 3.1, 9, 0.1)
     captured["ratios"]["plain fp16, CUDA graph"] = {"median": 1.5, "low": 1.0, "high": 2.0}
     assert results_of({"benchmarks": {"cases": [captured]}})[0] == "reached"
+    cases[0]["variants"]["ours, CUDA graph"]["agrees"] = cases[2]["variants"]["ours, CUDA graph"]["agrees"] = False
+    expected = ["not reached", "not reached", "not measured", "not reached", "not reached", "not measured"]
+    assert results_of({"benchmarks": {"cases": cases}}) == expected
     unpacked = [case("lstm", 4096, 512, 1.1, 3, 0.6, packed=False)]
     assert results_of({"benchmarks": {"cases": unpacked}})[3:5] == ["not measured", "reached"]
 
