@@ -91,8 +91,7 @@ def test_describe_missing_kernel_names_worker_only_if_others_have_it() -> None:
 
 def compare_on_worker(rank: int, port: int, results: SimpleQueue[Any]) -> None:
     """Worker 1 is on a node without the kernel."""
-    if rank:
-        os.environ["LANES_KERNEL"] = "off"
+    os.environ["LANES_KERNEL"] = "off" if rank else ""
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     world = World(rank, 2, CPU, 1, "a")
     for name in ("fp32", "fp64"):  # without a kernel for fp64, all workers compute in the same way
