@@ -120,6 +120,13 @@ class Folder:
         file_system, path = self._location
         return replace(self, address=base.rpartition("/")[0] + query, location=(file_system, path.rpartition("/")[0]))
 
+    def contains(self, other: "Folder") -> bool:
+        """Returns whether the other folder is this one or below it."""
+        inner, outer = (str(folder.local_path and folder.local_path.resolve()) for folder in (other, self))
+        if None in (other.local_path, self.local_path):
+            inner, outer = other._base_and_query[0], self._base_and_query[0]
+        return f"{inner}/".startswith(f"{outer}/")
+
     @property
     def _base_and_query(self) -> tuple[str, str]:
         """The address without and its query, which only a URI has: in a path, a question mark is literal."""

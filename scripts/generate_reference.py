@@ -6,11 +6,10 @@ from typing import Any
 
 from job.config.field import FREE, ConfigField, format_value
 from job.config.schema import FIELDS, SECTIONS
-from job.config.search_space import MAX_TRIALS
+from job.config.search_space import MAX_TRIALS, SEARCHABLE
 from job.config.toml import FILE_SECTIONS
 
 ROOT = Path(__file__).parent.parent
-SEARCHABLE = {name: option for name, option in FIELDS.items() if option.on_resume != FREE}
 
 _KEYWORDS = {"ge": "minimum", "gt": "exclusiveMinimum", "le": "maximum", "lt": "exclusiveMaximum"}
 _SYMBOLS = {"ge": "≥", "gt": ">", "le": "≤", "lt": "<"}

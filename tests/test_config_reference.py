@@ -12,10 +12,10 @@ from jsonschema import Draft7Validator, validators
 
 from job.config.config_file import load_search_config
 from job.config.field import ConfigField
-from job.config.search_space import SearchConfig
+from job.config.search_space import SEARCHABLE, SearchConfig
 from job.config.toml import FILE_FIELDS
 from job.errors import UserError
-from scripts.generate_reference import FILES, SEARCHABLE, json_schema
+from scripts.generate_reference import FILES, json_schema
 
 # TOML has integers, and JSON has numbers: to a JSON schema 3.0 is an integer, too.
 is_toml_integer = Draft7Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)

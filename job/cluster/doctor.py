@@ -24,9 +24,11 @@ from job.data.vocabulary import format_unknown_share
 from job.distributed.context import available_cpus
 from job.errors import UserError
 from job.run.estimate import checkpoint_bytes, describe_needs
+from job.run.resume_from import open_source
 from job.run.run_dir import check_same_text, resolve_run, resolve_storage
 from job.run.setup import build_run_spec, format_dropped_share, run_warnings
 from job.storage import Folder
+from job.training.checkpoint import list_checkpoints
 from job.training.run_spec import RunSpec
 from job.tuning.setup import check_search, resolve_search
 
@@ -115,7 +117,8 @@ def _resolve(config: Config, search: SearchConfig, default_name: str) -> tuple[F
 
 
 def _describe_text(spec: RunSpec, folder: Folder) -> str:
-    check_same_text(folder / "checkpoints", spec.dataset)
+    check_same_text(list_checkpoints(folder / "checkpoints")[0], spec.dataset)
+    open_source(spec.config, spec.dataset, folder)
     source, tokens = spec.dataset.metadata["source"], spec.dataset.metadata["tokens"]
     shares = format_unknown_share(spec.dataset.unknown_shares["training"]) + format_dropped_share(spec)
     return f"{source}: {tokens:,} tokens, vocabulary of {len(spec.dataset.vocabulary):,}{shares}"

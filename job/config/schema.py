@@ -24,6 +24,10 @@ class RunConfig(Section, on_resume=FREE):
     storage: str = config_field("runs", "where runs are stored: a folder or a URI; $NAME is expanded", is_path=True)
     seed: int = config_field(0, "random seed", ge=0, lt=2**63, on_resume="fixed")
     resume: str = choice_field("resume the run", auto="if it exists", never="", must="")
+    resume_from: str = config_field(
+        "", "start from a checkpoint of another run: its folder, or the run's; empty: none", is_path=True,
+        on_resume="may be left out",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -271,8 +275,35 @@ def config_differences(old: Config, new: Config) -> list[str]:
         f"{name} ({format_value(value)} → {format_value(new_values[name])})"
         f"{notes.get(name, '') if old.optimizer.spans_epochs else ''}"
         for name, value in old.fixed_values().items()
-        if value != new_values[name] and not _only_adds_epochs(name, old, new)
+        if value != new_values[name] and not _is_compatible(name, old, new)
     ]
+
+
+# What may also differ if a new run starts from a checkpoint of another one. The text and the tokens are compared
+# themselves, and the initial weights are those of the checkpoint.
+_FREE_IN_NEW_RUN = ("optimizer.", "train.epochs", "model.dropout", "model.init", "corpus.source", "vocabulary.file")
+
+
+def changed_fields(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """Returns the values, by full name, that a new run does not have from the run whose checkpoint it starts from."""
+    new_values = new.fixed_values()
+    return {
+        name: (value, new_values[name])
+        for name, value in old.fixed_values().items()
+        if name != "run.resume_from" and value != new_values[name]
+    }
+
+
+def may_change(name: str, old: Config, new: Config) -> bool:
+    """Returns whether a new run of ``new`` that starts from a checkpoint of ``old`` may have another value."""
+    is_free = name.startswith(_FREE_IN_NEW_RUN) and name != "optimizer.name"
+    return is_free or (name == "stream.offset" and _is_compatible(name, old, new))
+
+
+def _is_compatible(name: str, old: Config, new: Config) -> bool:
+    if name == "run.resume_from":  # not needed any more
+        return not new.run.resume_from
+    return _only_adds_epochs(name, old, new)
 
 
 def _only_adds_epochs(name: str, old: Config, new: Config) -> bool:

@@ -21,6 +21,8 @@ DEFAULT_NUM_TRIALS = 16  # if values are sampled and search.trials = 0
 MAX_TRIALS = 10_000  # of a search; also the most values in one list
 _PERTURBATION_FACTORS = (0.8, 1.25)  # these two are Ray Tune's defaults
 _RESAMPLE_PROBABILITY = 0.25
+# The fields of search.space. All trials start from the same checkpoint, if from any.
+SEARCHABLE = {name: option for name, option in FIELDS.items() if option.on_resume != FREE and name != "run.resume_from"}
 
 
 @dataclass(frozen=True)
@@ -184,7 +186,9 @@ def _flatten(written: Mapping[str, Any]) -> dict[str, Any]:
 def _check_searchable(name: str) -> None:
     if name not in FIELDS:
         raise unknown_name("field of search.space", name, FIELDS)
-    if FIELDS[name].on_resume == FREE:
+    if name == "run.resume_from":
+        raise UserError(f"search.space: all trials have the same {name}", "set it in [run]")
+    if name not in SEARCHABLE:
         raise UserError(f"search.space: {name} does not affect the result of a run", "remove it")
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
+from job.config.config_file import CONFIG_FILE
+from job.config.field import format_value
 from job.config.schema import BUILTIN_CELLS, Config
 from job.config.toml import config_to_toml
 from job.console import Console, format_duration, program_command
@@ -18,8 +20,8 @@ from job.run.lease import acquire_lease, wait_until_expired
 from job.run.metrics import read_rows
 from job.run.plot import plot_perplexity, to_png
 from job.run.recorder import Recorder
+from job.run.resume_from import Source, describe_changes, import_source, open_source, read_record
 from job.run.run_dir import (
-    CONFIG_FILE,
     RESULT_FILE,
     check_same_config,
     check_same_text,
@@ -110,7 +112,8 @@ def run_training(
         stop_request.can_save = False
         with suppress(KeyboardInterrupt):
             spec = build_run_spec(config, folder, content)
-            check_same_text(folder / "checkpoints", spec.dataset)
+            check_same_text(list_checkpoints(spec.checkpoints)[0], spec.dataset)
+            source = open_source(spec.config, spec.dataset, folder)
             folder.check_writable()
         stop_request.can_save = True
         if stop_request.exit_code:
@@ -118,6 +121,9 @@ def run_training(
         if notice := cache_notice():
             console.warn(notice)
         console.print(_run_banner(spec, config.corpus.source))
+        if source:
+            changed = describe_changes(source.record(spec.config)["changed"])
+            console.print(f"from {source.checkpoint.path}, {f'changed: {changed}' if changed else 'nothing changed'}")
         for warning in run_warnings(spec):
             console.warn(warning)
         with closing(launcher):
@@ -126,12 +132,17 @@ def run_training(
                 acquire_lease(folder, observer) as lease,
                 closing(Recorder(spec.config, lease, console, on_event)) as recorder,
             ):
-                result = _run(launcher, spec, recorder, stop_request, in_python)
+                result = _run(launcher, spec, source, recorder, stop_request, in_python)
                 return RunOutcome(folder, spec.config, result, 0 if result else stop_request.exit_code)
 
 
 def _run(
-    launcher: Launcher, spec: RunSpec, recorder: Recorder, stop_request: StopRequest, in_python: bool
+    launcher: Launcher,
+    spec: RunSpec,
+    source: Source | None,
+    recorder: Recorder,
+    stop_request: StopRequest,
+    in_python: bool,
 ) -> dict[str, Any] | None:
     """Runs the workers under the lease and finishes the run. Returns its result, or None if it was stopped."""
     folder, console = recorder.folder, recorder.status.console
@@ -139,7 +150,9 @@ def _run(
     try:
         # Another driver may have changed it before the lease was acquired.
         check_same_config(folder, read_existing_run(folder), spec.config)
-        folder.write(CONFIG_FILE, config_to_toml(spec.config).encode())
+        folder.write(CONFIG_FILE, _config_text(spec, source, folder).encode())
+        if source:
+            import_source(source, spec.config, folder)
         launcher.run(spec, recorder, stop_request)
         if recorder.status.failed:
             raise recorder.status.failed
@@ -159,6 +172,15 @@ def _run(
         raise type(error)(error.problem, "; ".join(filter(None, remedies))) from error.__cause__
     except OSError as error:
         raise RunFailed(f"{folder}: cannot be read or written: {error}", describe_last_checkpoint()) from None
+
+
+def _config_text(spec: RunSpec, source: Source | None, folder: Folder) -> str:
+    """Returns the run's configuration; a comment says from which checkpoint it started, and what was changed."""
+    record = source.record(spec.config) if source else read_record(folder)
+    if not record or not spec.config.run.resume_from:
+        return config_to_toml(spec.config)
+    changed = describe_changes(record["changed"]) or "nothing"
+    return f"# From {format_value(record['checkpoint'])}, changed: {changed}.\n{config_to_toml(spec.config)}"
 
 
 def _finish(spec: RunSpec, recorder: Recorder, finished: Finished) -> dict[str, Any]:
@@ -191,6 +213,8 @@ def _finish(spec: RunSpec, recorder: Recorder, finished: Finished) -> dict[str, 
         "generated": text,
         "corpus": spec.dataset.metadata,
     }
+    if spec.config.run.resume_from and (record := read_record(folder)):
+        result["resumed_from"] = record
     folder.write(RESULT_FILE, json.dumps(result, indent=1, ensure_ascii=False).encode())
     return result
 

@@ -3,13 +3,14 @@
 import math
 import os
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import NoneType
-from typing import Any
+from typing import Any, TypeVar
 
+from job.config.config_file import read_config
 from job.config.schema import Config, config_differences
-from job.config.toml import config_from_toml, decode_toml
 from job.data.dataset import Dataset
 from job.documents import parse_record
 from job.errors import UserError, report_os_error
@@ -17,6 +18,7 @@ from job.paths import is_uri
 from job.storage import Folder
 from job.training.checkpoint import (
     MANIFEST,
+    Checkpoint,
     LoadedCheckpoint,
     list_checkpoints,
     load_checkpoint,
@@ -28,10 +30,11 @@ from job.training.checkpoint import (
 from job.training.loop import is_done
 from job.training.progress import Progress
 
-CONFIG_FILE = "config.toml"
+Result = TypeVar("Result")
+
 RESULT_FILE = "result.json"  # its presence marks a run as finished
 SEARCH_FILE = "search.toml"  # the resolved configuration of a search
-_MAX_FILE_BYTES = 1 << 20  # of a result or a configuration
+_MAX_FILE_BYTES = 1 << 20  # of a result
 _RESULT_TYPES: dict[str, Any] = {
     **dict.fromkeys(("epochs", "steps", "workers"), int),
     **dict.fromkeys(("perplexity", "seconds"), float),
@@ -57,7 +60,8 @@ class ExistingRun:
 
     def can_resume(self, config: Config) -> bool:
         """Whether the run is unfinished and a configuration may continue it."""
-        same = not config_differences(self.config, with_resolved_corpus(config, self.config))
+        same = not config_differences(self.config, with_resolved_fields(config, self.config))
+        same = same and config.run.resume_from == self.config.run.resume_from
         return same and not self.is_finished(config)
 
 
@@ -70,8 +74,8 @@ def resolve_run(config: Config, default_name: str, *, retry: bool = False) -> tu
         retry: retry failed requests to an object store
 
     Returns:
-        the run's folder; the configuration with the run's name and, if the run exists, with its source and cleaning
-        in place of ``auto``; and the existing run or None
+        the run's folder; the configuration with the run's name and, if the run exists, with what it resolved then;
+        and the existing run or None
 
     Raises:
         UserError: the run exists with another configuration, or ``run.resume`` forbids to resume or to start it
@@ -85,9 +89,11 @@ def resolve_run(config: Config, default_name: str, *, retry: bool = False) -> tu
     folder = storage / name
     if folder.has(SEARCH_FILE):
         raise UserError(f"{folder}: is a search and not a run", "choose another run.name")
+    if config.run.resume_from and folder.contains(Folder.resolve(config.run.resume_from)):
+        raise UserError(f"run.resume_from = {config.run.resume_from}: is this run itself", "choose another run.name")
     check_resume(config.run.resume, folder, "run", exists=existing is not None)
     if existing:
-        config = with_resolved_corpus(config, existing.config)
+        config = with_resolved_fields(config, existing.config)
         check_same_config(folder, existing, config)
     return folder, config, existing
 
@@ -139,20 +145,8 @@ def resolve_storage(storage: str) -> Folder:
 
 def read_existing_run(folder: Folder) -> ExistingRun | None:
     """The run in a folder, or None if there is none. Raises UserError if its configuration cannot be read."""
-    text = read_config_text(folder, CONFIG_FILE)
-    if text is None:
-        return None
-    return ExistingRun(config_from_toml(text, f"{folder}/{CONFIG_FILE}"), read_result(folder))
-
-
-def read_config_text(folder: Folder, name: str) -> str | None:
-    """The text of a stored configuration, or None if the file does not exist."""
-    try:
-        return decode_toml(folder.read(name, _MAX_FILE_BYTES))
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{folder}/{name}: cannot be read: {error}") from None
+    config = read_config(folder)
+    return ExistingRun(config, read_result(folder)) if config else None
 
 
 def read_result(folder: Folder) -> dict[str, Any] | None:
@@ -171,17 +165,18 @@ def slugify(name: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "run"
 
 
-def with_resolved_corpus(config: Config, old_config: Config) -> Config:
-    """Replaces ``auto`` in the corpus section by what it was resolved to before."""
+def with_resolved_fields(config: Config, old_config: Config) -> Config:
+    """Replaces ``auto`` in the corpus section, and an empty ``run.resume_from``, by what they were before."""
     fields = ("source", "cleaning")  # cleaning of another source too, so that only the source is reported as changed
     resolved = {name: getattr(old_config.corpus, name) for name in fields if getattr(config.corpus, name) == "auto"}
-    return replace(config, corpus=replace(config.corpus, **resolved))
+    run = replace(config.run, resume_from=config.run.resume_from or old_config.run.resume_from)
+    return replace(config, run=run, corpus=replace(config.corpus, **resolved))
 
 
-def check_same_text(checkpoints: Folder, dataset: Dataset) -> None:
-    """Raises UserError if the run whose ``checkpoints`` folder is given was started on another text."""
+def check_same_text(checkpoints: list[Checkpoint], dataset: Dataset) -> None:
+    """Raises UserError if the run that wrote these checkpoints was started on another text."""
     corpus = dataset.metadata
-    for checkpoint in reversed(list_checkpoints(checkpoints)[0]):
+    for checkpoint in reversed(checkpoints):
         try:
             old_corpus = read_progress(checkpoint)[1]["corpus"]
             vocabulary = read_vocabulary(checkpoint)
@@ -200,18 +195,24 @@ def check_same_text(checkpoints: Folder, dataset: Dataset) -> None:
 
 
 def open_checkpoint(folder: Folder) -> LoadedCheckpoint:
-    """Loads what generation and evaluation need of a checkpoint, and verifies every byte of that.
+    """Loads what generation and evaluation need of a checkpoint, and verifies that; as ``find_checkpoint``."""
+    return find_checkpoint(folder, load_checkpoint)
+
+
+def find_checkpoint(folder: Folder, load: Callable[[Checkpoint], Result]) -> Result:
+    """Loads a checkpoint.
 
     Args:
         folder: a checkpoint's folder, or a run's, whose last valid checkpoint is loaded
+        load: returns its content; raises CorruptCheckpoint if that is not valid
 
     Raises:
         UserError: there is no valid checkpoint, or it cannot be read
     """
     try:
         if folder.has(MANIFEST):
-            return load_checkpoint(read_manifest(folder.parent, folder.name))
-        loaded, corrupt = load_latest(*list_checkpoints(folder / "checkpoints"), load_checkpoint)
+            return load(read_manifest(folder.parent, folder.name))
+        loaded, corrupt = load_latest(*list_checkpoints(folder / "checkpoints"), load)
     except OSError as error:
         raise UserError(f"{folder}: cannot be read: {error}") from None
     if not loaded:

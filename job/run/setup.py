@@ -92,14 +92,14 @@ def _remedy_for_long_words(corpus: Corpus, vocabulary_kind: str) -> str:
 def _read_init(config: Config, vocabulary: Vocabulary, checkpoints: Folder) -> bytes | None:
     """Reads the weights that ``model.init`` names, for this vocabulary. Builds a model to check them and the cell.
 
-    Returns None if they are not needed: without ``model.init``, and if the run resumes from a checkpoint.
+    Returns None if they are not needed: without ``model.init``, and if the run starts or resumes from a checkpoint.
     """
     check_weights(config.model, len(vocabulary))
     try:
         model = build_model(config.model, len(vocabulary), config.run.seed)
     except (RuntimeError, MemoryError, TypeError, OverflowError) as error:  # torch's allocator, or sizes beyond all
         raise UserError(f"model: does not fit into memory: {str(error).splitlines()[0]}", "make it smaller") from None
-    if not config.model.init or list_checkpoints(checkpoints)[0]:
+    if not config.model.init or config.run.resume_from or list_checkpoints(checkpoints)[0]:
         return None
     origin = f"model.init = {config.model.init}"
     with error_origin(origin):

@@ -331,7 +331,7 @@ def load_checkpoint(checkpoint: Checkpoint) -> LoadedCheckpoint:
     """Reads what generation and evaluation need; raises CorruptCheckpoint if a file of it is not valid."""
     return LoadedCheckpoint(
         checkpoint,
-        _read_small_file(checkpoint, "config.toml", lambda data: config_from_toml(data.decode(), "config.toml")),
+        read_stored_config(checkpoint),
         read_vocabulary(checkpoint),
         read_checkpoint_file(checkpoint, "model.safetensors", read_tensors)[0],
         read_progress(checkpoint)[0],
@@ -340,6 +340,11 @@ def load_checkpoint(checkpoint: Checkpoint) -> LoadedCheckpoint:
 
 def _read_small_file(checkpoint: Checkpoint, file: str, parse: Callable[[bytes], Result]) -> Result:
     return read_checkpoint_file(checkpoint, file, lambda stream, size: parse(read_bytes(stream, size)))
+
+
+def read_stored_config(checkpoint: Checkpoint) -> Config:
+    """Reads ``config.toml`` alone."""
+    return _read_small_file(checkpoint, "config.toml", lambda data: config_from_toml(data.decode(), "config.toml"))
 
 
 def read_vocabulary(checkpoint: Checkpoint) -> Vocabulary:

@@ -1,9 +1,10 @@
 """Checkpoints that pass from one trial to another in population-based training."""
 
+from job.config.config_file import CONFIG_FILE
 from job.config.schema import Config
 from job.config.toml import config_to_toml
 from job.errors import RunFailed
-from job.run.run_dir import CONFIG_FILE, read_existing_run
+from job.run.run_dir import read_existing_run
 from job.storage import Folder
 from job.training.checkpoint import Checkpoint, copy_checkpoint, list_checkpoints, remove_checkpoint
 

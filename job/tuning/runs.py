@@ -9,12 +9,13 @@ from typing import Any
 
 from pyarrow import fs
 
+from job.config.config_file import CONFIG_FILE, read_config_text
 from job.config.toml import search_config_from_toml
 from job.console import Console, format_duration, format_table
 from job.errors import UserError, report_os_error
 from job.run.lease import HEARTBEAT_FILE, LEASE_TIMEOUT_S, OWNER_FILE, LeaseObserver
 from job.run.metrics import read_last_rows
-from job.run.run_dir import CONFIG_FILE, RESULT_FILE, SEARCH_FILE, read_config_text, read_result
+from job.run.run_dir import RESULT_FILE, SEARCH_FILE, read_result
 from job.storage import Folder
 from job.training.checkpoint import last_step
 from job.tuning.trials import BEST_FILE, DONE_STATES, read_records

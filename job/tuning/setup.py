@@ -3,24 +3,25 @@
 from dataclasses import replace
 from operator import attrgetter
 
+from job.config.config_file import CONFIG_FILE, read_config_text
 from job.config.field import format_value
 from job.config.schema import Config, config_differences
 from job.config.search_space import MAX_TRIALS, Params, SearchConfig, search_differences
 from job.config.toml import override_config, search_config_from_toml
 from job.console import Console
 from job.errors import UserError
+from job.run.resume_from import Source, open_source
 from job.run.run_dir import (
-    CONFIG_FILE,
     SEARCH_FILE,
     check_resume,
     check_same_text,
-    read_config_text,
     resolve_storage,
     slugify,
-    with_resolved_corpus,
+    with_resolved_fields,
 )
 from job.run.setup import build_run_spec, run_warnings
 from job.storage import Folder
+from job.training.checkpoint import list_checkpoints
 from job.tuning.rungs import check_scheduler
 from job.tuning.trials import trial_folder, trial_params
 
@@ -46,7 +47,7 @@ def resolve_search(config: Config, search: SearchConfig, default_name: str) -> t
     if text is None:
         return folder, config
     old_config, old_search = search_config_from_toml(text, f"{folder}/{SEARCH_FILE}")
-    config = with_resolved_corpus(config, old_config)
+    config = with_resolved_fields(config, old_config)
     differing = search_differences(old_search, search)
     for params in [{}, *search.space.endpoints]:  # trials may have a schedule where the configuration has none
         differing += config_differences(override_config(old_config, params), override_config(config, params))
@@ -75,23 +76,28 @@ def check_search(base: Config, search: SearchConfig, folder: Folder, console: Co
         console.warn(warning)
     base = replace(spec.config, generate=base.generate)  # a trial with another vocabulary has another prefix
     if not any(name.startswith(("corpus.", "vocabulary.")) for name in search.space.domains):
-        check_same_text(trial_folder(folder, 0) / "checkpoints", spec.dataset)
+        check_same_text(list_checkpoints(trial_folder(folder, 0) / "checkpoints")[0], spec.dataset)
+    source = open_source(spec.config, spec.dataset, trial_folder(folder, 0))
     for count, endpoint in enumerate(search.space.endpoints, 1):
-        _check_params(base, search, endpoint, folder)
+        _check_params(base, search, endpoint, source, folder)
         if count % 10 == 0:
             console.progress(f"checked {count:,} of {len(search.space.endpoints):,} values in search.space")
     for number in range(search.num_trials):
         if params := trial_params(base, search, number):
-            _check_params(base, search, params)
+            _check_params(base, search, params, source)
     check_scheduler(base, search, spec.dataset)
     return base
 
 
-def _check_params(base: Config, search: SearchConfig, params: Params, folder: Folder | None = None) -> None:
+def _check_params(
+    base: Config, search: SearchConfig, params: Params, source: Source | None, folder: Folder | None = None
+) -> None:
     """Raises UserError if there can be no run with these parameters; builds the text and model if given a folder."""
     try:
         config = override_config(base, params)
         _check_metric(config, search)
+        if source:
+            source.check(config)
         if folder and _setup_inputs(config) != _setup_inputs(base):
             build_run_spec(config, folder)
     except UserError as error:
