@@ -5,6 +5,7 @@ Importing it sets environment variables that torch reads when it is imported, an
 
 import contextlib
 import importlib
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from job.errors import RunFailed, UserError
 
 __all__ = ["Config", "Run", "RunFailed", "UserError", "load", "train"]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # without it, warnings would appear on standard error
 
 # Both variables are read when torch is imported. By default idle OpenMP threads spin for some milliseconds, which
 # is as long as a whole step of configs/seed.toml, on cores that other threads need. Two threads make that

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import logging
 import math
 import os
 import re
@@ -16,12 +17,16 @@ from typing import Any, TextIO
 
 NO_BREAK = "\xa0"  # a space at which textwrap does not break a line
 _CONTROLS = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
+_logger = logging.getLogger(__name__)
 LARGEST_COUNT = 10**300  # that a float can hold, rounded
 PLAIN_INTERVAL_S = 10.0  # seconds between two lines of progress if the stream is no terminal
 
 
 class Console:
-    """Writes to a stream; a stream that is closed during a run does not disturb it."""
+    """Writes to a stream; a stream that is closed during a run does not disturb it.
+
+    What stays on a terminal is also logged.
+    """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self.stream = stream or sys.stdout
@@ -36,6 +41,11 @@ class Console:
             text: the line; on a terminal it is wrapped to the terminal's width
             wrap: False for what may not change, such as a sample or a command to copy
         """
+        if text:
+            _logger.info(text)
+        self._print_line(text, wrap)
+
+    def _print_line(self, text: str, wrap: bool = True) -> None:
         text = escape_controls(text)
         text = "\n".join(_wrap(text)) if wrap and self.is_tty else text
         self._write(f"{self._clear_sequence()}{text}\n")
@@ -52,7 +62,7 @@ class Console:
             self.redraw([line.replace(NO_BREAK, " ") for line in _wrap(fields)])
         elif time.monotonic() - self.last_plain_at >= PLAIN_INTERVAL_S:
             self.last_plain_at = time.monotonic()
-            self.print(text)
+            self._print_line(text)
 
     def redraw(self, lines: list[str]) -> None:
         """Replaces the lines that were drawn last. Omits lines before the last one if the terminal is too low."""
@@ -70,7 +80,8 @@ class Console:
 
     def warn(self, text: str) -> None:
         """Prints a warning on a line of its own."""
-        self.print(f"warning: {text}")
+        _logger.warning(text)
+        self._print_line(f"warning: {text}")
 
     def _write(self, text: str) -> None:
         encoding = getattr(self.stream, "encoding", None) or "utf-8"

@@ -2,6 +2,7 @@
 
 import contextlib
 import glob
+import logging
 import os
 import random
 import re
@@ -25,6 +26,8 @@ from job.errors import UserError, report_os_error
 from job.paths import check_no_credentials, escape_dollars, is_uri
 
 _URI_CHARACTERS = "%/:?#[]@!$&'()*+,;=~"  # have a meaning in a URI; others, such as blanks, are percent-encoded
+
+_logger = logging.getLogger(__name__)
 
 Method = TypeVar("Method", bound=Callable[..., Any])
 Result = TypeVar("Result")
@@ -55,6 +58,7 @@ def _retried(method: Method) -> Method:
             except OSError as error:
                 if PERMANENT_ERRORS.search(str(error)):
                     raise
+                _logger.warning("%s of %s failed and is retried: %s", method.__name__, folder, error)
             time.sleep(delay * random.uniform(*RETRY_JITTER))
         return method(folder, *args, **kwargs)
 

@@ -56,7 +56,7 @@ def test_finished_run_contains_the_documented_files(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
     assert names == {
         "config.toml", "metrics.jsonl", "perplexity.png", "tensorboard", "checkpoints", "sample.txt", "result.json",
-        ".lock",
+        ".lock", "driver.log",
     }  # fmt: skip
     found = result(run)
     last = run / found["checkpoint"]

@@ -17,8 +17,6 @@ import torch
 from conftest import ROOT, Ended, job, not_none, result, rows, start_job
 from safetensors.torch import save_file
 
-from job.__main__ import VERBS
-from job.config.toml import FILE_FIELDS
 from job.inference.generate import load_model
 from job.run.run_dir import open_checkpoint
 from job.storage import Folder
@@ -47,7 +45,6 @@ def train_without_trace(tmp_path: Path, *arguments: object) -> Ended:
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["--model.hiden_size", 3], ["did you mean model.hidden_size?"]),
         (["--stream.batch_size", -3], ["stream.batch_size = -3: must be at least 1"]),
         (["--stream.num_steps", 0], ["stream.num_steps = 0: must be at least 1"]),
         (["--scale.workers", 33], ["scale.workers = 33", "stream.batch_size = 32"]),
@@ -70,8 +67,6 @@ def train_without_trace(tmp_path: Path, *arguments: object) -> Ended:
         (["--scale.accelerator_type", "A100"], ["accelerator_type = A100", "no GPU"]),
         (["--scale.accelerator_type", "A100", "--scale.workers", 2], ["accelerator_type = A100", "0 GPUs"]),
         (["--corpus.validation_fraction", 0.0004], ["validation_fraction", "too few"]),
-        (["--train.epochs"], ["--train.epochs: a value is missing"]),
-        (["other.toml"], ["other.toml: no such configuration file"]),
     ],
 )
 def test_train_invalid_input_is_one_line_and_leaves_no_file(
@@ -124,57 +119,6 @@ def test_train_init_from_other_model_is_an_error(prose: Path, tmp_path: Path) ->
     assert_user_error(
         train_without_trace(tmp_path, *arguments), "weights do not match the model: linear.bias is missing"
     )
-
-
-@pytest.mark.parametrize(
-    ("arguments", "part"),
-    [
-        (["trian"], "unknown verb trian; did you mean train?"),
-        (["generate"], "is missing"),
-        (["generate", "no/run"], "neither a run with a checkpoint nor a checkpoint"),
-        (["evaluate", "no/run", "--model.num_layers", "2"], "--model.num_layers is fixed by the checkpoint"),
-        (["train", "--search.trials", 3], "--search.trials: only tune accepts"),
-        (["train", "a.toml", "b.toml"], "b.toml: a.toml is given already"),
-    ],
-)
-def test_command_invalid_arguments_are_an_error(arguments: list[int | str], part: str) -> None:
-    assert_user_error(job(*arguments), part)
-
-
-@pytest.mark.parametrize("verb", [None, *VERBS])
-def test_help_fits_80_columns_and_aligns_them(verb: str | None) -> None:
-    ended = job(*([verb] if verb else []), "--help")
-    assert (ended.status, ended.err) == (0, "")
-    assert ended.out.startswith(f"usage: python -m job {verb or 'VERB'} ")
-    lines = ended.out.splitlines()
-    assert max(map(len, lines)) <= 80
-    columns = {not_none(re.match(r"  \S+  +| +", line)).end() for line in lines if line.startswith("  ")}
-    assert len(columns) == 1
-
-
-@pytest.mark.parametrize("verb", [None, *VERBS])
-def test_help_imports_no_large_package(verb: str) -> None:
-    code = f"""
-import sys
-for name in ("torch", "numpy", "pyarrow", "ray", "matplotlib", "pydantic"): sys.modules[name] = None
-from job.__main__ import main
-sys.exit(main({[verb, "--help"] if verb else ["--help"]}))
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
-
-
-def test_help_for_tune_lists_every_field_with_its_default() -> None:
-    text = " ".join(job("tune", "--help").out.split())
-    assert re.findall(r" --(\w+\.\w+) ", text) == list(FILE_FIELDS)
-    assert re.findall(r"\(default: (.*?)\)(?= --| \[| Other)", text) == [
-        option.default_text for option in FILE_FIELDS.values()
-    ]
-
-
-def test_help_for_generate_lists_only_accepted_flags() -> None:
-    flags = re.findall(r"(?m)^  --(\S+)", job("generate", "-h").out)
-    fields = ["prefix", "length", "temperature", "unknown"]
-    assert flags == ["run.seed", "model.cell", *(f"generate.{name}" for name in fields), "json", "debug"]
 
 
 @pytest.fixture(scope="module")

@@ -39,6 +39,7 @@ from job.training.checkpoint import Checkpoint, copy_checkpoint, find_latest_val
 from job.training.events import CheckpointCommitted, MetricsRow
 from job.training.progress import perplexity
 from job.tuning.exchange import EXCHANGE_FOLDER, import_checkpoint
+from job.tuning.runs import list_runs
 from job.tuning.trials import load_trials, trial_name
 
 pytestmark = pytest.mark.cluster
@@ -123,6 +124,10 @@ def test_tune_writes_results_that_train_accepts(calm: Calm, on_cluster: None) ->
     best = min(table, key=lambda row: row["validation_perplexity"])
     assert best["best"]
     number = f"{best['trial']:05d}"
+    (listed,) = list_runs(Folder(str(folder.parent)))
+    assert (listed.state, listed.trials_done, listed.trials, listed.best_trial) == ("finished", 3, 3, number)
+    assert listed.validation_perplexity == best["validation_perplexity"]
+    assert all(" finished: " in (folder / f"trials/0000{index}/driver.log").read_text() for index in range(3))
     assert outcome(folder)[1].learning_rate == best["optimizer.learning_rate"]
     assert best["validation_perplexity"] == result(folder / "trials" / number)["best_validation_perplexity"]
     assert (folder / "sample.txt").read_text().startswith("the")

@@ -1,6 +1,7 @@
 """Reading configuration files, from a disk or an object store."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from job.config.schema import BUILTIN_CELLS, Config, RunConfig
@@ -66,7 +67,8 @@ def _inherited_values(values: ConfigValues) -> ConfigValues:
         return {}
     config = None
     if name and isinstance(name, str):
-        config = read_config(Folder.resolve(str(values.get("run.storage", RunConfig.storage))) / name)
+        with suppress(UserError):  # it is reported when the run is looked up
+            config = read_config(Folder.resolve(str(values.get("run.storage", RunConfig.storage))) / name)
     with error_origin(f"run.resume_from = {source}"):
         if not config or config.run.resume_from != source:
             config = read_config(Folder.resolve(source))
@@ -76,12 +78,7 @@ def _inherited_values(values: ConfigValues) -> ConfigValues:
         if cell not in BUILTIN_CELLS and "model.cell" not in values:
             problem = f"model.cell = {cell}: code named by a file is not imported"
             raise UserError(problem, f"if you trust it, add --model.cell {cell}")
-    return {
-        name: getattr(section, option.key)
-        for section in config.sections()
-        for name, option in section.config_fields().items()
-        if name not in _NOT_INHERITED
-    }
+    return {name: value for name, value in config.values().items() if name not in _NOT_INHERITED}
 
 
 def read_config_text(folder: Folder, name: str = CONFIG_FILE) -> str | None:

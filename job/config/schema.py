@@ -258,8 +258,13 @@ class Config:
         """Returns the sections in their order."""
         return [getattr(self, option.name) for option in fields(self)]
 
+    def values(self) -> dict[str, Any]:
+        """Returns the values of all fields, by full name: ``model.cell``."""
+        options = ((section, option) for section in self.sections() for option in section.config_fields().values())
+        return {option.name: getattr(section, option.key) for section, option in options}
+
     def fixed_values(self) -> dict[str, Any]:
-        """Returns the values that decide the result, by full name: ``model.cell``."""
+        """Returns the values that decide the result, by full name."""
         return {name: value for section in self.sections() for name, value in section.fixed_values().items()}
 
 

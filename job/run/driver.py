@@ -1,14 +1,20 @@
 """Starts a run's workers through a launcher, waits for them, and finishes the run."""
 
 import json
+import logging
+import os
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
+from platform import python_version
+from socket import gethostname
 from typing import Any, Protocol
+
+import torch
 
 from job.config.config_file import CONFIG_FILE
 from job.config.field import format_value
-from job.config.schema import BUILTIN_CELLS, Config
+from job.config.schema import BUILTIN_CELLS, FIELDS, Config
 from job.config.toml import config_to_toml
 from job.console import Console, format_duration, program_command
 from job.data.source import Content
@@ -16,6 +22,7 @@ from job.data.vocabulary import format_unknown_share
 from job.errors import RunFailed, UserError
 from job.inference.generate import generate_text
 from job.paths import cache_notice
+from job.run.driver_log import DriverLog, driver_log
 from job.run.lease import acquire_lease, wait_until_expired
 from job.run.metrics import read_rows
 from job.run.plot import plot_perplexity, to_png
@@ -33,9 +40,11 @@ from job.run.setup import MAX_DROPPED_SHARE, build_run_spec, format_dropped_shar
 from job.run.signals import StopRequest
 from job.storage import Folder
 from job.training.checkpoint import find_latest_valid, list_checkpoints, weights_sha256
-from job.training.events import EventSink, Finished
+from job.training.events import CheckpointCommitted, Event, EventSink, Finished
 from job.training.progress import MAX_PERPLEXITY, perplexity
 from job.training.run_spec import RunSpec
+
+_logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,7 @@ def run_training(
     folder = replace(folder, retry=True)
     observer = wait_until_expired(folder, console.print)
     stop_request = stop_request or StopRequest()
-    with stop_request.installed():
+    with driver_log() as log, stop_request.installed():
         stop_request.can_save = False
         with suppress(KeyboardInterrupt):
             spec = build_run_spec(config, folder, content)
@@ -118,22 +127,42 @@ def run_training(
         stop_request.can_save = True
         if stop_request.exit_code:
             return RunOutcome(folder, config, None, stop_request.exit_code)
-        if notice := cache_notice():
-            console.warn(notice)
-        console.print(_run_banner(spec, config.corpus.source))
-        if source:
-            changed = describe_changes(source.record(spec.config)["changed"])
-            console.print(f"from {source.checkpoint.path}, {f'changed: {changed}' if changed else 'nothing changed'}")
-        for warning in run_warnings(spec):
-            console.warn(warning)
+        _announce(spec, source, config.corpus.source, console)
         with closing(launcher):
             launcher.connect(spec, console)
             with (
                 acquire_lease(folder, observer) as lease,
-                closing(Recorder(spec.config, lease, console, on_event)) as recorder,
+                closing(Recorder(spec.config, lease, console, partial(_handle_event, log, on_event))) as recorder,
+                log.opened(lease, recorder.status.attempts),
             ):
+                if observer.owner:
+                    _logger.warning("took the run over from %s", observer.describe_owner())
                 result = _run(launcher, spec, source, recorder, stop_request, in_python)
                 return RunOutcome(folder, spec.config, result, 0 if result else stop_request.exit_code)
+
+
+def _announce(spec: RunSpec, source: Source | None, requested_source: str, console: Console) -> None:
+    """Shows what is trained on, and warnings; logs the configuration."""
+    _logger.info(
+        "process %d on %s, Python %s, torch %s", os.getpid(), gethostname(), python_version(), torch.__version__
+    )
+    changed = {name: value for name, value in spec.config.values().items() if value != FIELDS[name].default}
+    _logger.info("configuration %s", ", ".join(f"{name} = {format_value(value)}" for name, value in changed.items()))
+    if notice := cache_notice():
+        console.warn(notice)
+    console.print(_run_banner(spec, requested_source))
+    if source:
+        changes = describe_changes(source.record(spec.config)["changed"])
+        console.print(f"from {source.checkpoint.path}, {f'changed: {changes}' if changes else 'nothing changed'}")
+    for warning in run_warnings(spec):
+        console.warn(warning)
+
+
+def _handle_event(log: DriverLog, on_event: EventSink | None, event: Event) -> None:
+    if isinstance(event, CheckpointCommitted):
+        log.sync()
+    if on_event:
+        on_event(event)
 
 
 def _run(
@@ -160,6 +189,7 @@ def _run(
         if not finished:
             raise RunFailed("the workers exited without reporting a result")
         if finished.stopped:
+            _logger.info("stopped on request, exit status %d", stop_request.exit_code)
             console.print(f"stopped at step {finished.progress.step:,}; {describe_last_checkpoint()}")
             return None
         stop_request.can_save = False
@@ -215,6 +245,7 @@ def _finish(spec: RunSpec, recorder: Recorder, finished: Finished) -> dict[str, 
     }
     if spec.config.run.resume_from and (record := read_record(folder)):
         result["resumed_from"] = record
+    _logger.info("finished: %s", {name: result[name] for name in ("perplexity", "epochs", "steps", "restarts")})
     folder.write(RESULT_FILE, json.dumps(result, indent=1, ensure_ascii=False).encode())
     return result
 

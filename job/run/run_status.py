@@ -1,5 +1,6 @@
 """Whether a run's workers are running and whether the run has ended; shows its progress on the console."""
 
+import logging
 from typing import Any
 
 from job.config.schema import Config
@@ -9,6 +10,7 @@ from job.training.events import Event, Finished, Started
 from job.training.progress import perplexity
 
 MAX_CONSECUTIVE_FAILURES = 6
+_logger = logging.getLogger(__name__)
 
 
 class RunStatus:
@@ -32,6 +34,8 @@ class RunStatus:
         """Makes a new worker group the current one."""
         self.attempts.append(event.attempt)
         self.started, self.finished, self.has_workers, self.failure_reported = event, None, True, False
+        place = f"on {event.device}, {event.precision}"
+        _logger.info("attempt starts: workers = %d %s, step = %d", event.workers, place, event.step)
 
     def report_crash(self, message: str) -> None:
         """Shows the error of a worker."""
@@ -45,6 +49,7 @@ class RunStatus:
             message: what failed; empty if the group was only resized. It is shown unless a worker has reported
                 its error, which a killed worker cannot.
         """
+        _logger.info("attempt ended: %s", message or "it is replaced by workers of another number")
         if message and not self.failure_reported:
             self.console.warn(message)
         self.has_workers = self.failure_reported = False

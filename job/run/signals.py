@@ -1,10 +1,13 @@
 """SIGINT, SIGTERM and SIGUSR1 as requests to the run."""
 
+import logging
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
+
+_logger = logging.getLogger(__name__)
 
 
 class StopRequest:
@@ -22,6 +25,8 @@ class StopRequest:
     def pop_checkpoint_request(self) -> bool:
         """Returns whether a checkpoint was requested since the last call."""
         requested, self.checkpoint_requested = self.checkpoint_requested, False
+        if requested:
+            _logger.info("a checkpoint is requested by SIGUSR1")
         return requested
 
     @contextmanager

@@ -12,6 +12,7 @@ Reading executes nothing, and checks names and sizes before it allocates memory.
 
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
@@ -32,6 +33,8 @@ from job.storage import Folder, TooLarge
 from job.training.progress import LossSum, Progress, finite_or_none
 from job.training.run_spec import RunSpec
 from job.training.tensor_file import CHUNK_BYTES, ReadableInto, read_bytes, read_tensors, tensor_bytes, tensor_file
+
+_logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 FileContents = dict[str, list[bytes | memoryview]]  # by name: the parts of a file, which are written one by one
@@ -177,6 +180,7 @@ def commit_checkpoint(folder: Folder, name: str, receipts: Iterable[PartReceipt]
     }
     manifest = {"content": content, "sha256": _digest(content)}
     (folder / name).write(MANIFEST, json.dumps(manifest, indent=1).encode())
+    _logger.info("committed %s", name)
     return Checkpoint(folder, name, progress.step, files, nats)
 
 
@@ -186,6 +190,7 @@ def _digest(content: Any) -> str:
 
 def remove_checkpoint(folder: Folder, name: str) -> None:
     """Removes a checkpoint, its manifest first, so that an interrupted removal leaves no valid checkpoint."""
+    _logger.info("removing %s", name)
     (folder / name).remove(MANIFEST)
     folder.remove(name)
 

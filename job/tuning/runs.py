@@ -13,6 +13,7 @@ from job.config.config_file import CONFIG_FILE, read_config_text
 from job.config.toml import search_config_from_toml
 from job.console import Console, format_duration, format_table
 from job.errors import UserError, report_os_error
+from job.run.driver_log import LOG_FILE, last_level
 from job.run.lease import HEARTBEAT_FILE, LEASE_TIMEOUT_S, OWNER_FILE, LeaseObserver
 from job.run.metrics import read_last_rows
 from job.run.run_dir import RESULT_FILE, SEARCH_FILE, read_result
@@ -31,7 +32,7 @@ class ListedRun:
 
     name: str
     kind: str  # run, search, or unknown
-    state: str  # running, finished, stopped (by its driver), interrupted (its driver died) or unreadable
+    state: str  # running, finished, failed, stopped, interrupted (its driver died) or unreadable
     changed_at: float | None = None  # Unix seconds of the last change
     step: int | None = None
     perplexity: float | None = None  # of a search: that of its best trial, if the search's metric is this one
@@ -106,7 +107,7 @@ def _read_search(folder: Folder, infos: Infos, listed: partial[ListedRun]) -> Li
 def _unfinished_state(folder: Folder, infos: Infos) -> str:
     """Whether a driver holds the lease. Of another host's driver only the age of its last heartbeat is known."""
     if OWNER_FILE not in infos:
-        return "stopped"
+        return "failed" if LOG_FILE in infos and last_level(folder) == "ERROR" else "stopped"
     is_held = LeaseObserver(folder).is_held()
     if is_held is None:
         files = [infos[name] for name in (OWNER_FILE, HEARTBEAT_FILE) if name in infos]
