@@ -319,6 +319,7 @@ def run(device: torch.device, quick: bool, seconds: float, save: Callable[[dict[
         if time.monotonic() > deadline:
             results["not_measured"].append(name)
             continue
+        print(name, flush=True)
         shapes, rounds = case_shapes(*case, quick), 2 if quick else MARKED_ROUNDS if case in MARKED else ROUNDS
         sizes = dict(zip(("cell", "units", "lanes"), case, strict=True)) | {
             "steps": shapes.steps,

@@ -263,7 +263,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--quick", action="store_true", help="small sizes, as always on a CPU: checks the programs")
-    parser.add_argument("--output", type=Path, default=Path("gpu-report"), metavar="DIR")
+    parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu-report", metavar="DIR")
     parser.add_argument("--bundle", type=Path, default=BUNDLE, metavar="FILE")
     args, start = parser.parse_args(), time.monotonic()
     for number in (signal.SIGTERM, signal.SIGINT):

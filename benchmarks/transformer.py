@@ -1,10 +1,10 @@
 """A small transformer with nanoGPT's recipe for GPUs, to compare the time to a loss on the same card.
 
-    python -m benchmarks.transformer TEXT [--device cpu] [--json FILE] [--target NATS] [--quick]
+    python -m benchmarks.transformer TEXT [--compile] [--device cpu] [--json FILE] [--target NATS] [--quick]
 
 Characters, six layers of six heads, 384 wide, windows of 256 characters, 64 at a time, 5,000 steps of AdamW, bf16. The
 first nine tenths are trained on. As in the recipe, the loss is that of random windows of the rest, from an empty
-context, every 250 steps. Ends at the target.
+context, every 250 steps. Ends at the target. The recipe compiles the model, which takes longer than many of its steps.
 
 Axes: B windows, T characters, C channels, H heads.
 """
@@ -133,7 +133,7 @@ def learning_rate_at(step: int, recipe: Recipe) -> float:
     return recipe.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * progress)))
 
 
-def train(text: str, recipe: Recipe, device: torch.device) -> Iterator[dict[str, float]]:
+def train(text: str, recipe: Recipe, device: torch.device, compiled: bool = False) -> Iterator[dict[str, float]]:
     """Trains, and yields the validation loss with the seconds that all evaluations have taken so far."""
     torch.manual_seed(0)
     torch.set_float32_matmul_precision("high")
@@ -141,6 +141,8 @@ def train(text: str, recipe: Recipe, device: torch.device) -> Iterator[dict[str,
     tokens = torch.tensor([ids[character] for character in text], device=device)
     split = len(tokens) * 9 // 10
     model = Transformer(recipe, len(ids)).to(device)
+    if compiled:
+        model.compile()  # type: ignore[no-untyped-call]
     decayed = [weight for weight in model.parameters() if weight.dim() == 2]
     others = [weight for weight in model.parameters() if weight.dim() != 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
@@ -173,10 +175,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="append each loss to this file as a line")
     parser.add_argument("--target", type=float, default=0.0, metavar="NATS", help="end at this loss")
     parser.add_argument("--steps", type=int, default=Recipe.steps)
+    parser.add_argument("--compile", action="store_true", help="compile the model, as the recipe does")
     parser.add_argument("--quick", action="store_true", help="small sizes, which only check the program")
     args = parser.parse_args()
     recipe = QUICK if args.quick else replace(Recipe(), steps=args.steps)
-    for row in train(args.text.read_text(), recipe, torch.device(args.device)):
+    for row in train(args.text.read_text(), recipe, torch.device(args.device), args.compile):
         print(f"step {row['step']:,.0f}: {row['nats']:.4f} nats", flush=True)
         if args.json:
             with args.json.open("a") as file:
