@@ -6,6 +6,7 @@ Axes: T steps, B lanes, H hidden units, V tokens, L layers.
 """
 
 import copy
+import dataclasses
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,14 +14,16 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import disable_kernel
+from test_cuda_graph import small_config, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from job.config.schema import BUILTIN_CELLS, ModelConfig
+from job.config.schema import BUILTIN_CELLS, ModelConfig, OptimizerConfig
 from job.distributed.gradient_sync import AllReduceGradients, Batch, LossModule, assign_lanes
 from job.nn.dropout import Dropout, dropout_keys
 from job.nn.language_model import LanguageModel, build_model
-from job.nn.rnn import _rnn_layer_cudnn, _rnn_layer_torch
+from job.nn.rnn import LayerState, _rnn_layer_cudnn, _rnn_layer_torch
 from job.nn.state import State
 
 pytestmark = pytest.mark.gpu
@@ -215,3 +218,32 @@ def test_cudnn_layer_equals_torch_operator_with_converted_weights(
         results.append([hidden_TBH, *(tensor.float() for tensor in last), *(weight.grad for weight in weights)])
     for found, expected in zip(*results, strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("cell", BUILTIN_CELLS)
+def test_graph_with_converted_weights_equals_eager_step(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The layer of a GPU in a captured step, with a recorded list of torch operations in the place of the graph."""
+    disable_kernel(monkeypatch)
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
+    num_conversions = 0
+
+    def layer(
+        cell: str, _: torch.dtype, inputs: Tensor, embedding_VE: Tensor, state: LayerState, weights: list[Tensor]
+    ) -> tuple[Tensor, LayerState]:
+        nonlocal num_conversions
+        num_conversions += 1
+        inputs_TBE = inputs if inputs.is_floating_point() else F.embedding(inputs, embedding_VE)
+        hidden_TBH, last_state = _rnn_layer_cudnn(cell, torch.float64, inputs_TBE, state, weights)
+        return hidden_TBH.float(), last_state
+
+    monkeypatch.setattr("job.nn.rnn.can_use_kernel", lambda *_: True)
+    monkeypatch.setattr("job.nn.rnn._rnn_layer_kernel", layer)
+    config = dataclasses.replace(
+        small_config(epochs=2),
+        model=ModelConfig(cell=cell, hidden_size=8, num_layers=2, embedding_size=4, dropout=0.3),
+        optimizer=OptimizerConfig(name="adamw", learning_rate=0.1, grad_clip_norm=0.5),
+    )
+    eager, graph = (train(config, use_graph) for use_graph in (False, True))
+    assert (eager[-1], graph[-1]) == (0, 1)
+    assert num_conversions > 2 * len(eager[0])
+    torch.testing.assert_close(graph[:-1], eager[:-1], rtol=0, atol=0)

@@ -84,8 +84,7 @@ def test_reproducible_run_that_is_resumed_equals_uninterrupted_run_without_graph
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+@pytest.mark.parametrize(("cell", "precision"), [("rnn", "bf16"), ("gru", "fp32"), ("lstm", "bf16")])
 def test_fast_run_with_graph_has_losses_of_run_without(
     cell: str, precision: str, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -147,9 +146,9 @@ def test_run_out_of_memory_ends_with_one_line_and_resumes_from_last_checkpoint(
 @pytest.mark.cuda
 def test_model_larger_than_memory_ends_with_one_line(prose: Path, tmp_path: Path) -> None:
     try:
-        torch.cuda.set_per_process_memory_fraction(0.01)
+        torch.cuda.set_per_process_memory_fraction(0.005)
         ended = job(
-            *flags(prose, tmp_path, "run", "--model.hidden_size", 8192, "--model.cell", "lstm", "--model.num_layers", 1)
+            *flags(prose, tmp_path, "run", "--model.hidden_size", 4096, "--model.cell", "lstm", "--model.num_layers", 1)
         )
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
