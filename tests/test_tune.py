@@ -373,7 +373,7 @@ def test_trial_callback_with_a_new_epoch_renews_the_failures_allowed(tmp_path: P
 def test_restore_waits_for_the_lease_of_the_previous_actor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise a checkpoint that the previous actor commits later would count as the newer one."""
     actor = TrialTrainable.__new__(TrialTrainable)
-    actor.stop_requested = False
+    actor.stop_request = StopRequest()
     folder, order = Folder(str(tmp_path)), []
     monkeypatch.setattr(TrialTrainable, "run_folder", folder)
     monkeypatch.setattr(TrialTrainable, "run_config", None)
@@ -410,7 +410,7 @@ def test_restore_of_a_folder_with_a_pickled_file_reads_the_checkpoint_alone(
     assert job("train", *flags, "--model.hidden_size", 8, "--train.max_steps", 5, "--run.name", "run").status == 0
     run = Folder.resolve(str(tmp_path / "run"))
     actor: Any = TrialTrainable.__new__(TrialTrainable)
-    actor.stop_requested, actor.context = False, SimpleNamespace(folder=Folder.resolve(str(tmp_path / "search")))
+    actor.stop_request, actor.context = StopRequest(), SimpleNamespace(folder=Folder.resolve(str(tmp_path / "search")))
     actor.runner = SimpleNamespace(checkpoint=find_latest_valid(run / "checkpoints")[0])
     monkeypatch.setattr(TrialTrainable, "run_folder", run)
     monkeypatch.setattr(TrialTrainable, "run_config", not_none(read_existing_run(run)).config)

@@ -5,6 +5,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable
+from functools import partial
 
 import ray
 import torch
@@ -97,9 +98,8 @@ def join_cluster(address: str) -> None:
     if address != "auto":
         _check_port(address)
     environment = {"env_vars": NODE_ENV_DEFAULTS}
-    init = BackgroundTask(
-        lambda: ray.init(address=address, log_to_driver=False, logging_level="error", runtime_env=environment)
-    )
+    options = {"log_to_driver": False, "logging_level": "error", "runtime_env": environment}
+    init = BackgroundTask(partial(ray.init, address, **options))
     with keep_sigterm_handler(), suppress_stderr():
         init.start()
         init.join(INIT_TIMEOUT_S)

@@ -6,7 +6,6 @@ import queue
 import threading
 import time
 import uuid
-from collections.abc import Callable
 from dataclasses import dataclass
 from signal import SIGTERM
 from typing import Any
@@ -30,6 +29,8 @@ from job.training.events import CheckpointCommitted, Event, MetricsRow
 from job.tuning.exchange import EXCHANGE_FOLDER, export_checkpoint, forget_exchange, import_checkpoint
 from job.tuning.trials import read_score_rows, trial_config, trial_folder
 
+STOPPED = 128 + SIGTERM  # the exit code of a StopRequest
+
 
 @dataclass(frozen=True)
 class TrialContext:
@@ -51,13 +52,13 @@ class TrialTrainable(tune.Trainable):
         with contextlib.suppress(OSError):  # another host may not have the directory
             os.chdir(context.directory)
         self.runner: TrialRunner | None = None
-        self.stop_requested = False
+        self.stop_request = StopRequest()
         threading.Thread(target=self._wait_for_stop, daemon=True).start()
 
     def _wait_for_stop(self) -> None:
         with contextlib.suppress(ray.exceptions.RayError):  # the driver died, and Ray will end this process
             ray.get(self.context.event_channel.wait_for_requests.remote((0, 0)))
-            self.stop_requested = True
+            self.stop_request.exit_code = STOPPED
             if self.runner:
                 self.runner.request_stop()
 
@@ -78,7 +79,7 @@ class TrialTrainable(tune.Trainable):
         """Continues the run until its next report. Called by Ray Tune."""
         if self.runner is None:
             self.runner = TrialRunner(self.run_config, self.run_folder, self.context.search)
-            if self.stop_requested:
+            if self.stop_request.exit_code:
                 self.runner.request_stop()
         return self.runner.next_report()
 
@@ -100,7 +101,7 @@ class TrialTrainable(tune.Trainable):
         checkpoint = checkpoint_path.checkpoint
         source = Folder(checkpoint.path, retry=True, location=(checkpoint.filesystem, checkpoint.path))
         # A previous actor may still be writing.
-        with acquire_lease(self.run_folder, watch_until_free(self.run_folder, lambda: self.stop_requested)) as lease:
+        with acquire_lease(self.run_folder, watch_until_free(self.run_folder, self.stop_request)) as lease:
             import_checkpoint(source, lease.folder, self.run_config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
@@ -115,11 +116,11 @@ class TrialTrainable(tune.Trainable):
             self.runner = None
 
 
-def watch_until_free(run_folder: Folder, is_stop_requested: Callable[[], bool]) -> LeaseObserver:
-    """Waits until the lease of a run is released or has expired, at most a little longer than that takes."""
+def watch_until_free(run_folder: Folder, stop_request: StopRequest) -> LeaseObserver:
+    """Waits until the lease of a run is released or a stop is requested, at most a little longer than it can last."""
     deadline = time.monotonic() + LEASE_TIMEOUT_S + 2 * HEARTBEAT_INTERVAL_S
     observer = LeaseObserver(run_folder)
-    while observer.is_held() is not False and not is_stop_requested() and time.monotonic() < deadline:
+    while observer.is_held() is not False and not stop_request.exit_code and time.monotonic() < deadline:
         time.sleep(POLL_INTERVAL_S)
     return observer
 
@@ -153,7 +154,7 @@ class TrialRunner:
 
     def request_stop(self) -> None:
         """Makes the run save and stop at its next step."""
-        self.stop_request.exit_code = 128 + SIGTERM
+        self.stop_request.exit_code = STOPPED
 
     def end(self) -> None:
         """Stops the run if it has not ended, and waits for it."""
@@ -179,7 +180,7 @@ class TrialRunner:
         """Runs the training to its end, and returns the trial's state with a reason if it failed."""
         launcher = RayLauncher(in_trial=True) if self.config.scale.max_workers else LocalLauncher()
         try:
-            observer = watch_until_free(self.folder, lambda: bool(self.stop_request.exit_code))
+            observer = watch_until_free(self.folder, self.stop_request)
             if self.stop_request.exit_code:
                 return {"state": "interrupted"}
             acquire_lease(self.folder, observer).release()  # removes that of a dead actor

@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import replace
+from functools import partial
 
 from ray import tune
 from ray.tune.experiment import Trial as RayTrial
@@ -142,7 +143,7 @@ def _run_trials(
         redirect_stdout(null),  # Ray Tune prints even with verbose=0
     ):
         # In a thread, so that the main thread can handle signals.
-        thread = BackgroundTask(lambda: _run_tune(placement, callback, context, records))
+        thread = BackgroundTask(partial(_run_tune, placement, callback, context, records))
         thread.start()
         while thread.is_alive():
             thread.join(POLL_INTERVAL_S)
