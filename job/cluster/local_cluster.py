@@ -7,6 +7,7 @@ import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -41,12 +42,15 @@ def start_local_cluster(num_cpus: int, stack: ExitStack) -> None:
 
 @contextmanager
 def keep_sigterm_handler() -> Iterator[None]:
-    """Restores the handler after the block. Ray installs one that prints a stack trace or ends the process."""
+    """Restores the handler after the block. Ray installs one that prints a stack trace or ends the process.
+
+    Its core does that without Python, so ``getsignal`` does not show it. Outside the main thread Python cannot.
+    """
     handler = signal.getsignal(signal.SIGTERM)
     try:
         yield
     finally:
-        if signal.getsignal(signal.SIGTERM) is not handler:  # never outside the main thread
+        if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, handler)
 
 
