@@ -81,8 +81,9 @@ class Job:
             (self.tools / name).chmod(0o755)
 
     def start(self, *words: str, **environment: str) -> subprocess.Popen[str]:
+        # Commands that ran in the tests' process have made it ignore SIGUSR1, which a shell cannot undo.
         self.process = subprocess.Popen(
-            ["bash", SCRIPT, *words],
+            ["env", "--default-signal=USR1", "bash", SCRIPT, *words],
             cwd=self.folder,
             env=self.environment | environment,
             stdout=subprocess.PIPE,
