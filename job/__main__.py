@@ -292,9 +292,11 @@ def main(arguments: Sequence[str]) -> int:
         UserError, RunFailed: see ``command``
     """
     arguments = [argument for argument in arguments if argument != "--debug"]
-    if not arguments or arguments[0] in ("-h", "--help", "help"):
+    if not arguments:
+        raise UserError("the verb is missing", f"one of {', '.join(VERBS)}; {program()} --help describes them")
+    if arguments[0] in ("-h", "--help", "help"):
         print(_format_help())
-        return 0 if arguments else 2
+        return 0
     verb_name, *rest = arguments
     if verb_name not in VERBS:
         raise unknown_name("verb", verb_name, VERBS)

@@ -5,7 +5,9 @@ import logging
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from conftest import Ended, job
@@ -13,7 +15,7 @@ from pyarrow import fs
 
 from job.console import Console
 from job.run.driver_log import LOG_FILE, MAX_FILE_BYTES, MAX_RECORD_CHARACTERS, driver_log, last_level
-from job.run.lease import Lease, acquire_lease
+from job.run.lease import Lease, Owner, acquire_lease
 from job.storage import Folder
 from job.tuning.runs import list_runs
 
@@ -160,12 +162,40 @@ def test_train_logs_its_events_and_the_next_driver_appends(prose: Path, tmp_path
     assert all(RECORD.match(line) for line in text.splitlines())
     attempts = [path.name.partition("-")[2].partition("-")[2] for path in (tmp_path / "run" / "checkpoints").iterdir()]
     for part in (
-        "configuration corpus.source = ", "model.hidden_size = 8", "workers = 1 on cpu", "committed step-000004-",
+        "configuration run.name = ", "model.hidden_size = 8", "workers = 1 on cpu", "committed step-000004-",
         "removing step-000004-", "resuming from step 5 of", "finished: {'perplexity': ", "8 lanes × 40 steps",
     ):  # fmt: skip
         assert part in text
     assert f"INFO {attempts[-1]} finished: " in text
     assert text.count(" process ") == 2
+
+
+def test_train_after_a_driver_died_logs_the_takeover_and_skipped_checkpoints(prose: Path, tmp_path: Path) -> None:
+    assert train(prose, tmp_path, "run", "--train.max_steps", 9).status == 0
+    owner = replace(Owner.this_process(), pid=2**22 + 1)
+    (tmp_path / "run" / "owner.json").write_text(json.dumps(asdict(owner)))
+    last = max((tmp_path / "run" / "checkpoints").iterdir())
+    (last / "model.safetensors").write_bytes(b"x")
+    assert train(prose, tmp_path, "run").status == 0
+    text = (tmp_path / "run" / LOG_FILE).read_text()
+    assert f"WARNING - took the run over from process {owner.pid} on {owner.host}\n" in text
+    assert re.search(rf"WARNING \w+ .*{last.name}: model.safetensors is truncated", text)
+
+
+def test_retry_of_a_request_is_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Flaky:
+        errors: ClassVar[list[str]] = ["slow down: s3://key:secret@bucket"]
+
+        def get_file_info(self, path: str) -> fs.FileInfo:
+            if self.errors:
+                raise OSError(self.errors.pop())
+            return fs.FileInfo(path, fs.FileType.File)
+
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    with acquire_lease(Folder(str(tmp_path))) as lease, driver_log() as log, log.opened(lease, []):
+        assert Folder("s3://bucket/run", retry=True, location=(Flaky(), "bucket/run")).exists()
+    text = (tmp_path / LOG_FILE).read_text()
+    assert "WARNING - exists of s3://bucket/run failed and is retried: slow down: s3://***@bucket\n" in text
 
 
 def test_train_that_fails_logs_the_error_with_its_traceback(prose: Path, tmp_path: Path) -> None:
