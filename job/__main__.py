@@ -6,7 +6,7 @@ import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -202,28 +202,32 @@ def _parse_arguments(verb_name: str, arguments: Sequence[str]) -> CommandLine:
     """Parses ``[TARGET] [--name VALUE | --name=VALUE …]``."""
     target: str | None = None
     flags: dict[str, str] = {}
-    json = False
     remaining = iter(arguments)
     for argument in remaining:
         if argument.startswith("--"):
-            name, *values = argument[2:].split("=", 1)
-            _check_flag(verb_name, name)
-            if name in JSON_FLAG:
-                if values:
-                    raise UserError(f"--{name}: takes no value")
-                json = True
-                continue
-            value = values[0] if values else next(remaining, None)
-            if value is None:
-                raise UserError(f"--{name}: a value is missing")
+            name, value = _parse_flag(verb_name, argument.removeprefix("--"), remaining)
             flags[name] = value
-        elif target is not None:
-            raise UserError(f"{argument}: {target} is given already", f"{verb_name} takes one file or folder")
-        else:
+        elif target is None:
             check_no_credentials(VERBS[verb_name].arguments, argument)
             with error_origin(argument):
                 target = expand_path(argument)
-    return CommandLine(target, flags, json)
+        else:
+            raise UserError(f"{argument}: {target} is given already", f"{verb_name} takes one file or folder")
+    return CommandLine(target, flags, json=flags.pop("json", "") == "true")
+
+
+def _parse_flag(verb_name: str, text: str, remaining: Iterator[str]) -> tuple[str, str]:
+    """Returns the name and the value of a flag; the value is the next argument if the flag does not contain it."""
+    name, has_value, value = text.partition("=")
+    _check_flag(verb_name, name)
+    if name in JSON_FLAG:
+        if has_value:
+            raise UserError(f"--{name}: takes no value")
+        return name, "true"
+    following = value if has_value else next(remaining, None)
+    if following is None:
+        raise UserError(f"--{name}: a value is missing")
+    return name, following
 
 
 def _check_flag(verb_name: str, name: str) -> None:

@@ -13,7 +13,7 @@ from jsonschema import Draft7Validator, validators
 from job.config.config_file import load_search_config
 from job.config.field import ConfigField
 from job.config.search_space import SEARCHABLE, SearchConfig
-from job.config.toml import FILE_FIELDS
+from job.config.toml import FILE_FIELDS, FILE_SECTIONS, build_sections, expand_paths, parse_config
 from job.errors import UserError
 from scripts.generate_reference import FILES, json_schema
 
@@ -52,7 +52,7 @@ VALUES = [
     0, 1, -1, 2, 1000, 1001, 10**6, 10**6 + 1, 10**9 + 1, 2**63 - 1, 2**63, 10**30, 0.0005, 0.5, 1.5, -0.5, 1e300,
     1e-300, True, False, [], [1, 2], [0, -1], [1, "a"], [0.5], [[1]], {}, {"a": 1}, "", "a", "auto", "random", "gr",
     ".a", "a/b", "A100", "x.y:Z", "x:y:z", "é.è:È", "30s", "0s", "0.0s", "0.50s", "1e3s", "s", "-1s", "2-8", "0-8",
-    "02-08", "2-", "8", "1" * 20 + "s", "1" * 200 + "s", "1-" + "1" * 20, "a\0b", "$HOME", "<unk>", "true",
+    "02-08", "2-", "8", "1" * 20 + "s", "1" * 200 + "s", "1-" + "1" * 20, "a\0b", "$HOME", "<unk>", "true", "latin-1",
 ]  # fmt: skip
 
 
@@ -65,6 +65,22 @@ def test_json_schema_agrees_with_validation(name: str) -> None:
     accepted = [value for value in values if field_is_valid(option, value)]
     assert accepted == [value for value in values if SCHEMA.is_valid({section: {key: value}})]
     assert 0 < len(accepted) < len(values)  # neither accepts everything
+
+
+@pytest.mark.parametrize("name", FILE_FIELDS)
+def test_to_toml_any_valid_value_reads_back_equal(name: str) -> None:
+    section_name, _, key = name.partition(".")
+    option = FILE_FIELDS[name]
+    sections = 0
+    for value in [*VALUES, option.default, *option.choices]:
+        try:
+            section = FILE_SECTIONS[section_name](**{key: value})
+        except UserError:
+            continue
+        read, search = build_sections(expand_paths(parse_config(section.to_toml())))
+        assert section in [*read, search]
+        sections += 1
+    assert sections > 1
 
 
 VALUES_OF_TOML = st.recursive(

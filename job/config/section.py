@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import Field, dataclass, fields, replace
 from functools import cache
 from typing import Any, ClassVar
 
@@ -40,12 +40,15 @@ class Section:
     @cache
     def config_fields(cls) -> dict[str, ConfigField]:
         """Returns the fields declared with ``config_field``, by full name: ``model.cell``."""
-        declared = {f"{cls.section_name}.{option.name}": option for option in fields(cls) if option.metadata}
-        return {
-            name: replace(declaration, name=name, type=option.type, on_resume=declaration.on_resume or cls.on_resume)
-            for name, option in declared.items()
-            for declaration in [option.metadata["declaration"]]
-        }
+        declared = [cls._complete(option) for option in fields(cls) if option.metadata]
+        return {option.name: option for option in declared}
+
+    @classmethod
+    def _complete(cls, option: Field[Any]) -> ConfigField:
+        """Returns a field's declaration with its name, its type and what its section says."""
+        declared: ConfigField = option.metadata["declaration"]
+        name, on_resume = f"{cls.section_name}.{option.name}", declared.on_resume or cls.on_resume
+        return replace(declared, name=name, type=option.type, on_resume=on_resume)
 
     def fixed_values(self) -> dict[str, Any]:
         """Returns the values that decide the result, by full name. They cannot change freely on resume."""
