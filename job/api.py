@@ -3,24 +3,20 @@
 import os
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from signal import SIGINT
 from typing import Any
 
-import numpy as np
 import torch
 from matplotlib.figure import Figure
 
 from job.config.config_file import build_config
-from job.config.schema import BUILTIN_CELLS, SECTIONS, Config, ModelConfig
-from job.config.section import unknown_name
-from job.config.toml import ConfigValues, check_field, expand_paths, override_config
+from job.config.schema import BUILTIN_CELLS, Config, ModelConfig
+from job.config.toml import ConfigValues, check_field, override_config, parse_sections
 from job.console import Console
-from job.data.source import Content, content_name
+from job.data.source import check_content, content_name
 from job.errors import UserError, report_os_error
 from job.inference.generate import NO_CUSTOM_CELL, generate_text, prefix_warnings
 from job.paths import expand_path
@@ -28,6 +24,7 @@ from job.run.driver import Launcher, run_training
 from job.run.local_launcher import LocalLauncher
 from job.run.metrics import read_rows
 from job.run.plot import plot_perplexity
+from job.run.process_state import process_state_restored
 from job.run.run_dir import open_checkpoint, read_existing_run
 from job.run.signals import StopRequest
 from job.storage import Folder
@@ -89,7 +86,7 @@ class Run:
         for name in named:
             check_field(name)
         config = override_config(replace(self.config, model=self.model_config), named)
-        with _process_state_restored():
+        with process_state_restored():
             text = generate_text(self._checkpoint, config)
         for warning in prefix_warnings(config, self._checkpoint.vocabulary):
             warnings.warn(warning, stacklevel=2)
@@ -123,7 +120,7 @@ def train(
         RunFailed: the run failed; the error says what was saved
         KeyboardInterrupt: Ctrl-C; the run was saved and can be resumed
     """
-    values, content = _section_values(sections), _content(text, tokens)
+    values, content = parse_sections(sections, "text", "tokens", "cell"), check_content(text, tokens)
     if content is not None:
         _set(values, "corpus.source", content_name(content), "text" if tokens is None else "tokens")
     if cell is not None:
@@ -135,25 +132,21 @@ def train(
         resolved, default_name = build_config(path, values, "job.train")[0], Path(path or "run").stem
     if tokens is not None and not resolved.vocabulary.file and resolved.vocabulary.kind != "byte":
         raise UserError("tokens: their vocabulary is missing", 'add vocabulary={"file": …}, a vocabulary.json')
-    if cell is not None and not _is_importable(cell):
-        resolved = replace(resolved, model=replace(resolved.model, cell_class=cell))
+    if "model.cell" in values:
+        cell_class = None if cell is None or _is_importable(cell) else cell
+        resolved = replace(resolved, model=replace(resolved.model, cell_class=cell_class))
     stop_request = StopRequest()
-    with _process_state_restored():
+    with process_state_restored():
+        launcher = select_launcher(resolved, SHUTDOWN_TIMEOUT_S)
         outcome = run_training(
-            resolved,
-            default_name,
-            Console(),
-            select_launcher(resolved, SHUTDOWN_TIMEOUT_S),
-            stop_request,
-            content=content,
-            in_python=True,
+            resolved, default_name, Console(), launcher, stop_request, content=content, in_python=True
         )
     if stop_request.exit_code or outcome.result is None:
         raise KeyboardInterrupt if stop_request.exit_code in (0, 128 + SIGINT) else SystemExit(stop_request.exit_code)
     return Run(outcome.folder, outcome.config, outcome.result, outcome.config.model)
 
 
-def load(folder: "str | os.PathLike[str] | Folder", cell: CellClass | None = None) -> Run:
+def load(folder: "str | os.PathLike[str]", cell: CellClass | None = None) -> Run:
     """Opens the run in a folder, finished or not, or one of its checkpoints.
 
     Args:
@@ -163,7 +156,7 @@ def load(folder: "str | os.PathLike[str] | Folder", cell: CellClass | None = Non
     Raises:
         UserError: the folder contains no run, or its cell is built in and one was given
     """
-    path = folder if isinstance(folder, Folder) else Folder.resolve(expand_path(os.fspath(folder)))
+    path = Folder.resolve(expand_path(os.fspath(folder)))
     existing = read_existing_run(path)
     if existing is None:
         raise UserError(f"{path}: is not a run", "give its folder, such as runs/seed-1")
@@ -188,55 +181,11 @@ def select_launcher(config: Config, shutdown_timeout_s: float | None = None) -> 
     return RayLauncher(shutdown_timeout_s=shutdown_timeout_s)
 
 
-def _section_values(sections: Mapping[str, Any]) -> ConfigValues:
-    """Returns the values of all sections by full field name, as a configuration file would contain them."""
-    values: ConfigValues = {}
-    for section, given in sections.items():
-        if section not in SECTIONS:
-            raise unknown_name("argument", section, [*SECTIONS, "text", "tokens", "cell"])
-        is_source = section == "corpus" and isinstance(given, str | os.PathLike)
-        fields = {"source": given} if is_source else given
-        if not isinstance(fields, Mapping):
-            raise UserError(
-                f"{section} = {fields!r}: must be a dict of fields", f'such as {section}={{"field": value}}'
-            )
-        values |= {f"{section}.{name}": _plain(value) for name, value in fields.items()}
-    for name in values:
-        check_field(name)
-    return expand_paths(values)
-
-
-def _plain(value: Any) -> Any:
-    """Returns a path as text, and a NumPy number as Python's."""
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    return value.item() if isinstance(value, np.generic) else value
-
-
 def _set(values: ConfigValues, name: str, value: str, argument: str) -> None:
     """Sets a field to what an argument gives. Raises UserError if the field is set already."""
     if name in values:
         raise UserError(f"{argument}: {name} is given, too", "give one of them")
     values[name] = value
-
-
-def _content(text: str | None, tokens: Any) -> Content | None:
-    """Returns the text as bytes, or the token ids as an array; None without both."""
-    if text is not None and tokens is not None:
-        raise UserError("text: tokens are given, too", "give one of them")
-    if text is not None:
-        if not isinstance(text, str):
-            raise UserError(f"text: must be a str and not {type(text).__name__}", "corpus= takes the path of a file")
-        try:
-            return text.encode()
-        except UnicodeEncodeError as error:
-            raise UserError(f"text: character {error.start}, {text[error.start]!a}, is not valid in UTF-8") from None
-    if tokens is None:
-        return None
-    array = np.asarray(tokens)
-    if array.ndim != 1 or array.dtype.kind not in "iu" or (len(array) and array.max() > np.iinfo(np.int32).max):
-        raise UserError(f"tokens: must be a one-dimensional array of token ids, not {array.dtype} of {array.shape}")
-    return np.ascontiguousarray(array, np.int32)
 
 
 def _cell_name(cell: CellClass) -> str:
@@ -247,28 +196,4 @@ def _cell_name(cell: CellClass) -> str:
 
 def _is_importable(cell: CellClass) -> bool:
     """Whether workers can import the class by its name, so that its code need not be sent to them."""
-    return cell.__module__ != "__main__" and getattr(sys.modules[cell.__module__], cell.__name__, None) is cell
-
-
-@contextmanager
-def _process_state_restored() -> Iterator[None]:
-    """Gives the block torch's default settings. Restores the environment, torch's settings and malloc's after it."""
-    environment, threads = dict(os.environ), torch.get_num_threads()
-    dtype, device = torch.get_default_dtype(), torch.get_default_device()
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.set_default_dtype(torch.float32)
-    torch.set_default_device(None)
-    try:
-        with torch.inference_mode(False), torch.enable_grad():
-            yield
-    finally:
-        torch.set_default_dtype(dtype)
-        torch.set_default_device(None if device.type == "cpu" else device)
-        torch.set_num_threads(threads)
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        for name in os.environ.keys() - environment.keys():
-            del os.environ[name]
-        os.environ.update(environment)
-        if "job.cluster.ray_extensions" in sys.modules:
-            sys.modules["job.cluster.ray_extensions"].reset_authentication()
+    return cell.__module__ != "__main__" and getattr(sys.modules.get(cell.__module__), cell.__name__, None) is cell

@@ -104,6 +104,9 @@ class Folder:
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "before_change": None}
 
+    def __fspath__(self) -> str:
+        return self.address
+
     def _check_change(self) -> None:
         if self.before_change:
             self.before_change()

@@ -1,6 +1,7 @@
 """The Python API: the same runs as by the command line, in a process that stays as it was."""
 
 import json
+import logging
 import os
 import random
 import signal
@@ -143,6 +144,8 @@ def test_train_of_file_and_configuration_are_overridden_field_by_field(prose: Pa
     again = job.train(run.config, run={"name": "again"}, optimizer={"learning_rate": np.float32(0.5)})
     assert again.config.optimizer.learning_rate == 0.5
     assert again.config.model.hidden_size == 8
+    third = job.train(run.config, run={"name": "third"}, model={"init": run.folder})
+    assert third.config.model.init == os.fspath(run.folder) == f"{storage}/seed-1"
 
 
 def test_train_cell_class_equals_module_and_name(text: str, storage: str) -> None:
@@ -168,6 +171,8 @@ def test_train_cell_that_cannot_be_imported_trains_and_generates(text: str, stor
         job.load(run.folder).generate("time")
     ended = command("generate", run.folder.address, "--model.cell", "test_api:LocalCell")
     assert (ended.status, ended.err.count("\n")) == (2, 1)
+    other = job.train(run.config, text=text, model={"cell": "cells:LinearCell"}, run={"name": "other"})
+    assert other.perplexity == linear.perplexity
     with pytest.raises(job.UserError, match="cell = test_api:LocalCell: the cell of this run is rnn; leave it out"):
         job.load(job.train(text=text, **small(run={"storage": storage})).folder, cell=cell)
 
@@ -233,6 +238,7 @@ def process_state() -> dict[str, Any]:
         "device": torch.get_default_device(),
         "grad": torch.is_grad_enabled(),
         "random": (random.getstate(), torch.get_rng_state().tolist(), str(np.random.get_state())),  # noqa: NPY002  the state that all share
+        "logging": [(log.level, log.propagate, *log.handlers) for log in map(logging.getLogger, ("", "job"))],
         "stdout": sys.stdout,
         "stderr": sys.stderr,
         "directory": os.getcwd(),
@@ -366,6 +372,8 @@ def test_train_uses_the_cluster_to_which_the_process_is_connected(
         ({"tokens": [1.5]}, "tokens: must be a one-dimensional array of token ids, not float64 of (1,)"),
         ({"tokens": [[1]]}, "tokens: must be a one-dimensional array of token ids, not int64 of (1, 1)"),
         ({"tokens": [2**31]}, "tokens: must be a one-dimensional array of token ids"),
+        ({"tokens": [-(2**31) - 1]}, "tokens: must be a one-dimensional array of token ids"),
+        ({"tokens": [[1], [1, 2]]}, "tokens: must be a one-dimensional array of token ids: setting an array element"),
         (
             {"tokens": [0, 256], "vocabulary": {"kind": "byte"}, "scale": {"workers": 0}},
             "tokens: 256 is not the id of a token, of which there are 256",

@@ -1,6 +1,7 @@
-"""TOML and command-line flags to a configuration, and back."""
+"""TOML, command-line flags and sections given in Python to a configuration, and back."""
 
 import codecs
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, cast
@@ -95,6 +96,39 @@ def parse_flags(flags: Mapping[str, str]) -> ConfigValues:
         check_field(name)
         values[name] = text if FILE_FIELDS[name].type is str else _parse_value(text)
     return expand_paths(values)
+
+
+def parse_sections(sections: Mapping[str, Any], *arguments: str) -> ConfigValues:
+    """Parses sections given in Python: each a mapping of its fields, or the corpus's source alone.
+
+    Args:
+        sections: by name; values as a configuration file would contain them, also paths and NumPy's numbers
+        arguments: other names, for the message
+
+    Raises:
+        UserError: if a section or field is unknown
+    """
+    values: ConfigValues = {}
+    for section, given in sections.items():
+        if section not in SECTIONS:
+            raise unknown_name("argument", section, [*SECTIONS, *arguments])
+        is_source = section == "corpus" and isinstance(given, str | os.PathLike)
+        fields = {"source": given} if is_source else given
+        if not isinstance(fields, Mapping):
+            raise UserError(
+                f"{section} = {fields!r}: must be a dict of fields", f'such as {section}={{"field": value}}'
+            )
+        values |= {f"{section}.{name}": _plain(value) for name, value in fields.items()}
+    for name in values:
+        check_field(name)
+    return expand_paths(values)
+
+
+def _plain(value: Any) -> Any:
+    """Returns a path as text, and a number of NumPy or torch as Python's."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    return value.item() if hasattr(value, "item") else value
 
 
 def _parse_value(text: str) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -43,6 +44,37 @@ def content_name(content: Content) -> str:
     """Returns ``corpus.source`` for a text or token ids that are in no file; it contains their checksum."""
     kind, data = ("text", content) if isinstance(content, bytes) else ("tokens", content.tobytes())
     return f"{kind}:{hashlib.sha256(data).hexdigest()[:16]}"
+
+
+def check_content(text: str | None, tokens: Any) -> Content | None:
+    """Returns a text in UTF-8, or token ids as an array, of what a caller gave as either; None if both are None.
+
+    Raises:
+        UserError: both are given, or it is no text or no array of token ids
+    """
+    if tokens is not None:
+        if text is not None:
+            raise UserError("text: tokens are given, too", "give one of them")
+        return _check_tokens(tokens)
+    if text is None:
+        return None
+    if not isinstance(text, str):
+        raise UserError(f"text: must be a str and not {type(text).__name__}", "corpus= takes the path of a file")
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(f"text: character {error.start}, {text[error.start]!a}, is not valid in UTF-8") from None
+
+
+def _check_tokens(tokens: Any) -> np.ndarray:
+    problem = "tokens: must be a one-dimensional array of token ids"
+    try:
+        array = np.asarray(tokens)
+    except (TypeError, ValueError, RuntimeError) as error:  # of rows of different lengths, or of a GPU's memory
+        raise UserError(f"{problem}: {str(error).splitlines()[0]}") from None
+    if array.ndim != 1 or array.dtype.kind not in "iu" or (array != array.astype(np.int32)).any():
+        raise UserError(f"{problem}, not {array.dtype} of {array.shape}")
+    return np.ascontiguousarray(array, np.int32)
 
 
 def find_files(source: str) -> tuple[str, list[SourceFile]]:
