@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from benchmarks.pytest_results import RESULTS_ENV_VAR
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLE = ROOT / ".gpu-bundle" / "bundle.tar"
 TAIL_LINES = 30
+RUN_ID_ENV_VAR = "LANES_GPU_RUN_ID"
 END_SECONDS = 5.0  # between SIGTERM and SIGKILL
 QUICK_TRAINING = ["--model.hidden_size", "64", "--train.max_steps", "60"]
 
@@ -76,6 +78,7 @@ def run_process(command: list[str], limit: float, log: Path, environment: dict[s
             exit_status = None
         finally:
             end_group(process)
+            end_marked(environment.get(RUN_ID_ENV_VAR, ""))
     status = "timeout" if exit_status is None else "failed" if exit_status else "ok"
     tail = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
     return Outcome(status, exit_status, time.monotonic() - start, tail)
@@ -88,6 +91,15 @@ def end_group(process: "subprocess.Popen[bytes]") -> None:
             os.killpg(process.pid, number)
         with suppress(subprocess.TimeoutExpired):
             process.wait(END_SECONDS)
+
+
+def end_marked(run_id: str) -> None:
+    """Ends the processes of this run that have left their group, as Ray's do: their environment has its identifier."""
+    entry = f"{RUN_ID_ENV_VAR}={run_id}".encode()
+    for path in Path("/proc").glob("[0-9]*/environ") if run_id else ():
+        with suppress(OSError):  # it has ended, or is another user's
+            if entry in path.read_bytes().split(b"\0"):
+                os.kill(int(path.parent.name), signal.SIGKILL)
 
 
 def python(*words: str) -> list[str]:
@@ -249,7 +261,7 @@ def prepared(args: argparse.Namespace) -> Iterator[tuple[Session, dict[str, Any]
                 packages = {"not used": [str(error)]}
         paths = [str(site), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         has_ray = "ray" in packages.get("unpacked", []) or installed_version("ray") is not None
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), RUN_ID_ENV_VAR: uuid.uuid4().hex}
         candidates = [texts / "tinyshakespeare.txt", ROOT.parent / "shared" / "corpora" / "tinyshakespeare.txt"]
         text = next((path for path in candidates if path.exists()), None)
         yield Session(args.device, args.quick or args.device == "cpu", folder, environment, text, has_ray), packages

@@ -24,7 +24,7 @@ from benchmarks.gpu import DTYPES, EAGER, REFERENCE, SkewedShapes, plain_variant
 from benchmarks.gpu_bundle import closure, packed_name, project_requirements, repack, unsatisfied, write
 from benchmarks.gpu_packages import Bundle, BundleError, choose_packages, missing_packages
 from benchmarks.gpu_report import RIVAL_GRAPH, TARGET_NATS, Report, marks, time_to_target
-from benchmarks.gpu_run import Outcome, facts_of_tests, read_json_lines, run_process
+from benchmarks.gpu_run import RUN_ID_ENV_VAR, Outcome, facts_of_tests, read_json_lines, run_process
 from benchmarks.transformer import QUICK, Transformer, learning_rate_at
 
 PYTHON = ".".join(platform.python_version_tuple()[:2])
@@ -150,15 +150,18 @@ def test_choose_packages_takes_missing_ones_and_those_in_the_wrong_version() -> 
     assert choose_packages(manifest, lambda name: "99" if name != "pydantic-core" else "2.50") == set()
 
 
-def test_run_process_at_its_limit_ends_its_children(tmp_path: Path) -> None:
+@pytest.mark.parametrize("new_session", [False, True])
+def test_run_process_at_its_limit_ends_its_children(tmp_path: Path, new_session: bool) -> None:
     program = f"""
 import pathlib, subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session={new_session})
 pathlib.Path({str(tmp_path / "child")!r}).write_text(str(child.pid))
 print("started", flush=True)
 time.sleep(600)
 """
-    outcome = run_process([sys.executable, "-c", program], 3, tmp_path / "log", ENVIRONMENT)
+    outcome = run_process(
+        [sys.executable, "-c", program], 3, tmp_path / "log", ENVIRONMENT | {RUN_ID_ENV_VAR: str(tmp_path)}
+    )
     assert (outcome.status, outcome.exit_status, outcome.output) == ("timeout", None, "started")
     child = Path("/proc", (tmp_path / "child").read_text(), "stat")
     deadline = time.monotonic() + 30
