@@ -1,5 +1,6 @@
 """Workers on GPUs of a machine: one on each, or several that share one; what ``doctor`` shows of them."""
 
+import io
 import shutil
 from pathlib import Path
 
@@ -9,7 +10,10 @@ from conftest import job, result, start_job
 
 from job.cluster.resources import Placement, local_placement
 from job.cluster.train_worker import worker_device
-from job.config.schema import ScaleConfig
+from job.cluster.tune import _connected
+from job.config.schema import Config, ScaleConfig
+from job.config.search_space import SearchConfig
+from job.console import Console
 from job.errors import UserError
 
 pytestmark = pytest.mark.gpu
@@ -54,6 +58,17 @@ def test_local_placement_of_elastic_run_with_required_gpu_uses_each_gpu_once() -
 def test_local_placement_with_required_gpu_and_none_raises() -> None:
     with pytest.raises(UserError, match="accelerator = gpu: this machine has 0 GPUs for 2 workers"):
         place(0, workers=2, accelerator="gpu")
+
+
+def test_search_whose_trials_would_share_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trial places its workers itself, each on a GPU of its own, and would wait for it forever."""
+    scale = ScaleConfig(workers=2, accelerator="gpu")
+    placement = local_placement(scale, cores=8, gpus=1)
+    monkeypatch.setattr("job.cluster.tune.connect", lambda *_: (placement, 1))
+    monkeypatch.setattr("job.cluster.tune.disconnect", lambda: None)
+    context = _connected(Config(scale=scale), SearchConfig(trials=2), Console(io.StringIO()))
+    with pytest.raises(UserError, match="the workers of a trial do not share a GPU"), context:
+        pass
 
 
 def test_placement_describes_share_of_gpu() -> None:
