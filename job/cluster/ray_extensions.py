@@ -1,8 +1,8 @@
 """All uses of Ray's private API: subclasses, internal functions and internal names.
 
 Each one states what Ray does, why that is not enough, and its source below
-https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/. The upper bound on ray in pyproject.toml
-exists because of this file; tests/test_ray_extensions.py checks every name and signature.
+https://github.com/ray-project/ray/blob/ray-2.60.0/python/ray/. The bounds on ray in pyproject.toml
+exist because of this file; tests/test_ray_extensions.py checks every name and signature.
 """
 
 import contextlib
