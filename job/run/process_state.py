@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def process_state_restored() -> Iterator[None]:
-    """Gives the block torch's default settings. Restores the environment, torch's settings and malloc's after it."""
+    """Gives the block torch's default settings. Restores the environment and torch's settings after it."""
     environment, threads = dict(os.environ), torch.get_num_threads()
     dtype, device = torch.get_default_dtype(), torch.get_default_device()
     deterministic = torch.are_deterministic_algorithms_enabled()
