@@ -94,7 +94,7 @@ def test_dropped_share_is_that_of_the_targets_in_no_window(
     assert stream.dropped_share == pytest.approx(1 - len(used) / (num_tokens - 1))
 
 
-@pytest.mark.parametrize(("num_characters", "share"), [(641, ""), (680, ", an epoch does not use 5.7% of them")])
+@pytest.mark.parametrize(("num_characters", "share"), [(641, ""), (680, ", 5.7% not used in an epoch")])
 def test_run_reports_the_dropped_share_if_it_is_above_one_percent(
     tmp_path: Path, num_characters: int, share: str
 ) -> None:

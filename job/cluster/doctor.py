@@ -120,7 +120,7 @@ def _describe_text(spec: RunSpec, folder: Folder) -> str:
     check_same_text(list_checkpoints(folder / "checkpoints")[0], spec.dataset)
     open_source(spec.config, spec.dataset, folder)
     source, tokens = spec.dataset.metadata["source"], spec.dataset.metadata["tokens"]
-    shares = format_unknown_share(spec.dataset.unknown_shares["training"]) + format_dropped_share(spec)
+    shares = format_dropped_share(spec) + format_unknown_share(spec.dataset.unknown_shares["training"])
     return f"{source}: {tokens:,} tokens, vocabulary of {len(spec.dataset.vocabulary):,}{shares}"
 
 

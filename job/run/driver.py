@@ -259,8 +259,8 @@ def _run_banner(spec: RunSpec, requested_source: str) -> str:
     return (
         f"run {config.run.name}: {source}, {metadata['characters']:,} {unit}, "
         f"{metadata['tokens']:,} tokens, {len(spec.dataset.vocabulary):,} distinct"
-        f"{format_unknown_share(spec.dataset.unknown_shares['training'])}"
         f"{format_dropped_share(spec, MAX_DROPPED_SHARE)}"
+        f"{format_unknown_share(spec.dataset.unknown_shares['training'])}"
     )
 
 

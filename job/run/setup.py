@@ -62,7 +62,7 @@ def run_warnings(spec: RunSpec) -> list[str]:
 def format_dropped_share(spec: RunSpec, min_share: float = 0.0) -> str:
     """Returns the share of the training tokens that an epoch does not use, after a comma; empty up to ``min_share``."""
     share = Stream(spec.dataset.train_tokens, spec.config.stream, spec.config.run.seed).dropped_share
-    return f", an epoch does not use {100 * share:.2g}% of them" if share > min_share else ""
+    return f", {100 * share:.2g}% not used in an epoch" if share > min_share else ""
 
 
 def _check_sizes(dataset: Dataset, config: Config) -> None:
