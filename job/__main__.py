@@ -52,6 +52,15 @@ def _tune(line: CommandLine) -> int:
     return run_search(config, search, Path(line.target or "search").stem, Console())
 
 
+def _prepare(line: CommandLine) -> int:
+    """Write a corpus as a token store, from which training does not read the text into memory; in this process."""
+    from job.config.config_file import load_config
+    from job.run.setup import prepare_store
+
+    Console().print(prepare_store(load_config(line.target, line.flags)))
+    return 0
+
+
 def _generate(line: CommandLine) -> int:
     """Continue a text with a trained model. The configuration of its run overrides the defaults."""
     from job.inference.generate import generate_text, prefix_warnings
@@ -176,6 +185,7 @@ JSON_FLAG = {"json": "print one JSON object"}  # takes no value
 VERBS = {
     "train": Verb(_train, "[CONFIG.toml]", tuple(SECTIONS)),
     "tune": Verb(_tune, "CONFIG.toml", tuple(FILE_SECTIONS)),
+    "prepare": Verb(_prepare, "[CONFIG.toml]", tuple(SECTIONS)),
     "generate": Verb(_generate, "RUN|CHECKPOINT", ("generate", "run.seed", "model.cell"), JSON_FLAG),
     "evaluate": Verb(
         _evaluate,

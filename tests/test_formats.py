@@ -113,19 +113,21 @@ def test_encoding_that_is_none_of_text_is_refused(encoding: str) -> None:
         CorpusConfig(encoding=encoding)
 
 
+@settings(deadline=None)  # a loaded machine is slow
 @given(text=TEXTS, encoding=st.sampled_from(["utf-8-sig", "utf-16", "utf-32"]))
 def test_parse_file_of_encoded_text_returns_it(text: str, encoding: str) -> None:
     text = text.replace("\0", "").lstrip("\ufeff")
     assert parse_file("a.txt", text.encode(encoding), CorpusConfig()) == text
 
 
+@settings(deadline=None)  # a loaded machine is slow
 @given(documents=DOCUMENTS, suffix=st.sampled_from(list(COMPRESSIONS)), name=st.sampled_from(list(FORMATS)))
 def test_parse_file_of_documents_returns_them(documents: list[str], suffix: str, name: str) -> None:
     data = COMPRESSIONS[suffix](FORMATS[name](documents))
     assert parse_file(f"a{name}{suffix}", data, CorpusConfig()) == documents
 
 
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)  # a loaded machine is slow
 @given(data=st.binary(max_size=3000), cuts=st.lists(st.integers(0, 3000), max_size=3))
 def test_decompress_of_several_streams_returns_all(data: bytes, cuts: list[int]) -> None:
     bounds = sorted({0, len(data), *(cut for cut in cuts if cut < len(data))})

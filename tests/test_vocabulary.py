@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job.config.schema import CorpusConfig, VocabularyConfig
@@ -22,12 +22,14 @@ from job.data.vocabulary import (
 from job.errors import UserError
 
 
+@settings(deadline=None)  # a loaded machine is slow
 @given(st.binary(min_size=1))
 def test_encode_bytes_returns_their_values(data: bytes) -> None:
     vocabulary = build_vocabulary(VocabularyConfig(kind="byte"), Corpus("file", "none", [[data]]))
     assert bytes(vocabulary.encode([data]).tolist()) == data
 
 
+@settings(deadline=None)  # a loaded machine is slow
 @given(st.text(min_size=1).filter(lambda text: not any(0xD800 <= ord(c) <= 0xDFFF for c in text)))
 def test_decode_of_encoded_characters_returns_the_text(text: str) -> None:
     vocabulary = build_vocabulary(VocabularyConfig(), Corpus("file", "none", [[text]]))
@@ -50,6 +52,7 @@ DOCUMENTS = st.lists(
 
 
 @pytest.mark.parametrize("kind", ["char", "word", "byte"])
+@settings(deadline=None)  # a loaded machine is slow
 @given(documents=DOCUMENTS)
 def test_encode_documents_separates_them_by_the_last_id(kind: str, documents: list[str]) -> None:
     corpus = Corpus("file", "none", [[document] for document in documents])
@@ -86,6 +89,7 @@ def test_build_dataset_scope_training_counts_separators_as_tokens() -> None:
     assert (dataset.train_tokens.tolist(), dataset.validation_tokens.tolist()) == ([1, 2, 4, 3], [0, 4, 0, 0])
 
 
+@settings(deadline=None)  # a loaded machine is slow
 @given(st.lists(st.lists(st.text("abc", min_size=1))), st.sampled_from(["\n", "\r\n", "\r"]))
 def test_end_of_line_is_a_token_per_newline_as_published_figures_count_them(
     lines: list[list[str]], newline: str

@@ -20,6 +20,7 @@ from job.cluster.resources import cluster_placement, local_placement
 from job.config.schema import Config, ScaleConfig
 from job.config.search_space import SearchConfig
 from job.console import Console, format_bytes
+from job.data.token_store import verify_store
 from job.data.vocabulary import format_unknown_share
 from job.distributed.context import available_cpus
 from job.errors import UserError
@@ -119,6 +120,7 @@ def _resolve(config: Config, search: SearchConfig, default_name: str) -> tuple[F
 def _describe_text(spec: RunSpec, folder: Folder) -> str:
     check_same_text(list_checkpoints(folder / "checkpoints")[0], spec.dataset)
     open_source(spec.config, spec.dataset, folder)
+    verify_store(spec.config.corpus.source)
     source, tokens = spec.dataset.metadata["source"], spec.dataset.metadata["tokens"]
     shares = format_dropped_share(spec) + format_unknown_share(spec.dataset.unknown_shares["training"])
     return f"{source}: {tokens:,} tokens, vocabulary of {len(spec.dataset.vocabulary):,}{shares}"

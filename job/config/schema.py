@@ -39,6 +39,7 @@ class CorpusConfig(Section):
         "auto (The Time Machine), time-machine, embedded, or a file, folder or glob as a path or URI",
         is_path=True,
     )
+    store: str = config_field("", "folder that prepare writes: a token store", is_path=True, on_resume=FREE)
     encoding: str = config_field("utf-8", "encoding of text files without a byte order mark")
     text_field: str = config_field("text", "field of JSON lines, or column of Parquet files, that contains the text")
     separator: bool = config_field(False, "separate text files by a token, as documents of other formats; false: join")

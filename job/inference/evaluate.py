@@ -2,11 +2,13 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, pairwise
 from typing import cast
 
 from job.config.schema import Config
 from job.data.corpus import Corpus, read_corpus
+from job.data.token_store import StoredTokens, blocks, open_stored
 from job.data.vocabulary import END_OF_LINE, Vocabulary
 from job.errors import UserError
 from job.inference.generate import load_model
@@ -48,18 +50,33 @@ def evaluate_text(checkpoint: LoadedCheckpoint, config: Config) -> Evaluation:
         UserError: the text cannot be read, or has fewer than two tokens, or the checkpoint has another custom cell
     """
     vocabulary, corpus_config = checkpoint.vocabulary, config.corpus
-    corpus = read_corpus(corpus_config, vocabulary.kind, has_separator=vocabulary.has_separator)
-    tokens = vocabulary.encode_documents(corpus.documents)[: corpus_config.max_tokens or None]
+    stored = open_stored(corpus_config, config.vocabulary, vocabulary, reads_flat=False)
+    if stored:
+        all_tokens, count = stored.tokens, partial(_stored_characters, stored)
+    else:
+        corpus = read_corpus(corpus_config, vocabulary.kind, has_separator=vocabulary.has_separator)
+        all_tokens, count = vocabulary.encode_documents(corpus.documents), partial(count_characters, corpus, vocabulary)
+    tokens = all_tokens[: corpus_config.max_tokens or None]
     if len(tokens) < 2:
         problem = f"corpus.source = {corpus_config.source}: {len(tokens)} tokens, and evaluation needs two"
         blanks = " with blanks between its words" if vocabulary.kind == "word" else ""
         raise UserError(problem, f"give more text{blanks}")
+    num_characters = count(len(tokens))
     (nats,) = evaluate_lanes(load_model(checkpoint, config.model), tokens, [range(1)], 1, WINDOW_STEPS)
-    num_characters = _count_characters(corpus, vocabulary, len(tokens))
-    return Evaluation(LossSum(nats, len(tokens) - 1), num_characters, vocabulary.unknown_share(tokens[1:]))
+    num_unknown = sum(int(vocabulary.is_unknown(block).sum()) for block in blocks(tokens[1:]))
+    return Evaluation(LossSum(nats, len(tokens) - 1), num_characters, num_unknown / (len(tokens) - 1))
 
 
-def _count_characters(corpus: Corpus, vocabulary: Vocabulary, num_tokens: int) -> int:
+def _stored_characters(stored: StoredTokens, num_tokens: int) -> int:
+    """Counts the characters of all tokens but the first. Raises UserError if they are words whose length is unknown."""
+    if stored.vocabulary.kind != "word":
+        return num_tokens - 1
+    if stored.target_characters is None or num_tokens < len(stored.tokens):
+        raise UserError("the number of characters of these words is not known", "evaluate the text, or a whole store")
+    return stored.target_characters
+
+
+def count_characters(corpus: Corpus, vocabulary: Vocabulary, num_tokens: int) -> int:
     """Counts the characters (or bytes) of all tokens but the first; a word includes the space before it.
 
     A separator and an end of line are one character, and there is no space after them.

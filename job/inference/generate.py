@@ -4,6 +4,7 @@ Axes: N tokens of the prefix, T steps, B lanes, V tokens of the vocabulary.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor
 from job.config.schema import BUILTIN_CELLS, Config, CorpusConfig, GenerateConfig, ModelConfig
 from job.data.corpus import clean_text
 from job.data.dataset import Dataset
+from job.data.token_store import blocks
 from job.data.vocabulary import UNKNOWN, UNKNOWN_ID, Vocabulary
 from job.errors import UserError
 from job.nn.language_model import LanguageModel, build_model_with_weights
@@ -92,23 +94,44 @@ def resolve_prefix(prefix: str, corpus_config: CorpusConfig, dataset: Dataset) -
     vocabulary, tokens = dataset.vocabulary, dataset.train_tokens
     if prefix == GenerateConfig.prefix:
         ids = vocabulary.encode(clean_text(prefix, corpus_config))
-        is_known = vocabulary.is_text(ids) if vocabulary.has_unknown else np.isin(ids, tokens)
+        is_known = vocabulary.is_text(ids) if vocabulary.has_unknown else _occur(ids, tokens)
         prefix = prefix if is_known.all() else _first_known_text(vocabulary, tokens)
     encode_prefix(prefix, corpus_config, vocabulary)
     return prefix
 
 
+def _occur(ids: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+    """Returns whether each id occurs among the tokens, of which it reads no more than needed."""
+    is_known = np.zeros(len(ids), bool)
+    for block in blocks(tokens):
+        is_known |= np.isin(ids, block)
+        if is_known.all():
+            break
+    return is_known
+
+
+def _find_first(tokens: np.ndarray, is_wanted: Callable[[np.ndarray], np.ndarray]) -> int | None:
+    """Returns the index of the first token that is wanted, of which it reads no more than needed."""
+    start = 0
+    for block in blocks(tokens):
+        wanted = is_wanted(block)
+        if wanted.any():
+            return start + int(np.argmax(wanted))
+        start += len(block)
+    return None
+
+
 def _first_known_text(vocabulary: Vocabulary, tokens: np.ndarray) -> str:
     """Returns the first known characters or words, without blanks before them unless there are only blanks."""
-    is_known = vocabulary.is_text(tokens)
-    if not is_known.any():
+    blank_ids = [index for index in range(len(vocabulary)) if not vocabulary.decode([index]).strip()]
+    start = _find_first(tokens, lambda block: vocabulary.is_text(block) & ~np.isin(block, blank_ids))
+    if start is None:
+        start = _find_first(tokens, vocabulary.is_text)
+    if start is None:
         problem = "vocabulary: contains no token of the training text"
         raise UserError(problem, "raise vocabulary.size or lower vocabulary.min_frequency")
-    blank_ids = [index for index in range(len(vocabulary)) if not vocabulary.decode([index]).strip()]
-    is_word = is_known & ~np.isin(tokens, blank_ids)
-    start = int(np.argmax(is_word if is_word.any() else is_known))
-    stop = start + 4 * PREFIX_CHARACTERS  # a character has up to four bytes
-    num_known = np.cumprod(is_known[start:stop]).sum()
+    beginning = tokens[start : start + 4 * PREFIX_CHARACTERS]  # a character has up to four bytes
+    num_known = np.cumprod(vocabulary.is_text(beginning)).sum()
     text = vocabulary.decode(tokens[start : start + num_known].tolist())
     text = text.lstrip() or text
     return " ".join(text.split()[:PREFIX_WORDS]) or text if vocabulary.kind == "word" else text[:PREFIX_CHARACTERS]

@@ -6,11 +6,13 @@ from torch import Tensor
 
 from job.config.schema import Config
 from job.data.corpus import Corpus, read_corpus
-from job.data.dataset import Dataset, build_dataset
+from job.data.dataset import Dataset, build_dataset, encode_corpus, map_dataset
 from job.data.source import Content
 from job.data.stream import Stream
+from job.data.token_store import check_no_store, open_stored, write_store
 from job.data.vocabulary import Vocabulary, read_vocabulary, unknown_warnings, vocabulary_from_json
 from job.errors import UserError, error_origin, report_os_error
+from job.inference.evaluate import count_characters
 from job.inference.generate import prefix_warnings, resolve_prefix
 from job.nn.language_model import build_model, check_shapes, place_by_token, reference_state_dict
 from job.run.estimate import check_weights
@@ -40,14 +42,16 @@ def build_run_spec(config: Config, folder: Folder, content: Content | None = Non
     Raises:
         UserError: the corpus, the sizes or the initial weights cannot be used as configured
     """
-    has_separator = not config.vocabulary.file or read_vocabulary(config.vocabulary).has_separator
-    corpus = read_corpus(config.corpus, config.vocabulary.kind, content, has_separator)
-    config = replace(config, corpus=replace(config.corpus, source=corpus.source, cleaning=corpus.cleaning))
-    dataset = build_dataset(corpus, config.corpus, config.vocabulary)
-    try:
+    vocabulary = read_vocabulary(config.vocabulary) if config.vocabulary.file else None
+    reads_flat = config.vocabulary.kind != "byte"  # whose .bin files may contain anything
+    if content is None and (stored := open_stored(config.corpus, config.vocabulary, vocabulary, reads_flat)):
+        config = replace(config, corpus=replace(config.corpus, cleaning=stored.cleaning))
+        dataset = map_dataset(stored, config.corpus)
         _check_sizes(dataset, config)
-    except UserError as error:
-        raise UserError(error.problem, _remedy_for_long_words(corpus, config.vocabulary.kind) or error.remedy) from None
+    else:
+        corpus, config = _read_corpus(config, vocabulary, content)
+        dataset = build_dataset(corpus, config.corpus, config.vocabulary)
+        _check_sizes(dataset, config, corpus)
     prefix = resolve_prefix(config.generate.prefix, config.corpus, dataset)
     config = replace(config, generate=replace(config.generate, prefix=prefix))
     checkpoints = folder / "checkpoints"
@@ -65,16 +69,43 @@ def format_dropped_share(spec: RunSpec, min_share: float = 0.0) -> str:
     return f", {100 * share:.2g}% not used in an epoch" if share > min_share else ""
 
 
-def _check_sizes(dataset: Dataset, config: Config) -> None:
+def prepare_store(config: Config) -> str:
+    """Writes the corpus as a token store to ``corpus.store``; returns a description of it.
+
+    Raises:
+        UserError: the corpus cannot be read, or the store not be written
+    """
+    check_no_store(config.corpus.store)
+    corpus, config = _read_corpus(config, read_vocabulary(config.vocabulary) if config.vocabulary.file else None, None)
+    vocabulary, tokens = encode_corpus(corpus, config.corpus, config.vocabulary)
+    if len(tokens) < 2:
+        raise UserError(f"corpus.source = {corpus.source}: {len(tokens)} tokens", "give more text")
+    characters = count_characters(corpus, vocabulary, len(tokens))
+    folder = write_store(config.corpus, config.vocabulary, vocabulary, tokens, corpus.num_characters, characters)
+    return f"{folder}: {len(tokens):,} tokens, vocabulary of {len(vocabulary):,}"
+
+
+def _read_corpus(config: Config, vocabulary: Vocabulary | None, content: Content | None) -> tuple[Corpus, Config]:
+    """Returns the corpus, and the configuration with its source and cleaning resolved."""
+    has_separator = vocabulary is None or vocabulary.has_separator
+    corpus = read_corpus(config.corpus, config.vocabulary.kind, content, has_separator)
+    return corpus, replace(config, corpus=replace(config.corpus, source=corpus.source, cleaning=corpus.cleaning))
+
+
+def _check_sizes(dataset: Dataset, config: Config, corpus: Corpus | None = None) -> None:
     """Raises UserError if there are too few tokens for a window of all lanes, or for the validation."""
-    Stream(dataset.train_tokens, config.stream, config.run.seed).check_enough_tokens(config.train)
-    num_validation = len(dataset.validation_tokens)
-    if config.corpus.validation_fraction and num_validation <= config.stream.batch_size:
-        raise UserError(
-            f"corpus.validation_fraction = {config.corpus.validation_fraction} keeps {num_validation} tokens, "
-            f"too few for stream.batch_size = {config.stream.batch_size} lanes",
-            "raise it or give more text",
-        )
+    try:
+        Stream(dataset.train_tokens, config.stream, config.run.seed).check_enough_tokens(config.train)
+        num_validation = len(dataset.validation_tokens)
+        if config.corpus.validation_fraction and num_validation <= config.stream.batch_size:
+            raise UserError(
+                f"corpus.validation_fraction = {config.corpus.validation_fraction} keeps {num_validation} tokens, "
+                f"too few for stream.batch_size = {config.stream.batch_size} lanes",
+                "raise it or give more text",
+            )
+    except UserError as error:
+        remedy = _remedy_for_long_words(corpus, config.vocabulary.kind) if corpus else ""
+        raise UserError(error.problem, remedy or error.remedy) from None
 
 
 def _remedy_for_long_words(corpus: Corpus, vocabulary_kind: str) -> str:

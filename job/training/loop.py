@@ -187,17 +187,18 @@ def _evaluate_group(
     device = next(model.parameters()).device
     longest = len(lanes[0])
     # Shorter lanes are padded by one token, whose target -1 is ignored.
-    tokens_BT = np.full((len(lanes), longest + 1), -1, np.int64)
-    for row, lane in zip(tokens_BT, lanes, strict=True):
-        row[: len(lane) + 1] = tokens[lane.start : lane.stop + 1]
-    tokens_TB = torch.from_numpy(tokens_BT.T.copy()).to(device)
     state: State = None
     total = torch.zeros((), dtype=torch.float64, device=device)
     for start in range(0, longest, num_steps):
         stop = min(start + num_steps, longest)
+        tokens_BT = np.full((len(lanes), stop - start + 1), -1, np.int64)
+        for row, lane in zip(tokens_BT, lanes, strict=True):
+            window = tokens[lane.start + start : min(lane.start + stop, lane.stop) + 1]
+            row[: len(window)] = window
+        tokens_TB = torch.from_numpy(tokens_BT.T.copy()).to(device)
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            logits_TBV, state = model(tokens_TB[start:stop].clamp(min=0), state)
-        total += _cross_entropy_sum(logits_TBV, tokens_TB[start + 1 : stop + 1])
+            logits_TBV, state = model(tokens_TB[:-1].clamp(min=0), state)
+        total += _cross_entropy_sum(logits_TBV, tokens_TB[1:])
     return float(total)
 
 

@@ -1,0 +1,351 @@
+"""Token stores and files of other trainers: the same bits as from the text."""
+
+import json
+import pickle
+import struct
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import job, result
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from job.config.config_file import load_config
+from job.data.indexed import format_index, open_indexed, smallest_dtype
+from job.data.stream import Stream
+from job.run.setup import build_run_spec
+from job.storage import Folder
+
+TEXT = "the time machine\nwas a machine of time and other things\r\n" * 40
+FLAGS = {
+    "stream.batch_size": 4, "stream.num_steps": 8, "model.hidden_size": 8, "train.max_steps": 5, "generate.length": 5,
+    "scale.workers": 0, "corpus.validation_fraction": 0.25, "train.epochs": 2,
+}  # fmt: skip
+KINDS = ["char", "word", "byte"]
+
+
+def words(**flags: object) -> list[object]:
+    values = {**FLAGS, **{name.replace("__", "."): value for name, value in flags.items()}}
+    return [word for name, value in values.items() for word in (f"--{name}", value)]
+
+
+def run(tmp_path: Path, name: str, **flags: object) -> dict[str, Any]:
+    ended = job("train", *words(run__storage=tmp_path / "runs", run__name=name, **flags))
+    assert ended.status == 0, ended.err
+    return result(tmp_path / "runs" / name)
+
+
+def prepare(tmp_path: Path, source: Path, **flags: object) -> Path:
+    store = tmp_path / f"store-{source.name}"
+    ended = job("prepare", *words(corpus__source=source, corpus__store=store, **flags))
+    assert ended.status == 0, ended.err
+    assert ended.out.startswith(f"{store}: ")
+    return store
+
+
+def read_independently(prefix: Path) -> list[np.ndarray]:
+    """The documents of a pair, by the format's description alone."""
+    index = prefix.with_suffix(".idx").read_bytes()
+    assert index[:9] == b"MMIDIDX\x00\x00"
+    version, code, num_sequences, num_boundaries = struct.unpack("<QBQQ", index[9:34])
+    assert version == 1
+    dtype = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}[code]
+    lengths = struct.unpack_from(f"<{num_sequences}i", index, 34)
+    pointers = struct.unpack_from(f"<{num_sequences}q", index, 34 + 4 * num_sequences)
+    boundaries = struct.unpack_from(f"<{num_boundaries}q", index, 34 + 12 * num_sequences)
+    assert len(index) == 34 + 12 * num_sequences + 8 * num_boundaries
+    data = prefix.with_suffix(".bin").read_bytes()
+    sequences = [np.frombuffer(data, dtype, n, start) for n, start in zip(lengths, pointers, strict=True)]
+    assert boundaries[0] == 0 and boundaries[-1] == num_sequences
+    parts = [sequences[start:stop] for start, stop in pairwise(boundaries)]
+    return [np.concatenate(part) for part in parts]
+
+
+def json_lines(path: Path, documents: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
+    return path
+
+
+@settings(deadline=None)  # a loaded machine is slow
+@given(
+    st.lists(st.integers(1, 50), min_size=1, max_size=20),
+    st.sampled_from([np.uint8, np.uint16, np.int32]),
+    st.integers(1, 60),
+)
+def test_indexed_files_are_read_by_another_reader_with_their_documents(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], dtype: type, max_length: int
+) -> None:
+    prefix = tmp_path_factory.mktemp("pair") / "a"
+    tokens: np.ndarray = np.arange(sum(lengths)).astype(dtype)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("job.data.indexed._MAX_LENGTH", max_length)  # longer documents have several sequences
+        prefix.with_suffix(".idx").write_bytes(format_index(np.array(lengths), np.dtype(dtype)))
+    prefix.with_suffix(".bin").write_bytes(tokens.tobytes())
+    documents = read_independently(prefix)
+    assert [len(document) for document in documents] == lengths
+    np.testing.assert_array_equal(np.concatenate(documents), tokens)
+    np.testing.assert_array_equal(open_indexed(prefix), tokens)
+
+
+@pytest.mark.parametrize(
+    ("size", "name"), [(2, "uint8"), (256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "int32")]
+)
+def test_smallest_dtype_holds_all_ids(size: int, name: str) -> None:
+    assert smallest_dtype(size) == np.dtype(name)
+    assert np.iinfo(name).max >= size - 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("has_documents", [False, True])
+def test_run_from_a_store_equals_the_run_from_the_text(tmp_path: Path, kind: str, has_documents: bool) -> None:
+    (tmp_path / "text").write_text(TEXT)
+    documents = json_lines(tmp_path / "a.jsonl", TEXT.split("\r\n"))
+    source = documents if has_documents else tmp_path / "text"
+    flags: dict[str, object] = {"vocabulary__kind": kind}
+    if kind == "word":
+        flags |= {"vocabulary__size": 7, "vocabulary__end_of_line": "true"}
+    store = prepare(tmp_path, source, **flags)
+    expected, found = (
+        run(tmp_path, name, corpus__source=text, **flags) for name, text in (("a", source), ("b", store))
+    )
+    ignored = {"seconds", "checkpoint", "best_checkpoint", "corpus"}
+    assert {key: value for key, value in found.items() if key not in ignored} == {
+        key: value for key, value in expected.items() if key not in ignored
+    }
+    assert {**found["corpus"], "source": None} == {**expected["corpus"], "source": None}
+    evaluated = {
+        job("evaluate", tmp_path / "runs" / name, "--corpus.source", text).out.partition(" (step")[0]
+        for name in ("a", "b") for text in (source, store)
+    }  # fmt: skip
+    assert len(evaluated) == 1 and "" not in evaluated
+    assert job("generate", tmp_path / "runs" / "b").out == job("generate", tmp_path / "runs" / "a").out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_store_is_read_by_an_independent_reader_document_by_document(tmp_path: Path, kind: str) -> None:
+    texts = ["one two", "three one", "two two two"]
+    store = prepare(tmp_path, json_lines(tmp_path / "a.jsonl", texts), vocabulary__kind=kind)
+    content = json.loads((store / "manifest.json").read_text())["content"]
+    assert content["documents"] == 3 and content["settings"]["corpus.source"] == str(tmp_path / "a.jsonl")
+    documents = read_independently(store / "tokens")
+    vocabulary = json.loads((store / "vocabulary.json").read_text())
+    assert sum(map(len, documents)) == content["tokens"]
+    separator = 256 if kind == "byte" else len(vocabulary["tokens"])
+    assert [document[-1] == separator for document in documents] == [True, True, False]
+    for document, text in zip(documents, texts, strict=True):
+        ids = [index for index in document.tolist() if index != separator]
+        tokens = [chr(index) if kind == "byte" else vocabulary["tokens"][index] for index in ids]
+        assert (" " if kind == "word" else "").join(tokens) == text
+
+
+def test_run_from_a_store_resumes_with_the_same_bits(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text(TEXT)
+    store = prepare(tmp_path, tmp_path / "text")
+    whole = run(tmp_path, "whole", corpus__source=tmp_path / "text", train__max_steps=12)
+    run(tmp_path, "cut", corpus__source=store, train__max_steps=7)
+    assert run(tmp_path, "cut", corpus__source=store, train__max_steps=12)["weights_sha256"] == whole["weights_sha256"]
+
+
+def test_run_of_a_text_resumes_from_a_store_that_replaces_it(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text(TEXT)
+    store = prepare(tmp_path, tmp_path / "text")
+    whole = run(tmp_path, "whole", corpus__source=tmp_path / "text", train__max_steps=12)
+    run(tmp_path, "cut", corpus__source=tmp_path / "text", train__max_steps=7)
+    (tmp_path / "text").unlink()
+    store.rename(tmp_path / "text")
+    resumed = run(tmp_path, "cut", corpus__source=tmp_path / "text", train__max_steps=12)
+    assert resumed["weights_sha256"] == whole["weights_sha256"]
+
+
+def spec_of(tmp_path: Path, source: object, **flags: object) -> Any:
+    values = {**FLAGS, "corpus.source": source, **{name.replace("__", "."): value for name, value in flags.items()}}
+    return build_run_spec(
+        load_config(None, {name: str(value) for name, value in values.items()}), Folder(str(tmp_path))
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("flags", [{}, {"corpus__max_tokens": 150}, {"corpus__validation_fraction": 0}])
+def test_dataset_of_a_store_stays_in_its_file_and_is_pickled_by_its_place(
+    tmp_path: Path, kind: str, flags: dict[str, object]
+) -> None:
+    (tmp_path / "text").write_text(TEXT)
+    settings: dict[str, object] = {"vocabulary__kind": kind, "vocabulary__min_frequency": 41 if kind == "word" else 0}
+    store = prepare(tmp_path, tmp_path / "text", **settings)
+    expected = spec_of(tmp_path, tmp_path / "text", **settings, **flags).dataset
+    dataset = spec_of(tmp_path, store, **settings, **flags).dataset
+    data = pickle.dumps(dataset)
+    assert len(data) < 3000
+    for found in (dataset, pickle.loads(data)):
+        assert isinstance(found.train_tokens, np.memmap) and found.train_tokens.dtype == np.uint8
+        np.testing.assert_array_equal(found.train_tokens, expected.train_tokens)
+        np.testing.assert_array_equal(found.validation_tokens, expected.validation_tokens)
+        assert found.unknown_shares == expected.unknown_shares
+        assert {**found.metadata, "source": 0} == {**expected.metadata, "source": 0}
+    copied = pickle.loads(pickle.dumps(expected))
+    np.testing.assert_array_equal(copied.train_tokens, expected.train_tokens)
+
+
+@settings(deadline=None)  # a loaded machine is slow
+@given(st.integers(20, 200), st.integers(1, 4), st.integers(1, 6), st.sampled_from([np.uint8, np.uint16, np.int32]))
+def test_windows_of_mapped_tokens_equal_those_of_memory(
+    tmp_path_factory: pytest.TempPathFactory, num_tokens: int, batch: int, steps: int, dtype: type
+) -> None:
+    tokens: np.ndarray = np.arange(num_tokens).astype(dtype)
+    file = tmp_path_factory.mktemp("mapped") / "a.bin"
+    file.write_bytes(tokens.tobytes())
+    config = load_config(
+        None, {"stream.batch_size": str(batch), "stream.num_steps": str(steps), "scale.workers": "1"}
+    ).stream
+    memory, mapped = Stream(tokens.astype(np.int32), config, 3), Stream(np.memmap(file, dtype, "r"), config, 3)
+    for window in range(memory.partition(0).num_windows):
+        for found, expected in zip(
+            mapped.read_window(0, window, range(batch)), memory.read_window(0, window, range(batch)), strict=True
+        ):
+            assert found.dtype == expected.dtype
+            np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["char", "word"])
+def test_run_from_files_of_another_trainer_equals_the_run_from_the_text(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "text").write_text(TEXT)
+    store = prepare(tmp_path, tmp_path / "text", vocabulary__kind=kind)
+    expected = run(tmp_path, "a", corpus__source=tmp_path / "text", vocabulary__kind=kind)
+    (ids,) = read_independently(store / "tokens")
+    (tmp_path / "flat.bin").write_bytes(ids.astype("<u2").tobytes())
+    for number, source in enumerate(
+        (store / "tokens", store / "tokens.bin", store / "tokens.idx", tmp_path / "flat.bin")
+    ):
+        flags = {"corpus__source": source, "vocabulary__kind": kind, "vocabulary__file": store / "vocabulary.json"}
+        assert run(tmp_path, f"b{number}", **flags)["weights_sha256"] == expected["weights_sha256"]
+
+
+def refused(*arguments: object) -> str:
+    ended = job(*arguments)
+    assert ended.status == 2 and ended.err.count("\n") == 1 and not ended.out, ended
+    return ended.err
+
+
+def test_store_that_is_damaged_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text(TEXT)
+    store = prepare(tmp_path, tmp_path / "text")
+    flags = words(corpus__source=store, run__storage=tmp_path / "runs")
+    damages = {
+        "tokens.bin": (lambda data: data[:-1], "tokens.bin is missing, or does not have the"),
+        "tokens.idx": (lambda data: data[:-1] + b"x", "tokens.idx was changed: its checksum is wrong"),
+        "vocabulary.json": (lambda data: data.replace(b"m", b"z"), "vocabulary.json was changed"),
+        "manifest.json": (
+            lambda data: data.replace(b'"tokens": ', b'"tokens": 1'),
+            "manifest.json: its checksum is wrong",
+        ),
+    }
+    for name, (damage, problem) in damages.items():
+        data = (store / name).read_bytes()
+        (store / name).write_bytes(damage(data))
+        assert f"corpus.source = {store}: {problem}" in refused("train", *flags)
+        (store / name).write_bytes(data)
+    (store / "tokens.bin").unlink()
+    assert "tokens.bin is missing" in refused("train", *flags)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_store_of_changed_tokens_is_found_by_doctor(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text(TEXT)
+    store = prepare(tmp_path, tmp_path / "text")
+    data = bytearray((store / "tokens.bin").read_bytes())
+    data[100] ^= 1
+    (store / "tokens.bin").write_bytes(data)
+    ended = job("doctor", *words(corpus__source=store, run__storage=tmp_path / "runs"))
+    assert ended.status == 1 and "tokens.bin was changed: its checksum is wrong" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        ({"vocabulary.kind": "byte"}, 'vocabulary.kind = "byte", and the store was made with "char"'),
+        ({"corpus.cleaning": "d2l"}, 'corpus.cleaning = "d2l", and the store was made with "none"'),
+        ({"corpus.newlines": "keep"}, 'corpus.newlines = "keep", and the store was made with "normalize"'),
+        ({"vocabulary.size": "9"}, "vocabulary.size = 9, and the store was made with 0"),
+    ],
+)
+def test_configuration_that_contradicts_the_store_is_one_error(
+    tmp_path: Path, flags: dict[str, str], problem: str
+) -> None:
+    (tmp_path / "text").write_text(TEXT)
+    store = prepare(tmp_path, tmp_path / "text", corpus__newlines="normalize")
+    values = {"corpus.newlines": "normalize", **flags}
+    if values.get("vocabulary.kind") == "byte":
+        values["corpus.newlines"] = "keep"
+        problem = "corpus.newlines"
+    found = refused(
+        "train", *words(corpus__source=store), *(word for pair in values.items() for word in (f"--{pair[0]}", pair[1]))
+    )
+    assert f"corpus.source = {store}: {problem}" in found
+
+
+def test_prepare_writes_all_or_nothing_and_never_over_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text").write_text(TEXT)
+    assert "corpus.store is empty" in refused("prepare", "--corpus.source", tmp_path / "text")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "mine").write_text("mine")
+    arguments = ["prepare", "--corpus.source", tmp_path / "text", "--corpus.store"]
+    assert "exists and contains mine" in refused(*arguments, tmp_path / "used")
+    write = Folder.write
+
+    def fail_at_manifest(folder: Folder, name: str, *parts: bytes) -> None:
+        if name == "manifest.json":
+            raise OSError(28, "No space left on device")
+        write(folder, name, *parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "write", fail_at_manifest)
+        assert "cannot be written: No space left on device" in refused(*arguments, tmp_path / "store")
+    assert "a folder without files of text" in refused("train", "--corpus.source", tmp_path / "store")
+    first = {file.name: file.read_bytes() for file in prepare(tmp_path, tmp_path / "text").iterdir()}
+    assert job(*arguments, tmp_path / "store").status == 0
+    assert (tmp_path / "store" / "tokens.bin").read_bytes() == first["tokens.bin"]
+    assert "exists and contains manifest.json" in refused(*arguments, tmp_path / "store")
+
+
+@pytest.mark.parametrize(
+    ("index", "data", "problem"),
+    [
+        (b"MMIDIDX\0\0" + struct.pack("<QBQQ", 2, 1, 0, 0), b"a", "version 2 with dtype 1"),
+        (b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 7, 0, 0), b"a", "version 1 with dtype 7"),
+        (b"something else" * 9, b"a", "not an index of the Megatron format"),
+        (b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 1, 2**40, 0), b"a", "is cut off"),
+        (format_index(np.array([3]), np.dtype(np.uint8)), b"ab", "has 2 bytes, which are not the sequences"),
+        (format_index(np.array([2]), np.dtype(np.uint8)), b"\0\x09", "9 is not the id of a token"),
+        (format_index(np.array([2]), np.dtype(np.int32)), struct.pack("<2i", -1, 0), "-1 is not the id of a token"),
+        (None, b"\0\0\0", "has 3 bytes, which are no token ids of 2 bytes"),
+        (None, b"\x09\0\0\0", "9 is not the id of a token"),
+    ],
+)
+def test_files_of_another_trainer_that_are_wrong_are_one_error(
+    tmp_path: Path, index: bytes | None, data: bytes, problem: str
+) -> None:
+    (tmp_path / "a.bin").write_bytes(data)
+    if index is not None:
+        (tmp_path / "a.idx").write_bytes(index)
+    (tmp_path / "vocabulary.json").write_text(json.dumps({"kind": "char", "tokens": ["<unk>", "a", "b"]}))
+    flags = words(corpus__source=tmp_path / "a.bin", vocabulary__file=tmp_path / "vocabulary.json")
+    found = refused("train", *flags)
+    assert f"corpus.source = {tmp_path / 'a.bin'}: " in found and problem in found
+
+
+@pytest.mark.cluster
+def test_run_from_a_store_on_two_workers_equals_the_run_from_the_text_in_this_process(
+    tmp_path: Path, on_cluster: None
+) -> None:
+    (tmp_path / "text").write_text(TEXT)
+    store = prepare(tmp_path, tmp_path / "text")
+    flags: dict[str, object] = {"train__reproducible": "true", "train__lane_groups": 2}
+    expected = run(tmp_path, "a", corpus__source=tmp_path / "text", **flags)
+    found = run(tmp_path, "b", corpus__source=store, scale__workers=2, scale__cpus_per_worker=1, **flags)
+    for name in ("weights_sha256", "validation_perplexity", "generated"):
+        assert found[name] == expected[name]
