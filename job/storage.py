@@ -328,12 +328,15 @@ def _open_location(address: str) -> tuple[fs.FileSystem, str]:
     if not is_uri(address):
         return fs.LocalFileSystem(), address
     try:
-        return fs.FileSystem.from_uri(address)
+        file_system, path = fs.FileSystem.from_uri(address)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, ValueError) as error:
         raise UserError(f"{address}: not a URI that pyarrow supports: {str(error).splitlines()[0]}") from None
     except OSError as error:
         reason = " ".join(str(error).split())
         raise UserError(f"{address}: cannot be reached: {reason}", "check region, credentials and network") from None
+    if "\0" in path:  # written as %00
+        raise UserError(f"{address}: contains a NUL character")
+    return file_system, path
 
 
 def _write_local(
