@@ -5,6 +5,7 @@ import io
 import json
 import os
 import secrets
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -24,6 +25,10 @@ from job.config.search_space import SearchConfig, SearchSpace
 
 # Ray's processes need a token, and a machine on which Ray has never run has no ~/.ray/auth_token.
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+
+# A shell starts background commands with SIGINT ignored, which the commands that tests interrupt would inherit.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 NEEDS_CUDA = "needs CUDA"  # the reason of a skip
 ROOT = Path(__file__).parent.parent
