@@ -43,7 +43,7 @@ lint: setup  ## formatters, linters, type checker, spelling: all hooks of .pre-c
 	$(VENV)/bin/pre-commit run --all-files --show-diff-on-failure
 
 docs: setup  ## the documentation as pages, in site/
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 reference: setup  ## write what is generated: configs/schema.json, docs/configuration.md, the table of third-party licences
 	$(RUN) -m scripts.generate_reference

@@ -17,6 +17,7 @@ they name no text. Pages with a search run among the long tests.
 
 import importlib
 import json
+import os
 import re
 import shlex
 import shutil
@@ -29,6 +30,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, job
 
+from job.__main__ import VERBS
 from job.config.config_file import load_search_config
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -253,6 +255,38 @@ def test_broken_link_is_found() -> None:
 def test_links_of_page_lead_to_files_and_headings(name: str) -> None:
     """mkdocs checks those of docs/."""
     assert not broken_links(ROOT / name, (ROOT / name).read_text())
+
+
+def build_pages(folder: Path, site: Path) -> subprocess.CompletedProcess[str]:
+    """Builds the pages of the mkdocs.yml in a folder with the options of ``make docs``."""
+    recipe = re.search(r"bin/mkdocs (build.*)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert recipe
+    command = [str(Path(sys.executable).parent / "mkdocs"), *shlex.split(recipe[1]), "--site-dir", str(site)]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    return subprocess.run(command, cwd=folder, env=environment, check=False, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_make_docs_builds_all_pages(tmp_path: Path) -> None:
+    ended = build_pages(ROOT, tmp_path)
+    assert ended.returncode == 0, ended.stderr
+    built = {path.relative_to(tmp_path).with_suffix(".md").as_posix() for path in tmp_path.rglob("*.html")}
+    assert built - {"404.md"} == {name.removeprefix("docs/") for name in NAMES if name.startswith("docs/")}
+
+
+@pytest.mark.slow
+def test_make_docs_with_a_broken_link_fails(tmp_path: Path) -> None:
+    (tmp_path / "mkdocs.yml").write_text("site_name: broken\n")
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "index.md").write_text("[a page](absent.md)\n")
+    ended = build_pages(tmp_path, tmp_path / "site")
+    assert ended.returncode and "absent.md" in ended.stderr
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/command-line.md"])
+def test_table_of_commands_has_every_verb(name: str) -> None:
+    rows = re.findall(r"^\| `(?:python -m job )?(\w+)[ `]", (ROOT / name).read_text(), re.MULTILINE)
+    assert set(VERBS) <= set(rows)
 
 
 def documented_names() -> set[str]:
