@@ -42,10 +42,20 @@ if not all(os.access(folder, os.W_OK | os.X_OK) for folder in (_home, *_folders)
 _MODULES = {"Config": "job.config.schema", "RunFailed": "job.errors", "UserError": "job.errors"}
 
 
+def _version() -> str:
+    """Returns the version of the installed package. If it is not installed, as in the image, that of pyproject.toml."""
+    metadata = importlib.import_module("importlib.metadata")
+    try:
+        return str(metadata.version("lanes"))
+    except metadata.PackageNotFoundError:
+        with open(os.path.join(os.path.dirname(__path__[0]), "pyproject.toml"), "rb") as file:
+            return str(importlib.import_module("tomllib").load(file)["project"]["version"])
+
+
 def __getattr__(name: str) -> Any:
     """Imports a name of the API when it is first used (PEP 562)."""
     if name == "__version__":
-        return importlib.import_module("importlib.metadata").version("lanes")
+        return _version()
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(_MODULES.get(name, "job.api")), name)

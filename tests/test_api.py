@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -430,3 +431,13 @@ except AttributeError as error:
 """
     ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True)
     assert ended.stdout == f"{version('lanes')}\n"
+
+
+def test_version_of_package_that_is_not_installed_is_that_of_pyproject_toml(tmp_path: Path) -> None:
+    """As in the image: folders that ``docker/Dockerfile`` copies, and no metadata."""
+    shutil.copytree(ROOT / "job", tmp_path / "job", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "pyproject.toml").write_text('[project]\nversion = "1.2.3"\n')
+    command = [sys.executable, "-S", "-c", "import job; print(job.__version__)"]  # without site-packages
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ended = subprocess.run(command, cwd=tmp_path, env=environment, check=False, capture_output=True, text=True)
+    assert (ended.stdout, ended.stderr) == ("1.2.3\n", "")
