@@ -161,6 +161,20 @@ def test_parse_file_of_parquet_bomb_is_refused() -> None:
         parse_file("a.parquet", data, CorpusConfig())
 
 
+def test_parse_file_of_parquet_columns_of_similar_names_reads_the_named_one() -> None:
+    def file_of(columns: list[tuple[str, Any]]) -> bytes:
+        stream = pyarrow.BufferOutputStream()
+        names = [name for name, _ in columns]
+        table = pyarrow.Table.from_arrays([pyarrow.array([value]) for _, value in columns], names=names)
+        pyarrow.parquet.write_table(table, stream)
+        return bytes(stream.getvalue().to_pybytes())
+
+    data = file_of([("a", {"b": "inner"}), ("a.b", "outer")])  # both have the path a.b
+    assert parse_file("a.parquet", data, CorpusConfig(text_field="a.b")) == ["outer"]
+    with pytest.raises(UserError, match="has 2 columns text"):
+        parse_file("a.parquet", file_of([("text", "one"), ("text", "two")]), CorpusConfig())
+
+
 @pytest.mark.parametrize(
     ("name", "data", "problem"),
     [

@@ -110,7 +110,7 @@ def _parse_parquet(data: bytes, field: str) -> Iterator[str]:
         _check_column(pyarrow.parquet.ParquetFile(source).schema_arrow, field)
         file = pyarrow.parquet.ParquetFile(source, read_dictionary=[field])
         for batch in file.iter_batches(_BATCH_ROWS, columns=[field]):
-            column = batch.column(0)
+            column = batch.column(field)
             lengths = pyarrow.compute.binary_length(column.dictionary).take(column.indices)
             num_bytes += len(column) + (pyarrow.compute.sum(lengths).as_py() or 0)
             if num_bytes > limit:
@@ -127,6 +127,8 @@ def _check_column(schema: pyarrow.Schema, field: str) -> None:
     """Raises UserError unless there is one column of that name, and it is text."""
     if field not in schema.names:
         raise _missing_field(field, schema.names)
+    if schema.names.count(field) > 1:
+        raise UserError(f"has {schema.names.count(field)} columns {field}", "set corpus.text_field to another one")
     column_type = schema.types[schema.names.index(field)]
     is_dictionary = pyarrow.types.is_dictionary(column_type)
     value_type = column_type.value_type if is_dictionary else column_type
