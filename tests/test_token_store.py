@@ -235,6 +235,7 @@ def test_store_that_is_damaged_is_one_error(tmp_path: Path) -> None:
     flags = words(corpus__source=store, run__storage=tmp_path / "runs")
     damages = {
         "tokens.bin": (lambda data: data[:-1], "tokens.bin is missing, or does not have the"),
+        "./tokens.bin": (lambda data: data[::-1], "tokens.bin was changed: its checksum is wrong"),
         "tokens.idx": (lambda data: data[:-1] + b"x", "tokens.idx was changed: its checksum is wrong"),
         "vocabulary.json": (lambda data: data.replace(b"m", b"z"), "vocabulary.json was changed"),
         "manifest.json": (
@@ -252,7 +253,19 @@ def test_store_that_is_damaged_is_one_error(tmp_path: Path) -> None:
     assert not (tmp_path / "runs").exists()
 
 
-def test_store_of_changed_tokens_is_found_by_doctor(tmp_path: Path) -> None:
+def test_run_of_a_store_whose_tokens_changed_is_not_resumed_or_evaluated(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text(TEXT)
+    store = prepare(tmp_path, tmp_path / "text")
+    run(tmp_path, "a", corpus__source=store)
+    (store / "tokens.bin").write_bytes((store / "tokens.bin").read_bytes()[::-1])
+    flags = words(corpus__source=store, run__storage=tmp_path / "runs", run__name="a", train__max_steps=9)
+    assert "tokens.bin was changed: its checksum is wrong" in refused("train", *flags)
+    evaluated = refused("evaluate", tmp_path / "runs" / "a", "--corpus.source", store)
+    assert "tokens.bin was changed: its checksum is wrong" in evaluated
+
+
+def test_large_store_of_changed_tokens_is_found_by_doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("job.data.token_store._MAX_VERIFIED_BYTES", 1000)
     (tmp_path / "text").write_text(TEXT)
     store = prepare(tmp_path, tmp_path / "text")
     data = bytearray((store / "tokens.bin").read_bytes())
@@ -295,6 +308,11 @@ def test_prepare_writes_all_or_nothing_and_never_over_something_else(
     (tmp_path / "used" / "mine").write_text("mine")
     arguments = ["prepare", "--corpus.source", tmp_path / "text", "--corpus.store"]
     assert "exists and contains mine" in refused(*arguments, tmp_path / "used")
+    for name in ("tokens.bin", "vocabulary.json"):  # not of a store
+        (tmp_path / "pair").mkdir(exist_ok=True)
+        (tmp_path / "pair" / name).write_text("mine")
+        assert f"exists and contains {name}" in refused(*arguments, tmp_path / "pair")
+        (tmp_path / "pair" / name).unlink()
     write = Folder.write
 
     def fail_at_manifest(folder: Folder, name: str, *parts: bytes) -> None:
@@ -306,10 +324,46 @@ def test_prepare_writes_all_or_nothing_and_never_over_something_else(
         patch.setattr(Folder, "write", fail_at_manifest)
         assert "cannot be written: No space left on device" in refused(*arguments, tmp_path / "store")
     assert "a folder without files of text" in refused("train", "--corpus.source", tmp_path / "store")
+    (tmp_path / "store" / ".tokens.bin.12-34").write_text("left by a process that was killed")
     first = {file.name: file.read_bytes() for file in prepare(tmp_path, tmp_path / "text").iterdir()}
     assert job(*arguments, tmp_path / "store").status == 0
     assert (tmp_path / "store" / "tokens.bin").read_bytes() == first["tokens.bin"]
     assert "exists and contains manifest.json" in refused(*arguments, tmp_path / "store")
+    assert {file.name for file in (tmp_path / "store").iterdir()} == first.keys()
+
+
+def test_text_is_not_taken_for_tokens_because_of_other_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    long_name = "n" * 253  # to which no suffix can be appended
+    for name in ("text", long_name):
+        (tmp_path / name).write_text(TEXT)
+    (tmp_path / "few").write_text("ab" * 99)
+    store = prepare(tmp_path, tmp_path / "text")
+    prepare(tmp_path, tmp_path / "few").rename(tmp_path / "embedded")
+    monkeypatch.chdir(tmp_path)
+    expected = spec_of(tmp_path, "text").dataset.train_tokens
+    for name, copy in (("tokens.bin", "text.bin"), ("tokens.idx", "text.idx")):
+        (store / name).rename(copy)
+    flags = {"vocabulary__file": store / "vocabulary.json"}
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text(TEXT)
+    (tmp_path / "texts" / "manifest.json").write_text('{"license": "MIT"}')
+    for source in ("text", long_name, "texts"):
+        dataset = spec_of(tmp_path, source, **flags).dataset
+        assert not dataset.is_mapped
+        np.testing.assert_array_equal(dataset.train_tokens, expected)
+    assert spec_of(tmp_path, "text.bin", **flags).dataset.is_mapped
+    assert not spec_of(tmp_path, "embedded").dataset.is_mapped
+
+
+@pytest.mark.parametrize("name", ["corpus.max_tokens", "corpus.validation_fraction"])
+def test_store_whose_vocabulary_is_of_the_training_part_fixes_that_part(tmp_path: Path, name: str) -> None:
+    (tmp_path / "text").write_text(TEXT)
+    store = prepare(tmp_path, tmp_path / "text", vocabulary__scope="training")
+    run(tmp_path, "same", corpus__source=store)
+    value = {"corpus.max_tokens": 900, "corpus.validation_fraction": 0.5}[name]
+    assert f"{name} = {value}, and the store was made with" in refused(
+        "train", *words(corpus__source=store), f"--{name}", value
+    )
 
 
 @pytest.mark.parametrize(

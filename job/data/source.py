@@ -22,6 +22,7 @@ from job.errors import UserError
 from job.paths import is_uri
 from job.storage import Folder
 
+BUILT_IN = ("auto", "time-machine", "embedded")  # never paths, even if there are files of these names
 AUTO_DOWNLOAD_TIMEOUT_S = 5.0  # before `auto` falls back to the embedded text
 Content = bytes | np.ndarray  # a text in UTF-8, or token ids: one-dimensional, int32
 _CONTENT_NAME = re.compile(r"(text|tokens):[0-9a-f]{16}")

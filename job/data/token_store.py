@@ -13,6 +13,7 @@ import numpy as np
 from job.config.field import format_value
 from job.config.schema import CorpusConfig, VocabularyConfig
 from job.data.indexed import format_index, map_tokens, open_indexed, smallest_dtype
+from job.data.source import BUILT_IN
 from job.data.vocabulary import Vocabulary, vocabulary_from_json
 from job.documents import parse_record
 from job.errors import UserError, error_origin, report_os_error
@@ -23,10 +24,13 @@ MANIFEST, VOCABULARY = "manifest.json", "vocabulary.json"
 _FORMAT, _VERSION = "lanes token store", 1
 _NAME = "tokens"  # of the .bin and .idx file
 _FILES = {f"{_NAME}.bin", f"{_NAME}.idx", VOCABULARY}
+_MARKER = ".preparing"  # in the folder of a store that is being written
 _BLOCK_TOKENS = 1 << 20  # that are in memory at a time
+_MAX_VERIFIED_BYTES = 256 << 20  # of tokens that each run verifies, within a second
 # What decides the tokens; of the others, such as the encoding of the text, nothing remains in a store.
 _FIXED = ("corpus.cleaning", "corpus.newlines", "vocabulary.kind", "vocabulary.end_of_line")
-_CHECKED = (*_FIXED, "vocabulary.size", "vocabulary.min_frequency", "vocabulary.scope")
+_OPTIONAL = ("vocabulary.size", "vocabulary.min_frequency", "vocabulary.scope")
+_TRAINING_PART = ("corpus.max_tokens", "corpus.validation_fraction")  # whose tokens vocabulary.scope = training counts
 _MANIFEST_TYPES = {"content": dict, "sha256": str}
 _CONTENT_TYPES = {"format": str, "version": int, "tokens": int, "characters": int, "target_characters": int,
                   "unknown": int, "token_sha256": str, "settings": dict, "files": dict}  # fmt: skip
@@ -89,14 +93,13 @@ def open_stored(
         return None
     with error_origin(f"corpus.source = {source}"), report_os_error("cannot be read"):
         if path.is_dir():
-            return (
-                _open_store(path, corpus_config, vocabulary_config, vocabulary) if (path / MANIFEST).exists() else None
-            )
-        prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
-        has_index = (
-            prefix.with_name(f"{prefix.name}.idx").is_file() and prefix.with_name(f"{prefix.name}.bin").is_file()
-        )
-        if vocabulary is None or not (has_index or (reads_flat and path.suffix == ".bin")):
+            return _open_store(path, corpus_config, vocabulary_config, vocabulary) if _is_store(path) else None
+        has_suffix = path.suffix in (".bin", ".idx")
+        if vocabulary is None or (path.is_file() and not has_suffix):
+            return None
+        prefix = path.with_suffix("") if has_suffix else path
+        has_index = all(prefix.with_name(f"{prefix.name}{suffix}").is_file() for suffix in (".bin", ".idx"))
+        if not has_index and not (reads_flat and path.suffix == ".bin"):
             return None
         tokens = open_indexed(prefix) if has_index else map_tokens(path, np.dtype("<u2"))
         return _check_tokens(tokens, vocabulary, corpus_config.cleaning)
@@ -104,9 +107,18 @@ def open_stored(
 
 def _local_path(source: str) -> Path | None:
     """Returns the path that a source names, None if it is not on a disk."""
+    if source in BUILT_IN:
+        return None
     if is_uri(source):
         return Folder.resolve(source).local_path if source.startswith("file://") else None
     return Path(os.path.expanduser(source))
+
+
+def _is_store(path: Path) -> bool:
+    """Returns whether a folder is a store, even if it is damaged; a folder of texts may have a manifest, too."""
+    manifest = path / MANIFEST
+    has_tokens = any((path / f"{_NAME}{suffix}").is_file() for suffix in (".bin", ".idx"))
+    return manifest.is_file() and (has_tokens or _FORMAT.encode() in manifest.read_bytes())
 
 
 def _check_tokens(tokens: np.ndarray, vocabulary: Vocabulary, cleaning: str) -> StoredTokens:
@@ -128,9 +140,12 @@ def _open_store(
     settings = content["settings"]
     given = _settings(corpus_config, vocabulary_config)
     defaults = _settings(CorpusConfig(), VocabularyConfig())
-    for name in _CHECKED if vocabulary is None else _FIXED[:2]:
-        is_free = given[name] == defaults[name] if name not in _FIXED else given[name] == "auto"
-        if not is_free and given[name] != settings[name]:
+    fixed: tuple[str, ...] = _FIXED[:2] if vocabulary else _FIXED
+    optional = () if vocabulary else _OPTIONAL
+    if optional and settings["vocabulary.scope"] == "training":
+        fixed += _TRAINING_PART
+    for name in (*fixed, *optional):
+        if given[name] not in (settings[name], defaults[name] if name in optional else "auto"):
             problem = (
                 f"{name} = {format_value(given[name])}, and the store was made with {format_value(settings[name])}"
             )
@@ -154,7 +169,7 @@ def _digest(content: Any) -> str:
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
-    """Reads the manifest of a store, and compares the files with it: sizes, and the checksums of the small ones."""
+    """Reads the manifest of a store, and compares the files with it: sizes, and the checksums of all but large ones."""
     remedy = "prepare the store again"
     try:
         document = parse_record((path / MANIFEST).read_bytes(), _MANIFEST_TYPES)
@@ -163,7 +178,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             raise ValueError("its checksum is wrong")
         if (content["format"], content["version"]) != (_FORMAT, _VERSION):
             raise ValueError(f"{content['format']} of version {content['version']}, and version {_VERSION} is read")
-        if set(content["files"]) != _FILES or not set(_CHECKED) <= set(content["settings"]):
+        if set(content["files"]) != _FILES or not {*_FIXED, *_OPTIONAL, *_TRAINING_PART} <= set(content["settings"]):
             raise ValueError("it is not complete")
     except ValueError as error:
         raise UserError(f"{MANIFEST}: {error}", remedy) from None
@@ -171,8 +186,11 @@ def _read_manifest(path: Path) -> dict[str, Any]:
         file = path / name
         if not file.is_file() or file.stat().st_size != size:
             raise UserError(f"{name} is missing, or does not have the {size:,} bytes that {MANIFEST} says", remedy)
-        if not name.endswith(".bin") and hashlib.sha256(file.read_bytes()).hexdigest() != digest:
-            raise UserError(f"{name} was changed: its checksum is wrong", remedy)
+        if name.endswith(".bin") and size > _MAX_VERIFIED_BYTES:
+            continue
+        with file.open("rb") as stream:
+            if hashlib.file_digest(stream, "sha256").hexdigest() != digest:
+                raise UserError(f"{name} was changed: its checksum is wrong", remedy)
     return content
 
 
@@ -234,9 +252,14 @@ def write_store(
     }
     manifest = json.dumps({"content": content, "sha256": _digest(content)}, indent=1).encode()
     with report_os_error(f"corpus.store = {folder}: cannot be written"):
+        folder.write(_MARKER)
+        for name in folder.names():
+            if name.startswith(tuple(f".{file}." for file in (*_FILES, MANIFEST))):  # of an attempt that was killed
+                folder.remove(name)
         for name, data in files.items():
             folder.write(name, data)
         folder.write(MANIFEST, manifest)
+        folder.remove(_MARKER)
     return folder
 
 
@@ -246,6 +269,8 @@ def check_no_store(store: str) -> None:
         raise UserError("corpus.store is empty", "give the folder to write: --corpus.store PATH")
     folder = Folder.resolve(store)
     with report_os_error(f"corpus.store = {folder}: cannot be read"):
-        if others := [name for name in folder.names() if name not in _FILES and not name.startswith(".")]:
+        names = folder.names()
+        incomplete = _FILES if _MARKER in names else set()  # of an attempt that failed
+        if others := [name for name in names if name not in incomplete and not name.startswith(".")]:
             problem = f"corpus.store = {folder}: exists and contains {others[0]}"
             raise UserError(problem, "choose another folder, or remove it")
