@@ -207,6 +207,8 @@ def test_two_workers_that_share_a_device_equal_one(device: torch.device) -> None
     """Bit for bit with ``train.reproducible``; else up to the order of sums."""
     results = multiprocessing.get_context("spawn").SimpleQueue()
     context = spawn(train_as_worker, (free_port(), device, results), nprocs=2, join=False)
+    while results.empty():
+        context.join(timeout=1)  # raises if a worker has failed, which then sends nothing
     (bits, bit_weights), (fast, _), (in_one_call, _) = results.get()
     while not context.join():
         pass
