@@ -8,7 +8,8 @@ import platform
 import re
 import sys
 import tarfile
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from hashlib import sha256
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -21,17 +22,25 @@ class BundleError(Exception):
     """The bundle cannot be used on this machine; the message says why."""
 
 
+@contextmanager
+def described(problem: str) -> Iterator[None]:
+    """Raises BundleError, with the problem and its reason, for what a bundle that is damaged or a full disk raises."""
+    try:
+        yield
+    except (OSError, EOFError, LookupError, TypeError, ValueError, lzma.LZMAError, tarfile.TarError) as error:
+        raise BundleError(f"{problem}: {type(error).__name__}: {error}") from None
+
+
 class Bundle:
     """A bundle that is open for reading."""
 
     def __init__(self, path: Path) -> None:
-        try:
+        with described(f"{path}: not a bundle of scripts/gpu-bundle"):
             self.archive = tarfile.open(path)  # noqa: SIM115 - until the program ends
             self.manifest: dict[str, Any] = json.loads(self._content(MANIFEST))
-        except (OSError, KeyError, ValueError, tarfile.TarError) as error:
-            raise BundleError(f"{path}: not a bundle of scripts/gpu-bundle: {error}") from None
-        if self.manifest["python"] != ".".join(platform.python_version_tuple()[:2]):
-            raise BundleError(f"{path}: for Python {self.manifest['python']}, this is {platform.python_version()}")
+            python, *_ = (self.manifest[name] for name in ("python", "sha256", "packages", "requires"))
+        if python != ".".join(platform.python_version_tuple()[:2]):
+            raise BundleError(f"{path}: for Python {python}, this is {platform.python_version()}")
 
     def _content(self, name: str) -> bytes:
         member = self.archive.extractfile(name)
@@ -41,14 +50,16 @@ class Bundle:
 
     def read(self, name: str) -> bytes:
         """A file of the bundle, decompressed. Raises BundleError if its checksum differs from the manifest's."""
-        content = self._content(name)
-        if sha256(content).hexdigest() != self.manifest["sha256"].get(name):
-            raise BundleError(f"{name}: differs from its checksum in the bundle's manifest")
-        return lzma.decompress(content)
+        with described(f"{name}: cannot be read from the bundle"):
+            content = self._content(name)
+            if sha256(content).hexdigest() != self.manifest["sha256"].get(name):
+                raise BundleError(f"{name}: differs from its checksum in the bundle's manifest")
+            return lzma.decompress(content)
 
     def unpack_package(self, name: str, folder: Path) -> None:
         """Extracts a package; a member that would be written elsewhere is an error."""
-        with tarfile.open(fileobj=io.BytesIO(self.read(f"packages/{name}.tar.xz"))) as package:
+        content = io.BytesIO(self.read(f"packages/{name}.tar.xz"))
+        with described(f"{name}: cannot be unpacked"), tarfile.open(fileobj=content) as package:
             package.extractall(folder, filter="data")
 
     def unpack_corpora(self, folder: Path) -> None:
@@ -56,7 +67,9 @@ class Bundle:
         folder.mkdir(parents=True, exist_ok=True)
         for name in self.manifest["sha256"]:
             if name.startswith("corpora/"):
-                (folder / Path(name).name).with_suffix("").write_bytes(self.read(name))
+                text = self.read(name)
+                with described(f"{name}: cannot be unpacked"):
+                    (folder / Path(name).name).with_suffix("").write_bytes(text)
 
 
 def installed_version(name: str) -> str | None:

@@ -74,17 +74,19 @@ def large_marks(case: Facts) -> list[Facts]:
         speed = mark(speed_name, f"{show_ratio(ratio)} times", ratio["median"] >= 1)
     if is_wrong(case):
         speed = mark(speed_name, WRONG, False)
-    share_name = f"LSTM of 4096 units, batch 512: {MIN_SHARE:.0%} of the bf16 peak"
+    share_name = f"LSTM of 4096 units, batch 512: {MIN_SHARE:.0%} of the measured bf16 peak"
     return [speed, mark(share_name, f"{share:.1%}" if share else "", share >= MIN_SHARE if share else None)]
 
 
 def training_mark(report: Facts) -> Facts:
     """The seconds from the command to the target, against those of the transformer without its evaluations."""
-    name = f"tiny Shakespeare to {TARGET_NATS} nats in less time than nanoGPT's recipe"
+    name = f"tiny Shakespeare to {TARGET_NATS} nats in less time than nanoGPT's recipe, which is not compiled here"
     ours, rival = report.get("training", {}), report.get("transformer", {})
     seconds, curve = ours.get("seconds_to_target"), rival.get("validation", [])
     if rival.get("status") == "timeout" and seconds and not rival.get("seconds_to_target"):
-        return mark(name, f"{seconds:.1f} s; the transformer had not reached it in {rival['seconds']:.0f} s", True)
+        trained = rival["seconds"] - max((row.get("evaluation_seconds", 0.0) for row in curve), default=0.0)
+        value = f"{seconds:.1f} s; the transformer had not reached it in {trained:.0f} s"
+        return mark(name, value, True if seconds < trained else None)
     if not curve or rival.get("status") != "ok" or (not seconds and ours.get("status") != "ok"):
         return mark(name, f"{seconds:.1f} s" if seconds else "", None)
     if not seconds:
@@ -197,7 +199,10 @@ def tests_section(tests: Facts | None) -> str:
 def benchmarks_section(benchmarks: Facts) -> str:
     lines = []
     if peak := benchmarks.get("peak"):
-        lines.append("Peak: " + ", ".join(f"{name} {value / 1e12:.2f} TFLOP/s" for name, value in peak.items()))
+        lines.append(
+            "Peak, measured with products of large square matrices: "
+            + ", ".join(f"{name} {value / 1e12:.2f} TFLOP/s" for name, value in peak.items())
+        )
     for case in benchmarks.get("cases", []):
         rows = [variant_row(name, variant, case) for name, variant in case["variants"].items()]
         columns = ["variant", "ms", "kernel ms", "tokens/s", "share", "ours is faster by", "loss", "MiB", "note"]

@@ -8,6 +8,7 @@ packages that are not installed. Imports only what every machine with torch has.
 import argparse
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from benchmarks.gpu_packages import Bundle, BundleError, installed_version, unpack
 from benchmarks.gpu_report import TARGET_NATS, Report, time_to_target
@@ -115,6 +116,12 @@ def read_json_lines(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def refuse(problem: str) -> NoReturn:
+    """Ends the program with one line before any part has run."""
+    print(f"error: {problem}", file=sys.stderr)
+    sys.exit(2)
+
+
 def describe_device(session: Session) -> dict[str, Any]:
     """Device and versions. Ends the program with one line if torch or the device is missing."""
     log = session.folder / "device.log"
@@ -124,8 +131,7 @@ def describe_device(session: Session) -> dict[str, Any]:
     if outcome.status == "ok" and rows:
         return rows[-1]
     problem = outcome.output.splitlines()[-1] if outcome.output else outcome.status
-    print(f"error: {problem.removeprefix('error: ')}", file=sys.stderr)
-    sys.exit(2)
+    refuse(problem.removeprefix("error: "))
 
 
 def run_smoke(session: Session, limit: float) -> dict[str, Any]:
@@ -259,6 +265,7 @@ def prepared(args: argparse.Namespace) -> Iterator[tuple[Session, dict[str, Any]
                 bundle.unpack_corpora(texts)
             except BundleError as error:
                 packages = {"not used": [str(error)]}
+                shutil.rmtree(site, ignore_errors=True)  # half of the packages are worse than none
         paths = [str(site), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         has_ray = "ray" in packages.get("unpacked", []) or installed_version("ray") is not None
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), RUN_ID_ENV_VAR: uuid.uuid4().hex}
@@ -280,9 +287,14 @@ def main() -> None:
     args, start = parser.parse_args(), time.monotonic()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
+    if args.bundle != BUNDLE and not args.bundle.is_file():
+        refuse(f"--bundle {args.bundle}: no such file")
     with prepared(args) as (session, packages):
         described = describe_device(session)
-        report = Report(args.output, session.quick, packages, described)
+        try:
+            report = Report(args.output, session.quick, packages, described)
+        except OSError as error:
+            refuse(f"--output {args.output}: {error.strerror}")
         run_parts(session, report, start + (QUICK_TOTAL_SECONDS if session.quick else TOTAL_SECONDS))
         report.finish()
     print(f"report {args.output / 'gpu-report.md'}")

@@ -11,6 +11,7 @@ import sys
 import tarfile
 import time
 import zipfile
+from argparse import Namespace
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -24,7 +25,7 @@ from benchmarks.gpu import DTYPES, EAGER, REFERENCE, SkewedShapes, plain_variant
 from benchmarks.gpu_bundle import closure, packed_name, project_requirements, repack, unsatisfied, write
 from benchmarks.gpu_packages import Bundle, BundleError, choose_packages, missing_packages
 from benchmarks.gpu_report import RIVAL_GRAPH, TARGET_NATS, Report, marks, time_to_target
-from benchmarks.gpu_run import RUN_ID_ENV_VAR, Outcome, facts_of_tests, read_json_lines, run_process
+from benchmarks.gpu_run import RUN_ID_ENV_VAR, Outcome, facts_of_tests, prepared, read_json_lines, run_process
 from benchmarks.transformer import QUICK, Transformer, learning_rate_at
 
 PYTHON = ".".join(platform.python_version_tuple()[:2])
@@ -104,7 +105,7 @@ def test_unpack_of_package_with_path_outside_its_folder_writes_nothing_there(tmp
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         archive.addfile(tarfile.TarInfo(name))
     path = write_bundle(tmp_path / "bundle.tar", {"packages/thing.tar.xz": lzma.compress(buffer.getvalue())})
-    with contextlib.suppress(tarfile.FilterError):
+    with contextlib.suppress(BundleError):
         Bundle(path).unpack_package("thing", tmp_path / "site")
     assert not (tmp_path / "outside.py").exists()
     assert not Path("/tmp/lanes-outside.py").exists()
@@ -114,6 +115,43 @@ def test_unpack_of_altered_package_is_refused(tmp_path: Path) -> None:
     path = write_bundle(tmp_path / "bundle.tar", {"packages/thing.tar.xz": lzma.compress(b"")}, sha256={})
     with pytest.raises(BundleError, match="checksum"):
         Bundle(path).read("packages/thing.tar.xz")
+
+
+@pytest.mark.parametrize("manifest", [b"{}", b"[]", b"{"])
+def test_bundle_with_damaged_manifest_is_refused(tmp_path: Path, manifest: bytes) -> None:
+    write({"manifest.json": manifest}, tmp_path / "bundle.tar")
+    with pytest.raises(BundleError, match="not a bundle"):
+        Bundle(tmp_path / "bundle.tar")
+
+
+def test_bundle_that_lacks_a_package_or_cannot_be_written_is_refused(tmp_path: Path) -> None:
+    archive = repack(write_wheel(tmp_path / "thing-1-py3-none-any.whl", {"thing.py": ""}))
+    bundle = Bundle(write_bundle(tmp_path / "bundle.tar", {"packages/thing.tar.xz": archive}))
+    with pytest.raises(BundleError, match="absent"):
+        bundle.unpack_package("absent", tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(BundleError, match="thing: cannot be unpacked"):
+        bundle.unpack_package("thing", tmp_path / "file")
+
+
+def test_prepared_with_bundle_that_fails_halfway_uses_none_of_it(tmp_path: Path) -> None:
+    archive = repack(write_wheel(tmp_path / "a-1-py3-none-any.whl", {"a_of_bundle.py": ""}))
+    packages = {name: {"version": "1", "requires": []} for name in ("a-of-bundle", "b-of-bundle")}
+    files = {"packages/a-of-bundle.tar.xz": archive, "packages/b-of-bundle.tar.xz": b"damaged"}
+    path = write_bundle(tmp_path / "bundle.tar", files, packages=packages)
+    with prepared(Namespace(bundle=path, device="cpu", quick=True)) as (session, used):
+        assert list(used) == ["not used"] and "b-of-bundle" in used["not used"][0]
+        assert not (session.folder / "packages").exists()
+
+
+@pytest.mark.parametrize(("flag", "problem"), [("--bundle", "no such file"), ("--output", "File exists")])
+def test_gpu_run_with_unusable_path_is_one_line(flag: str, problem: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    path = tmp_path / ("file" if flag == "--output" else "absent")
+    command = [sys.executable, str(ROOT / "scripts/gpu-run"), "--device", "cpu", flag, str(path)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == f"error: {flag} {path}: {problem}\n"
 
 
 @pytest.mark.parametrize("content", [b"", b"not a tar file", b"\0" * 2048])
@@ -313,6 +351,8 @@ def test_mark_of_training_compares_times_to_the_target() -> None:
     assert training(40.0, losses((60, TARGET_NATS), evaluation_seconds=25)) == "not reached"
     assert training(40.0, losses((60, 1.5))) == "reached"
     assert training(40.0, losses((30, 1.5)), "timeout") == "reached"
+    assert training(100.0, losses((30, 1.5)), "timeout") == "not measured"
+    assert training(90.0, losses((30, 1.5), evaluation_seconds=20), "timeout") == "not measured"
     assert training(40.0, [], "failed") == "not measured"
 
 
