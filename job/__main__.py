@@ -53,7 +53,7 @@ def _tune(line: CommandLine) -> int:
 
 
 def _prepare(line: CommandLine) -> int:
-    """Write a corpus as a token store, from which training does not read the text into memory; in this process."""
+    """Write a text as a token store, which runs memory-map instead of reading the text."""
     from job.config.config_file import load_config
     from job.run.setup import prepare_store
 

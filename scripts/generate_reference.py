@@ -109,11 +109,10 @@ def reference() -> str:
 <!-- Generated from job/config by scripts/generate_reference.py; `make reference` updates it. -->
 
 A configuration is a TOML file with one table per section. A flag (`--model.hidden_size 512`) overrides the file, and
-the file overrides the default. Editors that know TOML schemas complete and check a file that begins with the line
+the file overrides the default. Editors that support TOML schemas complete and check a file that begins with the line
 `#:schema schema.json`, as those in `configs/` do; the schema is `configs/schema.json`.
 
-The last column says what a run or search may change when it is resumed. A field that may change does not affect the
-result.
+The last column is what may change when a run or search is resumed. A field that may change does not affect the result.
 
 {chr(10).join(sections)}
 ### search.space

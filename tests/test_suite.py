@@ -63,7 +63,7 @@ def test_skip_that_is_not_allowed_fails_session(pytester: pytest.Pytester, suite
 
 
 def test_allowed_skips_name_existing_tests_and_allowed_reasons() -> None:
-    reasons = ("needs a GPU", "needs a browser", "needs privileges")
+    reasons = ("needs a GPU", "needs privileges")
     for line in (ROOT / ".ci" / "skips.txt").read_text().splitlines():
         if line and not line.startswith("#"):
             test, _, reason = line.partition("#")

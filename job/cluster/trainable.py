@@ -206,7 +206,7 @@ class TrialRunner:
         """Passes a score to Ray Tune, once per step, and pauses the run.
 
         Training continues during the pause until its next checkpoint, so it may complete another epoch before the
-        run ends. Ray Tune does not learn of that epoch, so the run must restart from the one that was reported.
+        run ends. That epoch is not reported to Ray Tune, so the run must restart from the one that was reported.
         """
         if self.ending:
             forget_exchange(self.folder)

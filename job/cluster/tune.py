@@ -89,7 +89,7 @@ def run_search(config: Config, search: SearchConfig, default_name: str, console:
                 if stop_request.exit_code:
                     console.print(f"stopped; the same command resumes {folder}")
                     return stop_request.exit_code
-                trials = load_trials(lease.folder, base, search)  # what the files say
+                trials = load_trials(lease.folder, base, search)  # as the files state
                 write_results(trials)
                 print_results(trials, console)
                 return 0

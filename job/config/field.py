@@ -28,9 +28,9 @@ class ConfigField:
         bounds: of its number, or of each number in its list, by their name in ``BOUNDS``
         choices: the texts that it can be, each with an explanation or ""; empty: any text
         pattern: regular expression of the whole text
-        form: what values look like, where type and choices do not say it; needed if there are several types
+        form: what values look like, if type and choices do not state it; needed if there are several types
         is_path: whether it is a path or URI, in which ``$NAME`` and ``~`` are expanded when it is read from the user
-        on_resume: what may change when a run or search is resumed; "": as the section says
+        on_resume: what may change when a run or search is resumed; "": that of the section
         is_mutable: whether population-based training may change it during a run
         name: its full name, such as ``model.cell``, set by the section
         type: its type, set by the section

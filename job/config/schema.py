@@ -36,7 +36,7 @@ class CorpusConfig(Section):
 
     source: str = config_field(
         "auto",
-        "auto (The Time Machine), time-machine, embedded, or a file, folder or glob as a path or URI",
+        "auto (The Time Machine), time-machine, embedded, a token store, or a file, folder or glob as a path or URI",
         is_path=True,
     )
     store: str = config_field("", "folder that prepare writes: a token store", is_path=True, on_resume=FREE)
@@ -115,7 +115,7 @@ class OptimizerConfig(Section):
     name: str = choice_field("optimizer", sgd="", adamw="")
     learning_rate: float = config_field(0.1, "peak learning rate", gt=0, is_mutable=True)
     weight_decay: float = config_field(0.0, "weight decay, as torch.optim applies it", ge=0, is_mutable=True)
-    grad_clip_norm: float = config_field(0.0, "max global gradient norm; 0 disables clipping", ge=0, is_mutable=True)
+    grad_clip_norm: float = config_field(0.0, "maximum norm of the gradient; 0: no clipping", ge=0, is_mutable=True)
     schedule: str = choice_field("learning-rate schedule", constant="", cosine="to zero")
     schedule_steps: int = config_field(0, "length of the schedule; 0: all of train.epochs", "steps", ge=0)
     warmup_steps: int = config_field(0, "length of the linear learning-rate warm-up", "steps", ge=0)

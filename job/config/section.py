@@ -45,7 +45,7 @@ class Section:
 
     @classmethod
     def _complete(cls, option: Field[Any]) -> ConfigField:
-        """Returns a field's declaration with its name, its type and what its section says."""
+        """Returns a field's declaration with its name, its type and the ``on_resume`` of its section."""
         declared: ConfigField = option.metadata["declaration"]
         name, on_resume = f"{cls.section_name}.{option.name}", declared.on_resume or cls.on_resume
         return replace(declared, name=name, type=option.type, on_resume=on_resume)

@@ -27,7 +27,7 @@ _FILES = {f"{_NAME}.bin", f"{_NAME}.idx", VOCABULARY}
 _MARKER = ".preparing"  # in the folder of a store that is being written
 _BLOCK_TOKENS = 1 << 20  # that are in memory at a time
 _MAX_VERIFIED_BYTES = 256 << 20  # of tokens that each run verifies, within a second
-# What decides the tokens; of the others, such as the encoding of the text, nothing remains in a store.
+# The settings that decide the tokens. Others, such as the encoding of the text, do not apply to a store.
 _FIXED = ("corpus.cleaning", "corpus.newlines", "vocabulary.kind", "vocabulary.end_of_line")
 _OPTIONAL = ("vocabulary.size", "vocabulary.min_frequency", "vocabulary.scope")
 _TRAINING_PART = ("corpus.max_tokens", "corpus.validation_fraction")  # whose tokens vocabulary.scope = training counts
@@ -185,7 +185,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     for name, (size, digest) in content["files"].items():
         file = path / name
         if not file.is_file() or file.stat().st_size != size:
-            raise UserError(f"{name} is missing, or does not have the {size:,} bytes that {MANIFEST} says", remedy)
+            raise UserError(f"{name} is missing, or does not have the {size:,} bytes that {MANIFEST} states", remedy)
         if name.endswith(".bin") and size > _MAX_VERIFIED_BYTES:
             continue
         with file.open("rb") as stream:

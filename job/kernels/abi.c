@@ -1,4 +1,4 @@
-/* What Python asks when it has loaded the library. */
+/* What Python queries when it has loaded the library. */
 
 #include <stddef.h>
 #include <string.h>

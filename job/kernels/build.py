@@ -1,7 +1,7 @@
 """Compiles the C kernels once per machine with its own compiler, and loads them.
 
 If there is no compiler, or if anything else fails, ``load_library()`` returns None and ``unavailable_reason()``
-says why; torch's operators are used instead.
+the reason; torch's operators are used instead.
 """
 
 import ctypes

@@ -108,7 +108,7 @@ class CheckpointCommitter:
 
 
 def _is_intact(checkpoint: Checkpoint) -> bool:
-    """Whether every byte of a checkpoint is as its manifest says."""
+    """Whether every byte of a checkpoint agrees with its manifest."""
     try:
         verify_checkpoint(checkpoint)
     except CorruptCheckpoint:

@@ -205,7 +205,7 @@ def _run(
 
 
 def _config_text(spec: RunSpec, source: Source | None, folder: Folder) -> str:
-    """Returns the run's configuration; a comment says from which checkpoint it started, and what was changed."""
+    """Returns the run's configuration; a comment names the checkpoint that it started from, and what was changed."""
     record = source.record(spec.config) if source else read_record(folder)
     if not record or not spec.config.run.resume_from:
         return config_to_toml(spec.config)

@@ -54,7 +54,7 @@ class ExistingRun:
     result: dict[str, Any] | None  # None until the run is finished
 
     def is_finished(self, config: Config) -> bool:
-        """Whether the run has done all the epochs and steps that a configuration asks for."""
+        """Whether the run has done all the epochs and steps that a configuration requires."""
         result = self.result
         return bool(result and is_done(Progress(epoch=result["epochs"], step=result["steps"]), config.train))
 

@@ -27,7 +27,7 @@ DeviceStep = Callable[[Batch, State, Tensor], tuple[Tensor, State]]  # a TrainSt
 
 
 def supports_cuda_graph(model: LanguageModel, world_size: int) -> bool:
-    """Whether each step is the same work of a single GPU, or of several that exchange gradients by NCCL if asked for.
+    """Whether each step is the same work of a single GPU, or of several with NCCL if that is enabled.
 
     NCCL's operations can be captured, but this has not run on several GPUs yet.
     """

@@ -54,7 +54,7 @@ def read_tensors(stream: ReadableInto, size: int) -> tuple[dict[str, Tensor], di
 
     Args:
         stream: the file
-        size: of the file in bytes; nothing larger is allocated, whatever the header says
+        size: of the file in bytes; nothing larger is allocated, whatever the header states
 
     Returns:
         the tensors on the CPU by name, and the metadata
