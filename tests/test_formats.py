@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import math
+import os
 import random
 import re
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from job.data.compression import FREE_BYTES, decompress
 from job.data.corpus import Corpus, read_corpus
 from job.data.dataset import build_dataset
 from job.data.parse import parse_file
+from job.data.source import find_files
 from job.errors import UserError
 from job.run.run_dir import open_checkpoint
 from job.storage import Folder
@@ -159,6 +161,12 @@ def test_parse_file_of_parquet_bomb_is_refused() -> None:
     data = parquet(["long " * 20_000] * 2000, use_dictionary=True, compression="zstd")
     with pytest.raises(UserError, match="the field text is larger than"):
         parse_file("a.parquet", data, CorpusConfig())
+
+
+def test_find_files_of_a_folder_skips_named_pipes(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("one")
+    os.mkfifo(tmp_path / "b.txt")
+    assert [file.name for file in find_files(str(tmp_path))[1]] == [str(tmp_path / "a.txt")]
 
 
 def test_parse_file_of_parquet_columns_of_similar_names_reads_the_named_one() -> None:

@@ -125,7 +125,7 @@ def _find_on_disk(pattern: str) -> list[SourceFile]:
     path = existing = os.path.expanduser(pattern)
     paths = [path]
     if os.path.isdir(path):
-        paths = _checked(sorted(_walk(path)))
+        paths = _checked(sorted(name for name in _walk(path) if not Path(name).is_fifo()))  # whose read may never end
     elif glob.has_magic(path) and not os.path.exists(path):
         while existing and not os.path.exists(existing):  # the part of the path that exists is literal
             existing = os.path.dirname(existing)
