@@ -22,6 +22,7 @@ import torch
 from cells import LinearCell
 from conftest import ROOT, result
 from conftest import job as command
+from torch.overrides import _get_current_function_mode_stack
 
 import job
 from job.config.schema import CorpusConfig
@@ -237,6 +238,9 @@ def process_state() -> dict[str, Any]:
         "warn_only": torch.is_deterministic_algorithms_warn_only_enabled(),
         "dtype": torch.get_default_dtype(),
         "device": torch.get_default_device(),
+        "modes": len(_get_current_function_mode_stack()),
+        "autocast": torch.is_autocast_enabled("cpu"),
+        "float32": (torch.backends.cudnn.allow_tf32, torch.get_float32_matmul_precision()),
         "grad": torch.is_grad_enabled(),
         "random": (random.getstate(), torch.get_rng_state().tolist(), str(np.random.get_state())),  # noqa: NPY002  the state that all share
         "logging": [(log.level, log.propagate, *log.handlers) for log in map(logging.getLogger, ("", "job"))],
@@ -255,7 +259,9 @@ def unusual_process() -> Iterator[None]:
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.set_default_dtype(torch.float64)
     torch.set_default_device("meta")
+    torch.set_float32_matmul_precision("medium")
     yield
+    torch.set_float32_matmul_precision("highest")
     torch.set_default_device(None)
     torch.set_default_dtype(torch.float32)
     torch.use_deterministic_algorithms(False)
@@ -278,6 +284,37 @@ def test_train_leaves_the_process_as_it_was_and_does_not_depend_on_it(
     assert run.result["weights_sha256"] == expected.result["weights_sha256"]
     assert run.generate("the", temperature=1.0) == expected.generate("the", temperature=1.0)
     assert process_state() == before
+
+
+def test_train_in_contexts_of_torch_leaves_them_and_does_not_depend_on_them(text: str, storage: str) -> None:
+    sections = small(run={"storage": storage})
+    expected = job.train(text=text, cell=NotebookCell, **sections)
+    outside = process_state()
+    with torch.device("meta"), torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        before = process_state()
+        run = job.train(text=text, cell=NotebookCell, **sections)
+        assert process_state() == before
+    assert process_state() == outside
+    assert run.result is not None
+    assert expected.result is not None
+    assert run.result["weights_sha256"] == expected.result["weights_sha256"]
+
+
+def test_train_computes_products_in_float32_and_restores_their_precision(text: str, storage: str) -> None:
+    matmul: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    found: list[tuple[str, str]] = []
+
+    class PrecisionCell(LinearCell):
+        def forward(self, inputs: torch.Tensor, state: Any) -> tuple[torch.Tensor, Any]:
+            found.append((matmul.fp32_precision, torch.backends.cuda.matmul.fp32_precision))
+            return super().forward(inputs, state)
+
+    for precision in ("medium", "high", "highest"):
+        torch.set_float32_matmul_precision(precision)
+        before = (*process_state()["float32"], matmul.fp32_precision)
+        job.train(text=text, cell=PrecisionCell, **small(run={"storage": storage, "name": precision}))
+        assert (*process_state()["float32"], matmul.fp32_precision) == before
+    assert set(found) == {("ieee", "ieee")}
 
 
 @pytest.mark.usefixtures("unusual_process")
