@@ -193,6 +193,8 @@ class Folder:
     @_retried
     def read_block(self, name: str, start: int, max_bytes: int) -> bytes:
         """Returns up to ``max_bytes`` of a file from the byte ``start``; a negative one counts from the end."""
+        if self.local_path and not (self.local_path / name).is_file():  # to open a FIFO would wait for its writer
+            raise FileNotFoundError(f"{self / name}: no such file")
         file_system, path = self._location
         with file_system.open_input_file(f"{path}/{name}") as file:
             file.seek(start if start >= 0 else max(0, file.size() + start))

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -150,6 +152,16 @@ def test_runs_of_folder_that_cannot_be_read_is_shown_as_such(tmp_path: Path, mon
     monkeypatch.setattr(Folder, "infos", refuse)
     assert listed(tmp_path)["run"] == ListedRun("run", "unknown", "unreadable")
     assert "unreadable" in job("runs", tmp_path).out
+
+
+@pytest.mark.parametrize("name", ["driver.log", METRICS_FILE, "config.toml", "owner.json"])
+def test_runs_of_folder_with_a_fifo_does_not_wait_for_its_writer(tmp_path: Path, name: str) -> None:
+    run = make_run(tmp_path / "run", 1)
+    (run / name).unlink(missing_ok=True)
+    os.mkfifo(run / name)
+    words = [sys.executable, "-m", "job", "runs", str(tmp_path)]
+    ended = subprocess.run(words, cwd=ROOT, timeout=60, check=True, capture_output=True, text=True)
+    assert (ended.stderr, ended.stdout.count("\n")) == ("", 2)
 
 
 def test_runs_without_storage_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
