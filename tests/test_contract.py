@@ -54,6 +54,10 @@ CONTRACTS = {
         "no such configuration file", "search.trials", "search.trails", "train.reproducible",
         (NO_JSON, NO_ADDRESS), has_json=False,
     ),
+    "prepare": Contract(
+        "no such configuration file", "model.hidden_size", "model.hiden_size", "train.reproducible",
+        (NO_JSON, NO_ADDRESS, ONLY_TUNE), has_json=False,
+    ),
     "generate": Contract(
         "neither a run with a checkpoint nor a checkpoint", "generate.length", "generate.lengths", "generate.unknown",
         (NO_ADDRESS, ONLY_TUNE, BY_CHECKPOINT, ("corpus.source", "is fixed by the checkpoint")),
@@ -163,7 +167,7 @@ def test_help_for_generate_lists_only_its_fields() -> None:
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        ([], "the verb is missing; one of train, tune, generate, evaluate, doctor, runs; python -m job --help"),
+        ([], "the verb is missing; one of train, tune, prepare, generate, evaluate, doctor, runs; python -m job --help"),
         (["trian"], "unknown verb trian; did you mean train?"),
         (["--model.cell", "rnn"], "unknown verb --model.cell"),
         ([""], "unknown verb"),
