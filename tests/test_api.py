@@ -29,6 +29,8 @@ from job.config.schema import CorpusConfig
 from job.data.corpus import read_corpus
 from job.data.source import content_name
 
+pytestmark = pytest.mark.slow
+
 SMALL: dict[str, dict[str, Any]] = {
     "stream": {"batch_size": 8, "num_steps": 20},
     "model": {"hidden_size": 16},

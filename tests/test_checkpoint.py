@@ -70,6 +70,7 @@ def test_finished_run_contains_the_documented_files(run: Path) -> None:
     assert (run / "perplexity.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("cell", "stop"), [("rnn", 7), ("lstm", 61), ("rnn", 100)])
 def test_resumed_run_equals_uninterrupted_run(prose: Path, tmp_path: Path, cell: str, stop: int) -> None:
     """Weights, generated text and metrics, at whatever step the run stopped."""
@@ -90,6 +91,7 @@ def test_resumed_run_equals_uninterrupted_run(prose: Path, tmp_path: Path, cell:
         assert [(row["step"], row["nats"]) for row in found] == [(row["step"], row["nats"]) for row in expected]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("schedule", "first", "rest"),
     [

@@ -22,6 +22,8 @@ from job.run.run_dir import open_checkpoint
 from job.storage import Folder
 from job.training.loop import evaluate_lanes
 
+pytestmark = pytest.mark.slow
+
 SMALL = ["--scale.workers", 0, "--model.hidden_size", 16, "--train.epochs", 2, "--generate.prefix", "the"]
 
 

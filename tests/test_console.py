@@ -100,6 +100,7 @@ def test_format_duration_of_any_length_is_short() -> None:
     assert format_duration(1e300) == "1.16e+295 days"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ["ascii", "ascii:strict", "ascii:ignore"])
 def test_commands_replace_what_the_terminal_cannot_encode(tmp_path: Path, encoding: str) -> None:
     env = {"PYTHONIOENCODING": encoding}

@@ -167,7 +167,10 @@ def test_help_for_generate_lists_only_its_fields() -> None:
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        ([], "the verb is missing; one of train, tune, prepare, generate, evaluate, doctor, runs; python -m job --help"),
+        (
+            [],
+            "the verb is missing; one of train, tune, prepare, generate, evaluate, doctor, runs; python -m job --help",
+        ),
         (["trian"], "unknown verb trian; did you mean train?"),
         (["--model.cell", "rnn"], "unknown verb --model.cell"),
         ([""], "unknown verb"),

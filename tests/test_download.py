@@ -20,6 +20,8 @@ from job.data.corpus import Corpus, read_corpus
 from job.errors import UserError
 from job.paths import cache_folder
 
+pytestmark = pytest.mark.slow
+
 
 def read(source: str) -> Corpus:
     return read_corpus(CorpusConfig(source=source), "char")

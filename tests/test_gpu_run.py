@@ -28,6 +28,8 @@ from benchmarks.gpu_report import RIVAL_GRAPH, TARGET_NATS, Report, marks, time_
 from benchmarks.gpu_run import RUN_ID_ENV_VAR, Outcome, facts_of_tests, prepared, read_json_lines, run_process
 from benchmarks.transformer import QUICK, Transformer, learning_rate_at
 
+pytestmark = pytest.mark.slow
+
 PYTHON = ".".join(platform.python_version_tuple()[:2])
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
 

@@ -12,6 +12,8 @@ from conftest import ROOT
 
 from job.paths import cache_folder, cache_notice
 
+pytestmark = pytest.mark.slow
+
 WITHOUT_PASSWD_ENTRY = """
 import pwd, runpy, sys
 def getpwuid(uid): raise KeyError(uid)

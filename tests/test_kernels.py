@@ -96,6 +96,7 @@ def reason_in_subprocess(cache: Path, **environment: Any) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_load_without_working_compiler_explains_why(tmp_path: Path) -> None:
     assert "no C compiler" in reason_in_subprocess(tmp_path, PATH="")
     assert "off" in reason_in_subprocess(tmp_path, LANES_KERNEL="off")
@@ -105,6 +106,7 @@ def test_load_without_working_compiler_explains_why(tmp_path: Path) -> None:
     assert "no such flag" in reason_in_subprocess(tmp_path, PATH=str(tmp_path))
 
 
+@pytest.mark.slow
 @needs_kernel
 def test_load_rejects_cache_that_others_can_write(tmp_path: Path) -> None:
     (tmp_path / "lanes").mkdir(0o775)  # as if texts had been cached with a umask of 002

@@ -22,6 +22,8 @@ from job.storage import Folder
 from job.training.checkpoint import list_checkpoints
 from job.tuning.setup import check_search
 
+pytestmark = pytest.mark.slow
+
 SMALL = {
     "--scale.workers": 0, "--model.hidden_size": 8, "--model.dropout": 0.1, "--stream.batch_size": 4,
     "--stream.num_steps": 25, "--train.epochs": 3, "--train.checkpoint_every": 50, "--train.keep_checkpoints": 99,

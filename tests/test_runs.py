@@ -21,6 +21,8 @@ from job.training.progress import Progress
 from job.tuning.runs import ListedRun, list_runs
 from job.tuning.trials import TRIALS_FILE
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = ROOT / "tests" / "golden" / "63eb800"
 
 

@@ -289,6 +289,7 @@ def test_resolve_search_with_too_many_trials_raises_user_error(
         resolve_search(config, search, "")
 
 
+@pytest.mark.slow
 def test_tune_while_it_checks_many_values_shows_progress_and_ends_at_the_first_interrupt(
     prose: Path, tmp_path: Path
 ) -> None:
@@ -662,6 +663,7 @@ def test_search_interrupted_while_it_writes_results_completes_them(
     assert "is finished" in small_search()[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["search.toml", "trials.json", "sample.txt", "trials.parquet", "best.toml"])
 def test_search_killed_while_it_writes_a_record_resumes_with_the_same_result(
     small_search: Callable[..., Any], tmp_path: Path, file: str

@@ -24,7 +24,10 @@ from job.distributed.shared_memory import CACHE_LINE, SLOT_BYTES, SharedMemoryGr
 from job.kernels.build import load_library, unavailable_reason
 from job.nn.language_model import build_model
 
-pytestmark = pytest.mark.skipif(load_library() is None, reason=f"no kernel: {unavailable_reason()}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(load_library() is None, reason=f"no kernel: {unavailable_reason()}"),
+]
 
 
 def make_group(workers: int, timeout_s: float = 30.0) -> list[SharedMemoryGroup]:

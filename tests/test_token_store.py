@@ -19,6 +19,8 @@ from job.data.stream import Stream
 from job.run.setup import build_run_spec
 from job.storage import Folder
 
+pytestmark = pytest.mark.slow
+
 TEXT = "the time machine\nwas a machine of time and other things\r\n" * 40
 FLAGS = {
     "stream.batch_size": 4, "stream.num_steps": 8, "model.hidden_size": 8, "train.max_steps": 5, "generate.length": 5,

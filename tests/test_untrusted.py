@@ -30,6 +30,8 @@ from job.storage import Folder
 from job.training.optimizer import build_optimizer, load_optimizer_tensors
 from job.tuning.trials import load_trials
 
+pytestmark = pytest.mark.slow
+
 EVIL = "evil:Cell"
 
 
