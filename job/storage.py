@@ -39,6 +39,7 @@ MAX_RETRY_S = RETRY_JITTER[1] * sum(RETRY_DELAYS_S)
 PERMANENT_ERRORS = re.compile(
     "ACCESS_DENIED|NO_SUCH_BUCKET|NO_SUCH_KEY|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|SIGNATURE_DOES_NOT_MATCH"
 )
+_PROBE = bytes(4096)  # a full disk still has room for empty files
 
 
 class TooLarge(OSError):
@@ -298,22 +299,24 @@ class Folder:
 
     @contextlib.contextmanager
     def probe_file(self) -> Iterator[str]:
-        """Yields the name of an empty file that exists here inside the ``with`` block.
+        """Yields the name of a file that exists here inside the ``with`` block.
 
         Raises:
             UserError: if it cannot be written, overwritten or, at the end of the block, deleted
         """
-        name = f".writable-{uuid.uuid4().hex[:8]}"
-        local, remedy = self.local_path, "choose another folder or grant write access"
-        with report_os_error(f"run.storage = {self}: cannot be written to", remedy):
-            missing = [folder for folder in (local, *local.parents) if not folder.exists()] if local else []
-            self.write(name, b"")
-            self.write(name, b"")
+        name, missing = f".writable-{uuid.uuid4().hex[:8]}", list[Path]()
+        local, remedy = self.local_path, "grant write access, free space there, or choose another folder"
         try:
-            yield name
+            with report_os_error(f"run.storage = {self}: cannot be written to", remedy):
+                missing += [folder for folder in (local, *local.parents) if not folder.exists()] if local else []
+                self.write(name, _PROBE)
+                self.write(name, _PROBE)
+            try:
+                yield name
+            finally:
+                with report_os_error(f"run.storage = {self}: files cannot be deleted", remedy):
+                    self.remove(name)
         finally:
-            with report_os_error(f"run.storage = {self}: files cannot be deleted", remedy):
-                self.remove(name)
             with contextlib.suppress(OSError):  # another run may be using the folders by now
                 for folder in missing:
                     folder.rmdir()

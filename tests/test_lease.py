@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,6 +172,20 @@ def test_acquire_lease_that_cannot_be_read_is_refused(
 
 def raise_(error: Exception) -> None:
     raise error
+
+
+def test_acquire_lease_that_cannot_be_written_raises_run_failed(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk may become full after ``check_writable``. The error named neither the folder nor a remedy."""
+    threads = threading.active_count()
+    with monkeypatch.context() as patch, pytest.raises(RunFailed) as error:
+        patch.setattr("job.storage._write_local", lambda *_: raise_(OSError(28, "No space left on device")))
+        acquire_lease(folder)
+    assert error.value.problem == f"{folder}/owner.json: cannot be written: No space left on device"
+    assert error.value.remedy
+    assert threading.active_count() == threads
+    acquire_lease(folder).release()
 
 
 def test_acquire_lease_of_folder_that_a_reader_has_locked_succeeds(folder: Folder) -> None:

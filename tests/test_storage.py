@@ -74,7 +74,7 @@ def test_check_writable_without_a_permission_raises_user_error(
     store.fail = fail
     with pytest.raises(UserError, match=expected) as error:
         store.folder.check_writable()
-    assert error.value.remedy == "choose another folder or grant write access"
+    assert error.value.remedy == "grant write access, free space there, or choose another folder"
 
 
 def test_train_on_storage_without_deletion_starts_no_training(

@@ -157,30 +157,47 @@ def test_checkpoint_write_killed_at_any_file_operation_leaves_valid_checkpoint(
     assert 15 < cuts < 199
 
 
-@pytest.mark.skipif(os.geteuid() != 0 or sys.platform != "linux", reason="mounts a small disk, which takes root")
-def test_train_on_full_disk_fails_and_resumes_once_there_is_space(prose: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A mounted disk of 700 KiB."""
+    if os.geteuid() != 0 or sys.platform != "linux":
+        pytest.skip("only root can mount a disk")
     disk = tmp_path / "disk"
     disk.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(disk)], check=False)
-    if mounted.returncode:
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", str(disk)], check=False).returncode:
         pytest.skip("this machine mounts no tmpfs")
-    try:
-        more = ["--model.hidden_size", 64, "--train.checkpoint_every", 4, "--train.keep_checkpoints", 30]
-        ended = job(*flags(prose, disk, *more))
-        assert ended.status == 1
-        assert "No space left" in ended.err
-        assert "saved at step" in ended.err
-        assert ended.err.count("\n") == 1
-        checkpoint, _ = find_latest_valid(Folder(str(disk / "run" / "checkpoints")))
-        assert checkpoint
-        subprocess.run(["mount", "-o", "remount,size=50m", str(disk)], check=True)
-        again = job(*flags(prose, disk, *more))
-        assert f"resuming from step {checkpoint.step} of" in again.out
-        assert again.status == 0, again.err
-        assert job(*flags(prose, tmp_path / "calm", *more)).status == 0
-        assert result(disk / "run")["weights_sha256"] == result(tmp_path / "calm" / "run")["weights_sha256"]
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_train_on_full_disk_fails_and_resumes_once_there_is_space(
+    prose: Path, tmp_path: Path, small_disk: Path
+) -> None:
+    more = ["--model.hidden_size", 64, "--train.checkpoint_every", 4, "--train.keep_checkpoints", 30]
+    ended = job(*flags(prose, small_disk, *more))
+    assert ended.status == 1
+    assert "No space left" in ended.err
+    assert "saved at step" in ended.err
+    assert ended.err.count("\n") == 1
+    checkpoint, _ = find_latest_valid(Folder(str(small_disk / "run" / "checkpoints")))
+    assert checkpoint
+    subprocess.run(["mount", "-o", "remount,size=50m", str(small_disk)], check=True)
+    again = job(*flags(prose, small_disk, *more))
+    assert f"resuming from step {checkpoint.step} of" in again.out
+    assert again.status == 0, again.err
+    assert job(*flags(prose, tmp_path / "calm", *more)).status == 0
+    assert result(small_disk / "run")["weights_sha256"] == result(tmp_path / "calm" / "run")["weights_sha256"]
+
+
+def test_train_on_disk_that_is_full_before_the_run_starts_nothing(prose: Path, small_disk: Path) -> None:
+    """Empty files could still be written, so the check of the storage passed, and the run failed with OSError."""
+    with contextlib.suppress(OSError), open(small_disk / "filler", "wb", buffering=0) as filler:
+        while filler.write(bytes(4096)):
+            pass
+    ended = job(*flags(prose, small_disk))
+    assert (ended.status, ended.err.count("\n")) == (2, 1)
+    assert "run: cannot be written to: No space left on device; grant write access, free space there" in ended.err
+    assert [path.name for path in small_disk.iterdir()] == ["filler"]
 
 
 # --- object stores ---

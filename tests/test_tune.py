@@ -31,6 +31,7 @@ from job.config.schema import OptimizerConfig
 from job.config.search_space import SearchSpace
 from job.config.toml import config_from_toml, override_config
 from job.console import Console
+from job.errors import RunFailed
 from job.run.lease import LeaseObserver, acquire_lease
 from job.run.run_dir import read_existing_run
 from job.run.signals import StopRequest
@@ -390,6 +391,18 @@ def test_restore_waits_for_the_lease_of_the_previous_actor(tmp_path: Path, monke
     timer.join()
     assert order == ["written", "imported"]
     assert LeaseObserver(folder).is_held() is False
+
+
+def test_trial_whose_lease_cannot_be_written_is_restarted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk may be full for a moment. Ray Tune restarts a trial that raises; it never restarts one that reports."""
+
+    def fail(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("job.storage._write_local", fail)
+    config = load_config(None, {"scale.workers": "0"})
+    with pytest.raises(RunFailed, match=r"owner.json: cannot be written: No space left on device; .*free space there"):
+        TrialRunner(config, Folder(str(tmp_path)), search_config()).next_report()
 
 
 class Malicious:

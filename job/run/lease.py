@@ -176,6 +176,7 @@ def acquire_lease(folder: Folder, observer: LeaseObserver | None = None) -> Leas
 
     Raises:
         UserError: another driver holds the lease and is not known to be dead, or the lease cannot be read
+        RunFailed: the lease cannot be written
     """
     observer = observer or LeaseObserver(folder)
     owner = Owner.this_process()
@@ -185,8 +186,12 @@ def acquire_lease(folder: Folder, observer: LeaseObserver | None = None) -> Leas
         if observer.is_held() is not False and observer.owner != owner:
             raise observer.in_use()
 
-    with _lock(folder):
-        replace(folder, before_change=check_free).write(OWNER_FILE, json.dumps(asdict(owner)).encode())
+    try:
+        with _lock(folder):
+            replace(folder, before_change=check_free).write(OWNER_FILE, json.dumps(asdict(owner)).encode())
+    except OSError as error:
+        problem = f"{folder}/{OWNER_FILE}: cannot be written: {error.strerror or error}"
+        raise RunFailed(problem, "grant write access or free space there, and start the run again") from None
     lease.thread.start()
     return lease
 
