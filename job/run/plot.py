@@ -27,9 +27,8 @@ def plot_perplexity(rows: Iterable[dict[str, Any]], title: str) -> Figure:
             epochs, steps, values = zip(*points[split], strict=True)
             x = steps if has_steps_only else epochs
             axes.plot(x, values, marker="o" if len(x) < 25 else None, markersize=4, label=label)
-            axes.annotate(
-                f"{values[-1]:.2f}", (x[-1], values[-1]), xytext=(0, 6), textcoords="offset points", ha="right"
-            )
+            last, text = (x[-1], values[-1]), f"{values[-1]:.2f}"
+            axes.annotate(text, last, xytext=(6, 0), textcoords="offset points", va="center")
     axes.set(title=title, xlabel="step" if has_steps_only else "epoch", ylabel="perplexity", yscale="log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
