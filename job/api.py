@@ -17,7 +17,7 @@ from job.config.schema import BUILTIN_CELLS, Config, ModelConfig
 from job.config.toml import ConfigValues, check_field, override_config, parse_sections
 from job.console import Console
 from job.data.source import check_content, content_name
-from job.errors import UserError, report_os_error
+from job.errors import UserError, error_origin, report_os_error
 from job.inference.generate import NO_CUSTOM_CELL, generate_text, prefix_warnings
 from job.paths import expand_path
 from job.run.driver import Launcher, run_training
@@ -119,6 +119,7 @@ def train(
         UserError: the input is invalid; nothing was started
         RunFailed: the run failed; the error says what was saved
         KeyboardInterrupt: Ctrl-C; the run was saved and can be resumed
+        SystemExit: SIGTERM, with status 143; the run was saved and can be resumed
     """
     values, content = parse_sections(sections, "text", "tokens", "cell"), check_content(text, tokens)
     if content is not None:
@@ -128,7 +129,7 @@ def train(
     if isinstance(config, Config):
         resolved, default_name = override_config(config, values), "run"
     else:
-        path = None if config is None else expand_path(os.fspath(config))
+        path = None if config is None else _expand_path("config", config, "give a configuration file or a Config")
         resolved, default_name = build_config(path, values, "job.train")[0], Path(path or "run").stem
     if tokens is not None and not resolved.vocabulary.file and resolved.vocabulary.kind != "byte":
         raise UserError("tokens: their vocabulary is missing", 'add vocabulary={"file": …}, a vocabulary.json')
@@ -156,10 +157,11 @@ def load(folder: "str | os.PathLike[str]", cell: CellClass | None = None) -> Run
     Raises:
         UserError: the folder contains no run, or its cell is built in and one was given
     """
-    path = Folder.resolve(expand_path(os.fspath(folder)))
+    remedy = "give a run's folder, such as runs/seed-1 or run.folder"
+    path = Folder.resolve(_expand_path("folder", folder, remedy))
     existing = read_existing_run(path)
     if existing is None:
-        raise UserError(f"{path}: is not a run", "give its folder, such as runs/seed-1")
+        raise UserError(f"{path}: is not a run", remedy)
     model = existing.config.model
     if cell is not None and model.cell in BUILTIN_CELLS:
         raise UserError(f"cell = {_cell_name(cell)}: the cell of this run is {model.cell}", "leave it out")
@@ -179,6 +181,14 @@ def select_launcher(config: Config, shutdown_timeout_s: float | None = None) -> 
     from job.cluster.launcher import RayLauncher
 
     return RayLauncher(shutdown_timeout_s=shutdown_timeout_s)
+
+
+def _expand_path(argument: str, path: "str | os.PathLike[str]", remedy: str) -> str:
+    """Returns a path with ``$NAME`` and ``~`` expanded. Raises UserError if the argument is no valid path."""
+    if not isinstance(path, str | os.PathLike):
+        raise UserError(f"{argument}: must be a path and not {type(path).__name__}", remedy)
+    with error_origin(argument):
+        return expand_path(os.fspath(path))
 
 
 def _set(values: ConfigValues, name: str, value: str, argument: str) -> None:

@@ -402,6 +402,9 @@ def test_train_uses_the_cluster_to_which_the_process_is_connected(
         ({"model": {"hidden_size": "3"}}, 'job.train: model.hidden_size = "3": must be an integer'),
         ({"model": 3}, 'model = 3: must be a dict of fields; such as model={"field": value}'),
         ({"config": "absent.toml"}, "absent.toml: no such configuration file"),
+        ({"config": 3}, "config: must be a path and not int; give a configuration file or a Config"),
+        ({"config": "$UNSET/a.toml"}, "config: the environment variable UNSET is not set"),
+        ({"stream": {"num_steps": np.arange(2)}}, "job.train: stream.num_steps = [0, 1]: must be an integer"),
         ({"corpus": "absent.txt", "scale": {"workers": 0}}, "corpus.source = absent.txt: no such file; give a file"),
         ({"text": 3}, "text: must be a str and not int; corpus= takes the path of a file"),
         ({"text": "a\udc80"}, r"text: character 1, '\udc80', is not valid in UTF-8"),
@@ -440,8 +443,10 @@ def test_train_of_invalid_arguments_raises_a_user_error_of_one_line(
 
 
 def test_load_of_no_run_raises_user_error(tmp_path: Path) -> None:
-    with pytest.raises(job.UserError, match="is not a run; give its folder, such as runs/seed-1"):
-        job.load(tmp_path)
+    for folder, problem in ((tmp_path, f"{tmp_path}: is not a run"), (None, "folder: must be a path and not NoneType")):
+        with pytest.raises(job.UserError) as error:
+            job.load(folder)  # type: ignore[arg-type]
+        assert str(error.value) == f"{problem}; give a run's folder, such as runs/seed-1 or run.folder"
 
 
 # --- the import ---

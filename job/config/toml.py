@@ -125,10 +125,10 @@ def parse_sections(sections: Mapping[str, Any], *arguments: str) -> ConfigValues
 
 
 def _plain(value: Any) -> Any:
-    """Returns a path as text, and a number of NumPy or torch as Python's."""
+    """Returns a path as text, and numbers of NumPy or torch as Python's."""
     if isinstance(value, os.PathLike):
         return os.fspath(value)
-    return value.item() if hasattr(value, "item") else value
+    return value.tolist() if hasattr(value, "tolist") else value
 
 
 def _parse_value(text: str) -> Any:
