@@ -8,7 +8,7 @@ import numpy as np
 
 from job.config.schema import CorpusConfig, VocabularyConfig
 from job.data.corpus import Corpus
-from job.data.token_store import StoredTokens, blocks, token_sha256
+from job.data.token_store import StoredTokens, count_unknown, token_sha256
 from job.data.vocabulary import Vocabulary, build_vocabulary
 from job.errors import UnrecoverableError
 
@@ -35,10 +35,7 @@ class Dataset:
     def unknown_shares(self) -> dict[str, float]:
         """The share of ``<unk>`` in each text that is not empty: training and validation."""
         texts = {"training": self.train_tokens, "validation": self.validation_tokens}
-        return {name: self._unknown_share(tokens) for name, tokens in texts.items() if len(tokens)}
-
-    def _unknown_share(self, tokens: np.ndarray) -> float:
-        return sum(int(self.vocabulary.is_unknown(block).sum()) for block in blocks(tokens)) / len(tokens)
+        return {name: count_unknown(part, self.vocabulary) / len(part) for name, part in texts.items() if len(part)}
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         """Pickles the place of mapped tokens instead of the tokens."""

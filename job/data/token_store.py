@@ -65,6 +65,11 @@ def blocks(tokens: np.ndarray) -> Iterator[np.ndarray]:
         yield tokens[start : start + _BLOCK_TOKENS]
 
 
+def count_unknown(tokens: np.ndarray, vocabulary: Vocabulary) -> int:
+    """Returns how many token ids are that of ``<unk>``."""
+    return sum(int(vocabulary.is_unknown(block).sum()) for block in blocks(tokens))
+
+
 def token_sha256(tokens: np.ndarray) -> str:
     """Returns the SHA-256 digest of token ids as int32."""
     digest = hashlib.sha256()
@@ -244,7 +249,7 @@ def write_store(
         "documents": len(lengths),
         "characters": num_characters,
         "target_characters": target_characters,
-        "unknown": int(vocabulary.is_unknown(tokens).sum()),
+        "unknown": count_unknown(tokens, vocabulary),
         "dtype": dtype.name,
         "token_sha256": token_sha256(tokens),
         "settings": _settings(corpus_config, vocabulary_config),

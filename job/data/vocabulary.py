@@ -114,10 +114,6 @@ class Vocabulary:
         """Whether each token id is that of a known text, and neither that of ``<unk>`` nor that of the separator."""
         return ~self.is_unknown(ids) & (ids < len(self) - self.has_separator)
 
-    def unknown_share(self, ids: np.ndarray) -> float:
-        """Returns the share of ``<unk>`` among token ids, of which there is at least one."""
-        return float(self.is_unknown(ids).mean())
-
     def unknown_tokens(self, lines: list[str]) -> list[str]:
         """Returns the tokens of all lines that are not in the vocabulary, each once."""
         tokens = dict.fromkeys(filter(None, self.split([lines])))

@@ -8,7 +8,7 @@ from typing import cast
 
 from job.config.schema import Config
 from job.data.corpus import Corpus, read_corpus
-from job.data.token_store import StoredTokens, blocks, open_stored
+from job.data.token_store import StoredTokens, count_unknown, open_stored
 from job.data.vocabulary import END_OF_LINE, Vocabulary
 from job.errors import UserError
 from job.inference.generate import load_model
@@ -63,8 +63,8 @@ def evaluate_text(checkpoint: LoadedCheckpoint, config: Config) -> Evaluation:
         raise UserError(problem, f"give more text{blanks}")
     num_characters = count(len(tokens))
     (nats,) = evaluate_lanes(load_model(checkpoint, config.model), tokens, [range(1)], 1, WINDOW_STEPS)
-    num_unknown = sum(int(vocabulary.is_unknown(block).sum()) for block in blocks(tokens[1:]))
-    return Evaluation(LossSum(nats, len(tokens) - 1), num_characters, num_unknown / (len(tokens) - 1))
+    unknown_share = count_unknown(tokens[1:], vocabulary) / (len(tokens) - 1)
+    return Evaluation(LossSum(nats, len(tokens) - 1), num_characters, unknown_share)
 
 
 def _stored_characters(stored: StoredTokens, num_tokens: int) -> int:
