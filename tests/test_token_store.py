@@ -1,5 +1,6 @@
 """Token stores and files of other trainers: the same bits as from the text."""
 
+import hashlib
 import json
 import pickle
 import struct
@@ -253,6 +254,20 @@ def test_store_that_is_damaged_is_one_error(tmp_path: Path) -> None:
     (store / "tokens.bin").unlink()
     assert "tokens.bin is missing" in refused("train", *flags)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    "entry", [5, None, "ab", [1], [1, "a", 2], ["x", "y"], {"a": 1, "b": 2}, [1.5, "a"], [1, None]]
+)
+def test_store_whose_manifest_has_a_malformed_file_is_one_error(tmp_path: Path, entry: Any) -> None:
+    (tmp_path / "text").write_text(TEXT)
+    manifest = prepare(tmp_path, tmp_path / "text") / "manifest.json"
+    document = json.loads(manifest.read_text())
+    document["content"]["files"]["tokens.idx"] = entry
+    document["sha256"] = hashlib.sha256(json.dumps(document["content"], sort_keys=True).encode()).hexdigest()
+    manifest.write_text(json.dumps(document))
+    problem = "manifest.json: its files are not pairs of a size and a checksum; prepare the store again"
+    assert problem in refused("train", *words(corpus__source=manifest.parent, run__storage=tmp_path / "runs"))
 
 
 def test_run_of_a_store_whose_tokens_changed_is_not_resumed_or_evaluated(tmp_path: Path) -> None:

@@ -185,6 +185,10 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             raise ValueError(f"{content['format']} of version {content['version']}, and version {_VERSION} is read")
         if set(content["files"]) != _FILES or not {*_FIXED, *_OPTIONAL, *_TRAINING_PART} <= set(content["settings"]):
             raise ValueError("it is not complete")
+        if not all(
+            isinstance(entry, list) and [*map(type, entry)] == [int, str] for entry in content["files"].values()
+        ):
+            raise ValueError("its files are not pairs of a size and a checksum")
     except ValueError as error:
         raise UserError(f"{MANIFEST}: {error}", remedy) from None
     for name, (size, digest) in content["files"].items():
