@@ -267,6 +267,7 @@ class Member:
     def __init__(self, number: int) -> None:
         self.number, self.status, self.checkpoint, self.experiment_tag = number, "PENDING", None, ""
         self.config: dict[str, Any] = {}
+        self.last_result: dict[str, Any] = {}
         self.num_failures = self.max_failures = 0
         self.run_metadata = SimpleNamespace(
             checkpoint_manager=SimpleNamespace(checkpoint_config=SimpleNamespace(num_to_keep=5))
@@ -369,6 +370,29 @@ def test_trial_callback_with_a_new_epoch_renews_the_failures_allowed(tmp_path: P
         trial.num_failures = num_failures
         callback.on_trial_result(0, [trial], trial, {"epoch": epoch, "score": 3.0})
         assert trial.max_failures == allowed
+
+
+def test_trial_that_ends_while_records_are_written_is_recorded_by_the_next_call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A trial that was printed but not recorded ran again when the search was resumed, even if it had been stopped."""
+    search = search_config(space={"optimizer.learning_rate": {"grid": [1.0, 0.1]}})
+    trials = load_trials(Folder(str(tmp_path)), load_config(None, {}), search)
+    callback, members, write = TrialCallback(trials, max_failures=5), [Member(0), Member(1)], trials.write_records
+    for number, member in enumerate(members):
+        member.config = {"trial": {"number": number, "params": {"optimizer.learning_rate": 1.0}}}
+        callback.on_trial_start(0, [], member)
+
+    def write_while_another_ends() -> None:
+        write()
+        monkeypatch.setattr(trials, "write_records", write)
+        callback.on_trial_complete(0, [], members[1])
+
+    monkeypatch.setattr(trials, "write_records", write_while_another_ends)
+    callback.on_trial_complete(0, [], members[0])
+    for _ in range(2):
+        callback.record_ended(Console(io.StringIO()))
+    assert list(records(tmp_path)) == ["00000", "00001"]
 
 
 def test_restore_waits_for_the_lease_of_the_previous_actor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -76,10 +76,11 @@ class TrialCallback(NotPickled, tune.Callback, tune.Stopper):
 
     def record_ended(self, console: Console) -> None:
         """Records the trials that have ended since the last call, and prints a line for each."""
-        if not self.ended.empty():
+        ended = [self.ended.get() for _ in range(self.ended.qsize())]  # others may end while these are written
+        if ended:
             self.trials.write_records()
-        while not self.ended.empty():
-            console.print(format_trial(self.trials, self.ended.get()))
+        for trial in ended:
+            console.print(format_trial(self.trials, trial))
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
         """Whether Ray Tune shall stop this trial: never."""
