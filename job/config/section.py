@@ -50,10 +50,14 @@ class Section:
         name, on_resume = f"{cls.section_name}.{option.name}", declared.on_resume or cls.on_resume
         return replace(declared, name=name, type=option.type, on_resume=on_resume)
 
+    def values(self) -> dict[str, Any]:
+        """Returns the values of all fields, by full name."""
+        return {name: getattr(self, option.key) for name, option in self.config_fields().items()}
+
     def fixed_values(self) -> dict[str, Any]:
         """Returns the values that decide the result, by full name. They cannot change freely on resume."""
-        options = self.config_fields().items()
-        return {name: getattr(self, option.key) for name, option in options if option.on_resume != FREE}
+        options = self.config_fields()
+        return {name: value for name, value in self.values().items() if options[name].on_resume != FREE}
 
     def to_toml(self) -> str:
         """Returns the section as TOML."""

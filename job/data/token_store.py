@@ -4,14 +4,14 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from job.config.field import format_value
-from job.config.schema import CorpusConfig, VocabularyConfig
+from job.config.schema import FIELDS, CorpusConfig, VocabularyConfig
 from job.data.indexed import format_index, map_tokens, open_indexed, smallest_dtype
 from job.data.source import BUILT_IN
 from job.data.vocabulary import Vocabulary, vocabulary_from_json
@@ -143,14 +143,13 @@ def _open_store(
 ) -> StoredTokens:
     content = _read_manifest(path)
     settings = content["settings"]
-    given = _settings(corpus_config, vocabulary_config)
-    defaults = _settings(CorpusConfig(), VocabularyConfig())
+    given = corpus_config.values() | vocabulary_config.values()
     fixed: tuple[str, ...] = _FIXED[:2] if vocabulary else _FIXED
     optional = () if vocabulary else _OPTIONAL
     if optional and settings["vocabulary.scope"] == "training":
         fixed += _TRAINING_PART
     for name in (*fixed, *optional):
-        if given[name] not in (settings[name], defaults[name] if name in optional else "auto"):
+        if given[name] not in (settings[name], FIELDS[name].default if name in optional else "auto"):
             problem = (
                 f"{name} = {format_value(given[name])}, and the store was made with {format_value(settings[name])}"
             )
@@ -162,11 +161,6 @@ def _open_store(
         open_indexed(path / _NAME), stored, settings["corpus.cleaning"], content["characters"],
         content["target_characters"], content["unknown"], content["token_sha256"],
     )  # fmt: skip
-
-
-def _settings(corpus_config: CorpusConfig, vocabulary_config: VocabularyConfig) -> dict[str, Any]:
-    sections = {"corpus": asdict(corpus_config), "vocabulary": asdict(vocabulary_config)}
-    return {f"{section}.{key}": value for section, values in sections.items() for key, value in values.items()}
 
 
 def _digest(content: Any) -> str:
@@ -256,7 +250,7 @@ def write_store(
         "unknown": count_unknown(tokens, vocabulary),
         "dtype": dtype.name,
         "token_sha256": token_sha256(tokens),
-        "settings": _settings(corpus_config, vocabulary_config),
+        "settings": corpus_config.values() | vocabulary_config.values(),
         "files": {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()},
     }
     manifest = json.dumps({"content": content, "sha256": _digest(content)}, indent=1).encode()
