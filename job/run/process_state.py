@@ -32,7 +32,7 @@ def process_state_restored() -> Iterator[None]:
         for name in os.environ.keys() - environment.keys():
             del os.environ[name]
         os.environ.update(environment)
-        if "job.cluster.ray_extensions" in sys.modules:
+        if "job.cluster.ray_extensions" in sys.modules:  # Ray's core keeps what it has read of the environment
             sys.modules["job.cluster.ray_extensions"].reset_authentication()
 
 
