@@ -104,6 +104,7 @@ def reference() -> str:
         f"## {name}\n\n{cls.__doc__}\n\n{_table(cls.config_fields().values())}" for name, cls in FILE_SECTIONS.items()
     ]
     mutable = ", ".join(f"`{name}`" for name, option in FIELDS.items() if option.is_mutable)
+    free = (name for name, option in FIELDS.items() if option.is_free_in_new_run or option.is_mutable)
     return f"""# Configuration reference
 
 <!-- Generated from job/config by scripts/generate_reference.py; `make reference` updates it. -->
@@ -113,6 +114,10 @@ the file overrides the default. Editors that support TOML schemas complete and c
 `#:schema schema.json`, as those in `configs/` do; the schema is `configs/schema.json`.
 
 The last column is what may change when a run or search is resumed. A field that may change does not affect the result.
+
+A new run that starts from a checkpoint of another one (`run.resume_from`) may also have another value of
+{", ".join(f"`{name}`" for name in free)}.
+Its tokens and its vocabulary must be the same.
 
 {chr(10).join(sections)}
 ### search.space

@@ -32,6 +32,8 @@ class ConfigField:
         is_path: whether it is a path or URI, in which ``$NAME`` and ``~`` are expanded when it is read from the user
         on_resume: what may change when a run or search is resumed; "": that of the section
         is_mutable: whether population-based training may change it during a run
+        is_free_in_new_run: whether a run that starts from a checkpoint of another one may have another value, as it may
+            have of a mutable field
         name: its full name, such as ``model.cell``, set by the section
         type: its type, set by the section
     """
@@ -46,6 +48,7 @@ class ConfigField:
     is_path: bool = False
     on_resume: str = ""
     is_mutable: bool = False
+    is_free_in_new_run: bool = False
     name: str = ""
     type: Any = str
 

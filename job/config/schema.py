@@ -37,8 +37,8 @@ class CorpusConfig(Section):
     source: str = config_field(
         "auto",
         "auto (The Time Machine), time-machine, embedded, a token store, or a file, folder or glob as a path or URI",
-        is_path=True,
-    )
+        is_path=True, is_free_in_new_run=True,  # the tokens themselves are compared
+    )  # fmt: skip
     store: str = config_field("", "folder that prepare writes: a token store", is_path=True, on_resume=FREE)
     encoding: str = config_field("utf-8", "encoding of text files without a byte order mark")
     text_field: str = config_field("text", "field of JSON lines, or column of Parquet files, that contains the text")
@@ -69,8 +69,9 @@ class VocabularyConfig(Section):
     end_of_line: bool = config_field(False, "make each end of line a token, between words")
     scope: str = choice_field("text whose tokens are counted", corpus="all of it", training="what is trained on")
     file: str = config_field(
-        "", "an existing vocabulary.json, of a run for example; empty: made of the text", is_path=True
-    )
+        "", "an existing vocabulary.json, of a run for example; empty: made of the text", is_path=True,
+        is_free_in_new_run=True,  # the vocabulary itself is compared
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -105,7 +106,10 @@ class ModelConfig(Section):
     num_layers: int = config_field(1, "number of recurrent layers", ge=1, le=1000)
     embedding_size: int = config_field(0, "embedding size; 0: one-hot input", ge=0)
     dropout: float = config_field(0.0, "dropout between layers and before the output", ge=0, lt=1, is_mutable=True)
-    init: str = config_field("", "initial weights: a run, checkpoint or .safetensors file; empty: random", is_path=True)
+    init: str = config_field(
+        "", "initial weights: a run, checkpoint or .safetensors file; empty: random", is_path=True,
+        is_free_in_new_run=True,  # which has the checkpoint's weights
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -116,9 +120,15 @@ class OptimizerConfig(Section):
     learning_rate: float = config_field(0.1, "peak learning rate", gt=0, is_mutable=True)
     weight_decay: float = config_field(0.0, "weight decay, as torch.optim applies it", ge=0, is_mutable=True)
     grad_clip_norm: float = config_field(0.0, "maximum norm of the gradient; 0: no clipping", ge=0, is_mutable=True)
-    schedule: str = choice_field("learning-rate schedule", constant="", cosine="to zero")
-    schedule_steps: int = config_field(0, "length of the schedule; 0: all of train.epochs", "steps", ge=0)
-    warmup_steps: int = config_field(0, "length of the linear learning-rate warm-up", "steps", ge=0)
+    schedule: str = config_field(
+        "constant", "learning-rate schedule", choices={"constant": "", "cosine": "to zero"}, is_free_in_new_run=True
+    )
+    schedule_steps: int = config_field(
+        0, "length of the schedule; 0: all of train.epochs", "steps", ge=0, is_free_in_new_run=True
+    )
+    warmup_steps: int = config_field(
+        0, "length of the linear learning-rate warm-up", "steps", ge=0, is_free_in_new_run=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -137,8 +147,9 @@ class TrainConfig(Section):
     """Length, precision, logging and checkpoints of a run."""
 
     epochs: int = config_field(
-        50, "passes over the training text", "epochs", ge=1, on_resume="may grow unless the schedule spans it"
-    )
+        50, "passes over the training text", "epochs", ge=1, on_resume="may grow unless the schedule spans it",
+        is_free_in_new_run=True,
+    )  # fmt: skip
     max_steps: int = config_field(0, "maximum length of the run; 0: no limit", "steps", ge=0, on_resume=FREE)
     log_every: int = config_field(0, "interval between rows of metrics; 0: one epoch", "steps", ge=0, on_resume=FREE)
     checkpoint_every: str | int = config_field(
@@ -261,8 +272,7 @@ class Config:
 
     def values(self) -> dict[str, Any]:
         """Returns the values of all fields, by full name: ``model.cell``."""
-        options = ((section, option) for section in self.sections() for option in section.config_fields().values())
-        return {option.name: getattr(section, option.key) for section, option in options}
+        return {name: value for section in self.sections() for name, value in section.values().items()}
 
     def fixed_values(self) -> dict[str, Any]:
         """Returns the values that decide the result, by full name."""
@@ -285,11 +295,6 @@ def config_differences(old: Config, new: Config) -> list[str]:
     ]
 
 
-# What may also differ if a new run starts from a checkpoint of another one. The text and the tokens are compared
-# themselves, and the initial weights are those of the checkpoint.
-_FREE_IN_NEW_RUN = ("optimizer.", "train.epochs", "model.dropout", "model.init", "corpus.source", "vocabulary.file")
-
-
 def changed_fields(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """Returns the values, by full name, that a new run does not have from the run whose checkpoint it starts from."""
     new_values = new.fixed_values()
@@ -302,8 +307,8 @@ def changed_fields(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 def may_change(name: str, old: Config, new: Config) -> bool:
     """Returns whether a new run of ``new`` that starts from a checkpoint of ``old`` may have another value."""
-    is_free = name.startswith(_FREE_IN_NEW_RUN) and name != "optimizer.name"
-    return is_free or (name == "stream.offset" and _is_compatible(name, old, new))
+    option = FIELDS[name]
+    return option.is_free_in_new_run or option.is_mutable or _is_compatible(name, old, new)
 
 
 def _is_compatible(name: str, old: Config, new: Config) -> bool:
