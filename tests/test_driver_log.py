@@ -124,9 +124,15 @@ def test_driver_log_leaves_the_logging_of_the_process_as_it_was(
     assert capsys.readouterr() == ("warning: shown\n", "")
 
 
-def test_warning_without_a_run_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_warning_without_a_run_prints_nothing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Python prints the warnings of a logger without a handler on standard error."""
-    assert any(isinstance(handler, logging.NullHandler) for handler in logging.getLogger("job").handlers)
+    with monkeypatch.context() as patch:
+        patch.setattr(logging.getLogger(), "handlers", [])  # pytest's handlers
+        logging.getLogger("other").warning("shown")
+        logger.warning("not shown")
+    assert capsys.readouterr() == ("", "shown\n")
 
 
 def test_log_on_storage_that_cannot_append_is_uploaded_and_continued_by_the_next_driver(tmp_path: Path) -> None:
@@ -145,13 +151,17 @@ def test_log_on_storage_that_cannot_append_is_uploaded_and_continued_by_the_next
 
 
 def test_log_on_storage_that_is_lost_does_not_end_the_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploads = []
+
     def lose(*_: object) -> None:
+        uploads.append(1)
         raise OSError("the storage is lost")
 
     with acquire_lease(stored_folder(tmp_path)) as lease, driver_log() as log, log.opened(lease, []):
         monkeypatch.setattr(Folder, "upload", lose)
         logger.info("lost")
         log.sync()
+        assert uploads
 
 
 def test_train_logs_its_events_and_the_next_driver_appends(prose: Path, tmp_path: Path) -> None:

@@ -295,7 +295,7 @@ def test_large_store_of_changed_tokens_is_found_by_doctor(tmp_path: Path, monkey
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        ({"vocabulary.kind": "byte"}, 'vocabulary.kind = "byte", and the store was made with "char"'),
+        ({"vocabulary.kind": "word"}, 'vocabulary.kind = "word", and the store was made with "char"'),
         ({"corpus.cleaning": "d2l"}, 'corpus.cleaning = "d2l", and the store was made with "none"'),
         ({"corpus.newlines": "keep"}, 'corpus.newlines = "keep", and the store was made with "normalize"'),
         ({"vocabulary.size": "9"}, "vocabulary.size = 9, and the store was made with 0"),
@@ -307,9 +307,6 @@ def test_configuration_that_contradicts_the_store_is_one_error(
     (tmp_path / "text").write_text(TEXT)
     store = prepare(tmp_path, tmp_path / "text", corpus__newlines="normalize")
     values = {"corpus.newlines": "normalize", **flags}
-    if values.get("vocabulary.kind") == "byte":
-        values["corpus.newlines"] = "keep"
-        problem = "corpus.newlines"
     found = refused(
         "train", *words(corpus__source=store), *(word for pair in values.items() for word in (f"--{pair[0]}", pair[1]))
     )
