@@ -187,7 +187,7 @@ WRONG_FILES = [
     ("a.jsonl", json_lines(["one"], "body"), "line 1: has no field text but id, body; set corpus.text_f"),
     ("a.jsonl", json_lines(["one"]) + b'\n\n{"text": "two"', "line 4: not JSON at column 15: Expecting ','"),
     ("a.jsonl", json_lines(["one"]) + b"[1]", "line 2: not a JSON object"),
-    ("a.jsonl", b'{"text": 5}', "line 1: the field text is not text, but float"),
+    ("a.jsonl", b'{"text": 5}', "line 1: the field text is not text, but number"),
     ("a.jsonl", b'{"text": "a\\ud800"}', r"line 1: not text, character 1 is half of a pair, U\+D800"),
     ("a.jsonl", b'{"a":' * 100_000, "line 1: not JSON: nested too deeply"),
     ("a.jsonl", b'{"text": "\xff"}', "not UTF-8 at byte 10"),

@@ -93,7 +93,8 @@ def _document(line: str, field: str) -> str:
         raise _missing_field(field, list(record))
     value = record[field]
     if not isinstance(value, str | None):
-        raise UserError(f"the field {field} is not text, but {type(value).__name__}", "set corpus.text_field")
+        kind = "number" if isinstance(value, float) else type(value).__name__
+        raise UserError(f"the field {field} is not text, but {kind}", "set corpus.text_field")
     return _check_characters(value or "")
 
 
