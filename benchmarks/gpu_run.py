@@ -2,7 +2,8 @@
 
 Runs the GPU tests, the GPU benchmarks and a training of tiny Shakespeare, each in a process with a time limit, and
 writes ``gpu-report.json`` and ``gpu-report.md`` after each of them. Uses a bundle of ``scripts/gpu-bundle`` for
-packages that are not installed. Imports only what every machine with torch has.
+packages that are not installed. Imports only what every machine with torch has. If it is itself killed by SIGKILL, the
+part that runs is not ended.
 """
 
 import argparse

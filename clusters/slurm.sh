@@ -116,7 +116,7 @@ with socket.create_server(("", 0)) as probe:
         if ! kill -0 "${steps[0]}" 2> /dev/null || ((SECONDS > start_limit_s)); then
             fail "Ray's head did not start on ${nodes[0]}"
         fi
-        sleep 0.5
+        sleep 0.5 # nothing reports that Ray has written the file
     done
     RAY_ADDRESS=$(< "$folder/ray_current_cluster")
     export RAY_ADDRESS

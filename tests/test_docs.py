@@ -178,7 +178,7 @@ def run_block(block: Block, names: dict[str, object]) -> None:
             for words in commands(block.code):
                 run_command(words, block.place)
         case "python":
-            exec(compile(block.code, block.place, "exec"), names)
+            exec(compile(block.code, block.place, "exec"), names)  # of this repository, as a reader would run it
         case "toml":
             path = Path(block.file or "block.toml")
             path.write_text(block.code)

@@ -192,6 +192,7 @@ def test_choose_packages_takes_missing_ones_and_those_in_the_wrong_version() -> 
 
 @pytest.mark.parametrize("new_session", [False, True])
 def test_run_process_at_its_limit_ends_its_children(tmp_path: Path, new_session: bool) -> None:
+    # Both processes outlive any test, so that only run_process can end them.
     program = f"""
 import pathlib, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session={new_session})

@@ -180,7 +180,7 @@ def test_dataset_of_a_store_stays_in_its_file_and_is_pickled_by_its_place(
     store = prepare(tmp_path, tmp_path / "text", **settings)
     expected = spec_of(tmp_path, tmp_path / "text", **settings, **flags).dataset
     dataset = spec_of(tmp_path, store, **settings, **flags).dataset
-    data = pickle.dumps(dataset)
+    data = pickle.dumps(dataset)  # as Ray does it on the way to a worker
     assert len(data) < 3000
     for found in (dataset, pickle.loads(data)):
         assert isinstance(found.train_tokens, np.memmap) and found.train_tokens.dtype == np.uint8
