@@ -322,6 +322,8 @@ def test_prepare_writes_all_or_nothing_and_never_over_something_else(
     (tmp_path / "used" / "mine").write_text("mine")
     arguments = ["prepare", "--corpus.source", tmp_path / "text", "--corpus.store"]
     assert "exists and contains mine" in refused(*arguments, tmp_path / "used")
+    problem = f"corpus.store = {tmp_path / 'text'}: is not a folder; choose another one"
+    assert problem in refused(*arguments, tmp_path / "text")
     for name in ("tokens.bin", "vocabulary.json"):  # not of a store
         (tmp_path / "pair").mkdir(exist_ok=True)
         (tmp_path / "pair" / name).write_text("mine")

@@ -272,6 +272,8 @@ def check_no_store(store: str) -> None:
         raise UserError("corpus.store is empty", "give the folder to write: --corpus.store PATH")
     folder = Folder.resolve(store)
     with report_os_error(f"corpus.store = {folder}: cannot be read"):
+        if folder.exists() and not folder.is_folder:
+            raise UserError(f"corpus.store = {folder}: is not a folder", "choose another one")
         names = folder.names()
         incomplete = _FILES if _MARKER in names else set()  # of an attempt that failed
         if others := [name for name in names if name not in incomplete and not name.startswith(".")]:
