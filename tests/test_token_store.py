@@ -340,7 +340,8 @@ def test_prepare_writes_all_or_nothing_and_never_over_something_else(
         patch.setattr(Folder, "write", fail_at_manifest)
         assert "cannot be written: No space left on device" in refused(*arguments, tmp_path / "store")
     assert "a folder without files of text" in refused("train", "--corpus.source", tmp_path / "store")
-    (tmp_path / "store" / ".tokens.bin.12-34").write_text("left by a process that was killed")
+    for name in (".tokens.bin.12-34", "..preparing.12-34"):
+        (tmp_path / "store" / name).write_text("left by a process that was killed")
     first = {file.name: file.read_bytes() for file in prepare(tmp_path, tmp_path / "text").iterdir()}
     assert job(*arguments, tmp_path / "store").status == 0
     assert (tmp_path / "store" / "tokens.bin").read_bytes() == first["tokens.bin"]

@@ -257,7 +257,9 @@ def write_store(
     with report_os_error(f"corpus.store = {folder}: cannot be written"):
         folder.write(_MARKER)
         for name in folder.names():
-            if name.startswith(tuple(f".{file}." for file in (*_FILES, MANIFEST))):  # of an attempt that was killed
+            if name.startswith(
+                tuple(f".{file}." for file in (*_FILES, MANIFEST, _MARKER))
+            ):  # of an attempt that was killed
                 folder.remove(name)
         for name, data in files.items():
             folder.write(name, data)
