@@ -16,7 +16,7 @@ from job.config.config_file import build_config
 from job.config.schema import BUILTIN_CELLS, Config, ModelConfig
 from job.config.toml import ConfigValues, check_field, override_config, parse_sections
 from job.console import Console
-from job.data.source import check_content, content_name
+from job.data.content import check_content, content_name
 from job.errors import UserError, error_origin, report_os_error
 from job.inference.generate import NO_CUSTOM_CELL, generate_text, prefix_warnings
 from job.paths import expand_path

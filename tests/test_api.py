@@ -26,8 +26,8 @@ from torch.overrides import _get_current_function_mode_stack
 
 import job
 from job.config.schema import CorpusConfig
+from job.data.content import content_name
 from job.data.corpus import read_corpus
-from job.data.source import content_name
 
 pytestmark = pytest.mark.slow
 

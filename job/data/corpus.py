@@ -9,8 +9,9 @@ from typing import Any, AnyStr
 import numpy as np
 
 from job.config.schema import CorpusConfig
+from job.data.content import Content
 from job.data.parse import parse_file, parse_file_of_bytes
-from job.data.source import Content, SourceFile, find_files
+from job.data.source import SourceFile, find_files
 from job.errors import UserError, error_origin
 from job.paths import check_no_credentials
 

@@ -17,7 +17,7 @@ from job.config.field import format_value
 from job.config.schema import BUILTIN_CELLS, FIELDS, Config
 from job.config.toml import config_to_toml
 from job.console import Console, format_duration, program_command
-from job.data.source import Content
+from job.data.content import Content
 from job.data.vocabulary import format_unknown_share
 from job.errors import RunFailed, UserError
 from job.inference.generate import generate_text

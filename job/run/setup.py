@@ -5,9 +5,9 @@ from dataclasses import replace
 from torch import Tensor
 
 from job.config.schema import Config
+from job.data.content import Content
 from job.data.corpus import Corpus, read_corpus
 from job.data.dataset import Dataset, build_dataset, encode_corpus, map_dataset
-from job.data.source import Content
 from job.data.stream import Stream
 from job.data.token_store import check_no_store, open_stored, write_store
 from job.data.vocabulary import Vocabulary, read_vocabulary, unknown_warnings, vocabulary_from_json
