@@ -15,7 +15,7 @@ from job.config.schema import Config
 from job.console import Console
 from job.errors import UserError
 from job.run import resume_from
-from job.run.resume_from import Source, import_source, open_source
+from job.run.resume_from import SourceCheckpoint, import_source_checkpoint, open_source_checkpoint
 from job.run.run_dir import read_existing_run
 from job.run.setup import build_run_spec
 from job.storage import Folder
@@ -276,18 +276,18 @@ def test_import_killed_at_any_write_is_completed_by_the_same_command(
     for count in range(num_writes):
         folder = Folder(str(tmp_path / str(count)))
         dataset = build_run_spec(config, folder).dataset
-        source = open_source(config, dataset, folder)
+        source = open_source_checkpoint(config, dataset, folder)
         assert source
         writes_left[0] = count
         with pytest.raises(Killed):
-            import_source(source, config, folder)
+            import_source_checkpoint(source, config, folder)
         assert list_checkpoints(folder / "checkpoints") == ([], [])
-        assert open_source(config, dataset, folder) == source
+        assert open_source_checkpoint(config, dataset, folder) == source
         writes_left[0] = num_writes
-        import_source(source, config, folder)
+        import_source_checkpoint(source, config, folder)
         assert writes_left[0] == 0
         assert digests(tmp_path / str(count) / "checkpoints" / checkpoint.name) == digests(checkpoint)
-        assert open_source(config, dataset, folder) is None
+        assert open_source_checkpoint(config, dataset, folder) is None
 
 
 def test_train_killed_after_its_configuration_was_written_starts_from_the_checkpoint(
@@ -352,7 +352,7 @@ def test_search_from_checkpoint_checks_its_trials(checkpoint: Path, tmp_path: Pa
 def test_source_check_allows_a_longer_list_of_offsets(checkpoint: Path) -> None:
     folder = Folder(str(checkpoint))
     config = load_config(None, {"run.resume_from": str(checkpoint), "stream.offset": "[1, 2, 3]"})
-    source = Source(list_checkpoints(folder.parent)[0][0], config)
+    source = SourceCheckpoint(list_checkpoints(folder.parent)[0][0], config)
     longer = {"run.resume_from": str(checkpoint), "stream.offset": "[1, 2, 3, 4]", "train.epochs": "4"}
     source.check(load_config(None, longer))
     with pytest.raises(UserError, match=r"stream\.offset"):

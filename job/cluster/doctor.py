@@ -25,7 +25,7 @@ from job.data.vocabulary import format_unknown_share
 from job.distributed.context import available_cpus
 from job.errors import UserError
 from job.run.estimate import checkpoint_bytes, describe_needs
-from job.run.resume_from import open_source
+from job.run.resume_from import open_source_checkpoint
 from job.run.run_dir import check_same_text, resolve_run, resolve_storage
 from job.run.setup import build_run_spec, format_dropped_share, run_warnings
 from job.storage import Folder
@@ -119,7 +119,7 @@ def _resolve(config: Config, search: SearchConfig, default_name: str) -> tuple[F
 
 def _describe_text(spec: RunSpec, folder: Folder) -> str:
     check_same_text(list_checkpoints(folder / "checkpoints")[0], spec.dataset)
-    open_source(spec.config, spec.dataset, folder)
+    open_source_checkpoint(spec.config, spec.dataset, folder)
     verify_store(spec.config.corpus.source)
     source, tokens = spec.dataset.metadata["source"], spec.dataset.metadata["tokens"]
     shares = format_dropped_share(spec) + format_unknown_share(spec.dataset.unknown_shares["training"])

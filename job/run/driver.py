@@ -27,7 +27,13 @@ from job.run.lease import acquire_lease, wait_until_expired
 from job.run.metrics import read_rows
 from job.run.plot import plot_perplexity, to_png
 from job.run.recorder import Recorder
-from job.run.resume_from import Source, describe_changes, import_source, open_source, read_record
+from job.run.resume_from import (
+    SourceCheckpoint,
+    describe_changes,
+    import_source_checkpoint,
+    open_source_checkpoint,
+    read_record,
+)
 from job.run.run_dir import (
     RESULT_FILE,
     check_same_config,
@@ -122,7 +128,7 @@ def run_training(
         with suppress(KeyboardInterrupt):
             spec = build_run_spec(config, folder, content)
             check_same_text(list_checkpoints(spec.checkpoints)[0], spec.dataset)
-            source = open_source(spec.config, spec.dataset, folder)
+            source = open_source_checkpoint(spec.config, spec.dataset, folder)
             folder.check_writable()
         stop_request.can_save = True
         if stop_request.exit_code:
@@ -141,7 +147,7 @@ def run_training(
                 return RunOutcome(folder, spec.config, result, 0 if result else stop_request.exit_code)
 
 
-def _announce(spec: RunSpec, source: Source | None, requested_source: str, console: Console) -> None:
+def _announce(spec: RunSpec, source: SourceCheckpoint | None, requested_source: str, console: Console) -> None:
     """Shows what is trained on, and warnings; logs the configuration."""
     _logger.info(
         "process %d on %s, Python %s, torch %s", os.getpid(), gethostname(), python_version(), torch.__version__
@@ -168,7 +174,7 @@ def _handle_event(log: DriverLog, on_event: EventSink | None, event: Event) -> N
 def _run(
     launcher: Launcher,
     spec: RunSpec,
-    source: Source | None,
+    source: SourceCheckpoint | None,
     recorder: Recorder,
     stop_request: StopRequest,
     in_python: bool,
@@ -181,7 +187,7 @@ def _run(
         check_same_config(folder, read_existing_run(folder), spec.config)
         folder.write(CONFIG_FILE, _config_text(spec, source, folder).encode())
         if source:
-            import_source(source, spec.config, folder)
+            import_source_checkpoint(source, spec.config, folder)
         launcher.run(spec, recorder, stop_request)
         if recorder.status.failed:
             raise recorder.status.failed
@@ -204,7 +210,7 @@ def _run(
         raise RunFailed(f"{folder}: cannot be read or written: {error}", describe_last_checkpoint()) from None
 
 
-def _config_text(spec: RunSpec, source: Source | None, folder: Folder) -> str:
+def _config_text(spec: RunSpec, source: SourceCheckpoint | None, folder: Folder) -> str:
     """Returns the run's configuration; a comment names the checkpoint that it started from, and what was changed."""
     record = source.record(spec.config) if source else read_record(folder)
     if not record or not spec.config.run.resume_from:

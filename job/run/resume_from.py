@@ -31,7 +31,7 @@ _RECORD_TYPES = {"checkpoint": str, "step": int, "changed": dict}
 
 
 @dataclass(frozen=True)
-class Source:
+class SourceCheckpoint:
     """A checkpoint that a new run starts from, and the configuration that is stored with it."""
 
     checkpoint: Checkpoint
@@ -57,7 +57,7 @@ class Source:
         return {"checkpoint": self.checkpoint.path.address, "step": self.checkpoint.step, "changed": changed}
 
 
-def open_source(config: Config, dataset: Dataset, folder: Folder) -> Source | None:
+def open_source_checkpoint(config: Config, dataset: Dataset, folder: Folder) -> SourceCheckpoint | None:
     """Returns the checkpoint that a new run starts from, of which every byte is verified.
 
     Args:
@@ -78,20 +78,20 @@ def open_source(config: Config, dataset: Dataset, folder: Folder) -> Source | No
         if path.has(SEARCH_FILE):
             raise UserError("is a search and not a run", "give one of the runs in its folder trials")
         checkpoint = find_checkpoint(path, verify_checkpoint)
-        source = Source(checkpoint, read_stored_config(checkpoint))
+        source = SourceCheckpoint(checkpoint, read_stored_config(checkpoint))
         check_same_text([checkpoint], dataset)
     source.check(config)
     return source
 
 
-def import_source(source: Source, config: Config, folder: Folder) -> None:
+def import_source_checkpoint(source: SourceCheckpoint, config: Config, folder: Folder) -> None:
     """Copies the checkpoint into the folder of the new run, and stores where it came from."""
     folder.write(RECORD_FILE, json.dumps(source.record(config), indent=1).encode())
     copy_checkpoint(source.checkpoint, folder / "checkpoints")
 
 
 def read_record(folder: Folder) -> dict[str, Any] | None:
-    """Returns what ``import_source`` stored. None if there is nothing, or if it is damaged."""
+    """Returns what ``import_source_checkpoint`` stored. None if there is nothing, or if it is damaged."""
     try:
         return parse_record(folder.read(RECORD_FILE, _MAX_RECORD_BYTES), _RECORD_TYPES)
     except (OSError, ValueError):

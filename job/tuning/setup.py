@@ -10,7 +10,7 @@ from job.config.search_space import MAX_TRIALS, Params, SearchConfig, search_dif
 from job.config.toml import override_config, search_config_from_toml
 from job.console import Console
 from job.errors import UserError
-from job.run.resume_from import Source, open_source
+from job.run.resume_from import SourceCheckpoint, open_source_checkpoint
 from job.run.run_dir import (
     SEARCH_FILE,
     check_resume,
@@ -77,7 +77,7 @@ def check_search(base: Config, search: SearchConfig, folder: Folder, console: Co
     base = replace(spec.config, generate=base.generate)  # a trial with another vocabulary has another prefix
     if not any(name.startswith(("corpus.", "vocabulary.")) for name in search.space.domains):
         check_same_text(list_checkpoints(trial_folder(folder, 0) / "checkpoints")[0], spec.dataset)
-    source = open_source(spec.config, spec.dataset, trial_folder(folder, 0))
+    source = open_source_checkpoint(spec.config, spec.dataset, trial_folder(folder, 0))
     for count, endpoint in enumerate(search.space.endpoints, 1):
         _check_params(base, search, endpoint, source, folder)
         if count % 10 == 0:
@@ -90,7 +90,7 @@ def check_search(base: Config, search: SearchConfig, folder: Folder, console: Co
 
 
 def _check_params(
-    base: Config, search: SearchConfig, params: Params, source: Source | None, folder: Folder | None = None
+    base: Config, search: SearchConfig, params: Params, source: SourceCheckpoint | None, folder: Folder | None = None
 ) -> None:
     """Raises UserError if there can be no run with these parameters; builds the text and model if given a folder."""
     try:
