@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from test_shared_memory import free_port
@@ -33,6 +34,7 @@ def save_and_wait(rank: int, port: int, saved: Path) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_worker_whose_save_is_retried_for_longer_than_hang_timeout_is_waited_for(tmp_path: Path) -> None:
     """The other workers gave up."""
     spawn(save_and_wait, (free_port(), tmp_path / "saved"), nprocs=2)

@@ -23,6 +23,7 @@ def exchange(rank: int, port: int) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_json_exchanged_between_workers_is_equal_to_what_was_sent() -> None:
     spawn(exchange, (free_port(),), nprocs=3)
 

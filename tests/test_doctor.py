@@ -341,6 +341,7 @@ def test_child_processes_of_a_thread_that_cannot_be_read_are_left_out(
     assert child_processes() == {12, 13}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["RAY_health_check_period_ms", "RAY_worker_niceness"])
 def test_train_with_invalid_setting_of_ray_is_refused(prose: Path, tmp_path: Path, name: str) -> None:
     """Ray's core crashes when it is imported."""

@@ -103,6 +103,7 @@ def compare_on_worker(rank: int, port: int, results: SimpleQueue[Any]) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_all_workers_raise_the_same_error_without_the_kernel_on_one() -> None:
     results = multiprocessing.get_context("spawn").SimpleQueue()
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -304,6 +304,7 @@ def run_until_failure(store: ObjectStore, saved: int, fails_at: int) -> int:
     return saved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("segment_bytes", [1, 800, 10**6])
 def test_metrics_log_on_object_store_after_a_crash_at_any_write_has_each_row_once(
     store: ObjectStore, monkeypatch: pytest.MonkeyPatch, segment_bytes: int

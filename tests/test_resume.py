@@ -77,6 +77,7 @@ def resume_on_workers(folder: Path) -> list[tuple[Any, ...]]:
     return sorted(results.get() for _ in range(WORKERS))
 
 
+@pytest.mark.slow
 def test_workers_load_checkpoint_that_rank_0_reads_and_skip_one_with_a_damaged_part(tmp_path: Path) -> None:
     folder = Folder(str(tmp_path))
     write_checkpoint(folder, 10)

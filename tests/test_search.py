@@ -586,6 +586,7 @@ def test_search_on_object_store_with_temporary_errors_finishes(
     assert {path.rpartition("/it/")[2] for path in failed} >= {"search.toml", "trials.json", "best.toml"}
 
 
+@pytest.mark.slow
 def test_search_with_files_that_the_user_removed_restores_them(
     small_search: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -606,6 +607,7 @@ def test_search_with_files_that_the_user_removed_restores_them(
         small_search()
 
 
+@pytest.mark.slow
 def test_search_runs_a_stopped_trial_again_if_its_folder_was_removed(
     small_search: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -618,6 +620,7 @@ def test_search_runs_a_stopped_trial_again_if_its_folder_was_removed(
     assert len(list(folder.glob("trials/*/result.json"))) == 2
 
 
+@pytest.mark.slow
 def test_search_whose_trial_is_a_link_to_another_disk_writes_there(
     small_search: Callable[..., Any], tmp_path: Path
 ) -> None:

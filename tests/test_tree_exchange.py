@@ -62,5 +62,6 @@ def exchange_over_network(rank: int, port: int, workers: int) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_exchange_over_network_is_bitwise_equal_to_one_worker() -> None:
     spawn(exchange_over_network, (free_port(), 4), nprocs=4)
