@@ -64,6 +64,7 @@ def drawn_lines(all_rows: list[dict[str, float | str]]) -> tuple[str, list[list[
         ([row("train", 1, 1), row("train", 1, 2), row("epoch", 1, 2), row("validation", 1, 2)], "step", [[1, 2], [2]]),
         ([row("train", 1, 5), row("train", 1, 9)], "step", [[5, 9]]),  # stopped inside the first epoch
         ([row("epoch", 1, 9), row("validation", 1, 9)], "epoch", [[1], [1]]),  # log_every is longer than the run
+        ([row("validation", 1, 5), row("epoch", 1, 9), row("validation", 1, 9)], "step", [[9], [5, 9]]),
         ([row("train", 1, 9), row("epoch", 1, 9), row("train", 2, 18), row("epoch", 2, 18)], "epoch", [[1, 2]]),
     ],
 )

@@ -453,7 +453,11 @@ def test_trial_whose_metric_is_not_a_number_never_wins(tmp_path: Path, metric: s
         params = trial_params(base, search, number)
         run = trial_folder(folder, number)
         run.write("config.toml", config_to_toml(trial_config(base, folder, number, not_none(params))).encode())
-        rows = [{"split": split, "epoch": n, "step": n, "perplexity": value} for n, value in enumerate(values, 1)]
+        rows = [
+            {"split": each, "epoch": n, "step": n, "perplexity": value}
+            for n, value in enumerate(values, 1)
+            for each in dict.fromkeys(("epoch", split))
+        ]
         run.write("metrics.jsonl", "".join(f"{json.dumps(row)}\n" for row in rows).encode())
     trials = load_trials(folder, base, search)
     assert [trial.number for trial in trials.ranked()] == [2, 1, 0, 3]

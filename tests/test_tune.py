@@ -345,6 +345,19 @@ def test_trial_runner_reports_every_epoch_although_training_is_ahead_of_the_chec
     assert [report["step"] for report in reports] == [24, 48]
 
 
+def test_trial_runner_reports_no_validation_within_an_epoch(tmp_path: Path) -> None:
+    runner = TrialRunner(load_config(None, {}), Folder(str(tmp_path)), search_config())
+    reported = []
+    for split, step in (("validation", 10), ("validation", 20), ("epoch", 24), ("validation", 24), ("validation", 30)):
+        runner._on_event(MetricsRow("attempt", {"split": split, "step": step, "epoch": 1, "perplexity": 5.0}))
+        runner.resume.release()
+        runner._on_event(CheckpointCommitted("attempt", cast(Checkpoint, SimpleNamespace(step=step))))
+    while not runner.reports.empty():
+        report: Any = runner.reports.get_nowait()
+        reported.append(report["step"])
+    assert reported == [24]
+
+
 def test_asha_stops_a_trial_whose_metric_is_not_a_number(tmp_path: Path) -> None:
     """A comparison with NaN is false, so it was never stopped."""
     space = {"optimizer.learning_rate": {"grid": [1.0, 0.1]}}

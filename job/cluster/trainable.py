@@ -136,7 +136,7 @@ class TrialRunner:
         self.stop_request = StopRequest()
         self.checkpoint: Checkpoint | None = None  # the last one that was committed
         self.pending_rows: dict[int, dict[str, Any]] = {}  # by step; each waits for the checkpoint of its step
-        self.last_reported_step = 0
+        self.last_epoch_step = self.last_reported_step = 0
         self.thread = threading.Thread(target=self._run, daemon=True)
 
     # --- called in the actor's main thread ---
@@ -195,8 +195,12 @@ class TrialRunner:
         return {"state": "interrupted" if outcome.exit_code else "finished"}
 
     def _on_event(self, event: Event) -> None:
-        if isinstance(event, MetricsRow) and event.row["split"] == METRIC_SPLITS[self.search.metric]:
-            self.pending_rows[event.row["step"]] = event.row
+        if isinstance(event, MetricsRow):
+            split, step = event.row["split"], event.row["step"]
+            if split == "epoch":
+                self.last_epoch_step = step
+            if split == METRIC_SPLITS[self.search.metric] and step == self.last_epoch_step:
+                self.pending_rows[step] = event.row
         if isinstance(event, CheckpointCommitted):
             self.checkpoint = event.checkpoint
             if row := self.pending_rows.pop(event.checkpoint.step, None):

@@ -152,6 +152,9 @@ class TrainConfig(Section):
     )  # fmt: skip
     max_steps: int = config_field(0, "maximum length of the run; 0: no limit", "steps", ge=0, on_resume=FREE)
     log_every: int = config_field(0, "interval between rows of metrics; 0: one epoch", "steps", ge=0, on_resume=FREE)
+    validate_every: int = config_field(
+        0, "interval between validations, in addition to that after each epoch; 0: none", "steps", ge=0, on_resume=FREE
+    )
     checkpoint_every: str | int = config_field(
         "30s", "interval between checkpoints", ge=1, pattern=r"(?=.*[1-9])[0-9]{1,99}(\.[0-9]{1,99})?s", on_resume=FREE,
         form='steps (200) or seconds ("30s"), above 0',

@@ -15,21 +15,23 @@ MAX_PLOTTED_PERPLEXITY = 1e6  # larger ones are drawn there
 def plot_perplexity(rows: Iterable[dict[str, Any]], title: str) -> Figure:
     """Draws perplexity, a line for each of training and validation.
 
-    The axis is epochs. It is steps, and the rows of ``train`` are drawn, if these alone make a line.
+    The axis is epochs; it is steps if there are validations within an epoch. It is steps, too, and the rows of
+    ``train`` are drawn, if these alone make a line.
     """
     figure, (axes,) = new_figure(1)
     points = defaultdict[str, list[tuple[int, int, float]]](list)
     for row in rows:
         points[row["split"]].append((row["epoch"], row["step"], min(row["perplexity"], MAX_PLOTTED_PERPLEXITY)))
-    has_steps_only = len(points["epoch"]) < 2 <= len(points["train"])
-    for split, label in (("train" if has_steps_only else "epoch", "training"), ("validation", "validation")):
+    training_split = "train" if len(points["epoch"]) < 2 <= len(points["train"]) else "epoch"
+    by_step = training_split == "train" or len(points["validation"]) > len(points["epoch"])
+    for split, label in ((training_split, "training"), ("validation", "validation")):
         if points[split]:
             epochs, steps, values = zip(*points[split], strict=True)
-            x = steps if has_steps_only else epochs
+            x = steps if by_step else epochs
             axes.plot(x, values, marker="o" if len(x) < 25 else None, markersize=4, label=label)
             last, text = (x[-1], values[-1]), f"{values[-1]:.2f}"
             axes.annotate(text, last, xytext=(6, 0), textcoords="offset points", va="center")
-    axes.set(title=title, xlabel="step" if has_steps_only else "epoch", ylabel="perplexity", yscale="log")
+    axes.set(title=title, xlabel="step" if by_step else "epoch", ylabel="perplexity", yscale="log")
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
     axes.tick_params(axis="y", which="minor", labelsize=7)

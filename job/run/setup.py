@@ -103,6 +103,9 @@ def _check_sizes(dataset: Dataset, config: Config, corpus: Corpus | None = None)
                 f"too few for stream.batch_size = {config.stream.batch_size} lanes",
                 "raise it or give more text",
             )
+        if config.train.validate_every and num_validation < 2:
+            problem = f"train.validate_every = {config.train.validate_every}: there is no validation text"
+            raise UserError(problem, "set corpus.validation_fraction, or leave it out")
     except UserError as error:
         remedy = _remedy_for_long_words(corpus, config.vocabulary.kind) if corpus else ""
         raise UserError(error.problem, remedy or error.remedy) from None

@@ -90,11 +90,11 @@ def train_steps(
 def _can_read_later(progress: Progress, train_config: TrainConfig, device: torch.device) -> bool:
     """Whether a step's statistics may be read after the next step has been launched, so that the GPU need not wait.
 
-    Not if the progress is reported or saved now. All workers decide the same.
+    Not if the progress is reported, validated or saved now. All workers decide the same.
     """
     if device.type == "cpu" or not progress.epoch_mean.tokens:
         return False
-    intervals = (train_config.log_every, train_config.checkpoint_steps)
+    intervals = (train_config.log_every, train_config.validate_every, train_config.checkpoint_steps)
     return not any(every and progress.step % every == 0 for every in intervals)
 
 

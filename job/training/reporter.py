@@ -68,9 +68,9 @@ class Reporter:
         self._post_row("epoch", epoch, loss, self.epoch_speed.tokens_per_second(self.train_state.progress.tokens))
 
     def report_validation(self, epoch: int, loss: LossSum, seconds: float) -> None:
-        """Reports the validation loss after an epoch (from 1), which took ``seconds`` to compute."""
-        self.report_speed.exclude(seconds)
-        self.epoch_speed.exclude(seconds)
+        """Reports the validation loss in or after an epoch (from 1), which took ``seconds`` to compute."""
+        for speed in (self.report_speed, self.progress_speed, self.epoch_speed):
+            speed.exclude(seconds)
         self._post_row("validation", epoch, loss, loss.tokens / seconds)
 
     def _post_row(self, split: str, epoch: int, loss: LossSum, tokens_per_second: float) -> None:

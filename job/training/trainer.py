@@ -8,10 +8,8 @@ from typing import Protocol
 import torch
 
 from job.config.schema import BUILTIN_CELLS, Config
-from job.distributed.collectives import gather_json
 from job.distributed.context import World, device_name, raise_malloc_thresholds
 from job.distributed.gradient_sync import ControlFlags
-from job.distributed.tree_reduce import tree_sum
 from job.errors import Diverged, UnrecoverableError, UserError
 from job.training.checkpoint import CorruptCheckpoint, checkpoint_name
 from job.training.checkpoint_writer import CheckpointWriter
@@ -22,12 +20,13 @@ from job.training.implementation import (
     describe_missing_kernel,
     gather_implementations,
 )
-from job.training.loop import end_epoch, evaluate_lanes, is_done, train_steps
-from job.training.progress import LossSum, Progress, finite_or_none
+from job.training.loop import end_epoch, is_done, train_steps
+from job.training.progress import Progress
 from job.training.reporter import Reporter
 from job.training.resume import agree_on_resume_point
 from job.training.run_spec import RunSpec
 from job.training.train_state import TrainState, build_train_state
+from job.training.validation import is_validation_due, record_validation, validate
 
 PREEMPTION_POLL_S = 5.0  # seconds between two checks for nodes that are about to be removed
 OUT_OF_MEMORY_REMEDY = (
@@ -113,7 +112,7 @@ def _started(
 
 @dataclass
 class Trainer:
-    """Trains epoch after epoch, validates after each, and saves checkpoints."""
+    """Trains epoch after epoch, validates after each and in between, and saves checkpoints."""
 
     spec: RunSpec
     world: World
@@ -161,12 +160,18 @@ class Trainer:
         for step in train_steps(self.train_state, self.spec.config, self._control_flags):
             stopped = step.stats.flags.stop
             self.reporter.report_step(step)
-            if stopped or step.ends_run:
+            if step.ends_run or step.ends_epoch:
                 break
-            if not step.ends_epoch and self._is_checkpoint_due(step.stats.flags):
+            is_due = is_validation_due(self.progress, self.spec.config.train)
+            is_best = is_due and self._validate(self.progress.epoch + 1)
+            if stopped:
+                break
+            if self._is_checkpoint_due(step.stats.flags) or is_best:
                 self._save()
         if self.train_state.is_epoch_done:
-            self._report_and_validate(self.progress.epoch + 1, end_epoch(self.train_state))
+            epoch = self.progress.epoch + 1
+            self.reporter.report_epoch(epoch, end_epoch(self.train_state))
+            self._validate(epoch)
         self._finish_truncated_epoch()
         self._save()
         return stopped
@@ -177,28 +182,17 @@ class Trainer:
         is_reported = not loss.tokens or progress.last_epoch_nats == loss.nats_per_token
         if is_done(progress, self.spec.config.train) and not is_reported:
             progress.last_epoch_nats = loss.nats_per_token
-            self._report_and_validate(progress.epoch + 1, loss)
+            self.reporter.report_epoch(progress.epoch + 1, loss)
+            self._validate(progress.epoch + 1)
 
-    def _report_and_validate(self, epoch: int, train_loss: LossSum) -> None:
-        self.reporter.report_epoch(epoch, train_loss)
-        if len(self.spec.dataset.validation_tokens) > 1:
-            started_at = time.monotonic()
-            loss = self._validate()
-            seconds = time.monotonic() - started_at
-            nats, best = finite_or_none(loss.nats_per_token), self.progress.best_validation_nats
-            self.progress.last_validation_nats, self.progress.validated_step = nats, self.progress.step
-            self.progress.best_validation_nats = min((x for x in (best, nats) if x is not None), default=None)
-            self.reporter.report_validation(epoch, loss, seconds)
-
-    def _validate(self) -> LossSum:
-        """Evaluates the validation text, split into as many lanes as the stream, on all workers."""
-        model, groups = self.train_state.model, self.train_state.assignment.groups
-        num_lanes, num_steps = self.spec.config.stream.batch_size, self.spec.config.stream.num_steps
-        autocast = self.train_state.precision.autocast
-        sums = evaluate_lanes(model, self.spec.dataset.validation_tokens, groups, num_lanes, num_steps, autocast)
-        if self.world.size > 1:
-            sums = [nats for worker_sums in gather_json(sums) for nats in worker_sums]
-        return LossSum(tree_sum(sums), len(self.spec.dataset.validation_tokens) - 1)
+    def _validate(self, epoch: int) -> bool:
+        """Validates and reports it, once per step. Returns whether the loss is the lowest so far."""
+        if len(self.spec.dataset.validation_tokens) < 2 or self.progress.validated_step == self.progress.step:
+            return False
+        started_at = time.monotonic()
+        loss = validate(self.spec, self.world, self.train_state)
+        self.reporter.report_validation(epoch, loss, time.monotonic() - started_at)
+        return record_validation(self.progress, loss)
 
     def _control_flags(self) -> ControlFlags:
         """The driver's requests, to which rank 0 adds what is due by its clock."""

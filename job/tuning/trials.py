@@ -250,8 +250,10 @@ def read_trial_run(folder: Folder, base: Config, search: SearchConfig, number: i
 
 
 def read_score_rows(run_folder: Folder, metric: str) -> list[dict[str, Any]]:
-    """The rows of a run's metrics for the split of a search's metric. Empty if they cannot be read."""
+    """The rows of a run's metrics for a search's metric, one per epoch. Empty if they cannot be read."""
     try:
-        return [row for row in read_rows(run_folder) if row["split"] == METRIC_SPLITS[metric]]
+        rows = list(read_rows(run_folder))
     except OSError:
         return []
+    epoch_steps = {row["step"] for row in rows if row["split"] == "epoch"}  # train.validate_every adds rows in between
+    return [row for row in rows if row["split"] == METRIC_SPLITS[metric] and row["step"] in epoch_steps]

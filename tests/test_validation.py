@@ -1,0 +1,171 @@
+"""Validation during a run: it does not disturb the training, and each step is validated once, whatever happens."""
+
+import json
+import multiprocessing
+import shutil
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import job, result, rows
+from test_shared_memory import free_port
+from torch.multiprocessing.spawn import spawn
+
+from job.config.config_file import load_config
+from job.console import Console
+from job.distributed.context import World
+from job.distributed.gradient_sync import ControlFlags
+from job.run.driver import run_training
+from job.run.local_launcher import LocalLauncher
+from job.run.setup import build_run_spec
+from job.run.signals import StopRequest
+from job.storage import Folder
+from job.training.events import Event, MetricsRow
+from job.training.run_spec import RunSpec
+from job.training.trainer import train
+
+EVERY = 5
+FLAGS = {
+    "corpus.max_tokens": 9000, "corpus.validation_fraction": 0.1, "stream.batch_size": 8, "stream.num_steps": 50,
+    "stream.offset": 0, "model.hidden_size": 16, "optimizer.name": "adamw", "optimizer.learning_rate": 0.01,
+    "train.epochs": 2, "train.log_every": 1, "train.keep_checkpoints": 1, "train.checkpoint_every": 4,
+    "train.validate_every": EVERY, "train.precision": "fp32", "scale.workers": 0, "generate.prefix": "the",
+}  # fmt: skip  # 20 steps in each epoch
+
+
+def config_flags(prose: Path, **more: Any) -> dict[str, Any]:
+    return {**FLAGS, "corpus.source": str(prose), **{name.replace("__", "."): value for name, value in more.items()}}
+
+
+def run(prose: Path, storage: Path, name: str, **more: Any) -> Path:
+    """The folder of a run that this command finishes."""
+    flags = config_flags(prose, run__storage=storage, run__name=name, **more)
+    ended = job("train", *[word for flag, value in flags.items() for word in (f"--{flag}", value)])
+    assert ended.status == 0, ended.err
+    return storage / name
+
+
+def validations(folder: Path) -> list[tuple[int, int, float]]:
+    return [(row["epoch"], row["step"], row["nats"]) for row in rows(folder, "validation")]
+
+
+def stop_at(prose: Path, storage: Path, name: str, step: int) -> None:
+    """Starts a run and stops it as Ctrl-C does, so that this step is its last."""
+    stop_request = StopRequest()
+
+    def on_event(event: Event) -> None:
+        if isinstance(event, MetricsRow) and event.row["split"] == "train" and event.row["step"] == step - 1:
+            stop_request.exit_code = 130
+
+    flags = config_flags(prose, run__storage=storage, run__name=name)
+    config = load_config(None, {flag: str(value) for flag, value in flags.items()})
+    outcome = run_training(config, name, Console(), LocalLauncher(), stop_request, on_event)
+    assert outcome.exit_code == 130
+    assert rows(storage / name, "train")[-1]["step"] == step
+
+
+def test_validation_during_a_run_leaves_training_as_it_is_and_its_best_checkpoint_is_kept(
+    prose: Path, tmp_path: Path
+) -> None:
+    often = run(prose, tmp_path, "often")
+    seldom = run(prose, tmp_path, "seldom", train__validate_every=0)
+    assert result(often)["weights_sha256"] == result(seldom)["weights_sha256"]
+    found = validations(often)
+    assert [step for _, step, _ in found] == list(range(EVERY, 41, EVERY))
+    assert [validation for validation in found if validation[1] % 20 == 0] == validations(seldom)
+    assert result(often)["best_validation_perplexity"] == min(row["perplexity"] for row in rows(often, "validation"))
+
+
+def test_best_checkpoint_within_an_epoch_is_that_of_the_validated_step(prose: Path, tmp_path: Path) -> None:
+    """The learning rate is too high after the warm-up, so that the best step is early."""
+    more = {"optimizer__learning_rate": 3.0, "optimizer__warmup_steps": 300, "train__checkpoint_every": 1000}
+    folder = run(prose, tmp_path, "run", **more)
+    _, step, nats = min(validations(folder), key=lambda validation: validation[2])
+    assert step % 20, "the best step is not the end of an epoch"
+    best = folder / result(folder)["best_checkpoint"]
+    content = json.loads((best / "manifest.json").read_text())["content"]
+    assert (content["step"], content["validation_nats"]) == (step, nats)
+    progress = json.loads((best / "progress.json").read_text())
+    assert (progress["validated_step"], progress["best_validation_nats"]) == (step, nats)
+
+
+@pytest.mark.parametrize("step", [4, 5, 6, 20])
+def test_run_stopped_at_a_step_has_the_validations_of_an_uninterrupted_one(
+    prose: Path, tmp_path: Path, step: int
+) -> None:
+    """5 and 20 are validated; the stop saves after that, and the resumed run starts with the next step."""
+    expected = run(prose, tmp_path, "expected")
+    stop_at(prose, tmp_path, "stopped", step)
+    stopped = run(prose, tmp_path, "stopped")
+    assert validations(stopped) == validations(expected)
+    for name in ("weights_sha256", "validation_perplexity", "best_validation_perplexity"):
+        assert result(stopped)[name] == result(expected)[name]
+
+
+def test_run_that_loses_its_last_checkpoint_repeats_the_validations_after_the_one_before(
+    prose: Path, tmp_path: Path
+) -> None:
+    expected = run(prose, tmp_path, "expected")
+    stop_at(prose, tmp_path, "crashed", 15)
+    last = max((tmp_path / "crashed" / "checkpoints").iterdir())
+    assert last.name.startswith("step-000015")
+    stop_at(prose, tmp_path, "copy", 14)
+    shutil.rmtree(tmp_path / "crashed" / "checkpoints")
+    shutil.copytree(tmp_path / "copy" / "checkpoints", tmp_path / "crashed" / "checkpoints")
+    assert validations(run(prose, tmp_path, "crashed")) == validations(expected)
+
+
+class RecordingLink:
+    """A driver that only records the rows of metrics."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+
+    def post(self, event: Event) -> None:
+        if isinstance(event, MetricsRow):
+            self.rows.append(event.row)
+
+    def control_flags(self) -> ControlFlags:
+        return ControlFlags()
+
+    def preemption_pending(self) -> bool:
+        return False
+
+
+def train_worker(rank: int, workers: int, port: int, spec: RunSpec, results: SimpleQueue[Any]) -> None:
+    if workers > 1:
+        dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
+    link = RecordingLink()
+    train(spec, World(rank, workers, torch.device("cpu"), 1, "a"), link)
+    if rank == 0:
+        results.put([(row["split"], row["step"], row["nats"]) for row in link.rows])
+    if workers > 1:
+        dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_reproducible_validation_on_any_number_of_workers_has_the_same_bits(prose: Path, tmp_path: Path) -> None:
+    flags = config_flags(prose, train__reproducible="true", train__epochs=1, train__checkpoint_every=1000)
+    found = []
+    for workers in (1, 2, 3):
+        config = load_config(
+            None, {**{flag: str(value) for flag, value in flags.items()}, "scale.workers": str(workers)}
+        )
+        spec = build_run_spec(config, Folder(str(tmp_path / str(workers))))
+        results = multiprocessing.get_context("spawn").SimpleQueue()
+        spawn(train_worker, (workers, free_port(), spec, results), nprocs=workers)
+        found.append(results.get())
+    assert [step for split, step, _ in found[0] if split == "validation"] == [5, 10, 15, 20]
+    assert found[0] == found[1] == found[2]
+
+
+def test_validate_every_without_a_validation_text_is_refused(prose: Path, tmp_path: Path) -> None:
+    words = ["--corpus.source", prose, "--train.validate_every", 5, "--run.storage", tmp_path]
+    ended = job("train", *words)
+    assert ended.status == 2
+    expected = "error: train.validate_every = 5: there is no validation text; set corpus.validation_fraction"
+    assert ended.err.startswith(expected)
+    assert not list(tmp_path.iterdir())
