@@ -198,6 +198,7 @@ VERBS = {
             "corpus.cleaning",
             "corpus.max_tokens",
             "model.cell",
+            "evaluate",
         ),
         JSON_FLAG,
     ),

@@ -229,6 +229,20 @@ class GenerateConfig(Section, on_resume=FREE):
 
 
 @dataclass(frozen=True)
+class EvaluateConfig(Section, on_resume=FREE):
+    """Evaluation of trained models."""
+
+    lanes: int = config_field(1, "lanes that the text is split into, each from a zero state", "lanes", ge=1)
+    context: int = config_field(0, "start from a zero state every N tokens; 0: carry the state", "tokens", ge=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.context and self.lanes > 1:
+            problem = f"evaluate.lanes = {self.lanes}: evaluate.context = {self.context} splits the text already"
+            raise UserError(problem, "leave one of them out")
+
+
+@dataclass(frozen=True)
 class Config:
     """All sections that define a run.
 
@@ -245,6 +259,7 @@ class Config:
     train: TrainConfig = TrainConfig()
     scale: ScaleConfig = ScaleConfig()
     generate: GenerateConfig = GenerateConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
 
     def __post_init__(self) -> None:
         num_lanes, scale, offset = self.stream.batch_size, self.scale, self.stream.offset

@@ -1,22 +1,30 @@
-"""Evaluates a checkpoint's model on a text: perplexity and bits per character."""
+"""Evaluates trained models on a text: perplexity and bits per character."""
 
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, pairwise
 from typing import cast
 
-from job.config.schema import Config
+import numpy as np
+
+from job.config.schema import Config, EvaluateConfig
 from job.data.corpus import Corpus, read_corpus
+from job.data.lanes import split_evenly
 from job.data.token_store import StoredTokens, count_unknown, open_stored
 from job.data.vocabulary import END_OF_LINE, Vocabulary
+from job.distributed.tree_reduce import tree_sum
 from job.errors import UserError
+from job.inference.ensemble import evaluate_ensemble
 from job.inference.generate import load_model
+from job.nn.language_model import LanguageModel
 from job.training.checkpoint import LoadedCheckpoint
-from job.training.loop import evaluate_lanes
+from job.training.loop import evaluate_group
 from job.training.progress import LossSum
 
-WINDOW_STEPS = 1024  # steps per call of the model; bounds the memory and does not change the result
+WINDOW_TOKENS = 1024  # per call of the model; bounds the memory and does not change the result
+GROUP_LANES = 16  # that are evaluated at a time
 
 
 @dataclass(frozen=True)
@@ -40,11 +48,11 @@ class Evaluation:
 
 
 def evaluate_text(checkpoint: LoadedCheckpoint, config: Config) -> Evaluation:
-    """Evaluates the checkpoint's model on a text as a single lane from zero state.
+    """Evaluates the checkpoint's model on a text: each token but the first is a target once.
 
     Args:
         checkpoint: gives the model and the vocabulary
-        config: its ``corpus`` section, and the cell of ``model`` as the user gave it
+        config: its sections ``corpus`` and ``evaluate``, and the cell of ``model`` as the user gave it
 
     Raises:
         UserError: the text cannot be read, or has fewer than two tokens, or the checkpoint has another custom cell
@@ -62,9 +70,45 @@ def evaluate_text(checkpoint: LoadedCheckpoint, config: Config) -> Evaluation:
         blanks = " with blanks between its words" if vocabulary.kind == "word" else ""
         raise UserError(problem, f"give more text{blanks}")
     num_characters = count(len(tokens))
-    (nats,) = evaluate_lanes(load_model(checkpoint, config.model), tokens, [range(1)], 1, WINDOW_STEPS)
+    nats = evaluate_tokens([load_model(checkpoint, config.model)], tokens, config.evaluate)
     unknown_share = count_unknown(tokens[1:], vocabulary) / (len(tokens) - 1)
     return Evaluation(LossSum(nats, len(tokens) - 1), num_characters, unknown_share)
+
+
+def evaluate_tokens(models: Sequence[LanguageModel], tokens: np.ndarray, evaluate_config: EvaluateConfig) -> float:
+    """Returns the loss of all tokens but the first in nats, summed.
+
+    Args:
+        models: several are an ensemble, whose probabilities are the mean of theirs
+        tokens: token ids (N,), N at least 2
+        evaluate_config: how the text is split into lanes
+    """
+    for model in models:
+        model.eval()
+    return tree_sum([_evaluate_group(models, tokens, group) for group in lane_groups(len(tokens) - 1, evaluate_config)])
+
+
+def _evaluate_group(models: Sequence[LanguageModel], tokens: np.ndarray, lanes: Sequence[range]) -> float:
+    num_steps = max(1, WINDOW_TOKENS // len(lanes))
+    if len(models) == 1:
+        return evaluate_group(models[0], tokens, lanes, num_steps)
+    return evaluate_ensemble(models, tokens, lanes, num_steps)
+
+
+def lane_groups(num_targets: int, evaluate_config: EvaluateConfig) -> Iterator[list[range]]:
+    """Yields the lanes of a text in groups that are evaluated at a time.
+
+    With ``evaluate.context`` a lane is that many targets long (the last one may be shorter), and the first of them is
+    predicted from a zero state and the token before it.
+
+    >>> list(lane_groups(5, EvaluateConfig(context=2)))
+    [[range(0, 2), range(2, 4), range(4, 5)]]
+    """
+    size, lanes = evaluate_config.context, split_evenly(num_targets, min(evaluate_config.lanes, num_targets))
+    num_lanes = math.ceil(num_targets / size) if size else len(lanes)
+    for first in range(0, num_lanes, GROUP_LANES):
+        numbers = range(first, min(first + GROUP_LANES, num_lanes))
+        yield [range(n * size, min((n + 1) * size, num_targets)) if size else lanes[n] for n in numbers]
 
 
 def _stored_characters(stored: StoredTokens, num_tokens: int) -> int:

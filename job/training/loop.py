@@ -175,31 +175,52 @@ def evaluate_lanes(
     lanes = split_evenly(len(tokens) - 1, num_lanes)
     was_training = model.training
     model.eval()
-    sums = [_evaluate_group(model, tokens, lanes[group.start : group.stop], num_steps, autocast) for group in groups]
+    sums = [evaluate_group(model, tokens, lanes[group.start : group.stop], num_steps, autocast) for group in groups]
     model.train(was_training)
     return sums
 
 
-def _evaluate_group(
-    model: LanguageModel, tokens: np.ndarray, lanes: list[range], num_steps: int, autocast: torch.dtype | None
+@torch.no_grad()
+def evaluate_group(
+    model: LanguageModel,
+    tokens: np.ndarray,
+    lanes: Sequence[range],
+    num_steps: int,
+    autocast: torch.dtype | None = None,
 ) -> float:
-    """Returns the loss of some lanes in nats, summed over their targets. The first lane is a longest one."""
+    """Returns the loss of some lanes in nats, summed over their targets.
+
+    Args:
+        model: in evaluation mode
+        tokens: token ids of the whole text (N,)
+        lanes: each lane's inputs, whose targets are the tokens after them
+        num_steps: steps per window
+        autocast: dtype of matrix products, None if it is that of the weights
+    """
     device = next(model.parameters()).device
-    longest = len(lanes[0])
-    # Shorter lanes are padded by one token, whose target -1 is ignored.
     state: State = None
     total = torch.zeros((), dtype=torch.float64, device=device)
+    for window_TB in lane_windows(tokens, lanes, num_steps):
+        tokens_TB = window_TB.to(device)
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            logits_TBV, state = model(tokens_TB[:-1].clamp(min=0), state)
+        total += _cross_entropy_sum(logits_TBV, tokens_TB[1:])
+    return float(total)
+
+
+def lane_windows(tokens: np.ndarray, lanes: Sequence[range], num_steps: int) -> Iterator[Tensor]:
+    """Yields the token ids (steps + 1, lanes) of one window of some lanes after another, int64.
+
+    The first row are inputs, the last one targets, and those between both. After the end of a shorter lane they are -1.
+    """
+    longest = max(map(len, lanes))
     for start in range(0, longest, num_steps):
         stop = min(start + num_steps, longest)
         tokens_BT = np.full((len(lanes), stop - start + 1), -1, np.int64)
         for row, lane in zip(tokens_BT, lanes, strict=True):
             window = tokens[lane.start + start : min(lane.start + stop, lane.stop) + 1]
             row[: len(window)] = window
-        tokens_TB = torch.from_numpy(tokens_BT.T.copy()).to(device)
-        with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            logits_TBV, state = model(tokens_TB[:-1].clamp(min=0), state)
-        total += _cross_entropy_sum(logits_TBV, tokens_TB[1:])
-    return float(total)
+        yield torch.from_numpy(tokens_BT.T.copy())
 
 
 def _cross_entropy_sum(logits_TBV: Tensor, targets_TB: Tensor) -> Tensor:
