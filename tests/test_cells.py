@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from job.config.schema import ModelConfig
 from job.distributed.gradient_sync import AllReduceGradients, Batch, DeterministicGradients, LossModule, assign_lanes
 from job.errors import UserError
-from job.nn.dropout import dropout_keys
 from job.nn.language_model import build_model
 
 
@@ -37,7 +36,7 @@ def test_build_model_rejects_cell_that_violates_the_state_protocol(cell: str, me
 def test_gradients_of_cell_with_tuple_state_return_detached_tuple() -> None:
     model = build_model(ModelConfig(cell="cells:DecayCell", hidden_size=8), 9, 0)
     tokens = torch.randint(0, 9, (6, 4))
-    batch = Batch(tokens[:-1], tokens[1:], torch.zeros(3), dropout_keys(0, 0, 0, range(4)))
+    batch = Batch(tokens[:-1], tokens[1:], torch.zeros(3), torch.zeros(0, 4, dtype=torch.int32))
     _, state = AllReduceGradients(LossModule(model, 20), assign_lanes(4))(batch, None)
     assert isinstance(state, tuple)
     assert state[1].shape == (1, 4, 8)

@@ -34,6 +34,11 @@ from job.training.checkpoint import (
 )
 from job.training.progress import LossSum, Progress
 
+REGULARIZATION: list[int | str] = [
+    "--model.embedding_size", 8, "--model.dropout_locked", "true", "--model.input_dropout", "0.1",
+    "--model.output_dropout", "0.2", "--model.embedding_dropout", "0.1",
+]  # fmt: skip
+
 
 def flags(prose: Path, storage: Path, *more: object) -> list[object]:
     return [
@@ -75,6 +80,7 @@ def test_resumed_run_equals_uninterrupted_run(prose: Path, tmp_path: Path, cell:
     """Weights, generated text and metrics, at whatever step the run stopped."""
     more = ["--model.cell", cell, "--model.num_layers", 2, "--model.dropout", 0.3, "--optimizer.name", "adamw"]
     more += ["--optimizer.learning_rate", 0.003, "--train.log_every", 9, "--corpus.validation_fraction", 0.1]
+    more += REGULARIZATION if cell == "lstm" else []
     assert job("train", *flags(prose, tmp_path / "whole", *more)).status == 0
     first = job("train", *flags(prose, tmp_path / "parts", *more, "--train.max_steps", stop))
     assert first.status == 0, first.err

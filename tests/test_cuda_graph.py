@@ -26,6 +26,7 @@ from job.training.train_state import TrainState, build_train_state
 from job.training.train_step import EagerTrainStep
 
 LANES, STEPS = 5, 5
+REGULARIZATION: dict[str, Any] = {"dropout_locked": True, "input_dropout": 0.1, "embedding_dropout": 0.1}
 
 
 class RecordedOperations(TorchDispatchMode):
@@ -119,7 +120,7 @@ def train(config: Config, use_graph: bool) -> tuple[list[Any], list[Any], dict[s
 def test_cuda_graph_train_step_equals_eager_step(cell: str, reproducible: bool, name: str) -> None:
     config = dataclasses.replace(
         small_config(epochs=3, reproducible=reproducible, lane_groups=2),
-        model=ModelConfig(cell=cell, hidden_size=8, num_layers=2, embedding_size=4, dropout=0.3),
+        model=ModelConfig(cell=cell, hidden_size=8, num_layers=2, embedding_size=4, dropout=0.3, **REGULARIZATION),
         optimizer=OptimizerConfig(name=name, learning_rate=0.5, grad_clip_norm=0.1, schedule="cosine", warmup_steps=2),
     )
     eager_stats, eager_states, eager_weights, eager_captures = train(config, use_graph=False)

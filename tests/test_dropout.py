@@ -1,16 +1,20 @@
 """Dropout masks: a function of seed, step, layer and lane."""
 
 import hashlib
+from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
 from job.kernels.build import load_library, unavailable_reason
-from job.nn.dropout import Dropout, dropout_keys
+from job.nn.dropout import drop, dropout_keys
 
 
-def make_dropout(probability: float, seed: int, step: int, lanes: range) -> Dropout:
-    return Dropout(probability, dropout_keys(seed, step, 2, lanes))
+def make_dropout(
+    probability: float, seed: int, step: int, lanes: range, is_locked: bool = False
+) -> Callable[[Tensor, int], Tensor]:
+    return lambda x, layer: drop(x, probability, dropout_keys(seed, step, layer, lanes), is_locked)
 
 
 def test_dropout_mask_of_a_lane_does_not_depend_on_other_lanes() -> None:
@@ -31,13 +35,13 @@ def test_dropout_keys_are_blake2b_hashes_with_and_without_kernel(
         monkeypatch.setattr("job.kernels.ops.load_library", lambda: None)
     elif load_library() is None:
         pytest.skip(f"no kernel: {unavailable_reason()}")
-    texts = [[f"{seed} {step} {layer} {lane}".encode() for lane in lanes] for layer in range(3)]
-    digests = [[hashlib.blake2b(text, digest_size=4).digest() for text in row] for row in texts]
-    keys = [[int.from_bytes(digest, "little", signed=True) for digest in row] for row in digests]
-    computed = dropout_keys(seed, step, 3, lanes)
-    assert computed.dtype == torch.int32
-    assert computed.shape == (3, len(lanes))
-    assert computed.tolist() == keys
+    for layer in range(3):
+        texts = [f"{seed} {step} {layer} {lane}".encode() for lane in lanes]
+        digests = [hashlib.blake2b(text, digest_size=4).digest() for text in texts]
+        computed = dropout_keys(seed, step, layer, lanes)
+        assert computed.dtype == torch.int32
+        assert computed.shape == (len(lanes),)
+        assert computed.tolist() == [int.from_bytes(digest, "little", signed=True) for digest in digests]
 
 
 def test_dropout_mask_differs_between_seeds_steps_lanes_and_layers() -> None:
@@ -56,3 +60,12 @@ def test_dropout_mask_has_configured_probability_and_no_correlation(probability:
     for axis in range(3):  # adjacent elements
         a, b = (kept.narrow(axis, start, kept.shape[axis] - 1) for start in (0, 1))
         assert abs(torch.corrcoef(torch.stack([a.flatten(), b.flatten()]))[0, 1]) < 0.015
+
+
+def test_locked_dropout_has_the_mask_of_the_first_step_at_all_steps() -> None:
+    x = torch.randn(6, 10, 33, generator=torch.Generator().manual_seed(0))
+    locked, each_step = (make_dropout(0.4, 3, 7, range(10), is_locked)(x, 1) for is_locked in (True, False))
+    scales_BH = make_dropout(0.4, 3, 7, range(10))(torch.ones(6, 10, 33), 1)[0]
+    torch.testing.assert_close(locked, x * scales_BH)
+    assert torch.equal(locked[0], each_step[0])
+    assert not torch.equal(locked[1:], each_step[1:])

@@ -14,8 +14,8 @@ from job.errors import UserError
 from job.inference.generate import generate_batch
 from job.kernels import ops
 from job.kernels.build import load_library, unavailable_reason
-from job.nn.dropout import Dropout, dropout_keys
 from job.nn.language_model import build_model, linear_cross_entropy
+from job.nn.regularization import Regularization, mask_keys
 from job.nn.rnn import RecurrentLayers, _flatten_weights, rnn_layer
 from job.nn.rnn_fallback import gru_layer, tanh_layer
 
@@ -104,10 +104,10 @@ def test_model_with_dropout_agrees_with_float64(implementation: str, cell: str, 
     model, exact = (build_model(model_config, 11, seed=1) for _ in range(2))
     exact = exact.double()
     inputs, targets = torch.randint(0, 11, (2, 6, 4))
-    dropout = Dropout(0.3, dropout_keys(0, 5, 3, range(4)))
+    regularization = Regularization(model_config, mask_keys(model_config, 0, 5, range(4)))
     with autocast(torch.bfloat16 if use_bf16 else None):
-        nats, state = model.cross_entropy_sum(inputs, targets, None, dropout)
-    expected, exact_state = exact.cross_entropy_sum(inputs, targets, None, dropout)
+        nats, state = model.cross_entropy_sum(inputs, targets, None, regularization)
+    expected, exact_state = exact.cross_entropy_sum(inputs, targets, None, regularization)
     nats.backward()
     expected.backward()
     tolerance = TOLERANCES[torch.bfloat16 if use_bf16 else torch.float32]

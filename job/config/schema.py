@@ -106,10 +106,32 @@ class ModelConfig(Section):
     num_layers: int = config_field(1, "number of recurrent layers", ge=1, le=1000)
     embedding_size: int = config_field(0, "embedding size; 0: one-hot input", ge=0)
     dropout: float = config_field(0.0, "dropout between layers and before the output", ge=0, lt=1, is_mutable=True)
+    dropout_locked: bool = config_field(
+        False, "the same dropout mask at all steps of a window (variational); false: one for each step", is_mutable=True
+    )
+    input_dropout: float = config_field(0.0, "dropout of the embeddings that are read", ge=0, lt=1, is_mutable=True)
+    output_dropout: str | float = config_field(
+        "auto", "dropout before the output layer", ge=0, lt=1, pattern="auto", is_mutable=True,
+        form='"auto" (model.dropout), or a number',
+    )  # fmt: skip
+    embedding_dropout: float = config_field(
+        0.0, "dropout of whole words of the embedding, for all lanes", ge=0, lt=1, is_mutable=True
+    )
     init: str = config_field(
         "", "initial weights: a run, checkpoint or .safetensors file; empty: random", is_path=True,
         is_free_in_new_run=True,  # which has the checkpoint's weights
     )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("input_dropout", "embedding_dropout"):
+            if getattr(self, name) and not self.embedding_size:
+                raise UserError(f"model.{name} = {getattr(self, name)}: one-hot inputs", "set model.embedding_size")
+
+    @property
+    def output_rate(self) -> float:
+        """The dropout before the output layer."""
+        return self.output_dropout if isinstance(self.output_dropout, float) else self.dropout
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 Each worker back-propagates its lanes' summed loss, scaled by 1 / (number of targets in the global window), and the
 workers' gradients are added. A worker with fewer lanes thereby contributes less, with no further weighting.
 
-Axes: T steps, B lanes, L layers.
+Axes: T steps, B lanes, S sites of dropout masks.
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from job.config.schema import ModelConfig
 from job.data.lanes import lane_groups_of_worker, split_evenly
 from job.distributed.shared_memory import SharedMemoryGroup
 from job.distributed.tree_exchange import TreeExchange
 from job.distributed.tree_reduce import PartialSum, reduce_adjacent
-from job.nn.dropout import Dropout
 from job.nn.language_model import LanguageModel
+from job.nn.regularization import Regularization
 from job.nn.state import State, cat_states, detach_state, slice_state
 
 
@@ -50,7 +51,7 @@ class Batch(NamedTuple):
     inputs_TB: Tensor
     targets_TB: Tensor
     flags: Tensor  # ControlFlags as numbers (3,)
-    dropout_keys_LB: Tensor  # L = 0 without dropout
+    mask_keys_SB: Tensor  # S = 0 without dropout
 
     def to(self, device: torch.device) -> "Batch":
         """Returns the batch on that device."""
@@ -64,7 +65,7 @@ class Batch(NamedTuple):
         """Returns ``count`` lanes from index ``start`` of this batch. The flags go with the first lane only."""
         span = slice(start, start + count)
         flags = torch.zeros_like(self.flags) if start else self.flags
-        return Batch(self.inputs_TB[:, span], self.targets_TB[:, span], flags, self.dropout_keys_LB[:, span])
+        return Batch(self.inputs_TB[:, span], self.targets_TB[:, span], flags, self.mask_keys_SB[:, span])
 
 
 @dataclass(frozen=True)
@@ -100,16 +101,20 @@ class LossModule(nn.Module):
     Args:
         model: the model
         num_targets: number of targets in a global window
-        dropout: probability of dropout
+        model_config: what regularizes the training; None: nothing
         autocast: dtype of matrix products, None if it is that of the weights
     """
 
     def __init__(
-        self, model: LanguageModel, num_targets: int, dropout: float = 0.0, autocast: torch.dtype | None = None
+        self,
+        model: LanguageModel,
+        num_targets: int,
+        model_config: ModelConfig | None = None,
+        autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.model = model
-        self.dropout = dropout
+        self.model_config = model_config
         self.autocast = autocast
         weight = model.linear.weight
         self.stats = nn.Parameter(weight.new_zeros(4))
@@ -117,9 +122,9 @@ class LossModule(nn.Module):
 
     def forward(self, batch: Batch, state: State) -> tuple[tuple[Tensor, Tensor], State]:
         """Returns (the summed cross-entropy, the ``stats`` parameter) and the state after the window."""
-        dropout = Dropout(self.dropout, batch.dropout_keys_LB) if self.dropout else None
+        regularization = Regularization(self.model_config, batch.mask_keys_SB) if self.model_config else None
         with torch.autocast(batch.inputs_TB.device.type, self.autocast, enabled=self.autocast is not None):
-            nats, state = self.model.cross_entropy_sum(batch.inputs_TB, batch.targets_TB, state, dropout)
+            nats, state = self.model.cross_entropy_sum(batch.inputs_TB, batch.targets_TB, state, regularization)
         return (nats, self.stats.view(4)), state  # a view, because DDP needs a grad_fn
 
     def grad_outputs(self, nats: Tensor, flags: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,10 +4,9 @@ Masks from a library's generator depend on the order of the draws, and so on whi
 random number is a hash of its own coordinates (a counter-based generator; Salmon et al., "Parallel random numbers:
 as easy as 1, 2, 3", 2011), so it is the same on every device and worker.
 
-Axes: T steps of a window, B lanes, H hidden units, P pairs of hidden units, L layers.
+Axes: T steps of a window, B lanes, H hidden units, P pairs of hidden units.
 """
 
-from dataclasses import dataclass
 from hashlib import blake2b
 
 import numpy as np
@@ -17,53 +16,47 @@ from torch import Tensor
 from job.kernels.ops import write_dropout_keys
 
 
-@dataclass(frozen=True)
-class Dropout:
-    """Dropout in one step, for the lanes of ``keys_LB``.
+def drop(x_TBH: Tensor, probability: float, keys_B: Tensor, is_locked: bool = False) -> Tensor:
+    """Returns ``x`` with elements zeroed at random and the others scaled by ``1 / (1 - probability)``.
 
     Args:
-        probability: the probability that an element is zeroed, rounded to a multiple of 2^-16
-        keys_LB: the hash keys of each layer and lane, from ``dropout_keys``
+        x_TBH: any floating-point dtype
+        probability: the probability that an element is zeroed, above 0, rounded to a multiple of 2^-16
+        keys_B: the hash keys of the lanes, from ``dropout_keys``
+        is_locked: all steps have the mask of the first one (variational dropout; Gal and Ghahramani, 2016)
     """
-
-    probability: float
-    keys_LB: Tensor
-
-    def __call__(self, x_TBH: Tensor, layer: int) -> Tensor:
-        """Returns ``x`` with elements zeroed at random and the others scaled by ``1 / (1 - probability)``."""
-        if not self.probability:
-            return x_TBH
-        return (x_TBH / (1 - self.probability)).masked_fill(self._mask(x_TBH, layer), 0)
-
-    def _mask(self, x_TBH: Tensor, layer: int) -> Tensor:
-        """True for elements to zero: (T, B, H) bool."""
-        steps, _, units = x_TBH.shape
-        pairs = (units + 1) // 2
-        counters_T1P = torch.arange(steps * pairs, dtype=torch.int32, device=x_TBH.device).view(steps, 1, pairs)
-        hashes_TBP = _mix(counters_T1P * _as_int32(0x9E3779B9) ^ self.keys_LB[layer, :, None])
-        uniform_TBH = hashes_TBP.view(torch.int16)[..., :units]  # two 16-bit draws from each 32-bit hash
-        return uniform_TBH < round(self.probability * 65536) - 32768
+    is_zero = _mask(x_TBH[:1] if is_locked else x_TBH, probability, keys_B)
+    return (x_TBH / (1 - probability)).masked_fill(is_zero, 0)
 
 
-def dropout_keys(seed: int, step: int, num_layers: int, lanes: range) -> Tensor:
-    """Returns the hash keys of one step's dropout masks.
+def _mask(x_TBH: Tensor, probability: float, keys_B: Tensor) -> Tensor:
+    """True for elements to zero: (T, B, H) bool."""
+    steps, _, units = x_TBH.shape
+    pairs = (units + 1) // 2
+    counters_T1P = torch.arange(steps * pairs, dtype=torch.int32, device=x_TBH.device).view(steps, 1, pairs)
+    hashes_TBP = _mix(counters_T1P * _as_int32(0x9E3779B9) ^ keys_B[:, None])
+    uniform_TBH = hashes_TBP.view(torch.int16)[..., :units]  # two 16-bit draws from each 32-bit hash
+    return uniform_TBH < round(probability * 65536) - 32768
+
+
+def dropout_keys(seed: int, step: int, layer: int, lanes: range) -> Tensor:
+    """Returns the hash keys of the dropout masks of one step and layer.
 
     Args:
         seed: ``run.seed``
         step: number of the step
-        num_layers: number of layers with dropout
+        layer: number of the layer, or of any other place that has masks of its own
         lanes: global lane numbers
 
     Returns:
-        Keys (L, B), int32.
+        Keys (B), int32.
     """
-    keys_LB = torch.empty(num_layers, len(lanes), dtype=torch.int32)
-    for layer, keys_B in enumerate(keys_LB):
-        if not write_dropout_keys(seed, step, layer, lanes.start, keys_B):
-            texts = (b"%d %d %d %d" % (seed, step, layer, lane) for lane in lanes)
-            digests = b"".join([blake2b(text, digest_size=4).digest() for text in texts])
-            keys_B.copy_(torch.from_numpy(np.frombuffer(digests, "<i4").astype(np.int32)))
-    return keys_LB
+    keys_B = torch.empty(len(lanes), dtype=torch.int32)
+    if not write_dropout_keys(seed, step, layer, lanes.start, keys_B):
+        texts = (b"%d %d %d %d" % (seed, step, layer, lane) for lane in lanes)
+        digests = b"".join([blake2b(text, digest_size=4).digest() for text in texts])
+        keys_B.copy_(torch.from_numpy(np.frombuffer(digests, "<i4").astype(np.int32)))
+    return keys_B
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from job.config.schema import BUILTIN_CELLS, ModelConfig
 from job.errors import UserError
 from job.kernels.ops import VECTOR_WIDTH, can_use_kernel, compute_dtype, fused_linear_cross_entropy, generate_greedy
 from job.nn.custom_cell import build_custom_cell, check_state_protocol
-from job.nn.dropout import Dropout
+from job.nn.regularization import Regularization
 from job.nn.rnn import RecurrentLayers
 from job.nn.state import State
 
@@ -43,28 +43,30 @@ class LanguageModel(nn.Module):
     def _embedding_weight(self) -> Tensor | None:
         return None if self.embedding is None else self.embedding.weight
 
-    def forward(self, tokens_TB: Tensor, state: State, dropout: Dropout | None = None) -> tuple[Tensor, State]:
+    def forward(
+        self, tokens_TB: Tensor, state: State, regularization: Regularization | None = None
+    ) -> tuple[Tensor, State]:
         """Runs the model over a window.
 
         Args:
             tokens_TB: token ids, int64
             state: the lanes' state before the window
-            dropout: this step's dropout; None disables it
+            regularization: this step's; None disables it
 
         Returns:
             Logits (T, B, V) and the state after the window.
         """
-        hidden_TBH, state = self._hidden_states(tokens_TB, state, dropout)
+        hidden_TBH, state = self._hidden_states(tokens_TB, state, regularization)
         return self.linear(hidden_TBH), state
 
     def cross_entropy_sum(
-        self, tokens_TB: Tensor, targets_TB: Tensor, state: State, dropout: Dropout | None = None
+        self, tokens_TB: Tensor, targets_TB: Tensor, state: State, regularization: Regularization | None = None
     ) -> tuple[Tensor, State]:
         """Returns the summed cross-entropy of ``targets_TB`` in nats, a scalar, and the state after the window.
 
         The other arguments are those of ``forward``.
         """
-        hidden_TBH, state = self._hidden_states(tokens_TB, state, dropout)
+        hidden_TBH, state = self._hidden_states(tokens_TB, state, regularization)
         return linear_cross_entropy(hidden_TBH, self.linear.weight, self.linear.bias, targets_TB), state
 
     def generate_greedy(self, first_B: Tensor, state: State, length: int) -> Tensor | None:
@@ -86,15 +88,26 @@ class LanguageModel(nn.Module):
         state_LBH = rnn.state_tensors(state, len(first_B))
         return generate_greedy(rnn, self._embedding_weight, self.linear, state_LBH, first_B, length)
 
-    def _hidden_states(self, tokens_TB: Tensor, state: State, dropout: Dropout | None) -> tuple[Tensor, State]:
+    def _hidden_states(
+        self, tokens_TB: Tensor, state: State, regularization: Regularization | None
+    ) -> tuple[Tensor, State]:
+        inputs = tokens_TB
+        if self.has_custom_cell or (regularization is not None and regularization.needs_features):
+            inputs = self._features(tokens_TB, regularization)
         if isinstance(self.rnn, RecurrentLayers):
-            hidden_TBH, state = self.rnn(tokens_TB, state, dropout, self._embedding_weight)
-        elif self.embedding is not None:
-            hidden_TBH, state = self.rnn(self.embedding(tokens_TB), state)
+            hidden_TBH, state = self.rnn(inputs, state, regularization, self._embedding_weight)
         else:
-            one_hot_TBV = F.one_hot(tokens_TB, self.linear.out_features).to(self.linear.weight.dtype)
-            hidden_TBH, state = self.rnn(one_hot_TBV, state)
-        return (hidden_TBH if dropout is None else dropout(hidden_TBH, 0)), state
+            hidden_TBH, state = self.rnn(inputs, state)
+        return (hidden_TBH if regularization is None else regularization.drop_outputs(hidden_TBH)), state
+
+    def _features(self, tokens_TB: Tensor, regularization: Regularization | None) -> Tensor:
+        """Returns the features (T, B, E) that the first layer reads."""
+        if self.embedding is None:
+            return F.one_hot(tokens_TB, self.linear.out_features).to(self.linear.weight.dtype)
+        features_TBE: Tensor = self.embedding(tokens_TB)
+        if regularization is None:
+            return features_TBE
+        return regularization.drop_inputs(features_TBE, tokens_TB, self.linear.out_features)
 
 
 def linear_cross_entropy(hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_TB: Tensor) -> Tensor:

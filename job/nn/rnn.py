@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from job.errors import UserError
 from job.kernels.ops import VECTOR_WIDTH, can_use_kernel, combine_biases, compute_dtype, fused_rnn
-from job.nn.dropout import Dropout
+from job.nn.regularization import Regularization
 from job.nn.rnn_fallback import gru_layer, tanh_layer
 from job.nn.state import State
 
@@ -31,14 +31,18 @@ class RecurrentLayers(nn.RNNBase):
         super().__init__(self.MODES[cell], input_size, hidden_size, num_layers)
 
     def forward(  # type: ignore[override]
-        self, inputs: Tensor, state: State = None, dropout: Dropout | None = None, embedding_VE: Tensor | None = None
+        self,
+        inputs: Tensor,
+        state: State = None,
+        regularization: Regularization | None = None,
+        embedding_VE: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """Runs all layers over a window.
 
         Args:
             inputs: features (T, B, E), or token ids (T, B)
             state: tensors (L, B, H)
-            dropout: this step's dropout, applied between layers
+            regularization: this step's; None: none
             embedding_VE: the features of each token; None: one-hot. Unused if ``inputs`` are features.
 
         Returns:
@@ -46,8 +50,8 @@ class RecurrentLayers(nn.RNNBase):
         """
         state_tensors, outputs, last_states = self.state_tensors(state, inputs.shape[1]), inputs, []
         for layer, weights in enumerate(self.all_weights):
-            if layer and dropout is not None:
-                outputs = dropout(outputs, layer)
+            if layer and regularization is not None:
+                outputs = regularization.drop_between_layers(outputs, layer)
             layer_state = tuple(tensor[layer] for tensor in state_tensors)
             outputs, last_state = rnn_layer(
                 self.mode, outputs, None if layer else embedding_VE, layer_state, list(weights)
@@ -90,6 +94,8 @@ def rnn_layer(
         IndexError: a token is not in the vocabulary
     """
     dtype = compute_dtype(weights[0])
+    if inputs.is_floating_point():
+        embedding_VE = None
     # Projecting the embeddings of all tokens pays only if there are fewer of them than inputs.
     if embedding_VE is not None and len(embedding_VE) > inputs.numel():
         inputs, embedding_VE = F.embedding(inputs, embedding_VE), None

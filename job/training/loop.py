@@ -19,8 +19,8 @@ from job.config.schema import Config, TrainConfig
 from job.data.lanes import split_evenly
 from job.distributed.gradient_sync import Batch, ControlFlags, StepStats
 from job.errors import Diverged
-from job.nn.dropout import dropout_keys
 from job.nn.language_model import LanguageModel
+from job.nn.regularization import mask_keys
 from job.nn.state import State
 from job.training.optimizer import learning_rate_at
 from job.training.progress import LossSum, Progress
@@ -131,9 +131,8 @@ def _add_stats(progress: Progress, pending: _PendingStats, tokens: int) -> StepS
 def _next_batch(train_state: TrainState, config: Config, flags: ControlFlags) -> Batch:
     progress, lanes = train_state.progress, train_state.assignment.lanes
     inputs_TB, targets_TB = train_state.stream.read_window(progress.epoch, progress.window, lanes)
-    num_layers = config.model.num_layers if config.model.dropout else 0
-    dropout_keys_LB = dropout_keys(config.run.seed, progress.step, num_layers, lanes)
-    return Batch(inputs_TB, targets_TB, torch.tensor(flags, dtype=torch.float32), dropout_keys_LB)
+    mask_keys_SB = mask_keys(config.model, config.run.seed, progress.step, lanes)
+    return Batch(inputs_TB, targets_TB, torch.tensor(flags, dtype=torch.float32), mask_keys_SB)
 
 
 def end_epoch(train_state: TrainState) -> LossSum:

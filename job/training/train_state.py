@@ -74,7 +74,7 @@ def build_train_state(
     if resume_point:
         load_optimizer_tensors(optimizer, model, resume_point.optimizer)
     shared_memory = create_group(config.scale.hang_timeout) if world.size > 1 and device.type == "cpu" else None
-    loss_module = LossModule(model, stream.tokens_per_step, config.model.dropout, precision.autocast)
+    loss_module = LossModule(model, stream.tokens_per_step, config.model, precision.autocast)
     use_graph = supports_cuda_graph(model, world.size) and (world.size == 1 or not config.train.reproducible)
     gradients = (
         DeterministicGradients(loss_module, assignment, shared_memory)

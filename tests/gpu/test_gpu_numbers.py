@@ -21,8 +21,8 @@ from torch.nn import functional as F
 
 from job.config.schema import BUILTIN_CELLS, ModelConfig, OptimizerConfig
 from job.distributed.gradient_sync import AllReduceGradients, Batch, LossModule, assign_lanes
-from job.nn.dropout import Dropout, dropout_keys
 from job.nn.language_model import LanguageModel, build_model
+from job.nn.regularization import Regularization, mask_keys
 from job.nn.rnn import LayerState, _rnn_layer_cudnn, _rnn_layer_torch
 from job.nn.state import State
 
@@ -87,14 +87,16 @@ def precision_parameters() -> list[object]:
     return [pytest.param(name, marks=[pytest.mark.cuda] * (name in ON_CUDA_ONLY)) for name in PRECISIONS]
 
 
-def make_batch(sizes: Sizes, num_layers: int, device: torch.device) -> Batch:
+def make_batch(sizes: Sizes, config: ModelConfig, device: torch.device) -> Batch:
     generator = torch.Generator().manual_seed(3)
     tokens_TB = torch.randint(0, sizes.tokens, (sizes.steps + 1, sizes.lanes), generator=generator)
-    keys_LB = dropout_keys(0, 5, num_layers, range(sizes.lanes))
-    return Batch(tokens_TB[:-1], tokens_TB[1:], torch.zeros(3), keys_LB).to(device)
+    keys_SB = mask_keys(config, 0, 5, range(sizes.lanes))
+    return Batch(tokens_TB[:-1], tokens_TB[1:], torch.zeros(3), keys_SB).to(device)
 
 
-def plain_loss(model: LanguageModel, batch: Batch, dropout: Dropout | None, cell: str) -> tuple[Tensor, list[Tensor]]:
+def plain_loss(
+    model: LanguageModel, batch: Batch, regularization: Regularization, cell: str
+) -> tuple[Tensor, list[Tensor]]:
     """The summed loss of a window from a zero state and the state after it, by plain ``nn`` modules."""
     if model.embedding is None:
         x_TBE = F.one_hot(batch.inputs_TB, model.linear.out_features).double()
@@ -105,17 +107,15 @@ def plain_loss(model: LanguageModel, batch: Batch, dropout: Dropout | None, cell
         recurrent: Any = model.rnn
         for layer, weights in enumerate(recurrent.all_weights):
             module = NN_CELLS[cell](x_TBE.shape[2], weights[1].shape[1]).double()
-            if layer and dropout is not None:
-                x_TBE = dropout(x_TBE, layer)
+            if layer:
+                x_TBE = regularization.drop_between_layers(x_TBE, layer)
             names = [name for name, _ in module.named_parameters()]
             x_TBE, state = torch.func.functional_call(module, dict(zip(names, weights, strict=True)), (x_TBE,))
             last_states.append(state if isinstance(state, tuple) else (state,))
     else:
         x_TBE, state = model.rnn(x_TBE, None)
         last_states.append(state)
-    if dropout is not None:
-        x_TBE = dropout(x_TBE, 0)
-    logits_TBV = F.linear(x_TBE, model.linear.weight, model.linear.bias)
+    logits_TBV = F.linear(regularization.drop_outputs(x_TBE), model.linear.weight, model.linear.bias)
     nats = F.cross_entropy(logits_TBV.flatten(0, 1), batch.targets_TB.flatten(), reduction="sum")
     return nats, [torch.cat(tensors) for tensors in zip(*last_states, strict=True)]
 
@@ -149,16 +149,15 @@ def test_step_on_gpu_agrees_with_plain_modules_in_float64(
     model = build_model(config, sizes.tokens, seed=1)
     exact = copy.deepcopy(model).double()
     model = model.to(device, numbers.weights)
-    batch = make_batch(sizes, num_layers, device)
-    gradients = AllReduceGradients(LossModule(model, 1, probability, numbers.autocast), assign_lanes(sizes.lanes))
+    batch = make_batch(sizes, config, device)
+    gradients = AllReduceGradients(LossModule(model, 1, config, numbers.autocast), assign_lanes(sizes.lanes))
     with warnings.catch_warnings():
         if sizes is SIZES["aligned"]:  # cuDNN copies weights at each call that are not one piece of memory
             warnings.filterwarnings("error", "RNN module weights are not part of single contiguous chunk")
         stats, state = gradients(batch, None)
 
     batch = batch.to(torch.device("cpu"))
-    dropout = Dropout(probability, batch.dropout_keys_LB) if probability else None
-    nats, last_state = plain_loss(exact, batch, dropout, cell)
+    nats, last_state = plain_loss(exact, batch, Regularization(config, batch.mask_keys_SB), cell)
     nats.backward()
     if cell in BUILTIN_CELLS or num_layers == 1:
         tensors = state_tensors(state)
@@ -182,7 +181,7 @@ def test_two_windows_on_gpu_carry_state_as_one_long_window(name: str, numbers: N
     sizes = SIZES["odd-embedding"]
     config = ModelConfig(cell=name, hidden_size=sizes.units, num_layers=2, embedding_size=sizes.embedding)
     model = build_model(config, sizes.tokens, seed=1).to(device, numbers.weights)
-    inputs_TB = make_batch(sizes, 0, device).inputs_TB
+    inputs_TB = make_batch(sizes, config, device).inputs_TB
     with torch.no_grad(), torch.autocast(device.type, numbers.autocast, enabled=numbers.autocast is not None):
         whole, last = model(inputs_TB, None)
         first, state = model(inputs_TB[:2], None)

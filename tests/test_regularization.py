@@ -1,0 +1,165 @@
+"""Regularization: equal to a plain formulation in float64, with masks that depend on seed, step and lane only."""
+
+import hashlib
+from typing import Any
+
+import pytest
+import torch
+from conftest import disable_kernel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from job.config.schema import ModelConfig
+from job.distributed.gradient_sync import AllReduceGradients, Batch, DeterministicGradients, LossModule, assign_lanes
+from job.errors import UserError
+from job.kernels.build import load_library, unavailable_reason
+from job.nn.language_model import LanguageModel, build_model
+from job.nn.regularization import mask_keys
+
+SEED, STEP, LANES, STEPS, TOKENS = 3, 7, 5, 6, 11
+SIZES: dict[str, Any] = {"hidden_size": 8, "num_layers": 3, "embedding_size": 6}
+TECHNIQUES: dict[str, dict[str, Any]] = {
+    "locked": {"dropout": 0.3, "dropout_locked": True},
+    "inputs": {"input_dropout": 0.4},
+    "locked inputs": {"input_dropout": 0.4, "dropout_locked": True},
+    "outputs": {"dropout": 0.2, "output_dropout": 0.5, "dropout_locked": True},
+    "no outputs": {"dropout": 0.2, "output_dropout": 0.0},
+    "words": {"embedding_dropout": 0.3},
+}
+TECHNIQUES["all"] = {name: value for options in TECHNIQUES.values() for name, value in options.items()}
+TECHNIQUES["all"]["output_dropout"] = 0.5
+MODULES = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
+
+
+def plain_hash(x: int) -> int:
+    """Lowbias32, in Python's integers."""
+    x ^= x >> 16
+    x = x * 0x7FEB352D % 2**32
+    x ^= x >> 15
+    x = x * 0x846CA68B % 2**32
+    return x ^ x >> 16
+
+
+def plain_scales(probability: float, site: int, lane: int, steps: int, units: int) -> Tensor:
+    """The factors (T, units) of a lane's elements, 0 or 1 / (1 - p), number by number."""
+    if not probability:
+        return torch.ones(steps, units, dtype=torch.float64)
+    digest = hashlib.blake2b(f"{SEED} {STEP} {site} {lane}".encode(), digest_size=4).digest()
+    key, pairs = int.from_bytes(digest, "little"), (units + 1) // 2
+    draws = []
+    for step in range(steps):
+        hashes = [plain_hash((step * pairs + pair) * 0x9E3779B9 % 2**32 ^ key) for pair in range(pairs)]
+        halves = [half for value in hashes for half in (value & 0xFFFF, value >> 16)][:units]
+        draws.append([(half + 2**15) % 2**16 for half in halves])  # signed, from the lowest
+    is_kept = torch.tensor(draws) >= round(probability * 65536)
+    return is_kept.double() / (1 - probability)
+
+
+def plain_drop(x_TBH: Tensor, probability: float, site: int, is_locked: bool) -> Tensor:
+    steps = 1 if is_locked else len(x_TBH)
+    scales = [plain_scales(probability, site, lane, steps, x_TBH.shape[2]) for lane in range(x_TBH.shape[1])]
+    return x_TBH * torch.stack(scales, 1)
+
+
+def plain_loss(model: LanguageModel, config: ModelConfig, tokens_TB: Tensor) -> Tensor:
+    """The mean loss of a window from a zero state, by torch's modules layer by layer."""
+    layers, locked = config.num_layers, config.dropout_locked
+    assert model.embedding is not None
+    word_scales_V = plain_scales(config.embedding_dropout, layers + 1, 0, 1, TOKENS)[0]
+    x_TBE = F.embedding(tokens_TB[:-1], model.embedding.weight * word_scales_V[:, None])
+    x_TBE = plain_drop(x_TBE, config.input_dropout, layers, locked)
+    for layer, weights in enumerate(model.rnn.all_weights):  # type: ignore[arg-type]
+        if layer:
+            x_TBE = plain_drop(x_TBE, config.dropout, layer, locked)
+        module = MODULES[config.cell](x_TBE.shape[2], config.hidden_size).double()
+        names = [name for name, _ in module.named_parameters()]
+        x_TBE, _ = torch.func.functional_call(module, dict(zip(names, weights, strict=True)), (x_TBE,))
+    output_rate = config.dropout if config.output_dropout == "auto" else float(config.output_dropout)
+    dropped_TBH = plain_drop(x_TBE, output_rate, 0, locked)
+    logits_TBV = F.linear(dropped_TBH, model.linear.weight, model.linear.bias)
+    return F.cross_entropy(logits_TBV.flatten(0, 1), tokens_TB[1:].flatten())
+
+
+def make_batch(config: ModelConfig, lanes: range = range(LANES)) -> Batch:
+    tokens_TB = torch.randint(0, TOKENS, (STEPS + 1, LANES), generator=torch.Generator().manual_seed(0))
+    own_TB = tokens_TB[:, lanes.start : lanes.stop]
+    return Batch(own_TB[:-1], own_TB[1:], torch.zeros(3), mask_keys(config, SEED, STEP, lanes))
+
+
+def gradients(
+    config: ModelConfig, dtype: torch.dtype, lanes: range = range(LANES), num_groups: int = 0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The summed loss of some lanes, and their part of the gradient of the mean loss."""
+    model = build_model(config, TOKENS, seed=1).to(dtype)
+    gradients_class = DeterministicGradients if num_groups else AllReduceGradients
+    loss_module = LossModule(model, LANES * STEPS, config)
+    stats, _ = gradients_class(loss_module, assign_lanes(len(lanes), num_groups))(make_batch(config, lanes), None)
+    return stats[0], {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+
+
+@pytest.mark.parametrize("has_kernel", [True, False])
+@pytest.mark.parametrize("cell", MODULES)
+@pytest.mark.parametrize("options", TECHNIQUES.values(), ids=TECHNIQUES)
+def test_regularized_gradient_equals_plain_formulation(
+    options: dict[str, Any], cell: str, has_kernel: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_kernel:
+        disable_kernel(monkeypatch)
+    elif load_library() is None:
+        pytest.skip(f"no kernel: {unavailable_reason()}")
+    config = ModelConfig(cell=cell, **SIZES, **options)
+    nats, found = gradients(config, torch.float32 if has_kernel else torch.float64)
+    exact = build_model(config, TOKENS, seed=1).double()
+    batch = make_batch(config)
+    loss = plain_loss(exact, config, torch.cat([batch.inputs_TB[:1], batch.targets_TB]))
+    loss.backward()
+    tolerance = 1e-5 if has_kernel else 1e-10
+    torch.testing.assert_close(nats.double(), loss.detach() * LANES * STEPS, rtol=tolerance, atol=0)
+    expected = {name: weight.grad for name, weight in exact.named_parameters()}
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert gradient is not None
+        assert (found[name] - gradient).norm() <= tolerance * gradient.norm().clamp(min=0.1), name
+
+
+@pytest.mark.parametrize("cell", ["lstm", "torch.nn:GRU"])
+@pytest.mark.parametrize("options", TECHNIQUES.values(), ids=TECHNIQUES)
+def test_regularized_gradient_is_the_sum_over_any_workers_and_lane_groups(options: dict[str, Any], cell: str) -> None:
+    config = ModelConfig(cell=cell, **SIZES, **options)
+    nats, expected = gradients(config, torch.float64)
+    parts = [gradients(config, torch.float64, lanes) for lanes in (range(2), range(2, 5))]
+    grouped_nats, grouped = gradients(config, torch.float64, num_groups=3)
+    torch.testing.assert_close(torch.stack([parts[0][0] + parts[1][0], grouped_nats]), nats.expand(2))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(parts[0][1][name] + parts[1][1][name], gradient, msg=name)
+        torch.testing.assert_close(grouped[name], gradient, msg=name)
+
+
+@pytest.mark.parametrize("options", TECHNIQUES.values(), ids=TECHNIQUES)
+def test_regularization_changes_the_loss_only_in_training(options: dict[str, Any]) -> None:
+    config, plain = ModelConfig(**SIZES, **options), ModelConfig(**SIZES)
+    assert gradients(config, torch.float64)[0] != gradients(plain, torch.float64)[0]
+    batch = make_batch(config)
+    results = [build_model(each, TOKENS, seed=1)(batch.inputs_TB, None)[0] for each in (config, plain)]
+    assert torch.equal(*results)
+
+
+def test_masks_of_another_step_and_seed_differ() -> None:
+    config = ModelConfig(**SIZES, **TECHNIQUES["all"])
+    keys_SB = mask_keys(config, SEED, STEP, range(LANES))
+    assert len(set(keys_SB[: config.num_layers + 1].flatten().tolist())) == (config.num_layers + 1) * LANES
+    for other in (mask_keys(config, SEED + 1, STEP, range(LANES)), mask_keys(config, SEED, STEP + 1, range(LANES))):
+        assert not (other == keys_SB).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"input_dropout": 0.5}, "model.input_dropout = 0.5: one-hot inputs; set model.embedding_size"),
+        ({"embedding_dropout": 0.5}, "model.embedding_dropout = 0.5: one-hot inputs; set model.embedding_size"),
+        ({"output_dropout": "none"}, 'model.output_dropout = "none": must be "auto" .*, or a number'),
+    ],
+)
+def test_regularization_that_does_not_fit_the_model_raises(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ModelConfig(**options)
