@@ -209,6 +209,21 @@ static void run_dropout_keys(index_t lanes) {
     free_buffers();
 }
 
+static void run_dropout(int is_bf16, int is_locked, index_t steps, index_t lanes, index_t units) {
+    index_t count = steps * lanes * units, bytes = count * (is_bf16 ? 2 : 4);
+    DropoutArgs args = {is_bf16, steps, lanes, units, 1, is_locked, -10000, 0.7f};
+    args.source = numbers(is_bf16, count);
+    args.keys = numbers(0, lanes);
+    void *expected = NULL;
+    for (int i = 0; i < 4; i++) {
+        args.num_threads = THREADS[i], args.out = buffer(bytes);
+        check(dropout(&args) == OK, "dropout");
+        expected = expected ? expected : args.out;
+        check(!memcmp(expected, args.out, bytes), "dropout on several threads");
+    }
+    free_buffers();
+}
+
 static void run_kernels(int is_bf16) {
     for (index_t cell = RNN; cell <= LSTM; cell++)
         for (index_t steps = 1; steps <= 3; steps += 2)
@@ -222,6 +237,11 @@ static void run_kernels(int is_bf16) {
             run_linear(is_bf16, out_is_bf16, transposed, 131, 160, 96);
             run_linear(is_bf16, out_is_bf16, transposed, 64, 544, 32);
         }
+    for (int is_locked = 0; is_locked < 2; is_locked++) {
+        run_dropout(is_bf16, is_locked, 1, 1, 1);
+        run_dropout(is_bf16, is_locked, 3, 5, 129);
+        run_dropout(is_bf16, is_locked, 1, 1, 70001);
+    }
     run_weight_gradient(is_bf16, 1, 32, 32, 32);
     run_weight_gradient(is_bf16, 301, 96, 128, 64);
     run_weight_gradient(is_bf16, 515, 160, 160, 32);

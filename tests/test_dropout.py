@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from job.kernels.build import load_library, unavailable_reason
+from job.kernels.ops import supports_dtype
 from job.nn.dropout import drop, dropout_keys
 
 
@@ -22,6 +23,28 @@ def test_dropout_mask_of_a_lane_does_not_depend_on_other_lanes() -> None:
     whole = make_dropout(0.4, 3, 7, range(10))(x, 1)
     parts = [make_dropout(0.4, 3, 7, lanes)(x[:, lanes.start : lanes.stop], 1) for lanes in (range(3), range(3, 10))]
     assert torch.equal(torch.cat(parts, 1), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("is_locked", [False, True])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (1, 1, 1025), (5, 3, 33), (7, 40, 128), (3, 2, 300)])
+@pytest.mark.parametrize("probability", [1e-5, 0.1, 0.3, 0.65, 0.99999])
+def test_dropout_of_kernel_and_torch_have_equal_bits(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, is_locked: bool, shape: tuple[int, ...], probability: float
+) -> None:
+    if not supports_dtype(dtype):
+        pytest.skip(f"no kernel for {dtype}")
+    generator = torch.Generator().manual_seed(0)
+    x, grad_output = torch.randn(2, *shape, generator=generator).to(dtype)
+    x.requires_grad_()
+    dropout = make_dropout(probability, 3, 7, range(shape[1]), is_locked)
+    results = []
+    for _ in range(2):
+        y = dropout(x, 1)
+        assert y.dtype == dtype
+        results.append([y.detach(), *torch.autograd.grad(y, x, grad_output)])
+        monkeypatch.setattr("job.nn.dropout.can_use_dropout_kernel", lambda x: False)
+    assert torch.equal(torch.stack(results[0]), torch.stack(results[1]))
 
 
 @pytest.mark.parametrize("has_kernel", [True, False])

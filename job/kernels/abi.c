@@ -13,7 +13,7 @@ int struct_size(const char *name) {
         int size;
     } SIZES[] = {
         SIZE(RnnArgs),      SIZE(LinearArgs),  SIZE(LossArgs),        SIZE(WeightGradientArgs), SIZE(SegmentSumArgs),
-        SIZE(DecoderLayer), SIZE(DecoderArgs), SIZE(DropoutKeysArgs), SIZE(ShmGroup),
+        SIZE(DecoderLayer), SIZE(DecoderArgs), SIZE(DropoutKeysArgs), SIZE(DropoutArgs),        SIZE(ShmGroup),
     };
     for (size_t i = 0; i < sizeof SIZES / sizeof *SIZES; i++)
         if (!strcmp(name, SIZES[i].name)) return SIZES[i].size;

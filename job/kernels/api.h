@@ -112,6 +112,19 @@ typedef struct {
 
 int dropout_keys(const DropoutKeysArgs *args);
 
+/* out = source, with elements zeroed whose 16-bit draw is below `threshold`, and the others divided by `keep`. */
+typedef struct {
+    index_t is_bf16, steps, lanes, units, num_threads;
+    index_t is_locked;   /* all steps have the mask of the first */
+    index_t threshold;   /* -32768 … 32767 */
+    float keep;          /* the probability that an element is kept */
+    const void *source;  /* (T, B, units) */
+    const int32_t *keys; /* (B) */
+    void *out;           /* (T, B, units) */
+} DropoutArgs;
+
+int dropout(const DropoutArgs *args);
+
 /* Whether the kernels compute with bf16 on this processor. */
 int supports_bf16(void);
 

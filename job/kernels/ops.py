@@ -42,6 +42,11 @@ def can_use_kernel(weight: Tensor, dtype: torch.dtype) -> bool:
     return weight.device.type == "cpu" and weight.dtype == torch.float32 and supports_dtype(dtype)
 
 
+def can_use_dropout_kernel(x: Tensor) -> bool:
+    """Whether the dropout kernel can read this tensor."""
+    return x.device.type == "cpu" and supports_dtype(x.dtype)
+
+
 @functools.cache
 def supports_dtype(dtype: torch.dtype) -> bool:
     """Whether the kernels are available and compute in this dtype on this processor."""
@@ -285,6 +290,41 @@ def write_dropout_keys(seed: int, step: int, layer: int, first_lane: int, keys_B
     fields = {"seed": seed, "step": step, "layer": layer, "first_lane": first_lane}
     _call("dropout_keys", **fields, lanes=len(keys_B), keys=keys_B)
     return True
+
+
+class _FusedDropout(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x_TBH: Tensor, probability: float, keys_B: Tensor, is_locked: bool) -> Tensor:
+        ctx.probability, ctx.is_locked = probability, is_locked
+        ctx.save_for_backward(keys_B)
+        return _drop(x_TBH, probability, keys_B, is_locked)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout_TBH: Tensor) -> tuple[Tensor | None, ...]:
+        (keys_B,) = ctx.saved_tensors
+        return _drop(dout_TBH, ctx.probability, keys_B, ctx.is_locked), None, None, None
+
+
+def _drop(x_TBH: Tensor, probability: float, keys_B: Tensor, is_locked: bool) -> Tensor:
+    (steps, lanes, units), x_TBH = x_TBH.shape, x_TBH.contiguous()
+    out = torch.empty_like(x_TBH)
+    _call(
+        "dropout", is_bf16=_is_bf16(x_TBH), steps=steps, lanes=lanes, units=units, num_threads=torch.get_num_threads(),
+        is_locked=is_locked, threshold=dropout_threshold(probability), keep=1 - probability,
+        source=x_TBH, keys=keys_B, out=out,
+    )  # fmt: skip
+    return out
+
+
+def dropout_threshold(probability: float) -> int:
+    """Returns the number below which a uniform 16-bit integer, signed, is with this probability."""
+    return round(probability * 65536) - 32768
+
+
+def fused_dropout(x_TBH: Tensor, probability: float, keys_B: Tensor, is_locked: bool) -> Tensor:
+    """``job.nn.dropout.drop`` on the CPU in float32 or bfloat16, in one pass over the memory."""
+    return _FusedDropout.apply(x_TBH, probability, keys_B.contiguous(), is_locked)
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from job.kernels.ops import write_dropout_keys
+from job.kernels.ops import can_use_dropout_kernel, dropout_threshold, fused_dropout, write_dropout_keys
 
 
 def drop(x_TBH: Tensor, probability: float, keys_B: Tensor, is_locked: bool = False) -> Tensor:
@@ -25,6 +25,8 @@ def drop(x_TBH: Tensor, probability: float, keys_B: Tensor, is_locked: bool = Fa
         keys_B: the hash keys of the lanes, from ``dropout_keys``
         is_locked: all steps have the mask of the first one (variational dropout; Gal and Ghahramani, 2016)
     """
+    if can_use_dropout_kernel(x_TBH):
+        return fused_dropout(x_TBH, probability, keys_B, is_locked)
     is_zero = _mask(x_TBH[:1] if is_locked else x_TBH, probability, keys_B)
     return (x_TBH / (1 - probability)).masked_fill(is_zero, 0)
 
@@ -36,7 +38,7 @@ def _mask(x_TBH: Tensor, probability: float, keys_B: Tensor) -> Tensor:
     counters_T1P = torch.arange(steps * pairs, dtype=torch.int32, device=x_TBH.device).view(steps, 1, pairs)
     hashes_TBP = _mix(counters_T1P * _as_int32(0x9E3779B9) ^ keys_B[:, None])
     uniform_TBH = hashes_TBP.view(torch.int16)[..., :units]  # two 16-bit draws from each 32-bit hash
-    return uniform_TBH < round(probability * 65536) - 32768
+    return uniform_TBH < dropout_threshold(probability)
 
 
 def dropout_keys(seed: int, step: int, layer: int, lanes: range) -> Tensor:
