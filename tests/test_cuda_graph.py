@@ -26,7 +26,12 @@ from job.training.train_state import TrainState, build_train_state
 from job.training.train_step import EagerTrainStep
 
 LANES, STEPS = 5, 5
-REGULARIZATION: dict[str, Any] = {"dropout_locked": True, "input_dropout": 0.1, "embedding_dropout": 0.1}
+REGULARIZATION: dict[str, Any] = {
+    "dropout_locked": True,
+    "input_dropout": 0.1,
+    "embedding_dropout": 0.1,
+    "weight_drop": 0.2,
+}
 
 
 class RecordedOperations(TorchDispatchMode):

@@ -25,6 +25,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "outputs": {"dropout": 0.2, "output_dropout": 0.5, "dropout_locked": True},
     "no outputs": {"dropout": 0.2, "output_dropout": 0.0},
     "words": {"embedding_dropout": 0.3},
+    "weights": {"weight_drop": 0.4},
 }
 TECHNIQUES["all"] = {name: value for options in TECHNIQUES.values() for name, value in options.items()}
 TECHNIQUES["all"]["output_dropout"] = 0.5
@@ -71,9 +72,11 @@ def plain_loss(model: LanguageModel, config: ModelConfig, tokens_TB: Tensor) -> 
     for layer, weights in enumerate(model.rnn.all_weights):  # type: ignore[arg-type]
         if layer:
             x_TBE = plain_drop(x_TBE, config.dropout, layer, locked)
+        weight_scales = plain_scales(config.weight_drop, layers + 2 + layer, 0, 1, weights[1].numel())
+        dropped = [weights[0], weights[1] * weight_scales.view_as(weights[1]), *weights[2:]]
         module = MODULES[config.cell](x_TBE.shape[2], config.hidden_size).double()
         names = [name for name, _ in module.named_parameters()]
-        x_TBE, _ = torch.func.functional_call(module, dict(zip(names, weights, strict=True)), (x_TBE,))
+        x_TBE, _ = torch.func.functional_call(module, dict(zip(names, dropped, strict=True)), (x_TBE,))
     output_rate = config.dropout if config.output_dropout == "auto" else float(config.output_dropout)
     dropped_TBH = plain_drop(x_TBE, output_rate, 0, locked)
     logits_TBV = F.linear(dropped_TBH, model.linear.weight, model.linear.bias)
@@ -125,6 +128,8 @@ def test_regularized_gradient_equals_plain_formulation(
 @pytest.mark.parametrize("cell", ["lstm", "torch.nn:GRU"])
 @pytest.mark.parametrize("options", TECHNIQUES.values(), ids=TECHNIQUES)
 def test_regularized_gradient_is_the_sum_over_any_workers_and_lane_groups(options: dict[str, Any], cell: str) -> None:
+    if cell not in MODULES:
+        options = {**options, "weight_drop": 0.0}
     config = ModelConfig(cell=cell, **SIZES, **options)
     nats, expected = gradients(config, torch.float64)
     parts = [gradients(config, torch.float64, lanes) for lanes in (range(2), range(2, 5))]
@@ -157,6 +162,7 @@ def test_masks_of_another_step_and_seed_differ() -> None:
     [
         ({"input_dropout": 0.5}, "model.input_dropout = 0.5: one-hot inputs; set model.embedding_size"),
         ({"embedding_dropout": 0.5}, "model.embedding_dropout = 0.5: one-hot inputs; set model.embedding_size"),
+        ({"weight_drop": 0.5, "cell": "a:B"}, "the hidden weights of model.cell = a:B are unknown; leave it out"),
         ({"output_dropout": "none"}, 'model.output_dropout = "none": must be "auto" .*, or a number'),
     ],
 )

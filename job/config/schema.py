@@ -117,6 +117,9 @@ class ModelConfig(Section):
     embedding_dropout: float = config_field(
         0.0, "dropout of whole words of the embedding, for all lanes", ge=0, lt=1, is_mutable=True
     )
+    weight_drop: float = config_field(
+        0.0, "dropout of the weights between hidden states (DropConnect)", ge=0, lt=1, is_mutable=True
+    )
     init: str = config_field(
         "", "initial weights: a run, checkpoint or .safetensors file; empty: random", is_path=True,
         is_free_in_new_run=True,  # which has the checkpoint's weights
@@ -127,6 +130,11 @@ class ModelConfig(Section):
         for name in ("input_dropout", "embedding_dropout"):
             if getattr(self, name) and not self.embedding_size:
                 raise UserError(f"model.{name} = {getattr(self, name)}: one-hot inputs", "set model.embedding_size")
+        if self.weight_drop and self.cell not in BUILTIN_CELLS:
+            problem = (
+                f"model.weight_drop = {self.weight_drop}: the hidden weights of model.cell = {self.cell} are unknown"
+            )
+            raise UserError(problem, "leave it out")
 
     @property
     def output_rate(self) -> float:

@@ -3,9 +3,11 @@
 The techniques are those of AWD-LSTM (Merity et al., "Regularizing and optimizing LSTM language models", 2017).
 
 Each site has a number, which with the seed, the step and the lane makes the hash key of its mask: 0 is before the
-output layer, the number of a layer is below that layer, L is the inputs, L + 1 the words of the embedding.
+output layer, the number of a layer is below that layer, L is the inputs, L + 1 the words of the embedding, and
+L + 2 + the number of a layer is its hidden weight. The first layer is 0.
 
-Axes: T steps, B lanes, E input features, H hidden units, V tokens of the vocabulary, L layers, S sites.
+Axes: T steps, B lanes, E input features, H hidden units, G gates times hidden units, V tokens of the vocabulary,
+L layers, S sites.
 """
 
 from dataclasses import dataclass
@@ -20,7 +22,8 @@ from job.nn.dropout import drop, dropout_keys
 def dropout_rates(model_config: ModelConfig) -> list[float]:
     """Returns the probability of dropout at each site."""
     between = [model_config.dropout] * (model_config.num_layers - 1)
-    return [model_config.output_rate, *between, model_config.input_dropout, model_config.embedding_dropout]
+    shared = [model_config.embedding_dropout, *[model_config.weight_drop] * model_config.num_layers]
+    return [model_config.output_rate, *between, model_config.input_dropout, *shared]
 
 
 def mask_keys(model_config: ModelConfig, seed: int, step: int, lanes: range) -> Tensor:
@@ -78,6 +81,14 @@ class Regularization:
     def drop_between_layers(self, hidden_TBH: Tensor, layer: int) -> Tensor:
         """Drops elements of what ``layer``, from 1, reads of the layer below it."""
         return self._drop(hidden_TBH, self.config.dropout, layer)
+
+    def drop_weight(self, weight_GH: Tensor, layer: int) -> Tensor:
+        """Drops elements of a layer's hidden weight, the same ones at all steps (Wan et al., "Regularization of neural
+        networks using DropConnect", 2013)."""
+        if not self.config.weight_drop:
+            return weight_GH
+        key_1 = self.keys_SB[self.config.num_layers + 2 + layer, :1]
+        return drop(weight_GH.view(1, 1, -1), self.config.weight_drop, key_1).view_as(weight_GH)
 
     def drop_outputs(self, hidden_TBH: Tensor) -> Tensor:
         """Drops elements of what the output layer reads."""

@@ -49,13 +49,14 @@ class RecurrentLayers(nn.RNNBase):
             The last layer's hidden states (T, B, H) and the state after the window.
         """
         state_tensors, outputs, last_states = self.state_tensors(state, inputs.shape[1]), inputs, []
-        for layer, weights in enumerate(self.all_weights):
-            if layer and regularization is not None:
-                outputs = regularization.drop_between_layers(outputs, layer)
+        for layer, (weight_GE, weight_GH, *biases) in enumerate(self.all_weights):
+            hidden_weight_GH: Tensor = weight_GH
+            if regularization is not None:
+                outputs = regularization.drop_between_layers(outputs, layer) if layer else outputs
+                hidden_weight_GH = regularization.drop_weight(weight_GH, layer)
             layer_state = tuple(tensor[layer] for tensor in state_tensors)
-            outputs, last_state = rnn_layer(
-                self.mode, outputs, None if layer else embedding_VE, layer_state, list(weights)
-            )
+            weights = [weight_GE, hidden_weight_GH, *biases]
+            outputs, last_state = rnn_layer(self.mode, outputs, None if layer else embedding_VE, layer_state, weights)
             last_states.append(last_state)
         stacked = tuple(torch.stack(tensors) for tensors in zip(*last_states, strict=True))
         return outputs, stacked if self.mode == "LSTM" else stacked[0]
