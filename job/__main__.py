@@ -17,7 +17,7 @@ from job.config.schema import SECTIONS, Config, ModelConfig, RunConfig
 from job.config.section import unknown_name
 from job.config.toml import FILE_SECTIONS, ConfigValues, check_field, override_config, parse_flags
 from job.console import NO_BREAK, Console, escape_controls, format_json, program
-from job.errors import RunFailed, UserError, error_origin
+from job.errors import RunFailed, UserError, error_origin, report_os_error
 from job.paths import check_no_credentials, expand_path, mask_credentials
 
 
@@ -25,9 +25,14 @@ from job.paths import check_no_credentials, expand_path, mask_credentials
 class CommandLine:
     """The arguments that follow the verb."""
 
-    target: str | None
+    targets: tuple[str, ...]
     flags: dict[str, str]
     json: bool = False  # print one JSON object instead of text
+
+    @property
+    def target(self) -> str | None:
+        """The first file or folder."""
+        return self.targets[0] if self.targets else None
 
 
 def _train(line: CommandLine) -> int:
@@ -65,10 +70,12 @@ def _generate(line: CommandLine) -> int:
     """Continue a text with a trained model. The configuration of its run overrides the defaults."""
     from job.inference.generate import generate_text, prefix_warnings
 
-    loaded, config = _open(line.target, parse_flags(line.flags))
+    (loaded, *others), config = _open(line.targets, parse_flags(line.flags))
+    if others:
+        raise UserError(f"{line.target}: is a search", "give the run of one of its trials")
     text, prefix = generate_text(loaded, config), config.generate.prefix
     if line.json:
-        text = format_json({"prefix": prefix, "continuation": text.removeprefix(prefix), **_describe(loaded)})
+        text = format_json({"prefix": prefix, "continuation": text.removeprefix(prefix), **_describe([loaded])})
     print(escape_controls(text) if sys.stdout.isatty() else text)
     for warning in prefix_warnings(config, loaded.vocabulary):
         Console(sys.stderr).warn(warning)
@@ -76,7 +83,10 @@ def _generate(line: CommandLine) -> int:
 
 
 def _evaluate(line: CommandLine) -> int:
-    """Compute the perplexity of a text under a trained model. The configuration of its run overrides the defaults."""
+    """Compute the perplexity of a text under a trained model, or under the mean of the probabilities of several.
+
+    The configuration of the first run overrides the defaults.
+    """
     from job.data.vocabulary import format_unknown_share, unknown_warnings
     from job.inference.evaluate import evaluate_text
     from job.training.progress import perplexity
@@ -84,45 +94,57 @@ def _evaluate(line: CommandLine) -> int:
     values = parse_flags(line.flags)
     if "corpus.source" in line.flags:  # another text is evaluated whole, however the training text was cut
         values.setdefault("corpus.max_tokens", 0)
-    loaded, config = _open(line.target, values)
-    result = evaluate_text(loaded, config)
-    unit = "byte" if loaded.vocabulary.kind == "byte" else "character"
+    checkpoints, config = _open(line.targets, values)
+    result = evaluate_text(checkpoints, config)
+    unit = "byte" if checkpoints[0].vocabulary.kind == "byte" else "character"
     nats = result.loss.nats_per_token
     if line.json:
         values = {"perplexity": perplexity(nats), f"bits_per_{unit}": result.bits_per_character, "nats_per_token": nats}
         values |= {"targets": result.loss.tokens, "unknown_share": result.unknown_share}
-        print(format_json({**values, "source": config.corpus.source, **_describe(loaded)}))
+        print(format_json({**values, "source": config.corpus.source, **_describe(checkpoints)}))
     else:
         Console().print(
             f"perplexity {perplexity(nats):.6g}, {result.bits_per_character:.4f} bits per {unit}, "
             f"{nats:.6f} nats per token over {result.loss.tokens:,} targets "
-            f"(step {loaded.checkpoint.step:,}, {config.corpus.source}{format_unknown_share(result.unknown_share)})"
+            f"({_format_models(checkpoints)}, {config.corpus.source}{format_unknown_share(result.unknown_share)})"
         )
     for warning in unknown_warnings({"evaluated": result.unknown_share}):
         Console(sys.stderr).warn(warning)
     return 0
 
 
-def _open(target: str | None, values: ConfigValues) -> tuple[Any, Config]:
-    """Returns the LoadedCheckpoint that a verb needs, and its configuration, overridden by values.
+def _open(targets: Sequence[str], values: ConfigValues) -> tuple[list[Any], Config]:
+    """Returns the LoadedCheckpoints that a verb needs, and the configuration of the first, overridden by values.
 
     A custom cell stays only if the values name it, too.
     """
-    from job.run.run_dir import open_checkpoint
+    from job.run.run_dir import SEARCH_FILE, open_checkpoint
     from job.storage import Folder
+    from job.tuning.trials import finished_checkpoints
 
-    if target is None:
+    if not targets:
         raise UserError("the folder of a run or checkpoint is missing", "give one, such as runs/seed-1")
-    loaded = open_checkpoint(Folder.resolve(target))
-    cell, stored = values.get("model.cell"), loaded.config.model.cell
-    if cell not in (None, stored):
-        raise UserError(f"--model.cell = {cell}: this checkpoint's is {stored}", "leave it out")
-    return loaded, override_config(loaded.config, {"model.cell": ModelConfig.cell, **values})
+    loaded: list[Any] = []
+    for folder in map(Folder.resolve, targets):
+        with report_os_error(f"{folder}: cannot be read"):
+            is_search = folder.has(SEARCH_FILE)
+        loaded += map(open_checkpoint, finished_checkpoints(folder) if is_search else [folder])
+    cell, stored = values.get("model.cell"), {checkpoint.config.model.cell: None for checkpoint in loaded}
+    if cell is not None and cell not in stored:
+        kind = "this checkpoint's is" if len(loaded) == 1 else "those of the checkpoints are"
+        raise UserError(f"--model.cell = {cell}: {kind} {', '.join(stored)}", "leave it out")
+    return loaded, override_config(loaded[0].config, {"model.cell": ModelConfig.cell, **values})
 
 
-def _describe(loaded: Any) -> dict[str, Any]:
-    """Returns the fields of JSON output that name a LoadedCheckpoint."""
-    return {"checkpoint": loaded.checkpoint.path.address, "step": loaded.checkpoint.step}
+def _describe(checkpoints: Sequence[Any]) -> dict[str, Any]:
+    """Returns the fields of JSON output that name LoadedCheckpoints."""
+    paths = [loaded.checkpoint.path.address for loaded in checkpoints]
+    several = {"checkpoints": paths} if len(paths) > 1 else {}
+    return {"checkpoint": paths[0], "step": checkpoints[0].checkpoint.step, **several}
+
+
+def _format_models(checkpoints: Sequence[Any]) -> str:
+    return f"step {checkpoints[0].checkpoint.step:,}" if len(checkpoints) == 1 else f"{len(checkpoints)} models"
 
 
 def _doctor(line: CommandLine) -> int:
@@ -169,12 +191,14 @@ class Verb:
         arguments: for the usage line
         fields: sections and fields of the configuration that flags may set
         flags: help texts of its other flags
+        takes_several: whether several runs may be given
     """
 
     run: Callable[[CommandLine], int]
     arguments: str
     fields: tuple[str, ...]
     flags: Mapping[str, str] = field(default_factory=dict)
+    takes_several: bool = False
 
     def accepts(self, name: str) -> bool:
         """Returns whether a flag may set the field of this full name."""
@@ -189,7 +213,7 @@ VERBS = {
     "generate": Verb(_generate, "RUN|CHECKPOINT", ("generate", "run.seed", "model.cell"), JSON_FLAG),
     "evaluate": Verb(
         _evaluate,
-        "RUN|CHECKPOINT",
+        "RUN|CHECKPOINT|SEARCH …",
         (
             "corpus.source",
             "corpus.encoding",
@@ -201,6 +225,7 @@ VERBS = {
             "evaluate",
         ),
         JSON_FLAG,
+        takes_several=True,
     ),
     "doctor": Verb(
         _doctor, "[CONFIG.toml]", tuple(SECTIONS), {"address": "a running Ray cluster: HOST:PORT", **JSON_FLAG}
@@ -210,21 +235,21 @@ VERBS = {
 
 
 def _parse_arguments(verb_name: str, arguments: Sequence[str]) -> CommandLine:
-    """Parses ``[TARGET] [--name VALUE | --name=VALUE …]``."""
-    target: str | None = None
+    """Parses ``[TARGET …] [--name VALUE | --name=VALUE …]``."""
+    targets: list[str] = []
     flags: dict[str, str] = {}
     remaining = iter(arguments)
     for argument in remaining:
         if argument.startswith("--"):
             name, value = _parse_flag(verb_name, argument.removeprefix("--"), remaining)
             flags[name] = value
-        elif target is None:
+        elif not targets or VERBS[verb_name].takes_several:
             check_no_credentials(VERBS[verb_name].arguments, argument)
             with error_origin(argument):
-                target = expand_path(argument)
+                targets.append(expand_path(argument))
         else:
-            raise UserError(f"{argument}: {target} is given already", f"{verb_name} takes one file or folder")
-    return CommandLine(target, flags, json=flags.pop("json", "") == "true")
+            raise UserError(f"{argument}: {targets[0]} is given already", f"{verb_name} takes one file or folder")
+    return CommandLine(tuple(targets), flags, json=flags.pop("json", "") == "true")
 
 
 def _parse_flag(verb_name: str, text: str, remaining: Iterator[str]) -> tuple[str, str]:

@@ -201,7 +201,7 @@ def test_flag_given_twice_has_the_last_value(verb: str, called: list[CommandLine
     flag = CONTRACTS[verb].flag
     assert job(verb, f"--{flag}", "1", "x", f"--{flag}=--a=b").status == 0
     assert job(verb, f"--{flag}=--a=b", f"--{flag}", "1").status == 0
-    assert called == [CommandLine("x", {flag: "--a=b"}), CommandLine(None, {flag: "1"})]
+    assert called == [CommandLine(("x",), {flag: "--a=b"}), CommandLine((), {flag: "1"})]
 
 
 @with_boolean
@@ -219,10 +219,15 @@ def test_missing_file_or_folder_is_an_error(verb: str) -> None:
 
 
 @every_verb
+def test_second_file_or_folder_is_an_error_unless_the_verb_takes_several(verb: str) -> None:
+    takes_several = "…" in VERBS[verb].arguments
+    assert_error(job(verb, "a", "b"), CONTRACTS[verb].missing if takes_several else "b: a is given already")
+
+
+@every_verb
 @pytest.mark.parametrize(
     ("words", "part"),
     [
-        (["a", "b"], "b: a is given already"),
         (["a\0b"], "a\\x00b: contains a NUL character"),
         (["$NO_SUCH_VARIABLE/a"], "the environment variable NO_SUCH_VARIABLE is not set"),
         (["s3://key:hunter2@bucket/a"], "a URI with credentials would be stored and shown"),

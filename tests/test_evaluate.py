@@ -1,13 +1,22 @@
-"""Evaluation: lanes and contexts against plain loops."""
+"""Evaluation: lanes, contexts and ensembles against plain loops."""
+
+import json
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import job, search_config
 
+from job.config.config_file import load_config
 from job.config.schema import EvaluateConfig, ModelConfig
+from job.config.toml import config_to_toml
 from job.errors import UserError
 from job.inference.evaluate import GROUP_LANES, evaluate_tokens
+from job.inference.generate import load_model
 from job.nn.language_model import LanguageModel, build_model
+from job.run.run_dir import open_checkpoint
+from job.storage import Folder
 
 TOKENS = np.random.default_rng(0).integers(0, 28, 1000)
 
@@ -79,3 +88,62 @@ def test_evaluate_tokens_of_a_model_twice_is_that_of_the_model() -> None:
     model = random_model()
     alone = evaluate_tokens([model], TOKENS, EvaluateConfig())
     assert evaluate_tokens([model, model], TOKENS, EvaluateConfig()) == pytest.approx(alone, rel=1e-12)
+
+
+# --- several runs, on the command line ---
+
+FLAGS = {"scale.workers": "0", "model.hidden_size": "16", "train.epochs": "1", "generate.prefix": "the"}
+GRID = {"run.seed": {"grid": [0, 1, 2]}}
+
+
+def train(storage: Path, name: str, text: Path, **flags: object) -> Path:
+    words = {**FLAGS, "corpus.source": text, "run.storage": storage, "run.name": name, **flags}
+    ended = job("train", *(word for flag, value in words.items() for word in (f"--{flag}", value)))
+    assert ended.status == 0, ended.err
+    return storage / name
+
+
+@pytest.fixture(scope="module")
+def search(tmp_path_factory: pytest.TempPathFactory, prose: Path) -> Path:
+    """The folder of a search over three seeds, of which the last trial has not started."""
+    folder = tmp_path_factory.mktemp("storage") / "search"
+    for seed in (0, 1):
+        train(folder / "trials", f"{seed:05d}", prose, **{"run.seed": seed})
+    config = load_config(None, {**FLAGS, "corpus.source": str(prose)})
+    (folder / "search.toml").write_text(config_to_toml(config, search_config(metric="perplexity", space=GRID)))
+    return folder
+
+
+def test_evaluate_several_runs_and_a_search_is_the_mean_of_their_probabilities(
+    search: Path, prose: Path, tmp_path: Path
+) -> None:
+    runs = [search / "trials" / "00000", search / "trials" / "00001"]
+    (tmp_path / "text").write_text(prose.read_text()[:300])
+    arguments = ["--corpus.source", tmp_path / "text", "--json"]
+    found = json.loads(job("evaluate", *runs, *arguments).out)
+    loaded = [open_checkpoint(Folder(str(run))) for run in runs]
+    tokens = loaded[0].vocabulary.encode([(tmp_path / "text").read_text()]).astype(np.int64)
+    log_probabilities = [-token_nats(load_model(checkpoint).double(), tokens) for checkpoint in loaded]
+    expected = -float((torch.stack(log_probabilities).exp().sum(0) / 2).log().mean())
+    assert found["nats_per_token"] == pytest.approx(expected, rel=1e-5)
+    assert found["targets"] == 299
+    assert found["checkpoints"] == [checkpoint.checkpoint.path.address for checkpoint in loaded]
+    assert json.loads(job("evaluate", search, *arguments).out) == found
+    line = job("evaluate", search, *arguments[:2]).out
+    assert f"over 299 targets (2 models, {tmp_path}/text)" in line
+
+
+def test_evaluate_runs_of_other_vocabularies_is_one_line(search: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("other words " * 900)
+    other = train(tmp_path, "other", tmp_path / "text")
+    ended = job("evaluate", search, other)
+    first = f"{search}/trials/00000/checkpoints/"
+    assert (ended.status, ended.err.count("\n")) == (2, 1)
+    assert f": has another vocabulary than {first}" in ended.err
+
+
+def test_evaluate_search_without_finished_trials_is_one_line(search: Path, tmp_path: Path) -> None:
+    (tmp_path / "search.toml").write_text((search / "search.toml").read_text())
+    ended = job("evaluate", tmp_path)
+    assert (ended.status, ended.out) == (2, "")
+    assert ended.err.startswith(f"error: {tmp_path}: no trial of this search is finished; ")

@@ -10,9 +10,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from job.errors import UserError
 from job.nn.language_model import LanguageModel
 from job.nn.state import State
+from job.training.checkpoint import LoadedCheckpoint
 from job.training.loop import lane_windows
+
+
+def check_same_vocabulary(checkpoints: Sequence[LoadedCheckpoint]) -> None:
+    """Raises UserError unless all models have the vocabulary of the first one."""
+    first, *others = checkpoints
+    for other in others:
+        if other.vocabulary != first.vocabulary:
+            problem = f"{other.checkpoint.path}: has another vocabulary than {first.checkpoint.path}"
+            raise UserError(problem, "give runs with one vocabulary.file, or evaluate them one by one")
 
 
 def mean_log_probabilities(log_probabilities: Sequence[Tensor]) -> Tensor:

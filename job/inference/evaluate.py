@@ -16,7 +16,7 @@ from job.data.token_store import StoredTokens, count_unknown, open_stored
 from job.data.vocabulary import END_OF_LINE, Vocabulary
 from job.distributed.tree_reduce import tree_sum
 from job.errors import UserError
-from job.inference.ensemble import evaluate_ensemble
+from job.inference.ensemble import check_same_vocabulary, evaluate_ensemble
 from job.inference.generate import load_model
 from job.nn.language_model import LanguageModel
 from job.training.checkpoint import LoadedCheckpoint
@@ -47,17 +47,19 @@ class Evaluation:
         return self.loss.nats / math.log(2) / self.num_characters
 
 
-def evaluate_text(checkpoint: LoadedCheckpoint, config: Config) -> Evaluation:
-    """Evaluates the checkpoint's model on a text: each token but the first is a target once.
+def evaluate_text(checkpoints: Sequence[LoadedCheckpoint], config: Config) -> Evaluation:
+    """Evaluates models on a text: each token but the first is a target once.
 
     Args:
-        checkpoint: gives the model and the vocabulary
+        checkpoints: of one model, or of several whose mean of probabilities is evaluated
         config: its sections ``corpus`` and ``evaluate``, and the cell of ``model`` as the user gave it
 
     Raises:
-        UserError: the text cannot be read, or has fewer than two tokens, or the checkpoint has another custom cell
+        UserError: the text cannot be read, or has fewer than two tokens, or a checkpoint has another custom cell, or
+            another vocabulary than the first one
     """
-    vocabulary, corpus_config = checkpoint.vocabulary, config.corpus
+    check_same_vocabulary(checkpoints)
+    vocabulary, corpus_config = checkpoints[0].vocabulary, config.corpus
     stored = open_stored(corpus_config, config.vocabulary, vocabulary, reads_flat=False)
     if stored:
         all_tokens, count = stored.tokens, partial(_stored_characters, stored)
@@ -70,7 +72,9 @@ def evaluate_text(checkpoint: LoadedCheckpoint, config: Config) -> Evaluation:
         blanks = " with blanks between its words" if vocabulary.kind == "word" else ""
         raise UserError(problem, f"give more text{blanks}")
     num_characters = count(len(tokens))
-    nats = evaluate_tokens([load_model(checkpoint, config.model)], tokens, config.evaluate)
+    nats = evaluate_tokens(
+        [load_model(checkpoint, config.model) for checkpoint in checkpoints], tokens, config.evaluate
+    )
     unknown_share = count_unknown(tokens[1:], vocabulary) / (len(tokens) - 1)
     return Evaluation(LossSum(nats, len(tokens) - 1), num_characters, unknown_share)
 

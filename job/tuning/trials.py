@@ -11,13 +11,14 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
 
+from job.config.config_file import read_config_text
 from job.config.schema import Config
 from job.config.search_space import METRIC_SPLITS, Params, SearchConfig
-from job.config.toml import override_config
+from job.config.toml import override_config, search_config_from_toml
 from job.documents import parse_json
 from job.errors import UserError, report_os_error
 from job.run.metrics import read_rows
-from job.run.run_dir import ExistingRun, read_existing_run
+from job.run.run_dir import SEARCH_FILE, ExistingRun, read_existing_run
 from job.storage import Folder
 from job.training.checkpoint import Checkpoint, list_checkpoints
 from job.training.progress import MAX_PERPLEXITY
@@ -206,6 +207,21 @@ def load_trials(folder: Folder, base: Config, search: SearchConfig) -> Trials:
         if trial := _load_trial(trials, number, run):
             trials.by_number[number] = trial
     return trials
+
+
+def finished_checkpoints(folder: Folder) -> list[Folder]:
+    """Returns the checkpoint of each finished trial's result, in the order of the trials.
+
+    Raises:
+        UserError: the search cannot be read, or no trial is finished
+    """
+    base, search = search_config_from_toml(read_config_text(folder, SEARCH_FILE) or "", f"{folder}/{SEARCH_FILE}")
+    trials = load_trials(folder, base, search)
+    with report_os_error(f"{folder}: cannot be read"):
+        checkpoints = [trials.checkpoint(trial) for trial in trials if trial.state == "finished"]
+    if not any(checkpoints):
+        raise UserError(f"{folder}: no trial of this search is finished", "wait, or give the runs of its trials")
+    return [checkpoint.path for checkpoint in checkpoints if checkpoint]
 
 
 def read_records(folder: Folder) -> Records:
