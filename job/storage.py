@@ -265,6 +265,13 @@ class Folder:
         return file_system.get_file_info(path).type != fs.FileType.NotFound
 
     @_retried
+    def size(self, name: str) -> int | None:
+        """Returns the number of bytes of a file, None if there is no such file."""
+        file_system, path = self._location
+        size: int | None = file_system.get_file_info(f"{path}/{name}").size
+        return size
+
+    @_retried
     def has(self, name: str) -> bool:
         """Returns whether it contains a file or folder of that name."""
         file_system, path = self._location

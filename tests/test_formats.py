@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -50,7 +51,7 @@ def read(path: Path, kind: str = "char", **fields: object) -> Corpus:
 def tokens(path: Path, kind: str, **fields: object) -> tuple[list[int], tuple[str, ...]]:
     corpus = read(path, kind, **fields)
     dataset = build_dataset(corpus, CorpusConfig(), VocabularyConfig(kind=kind))
-    return dataset.train_tokens.tolist(), dataset.vocabulary.names
+    return np.asarray(dataset.train_tokens).tolist(), dataset.vocabulary.names
 
 
 def json_lines(documents: Sequence[str | None], field: str = "text") -> bytes:

@@ -4,19 +4,27 @@ import hashlib
 import json
 import pickle
 import struct
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from conftest import job, result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job.config.config_file import load_config
-from job.data.indexed import format_index, open_indexed, smallest_dtype
+from job.config.schema import CorpusConfig, StreamConfig, VocabularyConfig
+from job.data.indexed import format_index, parse_index, smallest_dtype
+from job.data.lanes import split_evenly
+from job.data.store_writer import StoreInfo, write_store
 from job.data.stream import Stream
+from job.data.token_store import open_stored
+from job.data.tokens import ShardedTokens
+from job.data.vocabulary import Vocabulary
 from job.run.setup import build_run_spec
 from job.storage import Folder
 
@@ -67,6 +75,19 @@ def read_independently(prefix: Path) -> list[np.ndarray]:
     return [np.concatenate(part) for part in parts]
 
 
+def vocabulary_of(num_ids: int) -> Vocabulary:
+    return Vocabulary("word", ("<unk>", *map(str, range(1, num_ids))))
+
+
+def store_of(folder: Folder, tokens: np.ndarray, num_ids: int, shard_tokens: int) -> ShardedTokens:
+    """Writes tokens as a store of several shards, and opens it."""
+    corpus, vocabulary = CorpusConfig(store=str(folder), cleaning="none"), VocabularyConfig(kind="word")
+    write_store(tokens, vocabulary_of(num_ids), StoreInfo(corpus, vocabulary, len(tokens), len(tokens)), shard_tokens)
+    stored = open_stored(replace(corpus, source=str(folder)), vocabulary, None, reads_flat=False)
+    assert stored
+    return stored.tokens
+
+
 def json_lines(path: Path, documents: list[str]) -> Path:
     path.write_text("".join(json.dumps({"text": document}) + "\n" for document in documents))
     return path
@@ -90,7 +111,7 @@ def test_indexed_files_are_read_by_another_reader_with_their_documents(
     documents = read_independently(prefix)
     assert [len(document) for document in documents] == lengths
     np.testing.assert_array_equal(np.concatenate(documents), tokens)
-    np.testing.assert_array_equal(open_indexed(prefix), tokens)
+    assert parse_index(prefix.with_suffix(".idx").read_bytes(), "a.idx") == (tokens.dtype, len(tokens))
 
 
 @pytest.mark.parametrize(
@@ -133,7 +154,7 @@ def test_store_is_read_by_an_independent_reader_document_by_document(tmp_path: P
     store = prepare(tmp_path, json_lines(tmp_path / "a.jsonl", texts), vocabulary__kind=kind)
     content = json.loads((store / "manifest.json").read_text())["content"]
     assert content["documents"] == 3 and content["settings"]["corpus.source"] == str(tmp_path / "a.jsonl")
-    documents = read_independently(store / "tokens")
+    documents = read_independently(store / "tokens-00000")
     vocabulary = json.loads((store / "vocabulary.json").read_text())
     assert sum(map(len, documents)) == content["tokens"]
     separator = 256 if kind == "byte" else len(vocabulary["tokens"])
@@ -183,7 +204,7 @@ def test_dataset_of_a_store_stays_in_its_file_and_is_pickled_by_its_place(
     data = pickle.dumps(dataset)  # as Ray does it on the way to a worker
     assert len(data) < 3000
     for found in (dataset, pickle.loads(data)):
-        assert isinstance(found.train_tokens, np.memmap) and found.train_tokens.dtype == np.uint8
+        assert isinstance(found.train_tokens, ShardedTokens) and found.train_tokens.dtype == np.uint8
         np.testing.assert_array_equal(found.train_tokens, expected.train_tokens)
         np.testing.assert_array_equal(found.validation_tokens, expected.validation_tokens)
         assert found.unknown_shares == expected.unknown_shares
@@ -193,23 +214,25 @@ def test_dataset_of_a_store_stays_in_its_file_and_is_pickled_by_its_place(
 
 
 @settings(deadline=None)  # a loaded machine is slow
-@given(st.integers(20, 200), st.integers(1, 4), st.integers(1, 6), st.sampled_from([np.uint8, np.uint16, np.int32]))
-def test_windows_of_mapped_tokens_equal_those_of_memory(
-    tmp_path_factory: pytest.TempPathFactory, num_tokens: int, batch: int, steps: int, dtype: type
-) -> None:
-    tokens: np.ndarray = np.arange(num_tokens).astype(dtype)
-    file = tmp_path_factory.mktemp("mapped") / "a.bin"
-    file.write_bytes(tokens.tobytes())
-    config = load_config(
-        None, {"stream.batch_size": str(batch), "stream.num_steps": str(steps), "scale.workers": "1"}
-    ).stream
-    memory, mapped = Stream(tokens.astype(np.int32), config, 3), Stream(np.memmap(file, dtype, "r"), config, 3)
+@given(
+    st.integers(20, 200), st.integers(1, 90), st.integers(1, 4), st.integers(1, 6), st.integers(0, 9),
+    st.integers(1, 4), st.sampled_from([2, 250, 300, 70_000]),
+)  # fmt: skip
+def test_windows_of_a_store_equal_those_of_memory(
+    tmp_path_factory: pytest.TempPathFactory,
+    num_tokens: int, shard_tokens: int, batch: int, steps: int, offset: int, workers: int, num_ids: int,
+) -> None:  # fmt: skip
+    tokens = (np.arange(num_tokens) * 7919 % num_ids).astype(np.int32)
+    folder = Folder(str(tmp_path_factory.mktemp("store")))
+    stored = pickle.loads(pickle.dumps(store_of(folder, tokens, num_ids, shard_tokens)))  # as a worker gets them
+    np.testing.assert_array_equal(stored, tokens)
+    config = StreamConfig(batch_size=batch, num_steps=steps, offset=offset)
+    memory, streamed = Stream(tokens, config, 3), Stream(stored, config, 3)
     for window in range(memory.partition(0).num_windows):
-        for found, expected in zip(
-            mapped.read_window(0, window, range(batch)), memory.read_window(0, window, range(batch)), strict=True
-        ):
-            assert found.dtype == expected.dtype
-            np.testing.assert_array_equal(found, expected)
+        for lanes in split_evenly(batch, min(workers, batch)):
+            expected, found = memory.read_window(0, window, lanes), streamed.read_window(0, window, lanes)
+            for found_TB, expected_TB in zip(found, expected, strict=True):
+                assert torch.equal(found_TB, expected_TB)  # of the same dtype, too
 
 
 @pytest.mark.parametrize("kind", ["char", "word"])
@@ -217,10 +240,10 @@ def test_run_from_files_of_another_trainer_equals_the_run_from_the_text(tmp_path
     (tmp_path / "text").write_text(TEXT)
     store = prepare(tmp_path, tmp_path / "text", vocabulary__kind=kind)
     expected = run(tmp_path, "a", corpus__source=tmp_path / "text", vocabulary__kind=kind)
-    (ids,) = read_independently(store / "tokens")
+    (ids,) = read_independently(store / "tokens-00000")
     (tmp_path / "flat.bin").write_bytes(ids.astype("<u2").tobytes())
     for number, source in enumerate(
-        (store / "tokens", store / "tokens.bin", store / "tokens.idx", tmp_path / "flat.bin")
+        (store / "tokens-00000", store / "tokens-00000.bin", store / "tokens-00000.idx", tmp_path / "flat.bin")
     ):
         flags = {"corpus__source": source, "vocabulary__kind": kind, "vocabulary__file": store / "vocabulary.json"}
         assert run(tmp_path, f"b{number}", **flags)["weights_sha256"] == expected["weights_sha256"]
@@ -237,9 +260,9 @@ def test_store_that_is_damaged_is_one_error(tmp_path: Path) -> None:
     store = prepare(tmp_path, tmp_path / "text")
     flags = words(corpus__source=store, run__storage=tmp_path / "runs")
     damages = {
-        "tokens.bin": (lambda data: data[:-1], "tokens.bin is missing, or does not have the"),
-        "./tokens.bin": (lambda data: data[::-1], "tokens.bin was changed: its checksum is wrong"),
-        "tokens.idx": (lambda data: data[:-1] + b"x", "tokens.idx was changed: its checksum is wrong"),
+        "tokens-00000.bin": (lambda data: data[:-1], "tokens-00000.bin is missing, or does not have the"),
+        "./tokens-00000.bin": (lambda data: data[::-1], "tokens-00000.bin was changed: its checksum is wrong"),
+        "tokens-00000.idx": (lambda data: data[:-1] + b"x", "tokens-00000.idx was changed: its checksum is wrong"),
         "vocabulary.json": (lambda data: data.replace(b"m", b"z"), "vocabulary.json was changed"),
         "manifest.json": (
             lambda data: data.replace(b'"tokens": ', b'"tokens": 1'),
@@ -251,8 +274,8 @@ def test_store_that_is_damaged_is_one_error(tmp_path: Path) -> None:
         (store / name).write_bytes(damage(data))
         assert f"corpus.source = {store}: {problem}" in refused("train", *flags)
         (store / name).write_bytes(data)
-    (store / "tokens.bin").unlink()
-    assert "tokens.bin is missing" in refused("train", *flags)
+    (store / "tokens-00000.bin").unlink()
+    assert "tokens-00000.bin is missing" in refused("train", *flags)
     assert not (tmp_path / "runs").exists()
 
 
@@ -263,7 +286,7 @@ def test_store_whose_manifest_has_a_malformed_file_is_one_error(tmp_path: Path, 
     (tmp_path / "text").write_text(TEXT)
     manifest = prepare(tmp_path, tmp_path / "text") / "manifest.json"
     document = json.loads(manifest.read_text())
-    document["content"]["files"]["tokens.idx"] = entry
+    document["content"]["shards"][0]["files"]["tokens-00000.idx"] = entry
     document["sha256"] = hashlib.sha256(json.dumps(document["content"], sort_keys=True).encode()).hexdigest()
     manifest.write_text(json.dumps(document))
     problem = "manifest.json: its files are not pairs of a size and a checksum; prepare the store again"
@@ -274,22 +297,22 @@ def test_run_of_a_store_whose_tokens_changed_is_not_resumed_or_evaluated(tmp_pat
     (tmp_path / "text").write_text(TEXT)
     store = prepare(tmp_path, tmp_path / "text")
     run(tmp_path, "a", corpus__source=store)
-    (store / "tokens.bin").write_bytes((store / "tokens.bin").read_bytes()[::-1])
+    (store / "tokens-00000.bin").write_bytes((store / "tokens-00000.bin").read_bytes()[::-1])
     flags = words(corpus__source=store, run__storage=tmp_path / "runs", run__name="a", train__max_steps=9)
-    assert "tokens.bin was changed: its checksum is wrong" in refused("train", *flags)
+    assert "tokens-00000.bin was changed: its checksum is wrong" in refused("train", *flags)
     evaluated = refused("evaluate", tmp_path / "runs" / "a", "--corpus.source", store)
-    assert "tokens.bin was changed: its checksum is wrong" in evaluated
+    assert "tokens-00000.bin was changed: its checksum is wrong" in evaluated
 
 
 def test_large_store_of_changed_tokens_is_found_by_doctor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("job.data.token_store._MAX_VERIFIED_BYTES", 1000)
     (tmp_path / "text").write_text(TEXT)
     store = prepare(tmp_path, tmp_path / "text")
-    data = bytearray((store / "tokens.bin").read_bytes())
+    data = bytearray((store / "tokens-00000.bin").read_bytes())
     data[100] ^= 1
-    (store / "tokens.bin").write_bytes(data)
+    (store / "tokens-00000.bin").write_bytes(data)
     ended = job("doctor", *words(corpus__source=store, run__storage=tmp_path / "runs"))
-    assert ended.status == 1 and "tokens.bin was changed: its checksum is wrong" in ended.out
+    assert ended.status == 1 and "tokens-00000.bin was changed: its checksum is wrong" in ended.out
 
 
 @pytest.mark.parametrize(
@@ -324,7 +347,7 @@ def test_prepare_writes_all_or_nothing_and_never_over_something_else(
     assert "exists and contains mine" in refused(*arguments, tmp_path / "used")
     problem = f"corpus.store = {tmp_path / 'text'}: is not a folder; choose another one"
     assert problem in refused(*arguments, tmp_path / "text")
-    for name in ("tokens.bin", "vocabulary.json"):  # not of a store
+    for name in ("tokens-00000.bin", "vocabulary.json"):  # not of a store
         (tmp_path / "pair").mkdir(exist_ok=True)
         (tmp_path / "pair" / name).write_text("mine")
         assert f"exists and contains {name}" in refused(*arguments, tmp_path / "pair")
@@ -340,11 +363,11 @@ def test_prepare_writes_all_or_nothing_and_never_over_something_else(
         patch.setattr(Folder, "write", fail_at_manifest)
         assert "cannot be written: No space left on device" in refused(*arguments, tmp_path / "store")
     assert "a folder without files of text" in refused("train", "--corpus.source", tmp_path / "store")
-    for name in (".tokens.bin.12-34", "..preparing.12-34"):
+    for name in (".tokens-00000.bin.12-34", "..preparing.12-34"):
         (tmp_path / "store" / name).write_text("left by a process that was killed")
     first = {file.name: file.read_bytes() for file in prepare(tmp_path, tmp_path / "text").iterdir()}
     assert job(*arguments, tmp_path / "store").status == 0
-    assert (tmp_path / "store" / "tokens.bin").read_bytes() == first["tokens.bin"]
+    assert (tmp_path / "store" / "tokens-00000.bin").read_bytes() == first["tokens-00000.bin"]
     assert "exists and contains manifest.json" in refused(*arguments, tmp_path / "store")
     assert {file.name for file in (tmp_path / "store").iterdir()} == first.keys()
 
@@ -358,7 +381,7 @@ def test_text_is_not_taken_for_tokens_because_of_other_files(tmp_path: Path, mon
     prepare(tmp_path, tmp_path / "few").rename(tmp_path / "embedded")
     monkeypatch.chdir(tmp_path)
     expected = spec_of(tmp_path, "text").dataset.train_tokens
-    for name, copy in (("tokens.bin", "text.bin"), ("tokens.idx", "text.idx")):
+    for name, copy in (("tokens-00000.bin", "text.bin"), ("tokens-00000.idx", "text.idx")):
         (store / name).rename(copy)
     flags = {"vocabulary__file": store / "vocabulary.json"}
     (tmp_path / "texts").mkdir()
@@ -366,10 +389,10 @@ def test_text_is_not_taken_for_tokens_because_of_other_files(tmp_path: Path, mon
     (tmp_path / "texts" / "manifest.json").write_text('{"license": "MIT"}')
     for source in ("text", long_name, "texts"):
         dataset = spec_of(tmp_path, source, **flags).dataset
-        assert not dataset.is_mapped
+        assert isinstance(dataset.train_tokens, np.ndarray)
         np.testing.assert_array_equal(dataset.train_tokens, expected)
-    assert spec_of(tmp_path, "text.bin", **flags).dataset.is_mapped
-    assert not spec_of(tmp_path, "embedded").dataset.is_mapped
+    assert isinstance(spec_of(tmp_path, "text.bin", **flags).dataset.train_tokens, ShardedTokens)
+    assert isinstance(spec_of(tmp_path, "embedded").dataset.train_tokens, np.ndarray)
 
 
 @pytest.mark.parametrize("name", ["corpus.max_tokens", "corpus.validation_fraction"])

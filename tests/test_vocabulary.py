@@ -86,7 +86,10 @@ def test_build_dataset_scope_training_counts_separators_as_tokens() -> None:
     corpus = Corpus("file", "none", [["ab"], ["cd"], ["ef"]])
     dataset = build_dataset(corpus, CorpusConfig(validation_fraction=0.5), VocabularyConfig(scope="training"))
     assert dataset.vocabulary.tokens == ("<unk>", "a", "b", "c")
-    assert (dataset.train_tokens.tolist(), dataset.validation_tokens.tolist()) == ([1, 2, 4, 3], [0, 4, 0, 0])
+    assert (list(np.asarray(dataset.train_tokens)), list(np.asarray(dataset.validation_tokens))) == (
+        [1, 2, 4, 3],
+        [0, 4, 0, 0],
+    )
 
 
 @settings(deadline=None)  # a loaded machine is slow
@@ -118,9 +121,9 @@ def test_build_dataset_scope_gives_vocabulary_of_all_tokens_or_of_those_trained_
     tokens = {("corpus", 0): "cabzxy", ("corpus", 6): "cabzxy", ("training", 0): "abc", ("training", 6): "cab"}
     assert dataset.vocabulary.tokens == ("<unk>", *tokens[scope, max_tokens])
     train, validation = ("cab", "abz") if max_tokens else ("cabab", "zxccy")
-    assert list(train) == [dataset.vocabulary.tokens[index] for index in dataset.train_tokens]
+    assert list(train) == [dataset.vocabulary.tokens[index] for index in np.asarray(dataset.train_tokens)]
     known = [token if token in dataset.vocabulary.tokens else "<unk>" for token in validation]
-    assert known == [dataset.vocabulary.tokens[index] for index in dataset.validation_tokens]
+    assert known == [dataset.vocabulary.tokens[index] for index in np.asarray(dataset.validation_tokens)]
     assert (dataset.unknown_shares["validation"] > 0) == (scope == "training")
 
 

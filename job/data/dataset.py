@@ -2,62 +2,38 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, SupportsIndex, cast
+from typing import Any
 
 import numpy as np
 
 from job.config.schema import CorpusConfig, VocabularyConfig
 from job.data.corpus import Corpus
-from job.data.token_store import StoredTokens, count_unknown, token_sha256
+from job.data.token_store import StoredTokens
+from job.data.tokens import Tokens, count_unknown, token_sha256
 from job.data.vocabulary import Vocabulary, build_vocabulary
-from job.errors import UnrecoverableError
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A corpus as token ids, one-dimensional arrays of integers.
+    """A corpus as token ids. Those of a store are not pickled: each process opens the files that it reads.
 
     Args:
         train_tokens: the beginning of the corpus
         validation_tokens: the end of the corpus; empty without validation
         vocabulary: the vocabulary of both
         metadata: recorded in each checkpoint: source, characters, tokens, and the SHA-256 digest of all tokens
-        is_mapped: whether the tokens are those of a memory-mapped file, which each process opens by itself
     """
 
-    train_tokens: np.ndarray
-    validation_tokens: np.ndarray
+    train_tokens: Tokens
+    validation_tokens: Tokens
     vocabulary: Vocabulary
     metadata: dict[str, Any]
-    is_mapped: bool = False
 
     @cached_property
     def unknown_shares(self) -> dict[str, float]:
         """The share of ``<unk>`` in each text that is not empty: training and validation."""
         texts = {"training": self.train_tokens, "validation": self.validation_tokens}
         return {name: count_unknown(part, self.vocabulary) / len(part) for name, part in texts.items() if len(part)}
-
-    def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        """Pickles the place of mapped tokens instead of the tokens."""
-        if not self.is_mapped:
-            return super().__reduce_ex__(protocol)
-        tokens, num_validation = cast(np.memmap, self.train_tokens), len(self.validation_tokens)
-        place = str(tokens.filename), tokens.dtype, len(tokens), num_validation
-        return _reopen, (*place, self.vocabulary, self.metadata, self.unknown_shares)
-
-
-def _reopen(
-    file: str, dtype: np.dtype, num_train: int, num_validation: int, vocabulary: Vocabulary,
-    metadata: dict[str, Any], unknown_shares: dict[str, float],
-) -> Dataset:  # fmt: skip
-    try:
-        tokens = np.memmap(file, dtype, "r", shape=(num_train + num_validation,))
-    except (OSError, ValueError) as error:
-        problem = f"{file}: the token store cannot be opened on the node of a worker: {error}"
-        raise UnrecoverableError(problem, "put it on storage that all nodes share") from None
-    dataset = Dataset(tokens[:num_train], tokens[num_train:], vocabulary, metadata, is_mapped=True)
-    dataset.__dict__["unknown_shares"] = unknown_shares  # known, so that no worker reads all tokens
-    return dataset
 
 
 def build_dataset(corpus: Corpus, corpus_config: CorpusConfig, vocabulary_config: VocabularyConfig) -> Dataset:
@@ -81,17 +57,12 @@ def encode_corpus(
 
 
 def map_dataset(stored: StoredTokens, corpus_config: CorpusConfig) -> Dataset:
-    """Splits the validation part off stored tokens, none of which are copied into memory."""
+    """Splits the validation part off stored tokens, none of which are read into memory."""
     tokens = stored.tokens[: corpus_config.max_tokens or None]
-    sha256 = stored.sha256 if len(tokens) == len(stored.tokens) else token_sha256(tokens)
+    sha256 = stored.sha256_of_first(len(tokens))
     metadata = _metadata(corpus_config.source, stored.num_characters, len(tokens), sha256)
     num_train = _num_train(len(tokens), corpus_config)
-    dataset = Dataset(tokens[:num_train], tokens[num_train:], stored.vocabulary, metadata, is_mapped=True)
-    if num_train == len(stored.tokens) or not stored.num_unknown:
-        names = ["training", "validation"][: 1 + (num_train < len(tokens))]
-        shares = {name: stored.num_unknown / len(stored.tokens) for name in names}
-        dataset.__dict__["unknown_shares"] = shares  # known without reading the tokens
-    return dataset
+    return Dataset(tokens[:num_train], tokens[num_train:], stored.vocabulary, metadata)
 
 
 def _num_train(num_tokens: int, corpus_config: CorpusConfig) -> int:

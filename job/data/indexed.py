@@ -1,7 +1,6 @@
 """The indexed format of Megatron-LM: token ids in a ``.bin`` file, and their documents in an ``.idx`` file."""
 
 import struct
-from pathlib import Path
 
 import numpy as np
 
@@ -37,39 +36,29 @@ def format_index(document_lengths: np.ndarray, dtype: np.dtype) -> bytes:
     )
 
 
-def open_indexed(prefix: Path) -> np.ndarray:
-    """Returns all token ids of a ``.bin`` file, memory-mapped, as its ``.idx`` file describes them.
+def parse_index(data: bytes, file: str) -> tuple[np.dtype, int]:
+    """Reads the content of an ``.idx`` file, whose sequences must follow each other without gaps.
 
     Args:
-        prefix: the path of both without their suffixes
+        data: the file's bytes
+        file: the file's path, for messages
+
+    Returns:
+        The dtype and the number of the token ids in the ``.bin`` file.
 
     Raises:
-        UserError: they do not agree, are in another version of the format, or their ids are not integers
-        OSError: they cannot be read
+        UserError: it is cut off, is in another version of the format, or its ids are not integers
     """
-    data, ids = prefix.with_name(f"{prefix.name}.idx").read_bytes(), prefix.with_name(f"{prefix.name}.bin")
     if len(data) < _HEADER.size or not data.startswith(_SIGNATURE):
-        raise UserError(f"{prefix}.idx: not an index of the Megatron format")
+        raise UserError(f"{file}: not an index of the Megatron format")
     _, version, code, num_sequences, num_boundaries = _HEADER.unpack_from(data)
     if version != _VERSION or code not in _DTYPES:
-        raise UserError(f"{prefix}.idx: version {version} with dtype {code}, and only integers of version 1 are read")
+        raise UserError(f"{file}: version {version} with dtype {code}, and only integers of version 1 are read")
     if len(data) < _HEADER.size + 12 * num_sequences + 8 * num_boundaries:
-        raise UserError(f"{prefix}.idx: is cut off", "copy it again")
+        raise UserError(f"{file}: is cut off", "copy it again")
     lengths = np.frombuffer(data, "<i4", num_sequences, _HEADER.size).astype(np.int64)
     pointers = np.frombuffer(data, "<i8", num_sequences, _HEADER.size + 4 * num_sequences)
     dtype, stops = np.dtype(_DTYPES[code]).newbyteorder("<"), np.cumsum(lengths)
-    size = ids.stat().st_size
-    if (
-        np.any(pointers != (stops - lengths) * dtype.itemsize)
-        or size != (int(stops[-1]) if num_sequences else 0) * dtype.itemsize
-    ):
-        raise UserError(f"{ids}: has {size:,} bytes, which are not the sequences of its index", "copy both again")
-    return map_tokens(ids, dtype)
-
-
-def map_tokens(file: Path, dtype: np.dtype) -> np.ndarray:
-    """Returns the token ids of a file, memory-mapped. Raises UserError if it is empty or ends within an id."""
-    size = file.stat().st_size
-    if not size or size % dtype.itemsize:
-        raise UserError(f"{file}: has {size:,} bytes, which are no token ids of {dtype.itemsize} bytes")
-    return np.memmap(file, dtype, "r")
+    if np.any(lengths < 0) or np.any(pointers != (stops - lengths) * dtype.itemsize):
+        raise UserError(f"{file}: its sequences do not follow each other", "write them in the order of their tokens")
+    return dtype, int(stops[-1]) if num_sequences else 0

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from job.config.schema import StreamConfig, TrainConfig
 from job.data.lanes import Partition, sequential_partition
+from job.data.tokens import ShardedTokens, Tokens
 from job.errors import UserError
 
 MAX_COUNTED_EPOCHS = 20_000  # so that a run of any length starts at once
@@ -22,12 +23,12 @@ class Stream:
     """All training tokens in order, and how each epoch partitions them; the same on every worker.
 
     Args:
-        tokens: token ids, one-dimensional, of any integer dtype
+        tokens: token ids, in memory or of a store
         config: the number of lanes and steps, and the offset
         seed: ``run.seed``, for random offsets
     """
 
-    tokens: np.ndarray
+    tokens: Tokens
     config: StreamConfig
     seed: int
 
@@ -76,14 +77,25 @@ class Stream:
         Returns:
             Inputs and targets, each (T, B) int64.
         """
-        partition, num_steps = self.partition(epoch), self.config.num_steps
-        start = partition.offset + lanes.start * partition.lane_length + window * num_steps
-        # Successive lanes are lane_length tokens apart, so a strided view reads only the tokens of these lanes.
-        itemsize = self.tokens.itemsize
-        shape, strides = (num_steps + 1, len(lanes)), (itemsize, partition.lane_length * itemsize)
-        view_TB = np.ndarray(shape, self.tokens.dtype, self.tokens[start:], strides=strides)
-        tokens_TB = torch.from_numpy(view_TB.astype(np.int64, order="C"))
+        rows_BT = self.read_windows(epoch, range(window, window + 1), lanes)
+        tokens_TB = torch.from_numpy(rows_BT.T.astype(np.int64, order="C"))
         return tokens_TB[:-1], tokens_TB[1:]
+
+    def read_windows(self, epoch: int, windows: range, lanes: range) -> np.ndarray:
+        """Reads successive windows of successive lanes.
+
+        Returns:
+            Token ids (B, windows * num_steps + 1) in the dtype of the stream: the inputs, and the last target.
+        """
+        partition, num_steps = self.partition(epoch), self.config.num_steps
+        stride, length = partition.lane_length, len(windows) * num_steps + 1
+        start = partition.offset + lanes.start * stride + windows.start * num_steps
+        if isinstance(self.tokens, ShardedTokens):
+            return self.tokens.read_rows(start, stride, len(lanes), length)
+        # A strided view reads only the tokens of these lanes.
+        itemsize = self.tokens.itemsize
+        shape, strides = (len(lanes), length), (stride * itemsize, itemsize)
+        return np.ndarray(shape, self.tokens.dtype, self.tokens[start:], strides=strides)
 
     def check_enough_tokens(self, train_config: TrainConfig) -> None:
         """Raises UserError if an epoch may have no window."""

@@ -6,10 +6,10 @@ Axes: T steps, B lanes, V tokens of the vocabulary.
 import math
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from job.data.tokens import Tokens
 from job.errors import UserError
 from job.nn.language_model import LanguageModel
 from job.nn.state import State
@@ -32,9 +32,7 @@ def mean_log_probabilities(log_probabilities: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate_ensemble(
-    models: Sequence[LanguageModel], tokens: np.ndarray, lanes: Sequence[range], num_steps: int
-) -> float:
+def evaluate_ensemble(models: Sequence[LanguageModel], tokens: Tokens, lanes: Sequence[range], num_steps: int) -> float:
     """Returns the loss of some lanes under the mean of the models' probabilities, as ``evaluate_group`` of one model.
 
     The arguments are those of ``evaluate_group``. Memory is needed for all models, and for the logits of one of them.

@@ -7,12 +7,11 @@ from functools import partial
 from itertools import islice, pairwise
 from typing import cast
 
-import numpy as np
-
 from job.config.schema import Config, EvaluateConfig
 from job.data.corpus import Corpus, read_corpus
 from job.data.lanes import split_evenly
-from job.data.token_store import StoredTokens, count_unknown, open_stored
+from job.data.token_store import StoredTokens, open_stored
+from job.data.tokens import Tokens, count_unknown
 from job.data.vocabulary import END_OF_LINE, Vocabulary
 from job.distributed.tree_reduce import tree_sum
 from job.errors import UserError
@@ -61,6 +60,7 @@ def evaluate_text(checkpoints: Sequence[LoadedCheckpoint], config: Config) -> Ev
     check_same_vocabulary(checkpoints)
     vocabulary, corpus_config = checkpoints[0].vocabulary, config.corpus
     stored = open_stored(corpus_config, config.vocabulary, vocabulary, reads_flat=False)
+    all_tokens: Tokens
     if stored:
         all_tokens, count = stored.tokens, partial(_stored_characters, stored)
     else:
@@ -79,7 +79,7 @@ def evaluate_text(checkpoints: Sequence[LoadedCheckpoint], config: Config) -> Ev
     return Evaluation(LossSum(nats, len(tokens) - 1), num_characters, unknown_share)
 
 
-def evaluate_tokens(models: Sequence[LanguageModel], tokens: np.ndarray, evaluate_config: EvaluateConfig) -> float:
+def evaluate_tokens(models: Sequence[LanguageModel], tokens: Tokens, evaluate_config: EvaluateConfig) -> float:
     """Returns the loss of all tokens but the first in nats, summed.
 
     Args:
@@ -92,7 +92,7 @@ def evaluate_tokens(models: Sequence[LanguageModel], tokens: np.ndarray, evaluat
     return tree_sum([_evaluate_group(models, tokens, group) for group in lane_groups(len(tokens) - 1, evaluate_config)])
 
 
-def _evaluate_group(models: Sequence[LanguageModel], tokens: np.ndarray, lanes: Sequence[range]) -> float:
+def _evaluate_group(models: Sequence[LanguageModel], tokens: Tokens, lanes: Sequence[range]) -> float:
     num_steps = max(1, WINDOW_TOKENS // len(lanes))
     if len(models) == 1:
         return evaluate_group(models[0], tokens, lanes, num_steps)

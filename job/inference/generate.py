@@ -14,7 +14,7 @@ from torch import Tensor
 from job.config.schema import BUILTIN_CELLS, Config, CorpusConfig, GenerateConfig, ModelConfig
 from job.data.corpus import clean_text
 from job.data.dataset import Dataset
-from job.data.token_store import blocks
+from job.data.tokens import Tokens, blocks
 from job.data.vocabulary import UNKNOWN, UNKNOWN_ID, Vocabulary
 from job.errors import UserError
 from job.nn.language_model import LanguageModel, build_model_with_weights
@@ -100,7 +100,7 @@ def resolve_prefix(prefix: str, corpus_config: CorpusConfig, dataset: Dataset) -
     return prefix
 
 
-def _occur(ids: np.ndarray, tokens: np.ndarray) -> np.ndarray:
+def _occur(ids: np.ndarray, tokens: Tokens) -> np.ndarray:
     """Returns whether each id occurs among the tokens, of which it reads no more than needed."""
     is_known = np.zeros(len(ids), bool)
     for block in blocks(tokens):
@@ -110,7 +110,7 @@ def _occur(ids: np.ndarray, tokens: np.ndarray) -> np.ndarray:
     return is_known
 
 
-def _find_first(tokens: np.ndarray, is_wanted: Callable[[np.ndarray], np.ndarray]) -> int | None:
+def _find_first(tokens: Tokens, is_wanted: Callable[[np.ndarray], np.ndarray]) -> int | None:
     """Returns the index of the first token that is wanted, of which it reads no more than needed."""
     start = 0
     for block in blocks(tokens):
@@ -121,7 +121,7 @@ def _find_first(tokens: np.ndarray, is_wanted: Callable[[np.ndarray], np.ndarray
     return None
 
 
-def _first_known_text(vocabulary: Vocabulary, tokens: np.ndarray) -> str:
+def _first_known_text(vocabulary: Vocabulary, tokens: Tokens) -> str:
     """Returns the first known characters or words, without blanks before them unless there are only blanks."""
     blank_ids = [index for index in range(len(vocabulary)) if not vocabulary.decode([index]).strip()]
     start = _find_first(tokens, lambda block: vocabulary.is_text(block) & ~np.isin(block, blank_ids))
@@ -130,9 +130,9 @@ def _first_known_text(vocabulary: Vocabulary, tokens: np.ndarray) -> str:
     if start is None:
         problem = "vocabulary: contains no token of the training text"
         raise UserError(problem, "raise vocabulary.size or lower vocabulary.min_frequency")
-    beginning = tokens[start : start + 4 * PREFIX_CHARACTERS]  # a character has up to four bytes
+    beginning = np.asarray(tokens[start : start + 4 * PREFIX_CHARACTERS])  # a character has up to four bytes
     num_known = np.cumprod(vocabulary.is_text(beginning)).sum()
-    text = vocabulary.decode(tokens[start : start + num_known].tolist())
+    text = vocabulary.decode(beginning[:num_known].tolist())
     text = text.lstrip() or text
     return " ".join(text.split()[:PREFIX_WORDS]) or text if vocabulary.kind == "word" else text[:PREFIX_CHARACTERS]
 

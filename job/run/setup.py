@@ -8,8 +8,9 @@ from job.config.schema import Config
 from job.data.content import Content
 from job.data.corpus import Corpus, read_corpus
 from job.data.dataset import Dataset, build_dataset, encode_corpus, map_dataset
+from job.data.store_writer import StoreInfo, check_no_store, write_store
 from job.data.stream import Stream
-from job.data.token_store import check_no_store, open_stored, write_store
+from job.data.token_store import open_stored
 from job.data.vocabulary import Vocabulary, read_vocabulary, unknown_warnings, vocabulary_from_json
 from job.errors import UserError, error_origin, report_os_error
 from job.inference.evaluate import count_characters
@@ -81,7 +82,8 @@ def prepare_store(config: Config) -> str:
     if len(tokens) < 2:
         raise UserError(f"corpus.source = {corpus.source}: {len(tokens)} tokens", "give more text")
     characters = count_characters(corpus, vocabulary, len(tokens))
-    folder = write_store(config.corpus, config.vocabulary, vocabulary, tokens, corpus.num_characters, characters)
+    info = StoreInfo(config.corpus, config.vocabulary, corpus.num_characters, characters)
+    folder = write_store(tokens, vocabulary, info)
     return f"{folder}: {len(tokens):,} tokens, vocabulary of {len(vocabulary):,}"
 
 

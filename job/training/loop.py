@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from job.config.schema import Config, TrainConfig
 from job.data.lanes import split_evenly
+from job.data.tokens import Tokens
 from job.distributed.gradient_sync import Batch, ControlFlags, StepStats
 from job.errors import Diverged
 from job.nn.language_model import LanguageModel
@@ -149,7 +150,7 @@ def end_epoch(train_state: TrainState) -> LossSum:
 @torch.no_grad()
 def evaluate_lanes(
     model: LanguageModel,
-    tokens: np.ndarray,
+    tokens: Tokens,
     groups: Sequence[range],
     num_lanes: int,
     num_steps: int,
@@ -182,7 +183,7 @@ def evaluate_lanes(
 @torch.no_grad()
 def evaluate_group(
     model: LanguageModel,
-    tokens: np.ndarray,
+    tokens: Tokens,
     lanes: Sequence[range],
     num_steps: int,
     autocast: torch.dtype | None = None,
@@ -207,7 +208,7 @@ def evaluate_group(
     return float(total)
 
 
-def lane_windows(tokens: np.ndarray, lanes: Sequence[range], num_steps: int) -> Iterator[Tensor]:
+def lane_windows(tokens: Tokens, lanes: Sequence[range], num_steps: int) -> Iterator[Tensor]:
     """Yields the token ids (steps + 1, lanes) of one window of some lanes after another, int64.
 
     The first row are inputs, the last one targets, and those between both. After the end of a shorter lane they are -1.
@@ -217,7 +218,7 @@ def lane_windows(tokens: np.ndarray, lanes: Sequence[range], num_steps: int) -> 
         stop = min(start + num_steps, longest)
         tokens_BT = np.full((len(lanes), stop - start + 1), -1, np.int64)
         for row, lane in zip(tokens_BT, lanes, strict=True):
-            window = tokens[lane.start + start : min(lane.start + stop, lane.stop) + 1]
+            window = np.asarray(tokens[lane.start + start : min(lane.start + stop, lane.stop) + 1])
             row[: len(window)] = window
         yield torch.from_numpy(tokens_BT.T.copy())
 
