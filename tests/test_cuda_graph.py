@@ -31,6 +31,8 @@ REGULARIZATION: dict[str, Any] = {
     "input_dropout": 0.1,
     "embedding_dropout": 0.1,
     "weight_drop": 0.2,
+    "activation_regularization": 2.0,
+    "temporal_regularization": 1.0,
 }
 
 

@@ -14,7 +14,7 @@ from job.distributed.gradient_sync import AllReduceGradients, Batch, Determinist
 from job.errors import UserError
 from job.kernels.build import load_library, unavailable_reason
 from job.nn.language_model import LanguageModel, build_model
-from job.nn.regularization import mask_keys
+from job.nn.regularization import Regularization, mask_keys
 
 SEED, STEP, LANES, STEPS, TOKENS = 3, 7, 5, 6, 11
 SIZES: dict[str, Any] = {"hidden_size": 8, "num_layers": 3, "embedding_size": 6}
@@ -26,6 +26,8 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "no outputs": {"dropout": 0.2, "output_dropout": 0.0},
     "words": {"embedding_dropout": 0.3},
     "weights": {"weight_drop": 0.4},
+    "activations": {"activation_regularization": 2.0, "output_dropout": 0.4},
+    "differences": {"temporal_regularization": 3.0, "output_dropout": 0.4},
 }
 TECHNIQUES["all"] = {name: value for options in TECHNIQUES.values() for name, value in options.items()}
 TECHNIQUES["all"]["output_dropout"] = 0.5
@@ -62,8 +64,8 @@ def plain_drop(x_TBH: Tensor, probability: float, site: int, is_locked: bool) ->
     return x_TBH * torch.stack(scales, 1)
 
 
-def plain_loss(model: LanguageModel, config: ModelConfig, tokens_TB: Tensor) -> Tensor:
-    """The mean loss of a window from a zero state, by torch's modules layer by layer."""
+def plain_losses(model: LanguageModel, config: ModelConfig, tokens_TB: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean cross-entropy of a window from a zero state and the penalties, by torch's modules layer by layer."""
     layers, locked = config.num_layers, config.dropout_locked
     assert model.embedding is not None
     word_scales_V = plain_scales(config.embedding_dropout, layers + 1, 0, 1, TOKENS)[0]
@@ -80,7 +82,9 @@ def plain_loss(model: LanguageModel, config: ModelConfig, tokens_TB: Tensor) -> 
     output_rate = config.dropout if config.output_dropout == "auto" else float(config.output_dropout)
     dropped_TBH = plain_drop(x_TBE, output_rate, 0, locked)
     logits_TBV = F.linear(dropped_TBH, model.linear.weight, model.linear.bias)
-    return F.cross_entropy(logits_TBV.flatten(0, 1), tokens_TB[1:].flatten())
+    penalty = config.activation_regularization * dropped_TBH.pow(2).mean()
+    penalty += config.temporal_regularization * (x_TBE[1:] - x_TBE[:-1]).pow(2).mean()
+    return F.cross_entropy(logits_TBV.flatten(0, 1), tokens_TB[1:].flatten()), penalty
 
 
 def make_batch(config: ModelConfig, lanes: range = range(LANES)) -> Batch:
@@ -114,8 +118,8 @@ def test_regularized_gradient_equals_plain_formulation(
     nats, found = gradients(config, torch.float32 if has_kernel else torch.float64)
     exact = build_model(config, TOKENS, seed=1).double()
     batch = make_batch(config)
-    loss = plain_loss(exact, config, torch.cat([batch.inputs_TB[:1], batch.targets_TB]))
-    loss.backward()
+    loss, penalty = plain_losses(exact, config, torch.cat([batch.inputs_TB[:1], batch.targets_TB]))
+    (loss + penalty).backward()
     tolerance = 1e-5 if has_kernel else 1e-10
     torch.testing.assert_close(nats.double(), loss.detach() * LANES * STEPS, rtol=tolerance, atol=0)
     expected = {name: weight.grad for name, weight in exact.named_parameters()}
@@ -141,12 +145,21 @@ def test_regularized_gradient_is_the_sum_over_any_workers_and_lane_groups(option
 
 
 @pytest.mark.parametrize("options", TECHNIQUES.values(), ids=TECHNIQUES)
-def test_regularization_changes_the_loss_only_in_training(options: dict[str, Any]) -> None:
+def test_regularization_changes_the_model_only_in_training(options: dict[str, Any]) -> None:
     config, plain = ModelConfig(**SIZES, **options), ModelConfig(**SIZES)
-    assert gradients(config, torch.float64)[0] != gradients(plain, torch.float64)[0]
+    (_, trained), (_, expected) = gradients(config, torch.float64), gradients(plain, torch.float64)
+    assert not torch.equal(trained["rnn.weight_hh_l1"], expected["rnn.weight_hh_l1"])
     batch = make_batch(config)
     results = [build_model(each, TOKENS, seed=1)(batch.inputs_TB, None)[0] for each in (config, plain)]
     assert torch.equal(*results)
+
+
+def test_activation_regularization_of_windows_of_one_step_has_no_differences() -> None:
+    config = ModelConfig(**SIZES, temporal_regularization=2.0)
+    nats = torch.ones((), requires_grad=True)
+    hidden_TBH = torch.ones(1, LANES, 8, requires_grad=True)
+    total = Regularization(config, mask_keys(config, 0, 0, range(LANES))).add_penalty(nats, hidden_TBH, hidden_TBH)
+    assert torch.equal(total, nats)
 
 
 def test_masks_of_another_step_and_seed_differ() -> None:

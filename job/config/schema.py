@@ -120,6 +120,13 @@ class ModelConfig(Section):
     weight_drop: float = config_field(
         0.0, "dropout of the weights between hidden states (DropConnect)", ge=0, lt=1, is_mutable=True
     )
+    activation_regularization: float = config_field(
+        0.0, "weight of the mean square of the last layer's dropped outputs (AR)", ge=0, is_mutable=True
+    )
+    temporal_regularization: float = config_field(
+        0.0, "weight of the mean square of the difference of its outputs at successive steps (TAR)", ge=0,
+        is_mutable=True,
+    )  # fmt: skip
     init: str = config_field(
         "", "initial weights: a run, checkpoint or .safetensors file; empty: random", is_path=True,
         is_free_in_new_run=True,  # which has the checkpoint's weights

@@ -57,7 +57,7 @@ class LanguageModel(nn.Module):
             Logits (T, B, V) and the state after the window.
         """
         hidden_TBH, state = self._hidden_states(tokens_TB, state, regularization)
-        return self.linear(hidden_TBH), state
+        return self.linear(hidden_TBH if regularization is None else regularization.drop_outputs(hidden_TBH)), state
 
     def cross_entropy_sum(
         self, tokens_TB: Tensor, targets_TB: Tensor, state: State, regularization: Regularization | None = None
@@ -67,7 +67,12 @@ class LanguageModel(nn.Module):
         The other arguments are those of ``forward``.
         """
         hidden_TBH, state = self._hidden_states(tokens_TB, state, regularization)
-        return linear_cross_entropy(hidden_TBH, self.linear.weight, self.linear.bias, targets_TB), state
+        weight_VH, bias_V = self.linear.weight, self.linear.bias
+        if regularization is None:
+            return linear_cross_entropy(hidden_TBH, weight_VH, bias_V, targets_TB), state
+        dropped_TBH = regularization.drop_outputs(hidden_TBH)
+        nats = linear_cross_entropy(dropped_TBH, weight_VH, bias_V, targets_TB)
+        return regularization.add_penalty(nats, hidden_TBH, dropped_TBH), state
 
     def generate_greedy(self, first_B: Tensor, state: State, length: int) -> Tensor | None:
         """Decodes greedily in a single kernel call.
@@ -95,10 +100,8 @@ class LanguageModel(nn.Module):
         if self.has_custom_cell or (regularization is not None and regularization.needs_features):
             inputs = self._features(tokens_TB, regularization)
         if isinstance(self.rnn, RecurrentLayers):
-            hidden_TBH, state = self.rnn(inputs, state, regularization, self._embedding_weight)
-        else:
-            hidden_TBH, state = self.rnn(inputs, state)
-        return (hidden_TBH if regularization is None else regularization.drop_outputs(hidden_TBH)), state
+            return self.rnn(inputs, state, regularization, self._embedding_weight)
+        return self.rnn(inputs, state)
 
     def _features(self, tokens_TB: Tensor, regularization: Regularization | None) -> Tensor:
         """Returns the features (T, B, E) that the first layer reads."""

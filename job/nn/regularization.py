@@ -94,5 +94,30 @@ class Regularization:
         """Drops elements of what the output layer reads."""
         return self._drop(hidden_TBH, self.config.output_rate, 0)
 
+    def add_penalty(self, nats: Tensor, hidden_TBH: Tensor, dropped_TBH: Tensor) -> Tensor:
+        """Adds the gradient of activation regularization (AR) and temporal activation regularization (TAR).
+
+        Each is a mean over the window, lanes and units (Merity, McCann and Socher, "Revisiting activation
+        regularization for language RNNs", 2017). The gradient of ``nats`` is divided by the number of targets of all
+        workers, so the penalty is the mean times the number of targets of these lanes.
+
+        Args:
+            nats: the summed cross-entropy
+            hidden_TBH: outputs of the last layer
+            dropped_TBH: the same after dropout
+
+        Returns:
+            The value of ``nats``, with the gradient of its sum with the penalty.
+        """
+        means = []
+        if self.config.activation_regularization:
+            means.append(self.config.activation_regularization * dropped_TBH.to(nats.dtype).square().mean())
+        if self.config.temporal_regularization and len(hidden_TBH) > 1:
+            means.append(self.config.temporal_regularization * hidden_TBH.to(nats.dtype).diff(dim=0).square().mean())
+        if not means:
+            return nats
+        penalty = hidden_TBH.shape[0] * hidden_TBH.shape[1] * torch.stack(means).sum()
+        return nats + (penalty - penalty.detach())
+
     def _drop(self, x_TBH: Tensor, probability: float, site: int) -> Tensor:
         return drop(x_TBH, probability, self.keys_SB[site], self.config.dropout_locked) if probability else x_TBH
