@@ -20,6 +20,7 @@ from job.config.config_file import load_config
 from job.config.schema import CorpusConfig, StreamConfig, VocabularyConfig
 from job.data.indexed import format_index, parse_index, smallest_dtype
 from job.data.lanes import split_evenly
+from job.data.read_ahead import WindowReader
 from job.data.store_writer import StoreInfo, write_store
 from job.data.stream import Stream
 from job.data.token_store import open_stored
@@ -27,6 +28,7 @@ from job.data.tokens import ShardedTokens
 from job.data.vocabulary import Vocabulary
 from job.run.setup import build_run_spec
 from job.storage import Folder
+from job.training.loop import lane_windows
 
 pytestmark = pytest.mark.slow
 
@@ -216,23 +218,46 @@ def test_dataset_of_a_store_stays_in_its_file_and_is_pickled_by_its_place(
 @settings(deadline=None)  # a loaded machine is slow
 @given(
     st.integers(20, 200), st.integers(1, 90), st.integers(1, 4), st.integers(1, 6), st.integers(0, 9),
-    st.integers(1, 4), st.sampled_from([2, 250, 300, 70_000]),
+    st.integers(1, 4), st.sampled_from([2, 250, 300, 70_000]), st.sampled_from([1, 50, 8000]), st.integers(0, 5),
 )  # fmt: skip
 def test_windows_of_a_store_equal_those_of_memory(
     tmp_path_factory: pytest.TempPathFactory,
     num_tokens: int, shard_tokens: int, batch: int, steps: int, offset: int, workers: int, num_ids: int,
+    block_bytes: int, resumed_at: int,
 ) -> None:  # fmt: skip
     tokens = (np.arange(num_tokens) * 7919 % num_ids).astype(np.int32)
     folder = Folder(str(tmp_path_factory.mktemp("store")))
     stored = pickle.loads(pickle.dumps(store_of(folder, tokens, num_ids, shard_tokens)))  # as a worker gets them
     np.testing.assert_array_equal(stored, tokens)
     config = StreamConfig(batch_size=batch, num_steps=steps, offset=offset)
-    memory, streamed = Stream(tokens, config, 3), Stream(stored, config, 3)
-    for window in range(memory.partition(0).num_windows):
+    memory = Stream(tokens, config, 3)
+    steps_of_epochs = [(epoch, window) for epoch in (0, 1) for window in range(memory.partition(0).num_windows)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("job.data.read_ahead.BLOCK_BYTES", block_bytes)
         for lanes in split_evenly(batch, min(workers, batch)):
-            expected, found = memory.read_window(0, window, lanes), streamed.read_window(0, window, lanes)
-            for found_TB, expected_TB in zip(found, expected, strict=True):
-                assert torch.equal(found_TB, expected_TB)  # of the same dtype, too
+            reader = WindowReader(Stream(stored, config, 3), lanes, epochs=2)
+            for epoch, window in steps_of_epochs[resumed_at:]:
+                expected = memory.read_window(epoch, window, lanes)
+                for found_TB, expected_TB in zip(reader.read(epoch, window), expected, strict=True):
+                    assert torch.equal(found_TB, expected_TB)  # of the same dtype, too
+
+
+@settings(deadline=None)
+@given(st.integers(2, 200), st.integers(1, 90), st.integers(1, 5), st.integers(1, 6), st.integers(1, 40))
+def test_evaluated_windows_of_a_store_equal_those_of_memory(
+    tmp_path_factory: pytest.TempPathFactory, num_tokens: int, shard_tokens: int, num_lanes: int, steps: int, block: int
+) -> None:
+    tokens = (np.arange(num_tokens) * 7919 % 300).astype(np.int32)
+    stored = store_of(Folder(str(tmp_path_factory.mktemp("store"))), tokens, 300, shard_tokens)
+    lanes = split_evenly(num_tokens - 1, num_lanes)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("job.training.loop.BLOCK_TOKENS", block)
+        found, expected = [*lane_windows(stored, lanes, steps)], [*lane_windows(tokens, lanes, steps)]
+        assert [*map(torch.equal, found, expected)] == [True] * len(expected) and len(found) == len(expected)
+    whole = [*lane_windows(tokens, lanes, steps)]
+    assert [*map(torch.equal, whole, expected)] == [True] * len(expected) and len(whole) == len(expected)
+    targets = torch.cat([window[1:] for window in whole])
+    assert targets.T[targets.T >= 0].tolist() == tokens[1:].tolist()  # each once
 
 
 @pytest.mark.parametrize("kind", ["char", "word"])

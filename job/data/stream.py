@@ -77,9 +77,7 @@ class Stream:
         Returns:
             Inputs and targets, each (T, B) int64.
         """
-        rows_BT = self.read_windows(epoch, range(window, window + 1), lanes)
-        tokens_TB = torch.from_numpy(rows_BT.T.astype(np.int64, order="C"))
-        return tokens_TB[:-1], tokens_TB[1:]
+        return to_window(self.read_windows(epoch, range(window, window + 1), lanes))
 
     def read_windows(self, epoch: int, windows: range, lanes: range) -> np.ndarray:
         """Reads successive windows of successive lanes.
@@ -109,3 +107,9 @@ class Stream:
             sizes = f"stream.batch_size = {num_lanes} and stream.num_steps = {num_steps}"
             problem = f"{sizes} need {num_required:,} tokens at offset {largest_offset}"
             raise UserError(f"{problem}, and the corpus has {len(self.tokens):,}", "lower them or give more text")
+
+
+def to_window(tokens_BT: np.ndarray) -> tuple[Tensor, Tensor]:
+    """Returns inputs and targets, each (T, B) int64, of the T + 1 token ids of each lane."""
+    tokens_TB = torch.from_numpy(tokens_BT.T.astype(np.int64, order="C"))
+    return tokens_TB[:-1], tokens_TB[1:]

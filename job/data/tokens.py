@@ -1,7 +1,7 @@
 """Token ids in memory, or in the shards of a token store, of which a process opens those that it reads."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
@@ -179,6 +179,13 @@ class ShardedTokens:
         self.shards.read_into([(row, self.start + start + index * stride) for index, row in enumerate(rows)])
         return rows
 
+    def read_ranges(self, ranges: Sequence[range]) -> list[np.ndarray]:
+        """Returns the tokens of each range, one array for each; raises as ``read_rows``."""
+        arrays = [np.empty(len(part), self.dtype) for part in ranges]
+        pieces = zip(arrays, ranges, strict=True)
+        self.shards.read_into([(array, self.start + part.start) for array, part in pieces])
+        return arrays
+
     def count_unknown(self, vocabulary: Vocabulary) -> int:
         """Counts the tokens that are ``<unk>``; reads the smaller part of a shard that is not whole, or estimates."""
         return self._count_before(self.stop, vocabulary) - self._count_before(self.start, vocabulary)
@@ -199,6 +206,13 @@ class ShardedTokens:
 
 
 Tokens = np.ndarray | ShardedTokens
+
+
+def read_ranges(tokens: Tokens, ranges: Sequence[range]) -> list[np.ndarray]:
+    """Returns the token ids of each range."""
+    if isinstance(tokens, ShardedTokens):
+        return tokens.read_ranges(ranges)
+    return [tokens[part.start : part.stop] for part in ranges]
 
 
 def blocks(tokens: Tokens) -> Iterator[np.ndarray]:

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from job.config.schema import Config, TrainConfig
 from job.data.lanes import split_evenly
-from job.data.tokens import Tokens
+from job.data.tokens import Tokens, read_ranges
 from job.distributed.gradient_sync import Batch, ControlFlags, StepStats
 from job.errors import Diverged
 from job.nn.language_model import LanguageModel
@@ -26,6 +26,8 @@ from job.nn.state import State
 from job.training.optimizer import learning_rate_at
 from job.training.progress import LossSum, Progress
 from job.training.train_state import TrainState
+
+BLOCK_TOKENS = 1 << 18  # of an evaluated text that are read at a time
 
 
 @dataclass(frozen=True)
@@ -131,7 +133,7 @@ def _add_stats(progress: Progress, pending: _PendingStats, tokens: int) -> StepS
 
 def _next_batch(train_state: TrainState, config: Config, flags: ControlFlags) -> Batch:
     progress, lanes = train_state.progress, train_state.assignment.lanes
-    inputs_TB, targets_TB = train_state.stream.read_window(progress.epoch, progress.window, lanes)
+    inputs_TB, targets_TB = train_state.windows.read(progress.epoch, progress.window)
     mask_keys_SB = mask_keys(config.model, config.run.seed, progress.step, lanes)
     return Batch(inputs_TB, targets_TB, torch.tensor(flags, dtype=torch.float32), mask_keys_SB)
 
@@ -214,13 +216,16 @@ def lane_windows(tokens: Tokens, lanes: Sequence[range], num_steps: int) -> Iter
     The first row are inputs, the last one targets, and those between both. After the end of a shorter lane they are -1.
     """
     longest = max(map(len, lanes))
-    for start in range(0, longest, num_steps):
-        stop = min(start + num_steps, longest)
-        tokens_BT = np.full((len(lanes), stop - start + 1), -1, np.int64)
-        for row, lane in zip(tokens_BT, lanes, strict=True):
-            window = np.asarray(tokens[lane.start + start : min(lane.start + stop, lane.stop) + 1])
-            row[: len(window)] = window
-        yield torch.from_numpy(tokens_BT.T.copy())
+    block_steps = num_steps * max(1, BLOCK_TOKENS // (num_steps * len(lanes)))
+    for start in range(0, longest, block_steps):
+        num_read = min(block_steps, longest - start)
+        starts = [min(lane.start + start, lane.stop + 1) for lane in lanes]
+        ranges = [range(first, min(first + num_read, lane.stop) + 1) for first, lane in zip(starts, lanes, strict=True)]
+        tokens_BT = np.full((len(lanes), num_read + 1), -1, np.int64)
+        for row, ids in zip(tokens_BT, read_ranges(tokens, ranges), strict=True):
+            row[: len(ids)] = ids
+        for first in range(0, num_read, num_steps):
+            yield torch.from_numpy(tokens_BT[:, first : first + num_steps + 1].T.copy())
 
 
 def _cross_entropy_sum(logits_TBV: Tensor, targets_TB: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from io import BytesIO
 
 import torch
 
+from job.data.read_ahead import WindowReader
 from job.data.stream import Stream
 from job.distributed.context import Precision, World, resolve_precision
 from job.distributed.gradient_sync import (
@@ -35,6 +36,7 @@ class TrainState:
     optimizer: torch.optim.Optimizer
     train_step: TrainStep
     stream: Stream
+    windows: WindowReader
     schedule_steps: int  # length of the learning rate schedule
     assignment: LaneAssignment
     shared_memory: SharedMemoryGroup | None  # of all workers, if they run on CPUs of one machine
@@ -71,6 +73,7 @@ def build_train_state(
     optimizer = build_optimizer(config.optimizer, model)
     num_groups = config.train.lane_groups if config.train.reproducible else 0
     assignment = assign_lanes(config.stream.batch_size, num_groups, world.rank, world.size)
+    windows = WindowReader(stream, assignment.lanes, config.train.epochs)
     if resume_point:
         load_optimizer_tensors(optimizer, model, resume_point.optimizer)
     shared_memory = create_group(config.scale.hang_timeout) if world.size > 1 and device.type == "cpu" else None
@@ -86,7 +89,16 @@ def build_train_state(
     schedule_steps = config.optimizer.schedule_steps or stream.total_steps(replace(config.train, max_steps=0))
     learning_rate = config.optimizer.learning_rate
     train_state = TrainState(
-        model, optimizer, train_step, stream, schedule_steps, assignment, shared_memory, precision, learning_rate
+        model,
+        optimizer,
+        train_step,
+        stream,
+        windows,
+        schedule_steps,
+        assignment,
+        shared_memory,
+        precision,
+        learning_rate,
     )
     if resume_point:
         if not 0 <= resume_point.progress.window <= stream.partition(resume_point.progress.epoch).num_windows:
