@@ -11,7 +11,7 @@ from conftest import BOOK
 from job.config.schema import CorpusConfig, VocabularyConfig
 from job.data.corpus import Corpus, read_corpus
 from job.data.download import TIME_MACHINE_LENGTH
-from job.data.vocabulary import build_vocabulary
+from job.data.vocabulary_builder import build_vocabulary
 from job.errors import UserError
 
 

@@ -104,7 +104,13 @@ def test_image_tags_have_the_version_of_the_project() -> None:
 def test_oldest_constraints_are_the_lower_bounds_of_the_dependencies() -> None:
     """The job of CI that installs them tests what pyproject.toml promises."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    requirements = map(Requirement, [*project["dependencies"], *project["optional-dependencies"]["optuna"]])
+    requirements = map(
+        Requirement,
+        [
+            *project["dependencies"],
+            *(line for name in ("bpe", "hf", "optuna") for line in project["optional-dependencies"][name]),
+        ],
+    )
     promised = {
         (requirement.name, Version(bound.version))
         for requirement in requirements

@@ -12,13 +12,9 @@ from hypothesis import strategies as st
 from job.config.schema import CorpusConfig, VocabularyConfig
 from job.data.corpus import Corpus, clean_text
 from job.data.dataset import build_dataset
-from job.data.vocabulary import (
-    Vocabulary,
-    build_vocabulary,
-    format_unknown_share,
-    unknown_warnings,
-    vocabulary_from_json,
-)
+from job.data.vocabulary import Vocabulary, format_unknown_share, unknown_warnings
+from job.data.vocabulary_builder import build_vocabulary
+from job.data.vocabulary_file import vocabulary_from_json
 from job.errors import UserError
 
 

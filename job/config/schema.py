@@ -10,6 +10,7 @@ from job.config.section import Section
 from job.errors import UserError
 
 BUILTIN_CELLS = ("rnn", "gru", "lstm")
+NUM_BYTES = 256  # tokens that vocabulary.kind = bpe begins with, so that it encodes any text
 _NAME = "|[A-Za-z0-9][A-Za-z0-9._-]*"
 
 
@@ -63,13 +64,13 @@ class CorpusConfig(Section):
 class VocabularyConfig(Section):
     """The tokens."""
 
-    kind: str = choice_field("kind of tokens", char="", byte="", word="")
-    size: int = config_field(0, "maximum vocabulary size, <unk> included; 0: no limit", "tokens", ge=0)
+    kind: str = choice_field("kind of tokens", char="", byte="", word="", bpe="")
+    size: int = config_field(0, "largest vocabulary, all tokens included; 0: no limit, not for bpe", "tokens", ge=0)
     min_frequency: int = config_field(0, "tokens that occur less often become <unk>", ge=0)
     end_of_line: bool = config_field(False, "make each end of line a token, between words")
     scope: str = choice_field("text whose tokens are counted", corpus="all of it", training="what is trained on")
     file: str = config_field(
-        "", "an existing vocabulary.json, of a run for example; empty: made of the text", is_path=True,
+        "", "an existing vocabulary.json or tokenizer.json; empty: made of the text", is_path=True,
         is_free_in_new_run=True,  # the vocabulary itself is compared
     )  # fmt: skip
 
@@ -79,6 +80,21 @@ class VocabularyConfig(Section):
             names = "vocabulary.size, min_frequency, end_of_line and scope"
             problem = f"vocabulary.file = {self.file}: {names} do not apply to it"
             raise UserError(problem, "remove them")
+        if self.kind == "bpe":
+            self._check_bpe()
+
+    def check_can_build(self) -> None:
+        """Raises UserError if a vocabulary cannot be made of a text, since bpe has no size."""
+        if self.kind == "bpe" and not (self.size or self.file):
+            raise UserError("vocabulary.kind = bpe: vocabulary.size is not set", "set it, for example to 8192")
+
+    def _check_bpe(self) -> None:
+        if 0 < self.size <= NUM_BYTES:
+            problem = f"vocabulary.size = {self.size}: bpe begins with {NUM_BYTES} bytes, and may need a separator"
+            raise UserError(problem, f"set at least {NUM_BYTES + 1}")
+        if self.scope == "training":
+            problem = "vocabulary.scope = training: vocabulary.kind = bpe is trained on the whole corpus"
+            raise UserError(problem, "leave it out, or give a vocabulary.file")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from job.config.schema import CorpusConfig, VocabularyConfig
 from job.data.corpus import Corpus
 from job.data.token_store import StoredTokens
 from job.data.tokens import Tokens, count_unknown, token_sha256
-from job.data.vocabulary import Vocabulary, build_vocabulary
+from job.data.vocabulary import Vocabulary
+from job.data.vocabulary_builder import build_vocabulary
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from job.documents import parse_record
 from job.errors import UserError
 from job.storage import Folder
 
-MANIFEST, VOCABULARY = "manifest.json", "vocabulary.json"
+MANIFEST = "manifest.json"
 FORMAT, VERSION = "lanes token store", 2
 REMEDY = "prepare the store again"
 _TYPES = {"content": dict, "sha256": str}

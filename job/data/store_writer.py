@@ -7,7 +7,7 @@ import numpy as np
 
 from job.config.schema import CorpusConfig, VocabularyConfig
 from job.data.indexed import format_index, smallest_dtype
-from job.data.manifest import MANIFEST, VOCABULARY, Manifest, Shard, describe_file, format_manifest
+from job.data.manifest import MANIFEST, Manifest, Shard, describe_file, format_manifest
 from job.data.tokens import count_unknown, token_sha256
 from job.data.vocabulary import Vocabulary
 from job.errors import UserError, report_os_error
@@ -15,7 +15,7 @@ from job.storage import Folder
 
 SHARD_TOKENS = 64 << 20  # of a store that is written from memory
 _MARKER = ".preparing"  # in the folder of a store that is being written
-_FILES = re.compile(rf"tokens-\d{{5,}}\.(bin|idx)|{re.escape(VOCABULARY)}")  # but the manifest
+_FILES = re.compile(r"tokens-\d{5,}\.(bin|idx)|vocabulary\.json|tokenizer\.json")  # but the manifest
 
 
 def write_shard(folder: Folder, index: int, tokens: np.ndarray, vocabulary: Vocabulary) -> Shard:
@@ -69,9 +69,9 @@ class StoreInfo:
 def write_manifest(folder: Folder, shards: list[Shard], vocabulary: Vocabulary, info: StoreInfo) -> None:
     """Writes the vocabulary and the manifest, with which the store is complete. Raises OSError if it cannot."""
     data = vocabulary.to_json().encode()
-    folder.write(VOCABULARY, data)
+    folder.write(vocabulary.file_name, data)
     settings = info.corpus.values() | info.vocabulary.values()
-    dtype, files = smallest_dtype(len(vocabulary)), {VOCABULARY: describe_file(data)}
+    dtype, files = smallest_dtype(len(vocabulary)), {vocabulary.file_name: describe_file(data)}
     manifest = Manifest(info.characters, info.target_characters, dtype, settings, tuple(shards), files)
     folder.write(MANIFEST, format_manifest(manifest))
     folder.remove(_MARKER)

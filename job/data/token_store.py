@@ -12,10 +12,11 @@ import pyarrow
 from job.config.field import format_value
 from job.config.schema import FIELDS, CorpusConfig, VocabularyConfig
 from job.data.indexed import parse_index
-from job.data.manifest import FORMAT, MANIFEST, REMEDY, VOCABULARY, Manifest, read_manifest
+from job.data.manifest import FORMAT, MANIFEST, REMEDY, Manifest, read_manifest
 from job.data.source import BUILT_IN
 from job.data.tokens import ShardedTokens, Shards, blocks, token_sha256
-from job.data.vocabulary import Vocabulary, vocabulary_from_json
+from job.data.vocabulary import Vocabulary
+from job.data.vocabulary_file import find_vocabulary, read_vocabulary_file
 from job.errors import UserError, error_origin, report_os_error
 from job.paths import is_uri
 from job.storage import Folder
@@ -139,11 +140,12 @@ def _open_store(
 ) -> StoredTokens:
     manifest = read_manifest(folder)
     settings = manifest.settings
-    if not {*_FIXED, *_OPTIONAL, *_TRAINING_PART} <= set(settings) or VOCABULARY not in manifest.files:
+    vocabulary_name = find_vocabulary(manifest.files)
+    if not {*_FIXED, *_OPTIONAL, *_TRAINING_PART} <= set(settings) or not vocabulary_name:
         raise UserError(f"{MANIFEST}: it is not complete", REMEDY)
     _check_files(folder, manifest)
     _check_settings(settings, corpus_config.values() | vocabulary_config.values(), vocabulary is not None)
-    stored = vocabulary_from_json(folder.read(VOCABULARY), str(folder / VOCABULARY))
+    stored = read_vocabulary_file(folder, vocabulary_name, str(folder / vocabulary_name))
     if vocabulary not in (None, stored):
         raise UserError("the store has another vocabulary", "prepare one with this vocabulary.file")
     tokens = ShardedTokens.whole(_shards(folder, manifest, len(stored)))

@@ -238,3 +238,11 @@ def token_sha256(tokens: Tokens) -> str:
     for block in blocks(tokens):
         digest.update(block.astype("<i4", copy=False).tobytes())
     return digest.hexdigest()
+
+
+def count_characters(tokens: Tokens, vocabulary: Vocabulary) -> int | None:
+    """Returns the number of characters (or bytes) of token ids; None if they are words."""
+    counts = vocabulary.num_characters
+    if isinstance(counts, np.ndarray):
+        return sum(int(counts[block].sum()) for block in blocks(tokens))
+    return None if counts is None else counts * len(tokens)

@@ -2,20 +2,17 @@
 
 import json
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, islice
-from typing import cast
+from itertools import chain
+from typing import ClassVar, cast
 
 import numpy as np
 
-from job.config.schema import VocabularyConfig
-from job.data.corpus import NEWLINE, Corpus
-from job.documents import parse_json
-from job.errors import UserError, report_os_error
-from job.storage import Folder
+from job.data.corpus import NEWLINE
+from job.data.cuts import last_cut
+from job.errors import UserError
 
 UNKNOWN, UNKNOWN_ID = "<unk>", 0
 END_OF_LINE = "\n"  # as a token between words, none of which contains it
@@ -28,7 +25,7 @@ class Vocabulary:
     """The tokens of a model, by id.
 
     Args:
-        kind: char, word or byte
+        kind: char, word, byte or bpe
         tokens: the token of each id, ``<unk>`` first; empty if the tokens are bytes, whose ids are their values
         has_separator: whether one more token, the last, separates documents; no text is encoded as it
     """
@@ -36,6 +33,7 @@ class Vocabulary:
     kind: str
     tokens: tuple[str, ...]
     has_separator: bool = False
+    file_name: ClassVar[str] = "vocabulary.json"  # in a checkpoint and a token store
 
     def __len__(self) -> int:
         return (256 if self.kind == "byte" else len(self.tokens)) + self.has_separator
@@ -102,13 +100,18 @@ class Vocabulary:
         return re.sub(" ?\n ?", "\n", text) if self.kind == "word" else text
 
     @property
+    def unknown_id(self) -> int | None:
+        """The id of ``<unk>``; None without one, as a byte vocabulary needs none."""
+        return None if self.kind == "byte" else UNKNOWN_ID
+
+    @property
     def has_unknown(self) -> bool:
-        """Whether there is an ``<unk>``, which a byte vocabulary does not need."""
-        return self.kind != "byte"
+        """Whether there is an ``<unk>``."""
+        return self.unknown_id is not None
 
     def is_unknown(self, ids: np.ndarray) -> np.ndarray:
         """Whether each token id is that of ``<unk>``."""
-        return (ids == UNKNOWN_ID) & self.has_unknown
+        return np.zeros(len(ids), bool) if self.unknown_id is None else ids == self.unknown_id
 
     def is_text(self, ids: np.ndarray) -> np.ndarray:
         """Whether each token id is that of a known text, and neither that of ``<unk>`` nor that of the separator."""
@@ -121,10 +124,22 @@ class Vocabulary:
 
     def split(self, documents: Iterable[list[str]]) -> Iterator[str | None]:
         """Yields the tokens of documents as text, None for the separator; those of a byte vocabulary as characters."""
-        return _split_documents(documents, self.kind, END_OF_LINE in self._ids)
+        return split_documents(documents, self.kind, END_OF_LINE in self._ids)
+
+    @property
+    def num_characters(self) -> int | np.ndarray | None:
+        """The number of characters (or bytes) of each token, of all or by id; None for words, between which are blanks.
+
+        A separator is one character.
+        """
+        return None if self.kind == "word" else 1
+
+    def last_cut(self, text: str | bytes, cleaning: str = "none") -> int:
+        """Returns the last position at which a text may be cut, as ``job.data.cuts.last_cut``."""
+        return last_cut(text, self.kind, cleaning)
 
     def to_json(self) -> str:
-        """Returns the content of ``vocabulary.json``."""
+        """Returns the content of its file."""
         separator = {"separator": True} if self.has_separator else {}
         return json.dumps({"kind": self.kind, "tokens": self.tokens, **separator}, ensure_ascii=True)
 
@@ -153,7 +168,7 @@ def _split_words(lines: Iterable[str], has_end_of_line: bool) -> Iterator[list[s
         yield ([END_OF_LINE] if number else []) + part.split()
 
 
-def _split_documents(documents: Iterable[list[str]], kind: str, has_end_of_line: bool) -> Iterator[str | None]:
+def split_documents(documents: Iterable[list[str]], kind: str, has_end_of_line: bool) -> Iterator[str | None]:
     """Yields the tokens of documents, characters or words, and None between two documents."""
     return chain.from_iterable(_pieces(documents, kind, has_end_of_line))
 
@@ -163,66 +178,3 @@ def _pieces(documents: Iterable[list[str]], kind: str, has_end_of_line: bool) ->
         if number:
             yield (None,)
         yield from _split_words(lines, has_end_of_line) if kind == "word" else lines
-
-
-def build_vocabulary(vocabulary_config: VocabularyConfig, corpus: Corpus, num_tokens: int | None = None) -> Vocabulary:
-    """Builds a vocabulary as the d2l book does (section 9.2), or reads the one that ``vocabulary.file`` names.
-
-    After ``<unk>`` and the end of line, tokens are ordered by falling frequency, ties by first occurrence. There is a
-    separator if there is more than one document.
-
-    Args:
-        vocabulary_config: the kind of tokens, the largest size and the smallest frequency
-        corpus: the text whose tokens are counted
-        num_tokens: number of tokens that are counted, from the first; None: all
-
-    Raises:
-        UserError: the file cannot be read, or is of another kind
-    """
-    if vocabulary_config.file:
-        return read_vocabulary(vocabulary_config)
-    has_separator, kind = len(corpus.documents) > 1, vocabulary_config.kind
-    if kind == "byte":
-        return Vocabulary("byte", (), has_separator)
-    documents, has_end_of_line = cast(Sequence[list[str]], corpus.documents), vocabulary_config.end_of_line
-    counts = Counter(islice(_split_documents(documents, kind, has_end_of_line), num_tokens))
-    special = (UNKNOWN, END_OF_LINE) if has_end_of_line else (UNKNOWN,)
-    frequent = [token for token, count in counts.most_common() if token and count >= vocabulary_config.min_frequency]
-    tokens = (*special, *(token for token in frequent if token not in special))
-    size = max(1, vocabulary_config.size - has_separator) if vocabulary_config.size else None
-    return Vocabulary(kind, tokens[:size], has_separator)
-
-
-def read_vocabulary(vocabulary_config: VocabularyConfig) -> Vocabulary:
-    """Reads the vocabulary that ``vocabulary.file`` names. Raises UserError as ``build_vocabulary``."""
-    origin, path = f"vocabulary.file = {vocabulary_config.file}", Folder.resolve(vocabulary_config.file)
-    with report_os_error(f"{origin}: cannot be read"):
-        vocabulary = vocabulary_from_json(path.parent.read(path.name), origin)
-    if vocabulary.kind != vocabulary_config.kind:
-        problem = f"{origin}: its tokens are of kind {vocabulary.kind}, and vocabulary.kind = {vocabulary_config.kind}"
-        raise UserError(problem, "set the same kind")
-    return vocabulary
-
-
-def vocabulary_from_json(data: bytes, file: str) -> Vocabulary:
-    """Reads the content of a ``vocabulary.json``.
-
-    Args:
-        data: the file's bytes
-        file: the file's path, for the message
-
-    Raises:
-        UserError: the data is not a vocabulary
-    """
-    try:
-        content = parse_json(data)
-        kind, tokens = content["kind"], content["tokens"]
-        "".join(tokens).encode()  # raises if a token is not text
-        has_separator = content.get("separator", False)
-        is_valid = isinstance(tokens, list) and len(set(tokens)) == len(tokens) and isinstance(has_separator, bool)
-        is_valid = is_valid and (tokens == [] if kind == "byte" else kind in ("char", "word") and tokens[0] == UNKNOWN)
-    except (ValueError, LookupError, TypeError, AttributeError):
-        is_valid = False
-    if not is_valid:
-        raise UserError(f"{file}: not a vocabulary")
-    return Vocabulary(kind, tuple(tokens), has_separator)

@@ -11,7 +11,7 @@ from job.config.schema import Config, EvaluateConfig
 from job.data.corpus import Corpus, read_corpus
 from job.data.lanes import split_evenly
 from job.data.token_store import StoredTokens, open_stored
-from job.data.tokens import Tokens, count_unknown
+from job.data.tokens import Tokens, count_characters, count_unknown
 from job.data.vocabulary import END_OF_LINE, Vocabulary
 from job.distributed.tree_reduce import tree_sum
 from job.errors import UserError
@@ -65,13 +65,16 @@ def evaluate_text(checkpoints: Sequence[LoadedCheckpoint], config: Config) -> Ev
         all_tokens, count = stored.tokens, partial(_stored_characters, stored)
     else:
         corpus = read_corpus(corpus_config, vocabulary.kind, has_separator=vocabulary.has_separator)
-        all_tokens, count = vocabulary.encode_documents(corpus.documents), partial(count_characters, corpus, vocabulary)
+        all_tokens, count = (
+            vocabulary.encode_documents(corpus.documents),
+            partial(count_target_characters, corpus, vocabulary),
+        )
     tokens = all_tokens[: corpus_config.max_tokens or None]
     if len(tokens) < 2:
         problem = f"corpus.source = {corpus_config.source}: {len(tokens)} tokens, and evaluation needs two"
         blanks = " with blanks between its words" if vocabulary.kind == "word" else ""
         raise UserError(problem, f"give more text{blanks}")
-    num_characters = count(len(tokens))
+    num_characters = count(tokens[1:])
     nats = evaluate_tokens(
         [load_model(checkpoint, config.model) for checkpoint in checkpoints], tokens, config.evaluate
     )
@@ -115,23 +118,25 @@ def lane_groups(num_targets: int, evaluate_config: EvaluateConfig) -> Iterator[l
         yield [range(n * size, min((n + 1) * size, num_targets)) if size else lanes[n] for n in numbers]
 
 
-def _stored_characters(stored: StoredTokens, num_tokens: int) -> int:
+def _stored_characters(stored: StoredTokens, targets: Tokens) -> int:
     """Counts the characters of all tokens but the first. Raises UserError if they are words whose length is unknown."""
-    if stored.vocabulary.kind != "word":
-        return num_tokens - 1
-    if stored.target_characters is None or num_tokens < len(stored.tokens):
+    if stored.target_characters is not None and len(targets) + 1 == len(stored.tokens):
+        return stored.target_characters
+    num_characters = count_characters(targets, stored.vocabulary)
+    if num_characters is None:
         raise UserError("the number of characters of these words is not known", "evaluate the text, or a whole store")
-    return stored.target_characters
+    return num_characters
 
 
-def count_characters(corpus: Corpus, vocabulary: Vocabulary, num_tokens: int) -> int:
+def count_target_characters(corpus: Corpus, vocabulary: Vocabulary, targets: Tokens) -> int:
     """Counts the characters (or bytes) of all tokens but the first; a word includes the space before it.
 
     A separator and an end of line are one character, and there is no space after them.
     """
-    if vocabulary.kind != "word":
-        return num_tokens - 1
-    tokens = islice(vocabulary.split(cast(list[list[str]], corpus.documents)), num_tokens)
+    num_characters = count_characters(targets, vocabulary)
+    if num_characters is not None:
+        return num_characters
+    tokens = islice(vocabulary.split(cast(list[list[str]], corpus.documents)), len(targets) + 1)
     breaks = (None, END_OF_LINE)
     return sum(
         1 if token is None or token in breaks else len(token) + (previous not in breaks)

@@ -15,7 +15,7 @@ from job.config.schema import BUILTIN_CELLS, Config, CorpusConfig, GenerateConfi
 from job.data.corpus import clean_text
 from job.data.dataset import Dataset
 from job.data.tokens import Tokens, blocks
-from job.data.vocabulary import UNKNOWN, UNKNOWN_ID, Vocabulary
+from job.data.vocabulary import UNKNOWN, Vocabulary
 from job.errors import UserError
 from job.nn.language_model import LanguageModel, build_model_with_weights
 from job.training.checkpoint import LoadedCheckpoint
@@ -62,9 +62,9 @@ def generate_text(checkpoint: LoadedCheckpoint, config: Config) -> str:
     vocabulary, prefix = checkpoint.vocabulary, config.generate.prefix
     ids = encode_prefix(prefix, checkpoint.config.corpus, vocabulary)
     model = load_model(checkpoint, config.model)
-    if vocabulary.has_unknown and not config.generate.unknown:
+    if vocabulary.unknown_id is not None and not config.generate.unknown:
         bias = model.linear.bias  # copied, since the checkpoint's weights must not change
-        bias.data = bias.data.index_fill(0, torch.tensor(UNKNOWN_ID), -math.inf)
+        bias.data = bias.data.index_fill(0, torch.tensor(vocabulary.unknown_id), -math.inf)
     prefixes_NB = torch.from_numpy(ids.astype(np.int64))[:, None]
     tokens_TB = generate_batch(model, prefixes_NB, config.generate, config.run.seed)
     continuation = vocabulary.decode(tokens_TB[:, 0].tolist())

@@ -11,9 +11,10 @@ from job.data.dataset import Dataset, build_dataset, encode_corpus, map_dataset
 from job.data.store_writer import StoreInfo, check_no_store, write_store
 from job.data.stream import Stream
 from job.data.token_store import open_stored
-from job.data.vocabulary import Vocabulary, read_vocabulary, unknown_warnings, vocabulary_from_json
+from job.data.vocabulary import Vocabulary, unknown_warnings
+from job.data.vocabulary_file import find_vocabulary, read_vocabulary, read_vocabulary_file
 from job.errors import UserError, error_origin, report_os_error
-from job.inference.evaluate import count_characters
+from job.inference.evaluate import count_target_characters
 from job.inference.generate import prefix_warnings, resolve_prefix
 from job.nn.language_model import build_model, check_shapes, place_by_token, reference_state_dict
 from job.run.estimate import check_weights
@@ -23,7 +24,6 @@ from job.training.checkpoint import list_checkpoints
 from job.training.run_spec import RunSpec
 from job.training.tensor_file import read_tensors, tensor_file
 
-VOCABULARY_FILE = "vocabulary.json"
 MAX_DROPPED_SHARE = 0.01  # of the tokens, in an epoch, without a notice at the start of a run
 MAX_MEAN_WORD_LENGTH = 12  # characters; of languages that separate words by blanks
 
@@ -81,7 +81,7 @@ def prepare_store(config: Config) -> str:
     vocabulary, tokens = encode_corpus(corpus, config.corpus, config.vocabulary)
     if len(tokens) < 2:
         raise UserError(f"corpus.source = {corpus.source}: {len(tokens)} tokens", "give more text")
-    characters = count_characters(corpus, vocabulary, len(tokens))
+    characters = count_target_characters(corpus, vocabulary, tokens[1:])
     info = StoreInfo(config.corpus, config.vocabulary, corpus.num_characters, characters)
     folder = write_store(tokens, vocabulary, info)
     return f"{folder}: {len(tokens):,} tokens, vocabulary of {len(vocabulary):,}"
@@ -89,6 +89,7 @@ def prepare_store(config: Config) -> str:
 
 def _read_corpus(config: Config, vocabulary: Vocabulary | None, content: Content | None) -> tuple[Corpus, Config]:
     """Returns the corpus, and the configuration with its source and cleaning resolved."""
+    config.vocabulary.check_can_build()
     has_separator = vocabulary is None or vocabulary.has_separator
     corpus = read_corpus(config.corpus, config.vocabulary.kind, content, has_separator)
     return corpus, replace(config, corpus=replace(config.corpus, source=corpus.source, cleaning=corpus.cleaning))
@@ -150,11 +151,11 @@ def _read_init(config: Config, vocabulary: Vocabulary, checkpoints: Folder) -> b
 
 
 def _read_weights(source: str, vocabulary: Vocabulary | None) -> tuple[dict[str, Tensor], Vocabulary]:
-    """Reads the weights and the vocabulary of a run, of a checkpoint, or of a file next to its ``vocabulary.json``.
+    """Reads the weights and the vocabulary of a run, of a checkpoint, or of a file next to that of its vocabulary.
 
     Args:
         source: ``model.init``
-        vocabulary: of ``vocabulary.file``; that of a file without a ``vocabulary.json``
+        vocabulary: of ``vocabulary.file``; that of a file without one next to it
     """
     path = Folder.resolve(source)
     folder = path.parent
@@ -166,12 +167,12 @@ def _read_weights(source: str, vocabulary: Vocabulary | None) -> tuple[dict[str,
                 raise UserError("cannot be read: no such file or folder") from None
             loaded = open_checkpoint(path)
             return loaded.weights, loaded.vocabulary
-        if not folder.has(VOCABULARY_FILE):
-            if vocabulary:
-                return weights, vocabulary
-            raise UserError(
-                f"its tokens are unknown: {folder / VOCABULARY_FILE} is missing, and there is no vocabulary.file",
-                f"copy the {VOCABULARY_FILE} of its run next to it, or give the run's folder",
-            )
-        vocabulary = vocabulary_from_json(folder.read(VOCABULARY_FILE), str(folder / VOCABULARY_FILE))
-    return weights, vocabulary
+        if name := find_vocabulary(folder.names()):
+            return weights, read_vocabulary_file(folder, name, str(folder / name))
+    if vocabulary:
+        return weights, vocabulary
+    missing = folder / Vocabulary.file_name
+    raise UserError(
+        f"its tokens are unknown: {missing} is missing, and there is no vocabulary.file",
+        f"copy the {Vocabulary.file_name} of its run next to it, or give the run's folder",
+    )

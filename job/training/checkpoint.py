@@ -1,11 +1,11 @@
 """The checkpoint format: writing, reading and verifying.
 
 A checkpoint is a folder ``step-000350-1f3a9c`` in the run's ``checkpoints/``. It contains ``model.safetensors``,
-``optimizer.safetensors``, ``progress.json``, ``vocabulary.json``, ``config.toml``, and for each worker
-``lanes-00000-00015.safetensors`` with the state of its lanes. Each worker writes its part of these files. Once the
-driver has the receipts of all workers, it commits the checkpoint by writing ``manifest.json`` with the sizes and
-checksums of all files. A folder without a valid manifest is not a checkpoint. Its name ends with the attempt that
-wrote it, so that parts of different attempts never mix.
+``optimizer.safetensors``, ``progress.json``, ``vocabulary.json`` (or ``tokenizer.json``), ``config.toml``, and for each
+worker ``lanes-00000-00015.safetensors`` with the state of its lanes. Each worker writes its part of these files. Once
+the driver has the receipts of all workers, it commits the checkpoint by writing ``manifest.json`` with the sizes and
+checksums of all files. A folder without a valid manifest is not a checkpoint. Its name ends with the attempt that wrote
+it, so that parts of different attempts never mix.
 
 Reading executes nothing, and checks names and sizes before it allocates memory.
 """
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from job.config.schema import Config
 from job.config.toml import config_from_toml, config_to_toml
-from job.data.vocabulary import Vocabulary, vocabulary_from_json
+from job.data.vocabulary import Vocabulary
+from job.data.vocabulary_file import find_vocabulary, vocabulary_from_json
 from job.documents import parse_record
 from job.errors import UserError
 from job.nn.state import State
@@ -139,7 +140,7 @@ def serialize_model(
     metadata = {"precision": precision, "corpus": spec.dataset.metadata}
     texts = {
         "progress.json": json.dumps({**asdict(progress), **metadata}, indent=1),
-        "vocabulary.json": spec.dataset.vocabulary.to_json(),
+        spec.dataset.vocabulary.file_name: spec.dataset.vocabulary.to_json(),
         "config.toml": config_to_toml(spec.config),
     }
     files: FileContents = {file: [text.encode()] for file, text in texts.items()}
@@ -353,8 +354,9 @@ def read_stored_config(checkpoint: Checkpoint) -> Config:
 
 
 def read_vocabulary(checkpoint: Checkpoint) -> Vocabulary:
-    """Reads ``vocabulary.json`` alone."""
-    return _read_small_file(checkpoint, "vocabulary.json", lambda data: vocabulary_from_json(data, "vocabulary.json"))
+    """Reads ``vocabulary.json`` or ``tokenizer.json`` alone."""
+    name = find_vocabulary(checkpoint.files) or Vocabulary.file_name
+    return _read_small_file(checkpoint, name, lambda data: vocabulary_from_json(data, name))
 
 
 def verify_checkpoint(checkpoint: Checkpoint, files: Iterable[str] | None = None) -> Checkpoint:

@@ -1,0 +1,173 @@
+"""Tokens of the tokenizers library: byte-level byte-pair encoding trained on a text, or any ``tokenizer.json``."""
+
+import importlib
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from itertools import chain, islice
+from typing import Any, ClassVar, cast
+
+import numpy as np
+
+from job.data.cuts import blocks_of, cut_text
+from job.data.vocabulary import SEPARATOR_TEXT, Vocabulary
+from job.documents import parse_json
+from job.errors import UserError
+
+PIECE_CHARACTERS, _BATCH_PIECES = 1 << 14, 64  # that the library encodes in one call, which bounds the memory
+_MAX_TOKENS = 1 << 24
+# How byte-level tokenizers write the bytes 0x80 to 0xBF, with which no character begins in UTF-8.
+_CONTINUATION_BYTE = re.compile("[\u00a1-\u00ac\u00ae-\u00bf\u0122-\u0143]")
+
+
+def import_tokenizers() -> Any:
+    """The optional dependency tokenizers. Raises UserError if it is not installed."""
+    try:
+        return importlib.import_module("tokenizers")
+    except ImportError:
+        raise UserError("vocabulary.kind = bpe: is not installed", "pip install tokenizers") from None
+
+
+@dataclass(frozen=True)
+class BpeVocabulary(Vocabulary):
+    """The tokens of a ``tokenizer.json``.
+
+    Args:
+        kind: bpe
+        tokens: the token of each id, as the tokenizer writes it, without the separator
+        has_separator: whether the last id is that of a special token, which then separates documents
+        json: the content of ``tokenizer.json``, as the library writes it
+        unknown_id: the id of the unknown token, None without one
+        is_byte_level: whether each character of a token represents a byte
+        can_cut: whether the pre-tokenizer always splits where ``last_cut`` does
+    """
+
+    json: str = ""
+    unknown_id: int | None = None
+    is_byte_level: bool = True
+    can_cut: bool = True
+    file_name: ClassVar[str] = "tokenizer.json"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in fields(self)}  # without the library's object
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return _load(self.json)
+
+    def encode(self, lines: list[str] | list[bytes] | list[np.ndarray]) -> np.ndarray:
+        """Returns the token ids of all lines, each encoded by itself, as ``Vocabulary.encode``."""
+        if lines and isinstance(lines[0], np.ndarray):
+            return super().encode(lines)
+        blocks = (blocks_of(line, PIECE_CHARACTERS) for line in cast(list[str], lines))
+        pieces = chain.from_iterable(cut_text(line, self.last_cut) for line in blocks)
+        batches = iter(lambda: list(islice(pieces, _BATCH_PIECES)), [])
+        arrays = [self._encode_batch(batch) for batch in batches]
+        return np.concatenate(arrays) if arrays else np.empty(0, np.int32)
+
+    def _encode_batch(self, pieces: Sequence[str]) -> np.ndarray:
+        encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+        return np.array([index for encoding in encodings for index in encoding.ids], np.int32)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Returns the text of token ids; bytes that are not UTF-8 become U+FFFD."""
+        return cast(str, self._tokenizer.decode(list(ids), skip_special_tokens=False))
+
+    def last_cut(self, text: str | bytes, cleaning: str = "none") -> int:
+        """Returns the last position at which a text may be cut; 0 if that of this tokenizer is not known."""
+        return super().last_cut(text, cleaning) if self.can_cut else 0
+
+    @cached_property
+    def num_characters(self) -> np.ndarray:
+        """The number of characters of each token by id, the blank before it included; a separator is one.
+
+        A character that several tokens share counts for the first of them.
+        """
+        if self.is_byte_level:
+            counts = [len(_CONTINUATION_BYTE.sub("", token)) for token in self.tokens]
+        else:  # the second of two, since decoders remove a blank before the first
+            one, two = (self._tokenizer.decode_batch([[i] * n for i in range(len(self.tokens))], False) for n in (1, 2))
+            counts = [len(twice) - len(once) for once, twice in zip(one, two, strict=True)]
+        return np.array([*counts, 1][: len(self)], np.int64)
+
+    def unknown_tokens(self, lines: list[str]) -> list[str]:
+        """Returns the parts of all lines that are not in the vocabulary, each once."""
+        if self.unknown_id is None:
+            return []
+        return list(dict.fromkeys(chain.from_iterable(map(self._unknown_parts, lines))))
+
+    def _unknown_parts(self, line: str) -> Iterator[str]:
+        encoding = self._tokenizer.encode(line, add_special_tokens=False)
+        return (line[slice(*place)] for index, place in zip(encoding.ids, encoding.offsets, strict=True)
+                if index == self.unknown_id)  # fmt: skip
+
+    def to_json(self) -> str:
+        """Returns the content of ``tokenizer.json``."""
+        return self.json
+
+
+def train_bpe(pieces: Iterable[str], size: int, min_frequency: int = 0, has_separator: bool = False) -> BpeVocabulary:
+    """Trains a byte-level tokenizer as that of GPT-2. It is the same for any order of the pieces.
+
+    Args:
+        pieces: a text, cut where ``last_cut`` does; read once, one after another
+        size: the largest number of tokens, of which 256 are bytes, with the separator
+        min_frequency: how often two successive tokens occur, at least, to become one
+        has_separator: whether one more token, the last, separates documents; no text is encoded as it
+    """
+    library = import_tokenizers()
+    tokenizer = library.Tokenizer(library.models.BPE())
+    tokenizer.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = library.decoders.ByteLevel()
+    trainer = library.trainers.BpeTrainer(
+        vocab_size=size - has_separator, min_frequency=min_frequency, show_progress=False,
+        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
+    )  # fmt: skip
+    tokenizer.train_from_iterator(pieces, trainer)
+    if has_separator:
+        tokenizer.add_special_tokens([SEPARATOR_TEXT])
+    return tokenizer_from_json(tokenizer.to_str().encode())
+
+
+def tokenizer_from_json(data: bytes) -> BpeVocabulary:
+    """Reads the content of a ``tokenizer.json``. Its padding, truncation and dropout are ignored.
+
+    Raises:
+        ValueError: it is damaged, or its ids are not successive
+        UserError: the tokenizers library is not installed
+    """
+    content = parse_json(data)
+    model, added = content["model"], content.get("added_tokens", [])
+    tokenizer = _load(data.decode())
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    tokens = tuple(sorted(vocabulary, key=vocabulary.__getitem__))
+    if not 0 < len(tokens) <= _MAX_TOKENS or [vocabulary[token] for token in tokens] != [*range(len(tokens))]:
+        raise ValueError("the ids of its tokens are not successive")
+    special = {token["content"] for token in added if token["special"]}
+    has_separator = tokens[-1] in special
+    unknown_id = model.get("unk_id", vocabulary.get(model.get("unk_token")))
+    return BpeVocabulary(
+        "bpe", tokens[: len(tokens) - has_separator], has_separator, tokenizer.to_str(),
+        unknown_id if unknown_id is not None and unknown_id < len(tokens) - has_separator else None,
+        (content.get("decoder") or {}).get("type") == "ByteLevel",
+        len(special) == len(added) and _is_gpt2(content),
+    )  # fmt: skip
+
+
+def _is_gpt2(content: dict[str, Any]) -> bool:
+    """Returns whether a tokenizer splits a text as that of GPT-2 does before it encodes the parts."""
+    pre_tokenizer = content.get("pre_tokenizer") or {}
+    expected = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+    return not content.get("normalizer") and pre_tokenizer | expected == pre_tokenizer
+
+
+def _load(text: str) -> Any:
+    """Returns the library's tokenizer, which encodes special tokens in a text as any other text."""
+    tokenizer = import_tokenizers().Tokenizer.from_str(text)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True
+    if getattr(tokenizer.model, "dropout", None):
+        tokenizer.model.dropout = None
+    return tokenizer
