@@ -210,7 +210,9 @@ VERBS = {
     "train": Verb(_train, "[CONFIG.toml]", tuple(SECTIONS)),
     "tune": Verb(_tune, "CONFIG.toml", tuple(FILE_SECTIONS)),
     "prepare": Verb(_prepare, "[CONFIG.toml]", tuple(SECTIONS)),
-    "generate": Verb(_generate, "RUN|CHECKPOINT", ("generate", "run.seed", "model.cell"), JSON_FLAG),
+    "generate": Verb(
+        _generate, "RUN|CHECKPOINT", ("generate", "run.seed", "model.cell", "evaluate.weights"), JSON_FLAG
+    ),
     "evaluate": Verb(
         _evaluate,
         "RUN|CHECKPOINT|SEARCH …",

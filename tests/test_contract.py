@@ -159,8 +159,8 @@ def test_help_for_tune_lists_every_field_with_its_default() -> None:
 
 def test_help_for_generate_lists_only_its_fields() -> None:
     flags = re.findall(r"(?m)^  --(\S+)", job("generate", "-h").out)
-    fields = ["prefix", "length", "temperature", "unknown"]
-    assert flags == ["run.seed", "model.cell", *(f"generate.{name}" for name in fields), "json", "debug"]
+    fields = [f"generate.{name}" for name in ("prefix", "length", "temperature", "unknown")]
+    assert flags == ["run.seed", "model.cell", *fields, "evaluate.weights", "json", "debug"]
 
 
 # --- arguments ---

@@ -65,15 +65,17 @@ class RecordedOperations(TorchDispatchMode):
 
 
 class FakeCapture:
-    """Captures as a GPU does: weights and optimizer state do not change by it."""
+    """Captures as a GPU does: weights, their average and the optimizer's state do not change by it."""
 
-    def __init__(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        self.model, self.optimizer = model, optimizer
+    def __init__(self, train_state: TrainState) -> None:
+        self.models = [train_state.model, *([train_state.average.averaged] if train_state.average else [])]
+        self.optimizer = train_state.optimizer
         self.num_captures = 0
 
     def __call__(self, step: Callable[[], torch.Tensor]) -> tuple[torch.Tensor, Callable[[], None]]:
         moments = [value for state in self.optimizer.state.values() for value in state.values()]
-        tensors = [value for value in (*self.model.parameters(), *moments) if isinstance(value, torch.Tensor)]
+        weights = [weight for model in self.models for weight in model.parameters()]
+        tensors = [value for value in (*weights, *moments) if isinstance(value, torch.Tensor)]
         before = [tensor.detach().clone() for tensor in tensors]
         with RecordedOperations() as recorded:
             result = step()
@@ -103,10 +105,10 @@ def new_train_state(config: Config) -> TrainState:
     return build_train_state(RunSpec(config, dataset, Folder(""), None), world, "fp32")
 
 
-def train(config: Config, use_graph: bool) -> tuple[list[Any], list[Any], dict[str, torch.Tensor], int]:
-    """Statistics and lane states of all steps, the final weights, and the number of captures."""
+def train(config: Config, use_graph: bool) -> tuple[list[Any], list[Any], list[dict[str, torch.Tensor]], int]:
+    """Statistics and lane states of all steps, the final weights and their average, and the number of captures."""
     train_state = new_train_state(config)
-    capture = FakeCapture(train_state.model, train_state.optimizer)
+    capture = FakeCapture(train_state)
     if use_graph:
         train_state.train_step = CudaGraphTrainStep(cast(EagerTrainStep, train_state.train_step), capture)
     stats, states = [], []
@@ -118,7 +120,7 @@ def train(config: Config, use_graph: bool) -> tuple[list[Any], list[Any], dict[s
             lane_states: Any = map_state(lambda tensor: tensor[None], train_state.lane_state)
             states.append([tensor.clone() for tensor in lane_states])
         end_epoch(train_state)
-    return stats, states, train_state.model.state_dict(), capture.num_captures
+    return stats, states, [model.state_dict() for model in capture.models], capture.num_captures
 
 
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
@@ -128,7 +130,9 @@ def test_cuda_graph_train_step_equals_eager_step(cell: str, reproducible: bool, 
     config = dataclasses.replace(
         small_config(epochs=3, reproducible=reproducible, lane_groups=2),
         model=ModelConfig(cell=cell, hidden_size=8, num_layers=2, embedding_size=4, dropout=0.3, **REGULARIZATION),
-        optimizer=OptimizerConfig(name=name, learning_rate=0.5, grad_clip_norm=0.1, schedule="cosine", warmup_steps=2),
+        optimizer=OptimizerConfig(
+            name=name, learning_rate=0.5, grad_clip_norm=0.1, schedule="cosine", warmup_steps=2, averaging="ema"
+        ),
     )
     eager_stats, eager_states, eager_weights, eager_captures = train(config, use_graph=False)
     graph_stats, graph_states, graph_weights, graph_captures = train(config, use_graph=True)
@@ -154,7 +158,7 @@ def test_cuda_graph_train_step_runs_eagerly_if_capture_fails() -> None:
         return stats, state
 
     step_that_waits = dataclasses.replace(eager_step, gradients=cast(AllReduceGradients, gradients_that_wait))
-    train_state.train_step = CudaGraphTrainStep(step_that_waits, FakeCapture(train_state.model, train_state.optimizer))
+    train_state.train_step = CudaGraphTrainStep(step_that_waits, FakeCapture(train_state))
     nats = []
     with pytest.warns(UserWarning, match="no CUDA graph.*cannot be captured") as warnings:
         for _ in range(config.train.epochs):

@@ -182,6 +182,18 @@ class OptimizerConfig(Section):
     warmup_steps: int = config_field(
         0, "length of the linear learning-rate warm-up", "steps", ge=0, is_free_in_new_run=True
     )
+    averaging: str = config_field(
+        "none", "average of the weights over the steps, which validation, generate and evaluate use",
+        choices={"none": "", "ema": "exponential moving average", "mean": "of all steps from average_start on"},
+        is_free_in_new_run=True,
+    )  # fmt: skip
+    ema_decay: float = config_field(
+        0.999, "decay of ema; less in the first steps, at most (1 + step) / (10 + step)", ge=0, lt=1,
+        is_free_in_new_run=True,
+    )  # fmt: skip
+    average_start: float = config_field(
+        0.75, "start of mean: a fraction of the schedule's length, or from 1 on a step", ge=0, is_free_in_new_run=True
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -191,8 +203,9 @@ class OptimizerConfig(Section):
 
     @property
     def spans_epochs(self) -> bool:
-        """Whether the schedule's length is that of ``train.epochs``, which then cannot be raised."""
-        return self.schedule != "constant" and not self.schedule_steps
+        """Whether a step depends on the length of ``train.epochs``, which then cannot be raised."""
+        uses_fraction = self.averaging == "mean" and 0 < self.average_start < 1
+        return (self.schedule != "constant" or uses_fraction) and not self.schedule_steps
 
 
 @dataclass(frozen=True)
@@ -287,6 +300,9 @@ class EvaluateConfig(Section, on_resume=FREE):
 
     lanes: int = config_field(1, "lanes that the text is split into, each from a zero state", "lanes", ge=1)
     context: int = config_field(0, "start from a zero state every N tokens; 0: carry the state", "tokens", ge=0)
+    weights: str = choice_field(
+        "weights that generate and evaluate use", auto="average if there is one", raw="", average=""
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()

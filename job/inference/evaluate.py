@@ -54,8 +54,8 @@ def evaluate_text(checkpoints: Sequence[LoadedCheckpoint], config: Config) -> Ev
         config: its sections ``corpus`` and ``evaluate``, and the cell of ``model`` as the user gave it
 
     Raises:
-        UserError: the text cannot be read, or has fewer than two tokens, or a checkpoint has another custom cell, or
-            another vocabulary than the first one
+        UserError: the text cannot be read, or has fewer than two tokens, a checkpoint
+            has another vocabulary than the first one, or as ``load_model``
     """
     check_same_vocabulary(checkpoints)
     vocabulary, corpus_config = checkpoints[0].vocabulary, config.corpus
@@ -75,9 +75,9 @@ def evaluate_text(checkpoints: Sequence[LoadedCheckpoint], config: Config) -> Ev
         blanks = " with blanks between its words" if vocabulary.kind == "word" else ""
         raise UserError(problem, f"give more text{blanks}")
     num_characters = count(tokens[1:])
-    nats = evaluate_tokens(
-        [load_model(checkpoint, config.model) for checkpoint in checkpoints], tokens, config.evaluate
-    )
+    choice = config.evaluate.weights
+    models = [load_model(checkpoint, config.model, choice) for checkpoint in checkpoints]
+    nats = evaluate_tokens(models, tokens, config.evaluate)
     unknown_share = count_unknown(tokens[1:], vocabulary) / (len(tokens) - 1)
     return Evaluation(LossSum(nats, len(tokens) - 1), num_characters, unknown_share)
 

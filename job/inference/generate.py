@@ -27,15 +27,18 @@ MAX_NAMED_TOKENS = 10  # of a prefix, in a notice
 NO_CUSTOM_CELL = ModelConfig()
 
 
-def load_model(checkpoint: LoadedCheckpoint, model_config: ModelConfig = NO_CUSTOM_CELL) -> LanguageModel:
+def load_model(
+    checkpoint: LoadedCheckpoint, model_config: ModelConfig = NO_CUSTOM_CELL, weights_choice: str = "auto"
+) -> LanguageModel:
     """Returns the checkpoint's model on the CPU, in the dtype of its weights, which become the model's own.
 
     Args:
         checkpoint: the weights and their configuration
         model_config: its cell as the user gave it; what is stored with a checkpoint must not choose the code to import
+        weights_choice: ``evaluate.weights``
 
     Raises:
-        UserError: the checkpoint's cell is neither the user's nor built in
+        UserError: the checkpoint's cell is neither the user's nor built in, or there is no average of the weights
     """
     config = checkpoint.config
     if config.model.cell not in (model_config.cell, *BUILTIN_CELLS):
@@ -43,7 +46,7 @@ def load_model(checkpoint: LoadedCheckpoint, model_config: ModelConfig = NO_CUST
             f"{checkpoint.checkpoint.path}: model.cell = {config.model.cell}: code named by a file is not imported"
         )
         raise UserError(problem, f"if you trust it, add --model.cell {config.model.cell}, or cell= in Python")
-    vocabulary_size, weights = len(checkpoint.vocabulary), checkpoint.weights
+    vocabulary_size, weights = len(checkpoint.vocabulary), checkpoint.select_weights(weights_choice)
     dtype = next((weight.dtype for weight in weights.values() if weight.is_floating_point()), torch.float32)
     stored = replace(config.model, cell_class=model_config.cell_class)
     return build_model_with_weights(stored, vocabulary_size, config.run.seed, weights, dtype, "checkpoint")
@@ -54,14 +57,15 @@ def generate_text(checkpoint: LoadedCheckpoint, config: Config) -> str:
 
     Args:
         checkpoint: gives the model, the vocabulary and the cleaning of the prefix
-        config: its ``generate`` section, ``run.seed``, and the cell of ``model`` as the user gave it
+        config: its ``generate`` section, ``evaluate.weights``, ``run.seed``, and the cell of ``model`` as the user gave
+            it
 
     Raises:
-        UserError: none of the prefix's tokens is in the vocabulary, or the checkpoint has another custom cell
+        UserError: none of the prefix's tokens is in the vocabulary, or as ``load_model``
     """
     vocabulary, prefix = checkpoint.vocabulary, config.generate.prefix
     ids = encode_prefix(prefix, checkpoint.config.corpus, vocabulary)
-    model = load_model(checkpoint, config.model)
+    model = load_model(checkpoint, config.model, config.evaluate.weights)
     if vocabulary.unknown_id is not None and not config.generate.unknown:
         bias = model.linear.bias  # copied, since the checkpoint's weights must not change
         bias.data = bias.data.index_fill(0, torch.tensor(vocabulary.unknown_id), -math.inf)

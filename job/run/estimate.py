@@ -38,14 +38,15 @@ def worker_bytes(config: Config, num_weights: int) -> int:
     num_hidden = (
         config.stream.num_steps * -(-num_lanes // num_parts) * config.model.num_layers * config.model.hidden_size
     )
-    copies = 4 if config.optimizer.name == "adamw" else 2
+    copies = (4 if config.optimizer.name == "adamw" else 2) + (config.optimizer.averaging != "none")
     return _PROCESS_BYTES + num_weights * copies * (8 if is_double else 4) + num_hidden * (8 if is_double else 2)
 
 
 def checkpoint_bytes(spec: RunSpec) -> int:
-    """Returns the size of a checkpoint, without the lanes' state: weights and moments."""
+    """Returns the size of a checkpoint, without the lanes' state: weights, their average and moments."""
     shapes = reference_state_dict(spec.config.model, len(spec.dataset.vocabulary))
-    copies = 3 if spec.config.optimizer.name == "adamw" else 1
+    optimizer_config = spec.config.optimizer
+    copies = (3 if optimizer_config.name == "adamw" else 1) + (optimizer_config.averaging != "none")
     return copies * (8 if spec.config.train.precision == "fp64" else 4) * sum(map(torch.numel, shapes.values()))
 
 

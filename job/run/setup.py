@@ -166,7 +166,7 @@ def _read_weights(source: str, vocabulary: Vocabulary | None) -> tuple[dict[str,
             if not folder.has(path.name):
                 raise UserError("cannot be read: no such file or folder") from None
             loaded = open_checkpoint(path)
-            return loaded.weights, loaded.vocabulary
+            return loaded.select_weights(), loaded.vocabulary
         if name := find_vocabulary(folder.names()):
             return weights, read_vocabulary_file(folder, name, str(folder / name))
     if vocabulary:

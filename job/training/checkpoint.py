@@ -1,11 +1,11 @@
 """The checkpoint format: writing, reading and verifying.
 
 A checkpoint is a folder ``step-000350-1f3a9c`` in the run's ``checkpoints/``. It contains ``model.safetensors``,
-``optimizer.safetensors``, ``progress.json``, ``vocabulary.json`` (or ``tokenizer.json``), ``config.toml``, and for each
-worker ``lanes-00000-00015.safetensors`` with the state of its lanes. Each worker writes its part of these files. Once
-the driver has the receipts of all workers, it commits the checkpoint by writing ``manifest.json`` with the sizes and
-checksums of all files. A folder without a valid manifest is not a checkpoint. Its name ends with the attempt that wrote
-it, so that parts of different attempts never mix.
+``average.safetensors`` if the weights are averaged, ``optimizer.safetensors``, ``progress.json``, ``vocabulary.json``
+(or ``tokenizer.json``), ``config.toml``, and for each worker ``lanes-00000-00015.safetensors`` with the state of its
+lanes. Each worker writes its part of these files. Once the driver has the receipts of all workers, it commits the
+checkpoint by writing ``manifest.json`` with the sizes and checksums of all files. A folder without a valid manifest is
+not a checkpoint. Its name ends with the attempt that wrote it, so that parts of different attempts never mix.
 
 Reading executes nothing, and checks names and sizes before it allocates memory.
 """
@@ -42,6 +42,7 @@ FileContents = dict[str, list[bytes | memoryview]]  # by name: the parts of a fi
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+AVERAGE_FILE = "average.safetensors"
 _MAX_MANIFEST_BYTES = 16 << 20  # at some hundred bytes per worker
 _NAME = re.compile(r"step-(\d{6,})-([0-9a-f]{6,32})")
 _LANES = re.compile(r"lanes-(\d{5,})-(\d{5,})\.safetensors")
@@ -106,6 +107,14 @@ class LoadedCheckpoint:
     vocabulary: Vocabulary
     weights: dict[str, Tensor]
     progress: Progress
+    average: dict[str, Tensor] = field(default_factory=dict)  # of the weights; empty if they are not averaged
+
+    def select_weights(self, choice: str = "auto") -> dict[str, Tensor]:
+        """Returns the weights that ``evaluate.weights`` names. Raises UserError if there is no average of them."""
+        if choice == "average" and not self.average:
+            problem = f"evaluate.weights = average: {self.checkpoint.path} has no {AVERAGE_FILE}"
+            raise UserError(problem, "set evaluate.weights = raw, or train with optimizer.averaging")
+        return self.weights if choice == "raw" else self.average or self.weights
 
 
 def checkpoint_name(step: int, attempt: str) -> str:
@@ -135,7 +144,7 @@ def serialize_model(
         spec: the run
         precision: of the run
         progress: of the run
-        tensors: those of ``model`` and those of its ``optimizer``, by name and on the CPU
+        tensors: those of ``model``, its ``optimizer`` and perhaps its ``average``, by name and on the CPU
     """
     metadata = {"precision": precision, "corpus": spec.dataset.metadata}
     texts = {
@@ -341,6 +350,7 @@ def load_checkpoint(checkpoint: Checkpoint) -> LoadedCheckpoint:
         read_vocabulary(checkpoint),
         read_checkpoint_file(checkpoint, "model.safetensors", read_tensors)[0],
         read_progress(checkpoint)[0],
+        read_checkpoint_file(checkpoint, AVERAGE_FILE, read_tensors)[0] if AVERAGE_FILE in checkpoint.files else {},
     )
 
 

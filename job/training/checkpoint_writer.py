@@ -53,6 +53,8 @@ class CheckpointWriter:
         lanes, precision = train_state.assignment.lanes, train_state.precision.name
         lane_state = map_state(_copy_to_cpu, train_state.lane_state)
         parts = {"model": model.state_dict(), "optimizer": optimizer_tensors(train_state.optimizer, model)}
+        if train_state.average:
+            parts["average"] = train_state.average.averaged.state_dict()
         tensors = {
             part: {name: _copy_to_cpu(tensor) for name, tensor in parts[part].items()}
             for part in (parts if self.world.rank == 0 else ())

@@ -1,7 +1,7 @@
 """A training step captured once as a CUDA graph and replayed with one call.
 
 A small model's step on a GPU is hundreds of short kernels, which Python takes longer to launch than the GPU to run.
-A graph reads and writes fixed memory: before each replay the batch, the state and the learning rate are copied there,
+A graph reads and writes fixed memory: before each replay the batch, the state and the step sizes are copied there,
 and after it the new state is there.
 """
 
@@ -16,14 +16,14 @@ from torch import Tensor
 from job.distributed.gradient_sync import Batch
 from job.nn.language_model import LanguageModel
 from job.nn.state import State, map_state
-from job.training.train_step import EagerTrainStep
+from job.training.schedule import StepSizes
+from job.training.train_step import EagerTrainStep, TrainStep
 
 GRAPH_ENV_VAR = "LANES_GRAPH"  # "off" disables the capture, "workers" captures the steps of several workers, too
 WARMUP_STEPS = 3  # steps before the capture, in which libraries finish autotuning and allocate their workspaces
 
 Replay = Callable[[], None]
 Capture = Callable[[Callable[[], Tensor]], tuple[Tensor, Replay]]
-DeviceStep = Callable[[Batch, State, Tensor], tuple[Tensor, State]]  # a TrainStep with the learning rate on the device
 
 
 def supports_cuda_graph(model: LanguageModel, world_size: int) -> bool:
@@ -64,20 +64,22 @@ class CudaGraphTrainStep:
     def __init__(self, eager_step: EagerTrainStep, capture: Capture = capture_graph) -> None:
         self.eager_step = eager_step
         self.capture = capture
-        self.learning_rate = torch.zeros((), device=eager_step.device)
+        self.device_sizes = torch.zeros(len(StepSizes._fields), device=eager_step.device)
+        self.sizes = StepSizes(*self.device_sizes)
         self.warmup_left = WARMUP_STEPS
-        self.step: DeviceStep | None = None  # used after the warm-up
+        self.step: TrainStep | None = None  # used after the warm-up
 
-    def __call__(self, batch: Batch, state: State, learning_rate: float) -> tuple[Tensor, State]:
+    def __call__(self, batch: Batch, state: State, sizes: StepSizes) -> tuple[Tensor, State]:
         """Takes the step; the next call overwrites the tensors that it returns."""
-        self.learning_rate.fill_(learning_rate)
+        for device_size, size in zip(self.device_sizes, sizes, strict=True):
+            device_size.fill_(size)
         if self.warmup_left:
             self.warmup_left -= 1
         elif self.step is None and state is not None:  # a state of None has no shape to capture
             self.step = self._capture(batch, state)
-        return (self.step or self.eager_step)(batch, state, self.learning_rate)
+        return (self.step or self.eager_step)(batch, state, self.sizes)
 
-    def _capture(self, first_batch: Batch, first_state: State) -> DeviceStep:
+    def _capture(self, first_batch: Batch, first_state: State) -> TrainStep:
         """Returns the captured step, or the eager one if it cannot be captured."""
         for group in self.eager_step.optimizer.param_groups:
             if "capturable" in group:  # required for the capture; torch warns if it is set earlier
@@ -86,11 +88,11 @@ class CudaGraphTrainStep:
         graph_state = map_state(torch.clone, first_state)
 
         def step() -> Tensor:
-            stats, new_state = self.eager_step(graph_batch, graph_state, self.learning_rate)
+            stats, new_state = self.eager_step(graph_batch, graph_state, self.sizes)
             _copy_state_(graph_state, new_state)
             return stats
 
-        def replay_step(batch: Batch, state: State, _: Tensor) -> tuple[Tensor, State]:
+        def replay_step(batch: Batch, state: State, _: StepSizes) -> tuple[Tensor, State]:
             for destination, source in zip(graph_batch, batch, strict=True):
                 destination.copy_(source, non_blocking=True)
             _copy_state_(graph_state, state)

@@ -23,8 +23,8 @@ from job.errors import Diverged
 from job.nn.language_model import LanguageModel
 from job.nn.regularization import mask_keys
 from job.nn.state import State
-from job.training.optimizer import learning_rate_at
 from job.training.progress import LossSum, Progress
+from job.training.schedule import StepSizes
 from job.training.train_state import TrainState
 
 BLOCK_TOKENS = 1 << 18  # of an evaluated text that are read at a time
@@ -72,10 +72,10 @@ def train_steps(
         batch = _next_batch(train_state, config, control_flags())
         if device.type == "cuda":
             batch = batch.pin_memory()
-        train_state.learning_rate = learning_rate_at(config.optimizer, progress.step, train_state.schedule_steps)
-        stats_tensor, train_state.lane_state = train_state.train_step(
-            batch, train_state.lane_state, train_state.learning_rate
-        )
+        schedule = train_state.schedule
+        train_state.learning_rate = schedule.learning_rate(progress.step)
+        sizes = StepSizes(train_state.learning_rate, schedule.average_weight(progress.step))
+        stats_tensor, train_state.lane_state = train_state.train_step(batch, train_state.lane_state, sizes)
         progress.window += 1
         progress.step += 1
         progress.tokens += stream.tokens_per_step

@@ -1,6 +1,5 @@
-"""The optimizer, its learning rate schedule, and gradient clipping."""
+"""The optimizer, and gradient clipping."""
 
-import math
 from collections.abc import Iterable
 
 import torch
@@ -16,20 +15,6 @@ def build_optimizer(optimizer_config: OptimizerConfig, model: nn.Module) -> torc
     if optimizer_config.name == "sgd":
         return torch.optim.SGD(model.parameters(), weight_decay=weight_decay, fused=True)
     return torch.optim.AdamW(model.parameters(), weight_decay=weight_decay, fused=True)
-
-
-def learning_rate_at(optimizer_config: OptimizerConfig, step: int, schedule_steps: int) -> float:
-    """Returns the learning rate of a step (from 0): a linear warm-up, then constant or cosine.
-
-    The cosine reaches zero after ``schedule_steps`` steps, of which the warm-up is a part, and stays there.
-    """
-    peak, warmup_steps = optimizer_config.learning_rate, optimizer_config.warmup_steps
-    if step < warmup_steps:
-        return peak * (step + 1) / warmup_steps
-    if optimizer_config.schedule == "constant":
-        return peak
-    fraction = (step - warmup_steps) / max(1, schedule_steps - warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0)))
 
 
 @torch.no_grad()

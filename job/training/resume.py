@@ -34,6 +34,7 @@ class ResumePoint:
     checkpoint: Checkpoint
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    average: dict[str, Tensor]  # empty without an average
     progress: Progress
     precision: str
 
@@ -85,16 +86,18 @@ def _load(checkpoint: Checkpoint, world: World, group: dist.ProcessGroup | None)
     lanes_files = sorted(file for file in checkpoint.files if file.startswith("lanes-"))
     weights: dict[str, Tensor] = {}
     optimizer: dict[str, Tensor] = {}
+    average: dict[str, Tensor] = {}
     reason = ""
     try:
         progress, metadata = read_progress(checkpoint)
         verify_checkpoint(checkpoint, lanes_files[world.rank :: world.size])
         if world.rank == 0:
-            weights = load_checkpoint(checkpoint).weights
+            loaded = load_checkpoint(checkpoint)
+            weights, average = loaded.weights, loaded.average
             optimizer, _ = read_checkpoint_file(checkpoint, "optimizer.safetensors", read_tensors)
     except CorruptCheckpoint as error:
         reason = error.reason
     if reasons := [*filter(None, gather_json(reason, group))]:
         raise CorruptCheckpoint(checkpoint.path, reasons[0])
-    weights, optimizer = (broadcast_tensors(tensors, group) for tensors in (weights, optimizer))
-    return ResumePoint(checkpoint, weights, optimizer, progress, metadata["precision"])
+    weights, optimizer, average = (broadcast_tensors(tensors, group) for tensors in (weights, optimizer, average))
+    return ResumePoint(checkpoint, weights, optimizer, average, progress, metadata["precision"])

@@ -18,12 +18,14 @@ from job.distributed.gradient_sync import (
 from job.distributed.shared_memory import SharedMemoryGroup, create_group
 from job.nn.language_model import LanguageModel, build_model, build_model_with_weights
 from job.nn.state import State, map_state
+from job.training.averaging import WeightAverage
 from job.training.checkpoint import CorruptCheckpoint, load_lane_state
 from job.training.cuda_graph import CudaGraphTrainStep, supports_cuda_graph
 from job.training.optimizer import build_optimizer, load_optimizer_tensors
 from job.training.progress import Progress
 from job.training.resume import ResumePoint
 from job.training.run_spec import RunSpec
+from job.training.schedule import Schedule
 from job.training.tensor_file import read_tensors
 from job.training.train_step import EagerTrainStep, TrainStep
 
@@ -34,10 +36,11 @@ class TrainState:
 
     model: LanguageModel
     optimizer: torch.optim.Optimizer
+    average: WeightAverage | None
     train_step: TrainStep
     stream: Stream
     windows: WindowReader
-    schedule_steps: int  # length of the learning rate schedule
+    schedule: Schedule
     assignment: LaneAssignment
     shared_memory: SharedMemoryGroup | None  # of all workers, if they run on CPUs of one machine
     precision: Precision
@@ -84,22 +87,13 @@ def build_train_state(
         if config.train.reproducible
         else AllReduceGradients(loss_module, assignment, shared_memory, in_one_call=use_graph)
     )
-    eager_step = EagerTrainStep(gradients, optimizer, config.optimizer.grad_clip_norm, device)
+    average = _build_average(spec, resume_point, model) if config.optimizer.averaging != "none" else None
+    eager_step = EagerTrainStep(gradients, optimizer, config.optimizer.grad_clip_norm, device, average)
     train_step = CudaGraphTrainStep(eager_step) if use_graph else eager_step
     schedule_steps = config.optimizer.schedule_steps or stream.total_steps(replace(config.train, max_steps=0))
-    learning_rate = config.optimizer.learning_rate
-    train_state = TrainState(
-        model,
-        optimizer,
-        train_step,
-        stream,
-        windows,
-        schedule_steps,
-        assignment,
-        shared_memory,
-        precision,
-        learning_rate,
-    )
+    schedule, learning_rate = Schedule(config.optimizer, schedule_steps), config.optimizer.learning_rate
+    parts = model, optimizer, average, train_step, stream, windows, schedule, assignment, shared_memory, precision
+    train_state = TrainState(*parts, learning_rate)
     if resume_point:
         if not 0 <= resume_point.progress.window <= stream.partition(resume_point.progress.epoch).num_windows:
             raise CorruptCheckpoint(resume_point.checkpoint.path, "its window is not one of the text")
@@ -118,3 +112,14 @@ def _build_model(spec: RunSpec, resume_point: ResumePoint | None, dtype: torch.d
     else:
         return build_model(config.model, vocabulary_size, config.run.seed).to(dtype)
     return build_model_with_weights(config.model, vocabulary_size, config.run.seed, weights, dtype, source)
+
+
+def _build_average(spec: RunSpec, resume_point: ResumePoint | None, model: LanguageModel) -> WeightAverage:
+    """Returns the average so far: the checkpoint's if it has one, else the model's own weights."""
+    weights = {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
+    source = "average"
+    if resume_point and resume_point.average:
+        weights, source = resume_point.average, str(resume_point.checkpoint.path)
+    config, parameter = spec.config, model.linear.weight
+    arguments = config.model, len(spec.dataset.vocabulary), config.run.seed, weights, parameter.dtype, source
+    return WeightAverage(model, build_model_with_weights(*arguments).to(parameter.device))

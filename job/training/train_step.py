@@ -9,11 +9,13 @@ from torch import Tensor
 
 from job.distributed.gradient_sync import AllReduceGradients, Batch, DeterministicGradients
 from job.nn.state import State
+from job.training.averaging import WeightAverage
 from job.training.optimizer import clip_gradient
+from job.training.schedule import StepSizes
 
-# From a batch, the lanes' state before it and the learning rate, to the statistics that StepStats.from_tensor reads
-# and the state after it.
-TrainStep = Callable[[Batch, State, float], tuple[Tensor, State]]
+# From a batch, the lanes' state before it and what the schedule gives, to the statistics that StepStats.from_tensor
+# reads and the state after it.
+TrainStep = Callable[[Batch, State, StepSizes], tuple[Tensor, State]]
 
 
 @dataclass(frozen=True)
@@ -24,18 +26,21 @@ class EagerTrainStep:
     optimizer: torch.optim.Optimizer
     grad_clip_norm: float  # 0: no clipping
     device: torch.device
+    average: WeightAverage | None = None
 
-    def __call__(self, batch: Batch, state: State, learning_rate: float | Tensor) -> tuple[Tensor, State]:
-        """Takes the step; a learning rate on the device must be a tensor of the weights' dtype.
+    def __call__(self, batch: Batch, state: State, sizes: StepSizes) -> tuple[Tensor, State]:
+        """Takes the step; step sizes on the device must be tensors of the weights' dtype.
 
         A float is rounded to the weights' dtype, so that eager and CUDA-graph steps give identical results.
         """
         stats, state = self.gradients(batch.to(self.device), state)
-        if isinstance(learning_rate, float) and stats.dtype == torch.float32:
-            learning_rate = float(np.float32(learning_rate))
+        if stats.dtype == torch.float32:
+            sizes = StepSizes(*(float(np.float32(size)) if isinstance(size, float) else size for size in sizes))
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = sizes.learning_rate
             if self.grad_clip_norm:
                 clip_gradient(group["params"], self.grad_clip_norm)
         self.optimizer.step()
+        if self.average:
+            self.average.update(sizes.average_weight)
         return stats, state
