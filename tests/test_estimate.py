@@ -21,9 +21,9 @@ from job.storage import Folder
 
 
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
-@pytest.mark.parametrize(("layers", "embedding"), [(1, 0), (3, 5)])
-def test_count_weights_equals_the_built_model(cell: str, layers: int, embedding: int) -> None:
-    config = ModelConfig(cell=cell, hidden_size=7, num_layers=layers, embedding_size=embedding)
+@pytest.mark.parametrize(("layers", "embedding", "tied"), [(1, 0, False), (3, 5, False), (2, 7, True)])
+def test_count_weights_equals_the_built_model(cell: str, layers: int, embedding: int, tied: bool) -> None:
+    config = ModelConfig(cell=cell, hidden_size=7, num_layers=layers, embedding_size=embedding, tied=tied)
     assert count_weights(config, 11) == sum(weight.numel() for weight in build_model(config, 11, 0).parameters())
 
 

@@ -1,19 +1,24 @@
-"""Regularization: equal to a plain formulation in float64, with masks that depend on seed, step and lane only."""
+"""Regularization and tied weights equal a plain formulation in float64; masks depend on seed, step and lane only."""
 
+import copy
 import hashlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from conftest import disable_kernel
+import torch.distributed as dist
+from conftest import disable_kernel, not_none
+from test_shared_memory import free_port
 from torch import Tensor, nn
+from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
 from job.config.schema import ModelConfig
 from job.distributed.gradient_sync import AllReduceGradients, Batch, DeterministicGradients, LossModule, assign_lanes
 from job.errors import UserError
 from job.kernels.build import load_library, unavailable_reason
-from job.nn.language_model import LanguageModel, build_model
+from job.nn.language_model import LanguageModel, build_model, build_model_with_weights
 from job.nn.regularization import Regularization, mask_keys
 
 SEED, STEP, LANES, STEPS, TOKENS = 3, 7, 5, 6, 11
@@ -31,6 +36,7 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
 }
 TECHNIQUES["all"] = {name: value for options in TECHNIQUES.values() for name, value in options.items()}
 TECHNIQUES["all"]["output_dropout"] = 0.5
+TIED = {"tied": True, "embedding_size": 8}
 MODULES = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 
 
@@ -114,7 +120,7 @@ def test_regularized_gradient_equals_plain_formulation(
         disable_kernel(monkeypatch)
     elif load_library() is None:
         pytest.skip(f"no kernel: {unavailable_reason()}")
-    config = ModelConfig(cell=cell, **SIZES, **options)
+    config = ModelConfig(cell=cell, **{**SIZES, **options})
     nats, found = gradients(config, torch.float32 if has_kernel else torch.float64)
     exact = build_model(config, TOKENS, seed=1).double()
     batch = make_batch(config)
@@ -130,11 +136,11 @@ def test_regularized_gradient_equals_plain_formulation(
 
 
 @pytest.mark.parametrize("cell", ["lstm", "torch.nn:GRU"])
-@pytest.mark.parametrize("options", TECHNIQUES.values(), ids=TECHNIQUES)
+@pytest.mark.parametrize("options", [*TECHNIQUES.values(), TIED], ids=[*TECHNIQUES, "tied"])
 def test_regularized_gradient_is_the_sum_over_any_workers_and_lane_groups(options: dict[str, Any], cell: str) -> None:
     if cell not in MODULES:
         options = {**options, "weight_drop": 0.0}
-    config = ModelConfig(cell=cell, **SIZES, **options)
+    config = ModelConfig(cell=cell, **{**SIZES, **options})
     nats, expected = gradients(config, torch.float64)
     parts = [gradients(config, torch.float64, lanes) for lanes in (range(2), range(2, 5))]
     grouped_nats, grouped = gradients(config, torch.float64, num_groups=3)
@@ -146,12 +152,81 @@ def test_regularized_gradient_is_the_sum_over_any_workers_and_lane_groups(option
 
 @pytest.mark.parametrize("options", TECHNIQUES.values(), ids=TECHNIQUES)
 def test_regularization_changes_the_model_only_in_training(options: dict[str, Any]) -> None:
-    config, plain = ModelConfig(**SIZES, **options), ModelConfig(**SIZES)
+    config, plain = ModelConfig(**{**SIZES, **options}), ModelConfig(**SIZES)
     (_, trained), (_, expected) = gradients(config, torch.float64), gradients(plain, torch.float64)
     assert not torch.equal(trained["rnn.weight_hh_l1"], expected["rnn.weight_hh_l1"])
     batch = make_batch(config)
     results = [build_model(each, TOKENS, seed=1)(batch.inputs_TB, None)[0] for each in (config, plain)]
     assert torch.equal(*results)
+
+
+def gradients_of_worker(rank: int, reproducible: bool, world_size: int) -> list[Tensor]:
+    """The statistics and gradients of two steps of a model with all techniques, one after the other."""
+    config = ModelConfig(cell="lstm", **{**SIZES, **TECHNIQUES["all"], **TIED})
+    model = build_model(config, TOKENS, seed=1).double()
+    assignment = assign_lanes(LANES, 3 if reproducible else 0, rank, world_size)
+    loss_module = LossModule(model, LANES * STEPS, config)
+    gradients_class = DeterministicGradients if reproducible else AllReduceGradients
+    compute, results = gradients_class(loss_module, assignment), []
+    for _ in range(2):  # DDP rebuilds its buckets after the first
+        stats, _ = compute(make_batch(config, assignment.lanes), None)
+        results += [stats.clone(), *(not_none(weight.grad).clone() for weight in model.parameters())]
+    return results
+
+
+def compare_with_one_worker(rank: int, port: int) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    for reproducible in (False, True):
+        alone = gradients_of_worker(0, reproducible, 1)
+        together = gradients_of_worker(rank, reproducible, 2)
+        for expected, found in zip(alone, together, strict=True):
+            if reproducible:
+                assert torch.equal(found, expected)
+            torch.testing.assert_close(found, expected)
+    dist.destroy_process_group()
+
+
+def test_regularized_gradient_of_two_workers_equals_that_of_one() -> None:
+    spawn(compare_with_one_worker, (free_port(),), nprocs=2)
+
+
+def test_tied_gradient_is_the_sum_of_those_of_embedding_and_output_layer() -> None:
+    tied = ModelConfig(cell="lstm", **{**SIZES, **TECHNIQUES["all"], **TIED})
+    untied = replace(tied, tied=False)
+    model, plain = (build_model(config, TOKENS, seed=1).double() for config in (tied, untied))
+    plain.load_state_dict(model.state_dict())
+    for net, config in ((model, tied), (plain, untied)):
+        AllReduceGradients(LossModule(net, LANES * STEPS, config), assign_lanes(LANES))(make_batch(config), None)
+    expected = {name: not_none(weight.grad) for name, weight in plain.named_parameters()}
+    expected["embedding.weight"] = expected["embedding.weight"] + expected.pop("linear.weight")
+    found = {name: not_none(weight.grad) for name, weight in model.named_parameters()}
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def is_tied(model: LanguageModel) -> bool:
+    return model.embedding is not None and model.embedding.weight is model.linear.weight
+
+
+@pytest.mark.parametrize("cell", ["gru", "torch.nn:GRU"])
+def test_tied_model_shares_storage_also_after_conversion_copy_and_loading(cell: str) -> None:
+    config = ModelConfig(cell=cell, **{**SIZES, **TIED})
+    model = build_model(config, TOKENS, seed=1)
+    weights = model.state_dict()
+    assert torch.equal(weights["embedding.weight"], weights["linear.weight"])
+    loaded = build_model_with_weights(config, TOKENS, 2, weights, torch.float64, "checkpoint")
+    assert all(is_tied(each) for each in (model, loaded, copy.deepcopy(model), model.to(torch.float64)))
+    torch.testing.assert_close(loaded.state_dict(), {name: weight.double() for name, weight in weights.items()})
+
+
+def test_tied_model_with_different_weights_raises() -> None:
+    config = ModelConfig(**{**SIZES, **TIED})
+    weights = build_model(replace(config, tied=False), TOKENS, seed=1).state_dict()
+    for embedding in (weights["embedding.weight"], weights["linear.weight"].double()):
+        changed = {**weights, "embedding.weight": embedding}
+        with pytest.raises(
+            UserError, match=r"init: .* embedding.weight and linear.weight differ; set model.tied = false"
+        ):
+            build_model_with_weights(config, TOKENS, 1, changed, torch.float32, "init")
 
 
 def test_activation_regularization_of_windows_of_one_step_has_no_differences() -> None:
@@ -176,6 +251,7 @@ def test_masks_of_another_step_and_seed_differ() -> None:
         ({"input_dropout": 0.5}, "model.input_dropout = 0.5: one-hot inputs; set model.embedding_size"),
         ({"embedding_dropout": 0.5}, "model.embedding_dropout = 0.5: one-hot inputs; set model.embedding_size"),
         ({"weight_drop": 0.5, "cell": "a:B"}, "the hidden weights of model.cell = a:B are unknown; leave it out"),
+        ({"tied": True}, "model.embedding_size = 0 and model.hidden_size = 256 differ; make them equal"),
         ({"output_dropout": "none"}, 'model.output_dropout = "none": must be "auto" .*, or a number'),
     ],
 )

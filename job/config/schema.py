@@ -121,6 +121,7 @@ class ModelConfig(Section):
     hidden_size: int = config_field(256, "hidden units per layer", ge=1)
     num_layers: int = config_field(1, "number of recurrent layers", ge=1, le=1000)
     embedding_size: int = config_field(0, "embedding size; 0: one-hot input", ge=0)
+    tied: bool = config_field(False, "the output layer has the weights of the embedding")
     dropout: float = config_field(0.0, "dropout between layers and before the output", ge=0, lt=1, is_mutable=True)
     dropout_locked: bool = config_field(
         False, "the same dropout mask at all steps of a window (variational); false: one for each step", is_mutable=True
@@ -153,6 +154,9 @@ class ModelConfig(Section):
         for name in ("input_dropout", "embedding_dropout"):
             if getattr(self, name) and not self.embedding_size:
                 raise UserError(f"model.{name} = {getattr(self, name)}: one-hot inputs", "set model.embedding_size")
+        if self.tied and self.embedding_size != self.hidden_size:
+            problem = f"model.tied = true: model.embedding_size = {self.embedding_size} and"
+            raise UserError(f"{problem} model.hidden_size = {self.hidden_size} differ", "make them equal")
         if self.weight_drop and self.cell not in BUILTIN_CELLS:
             problem = (
                 f"model.weight_drop = {self.weight_drop}: the hidden weights of model.cell = {self.cell} are unknown"

@@ -33,6 +33,17 @@ class LanguageModel(nn.Module):
         else:
             self.rnn = build_custom_cell(model_config, input_size)
         self.linear = nn.Linear(hidden_size, vocabulary_size)
+        self.is_tied = model_config.tied
+        self.tie_weights()
+
+    def tie_weights(self) -> None:
+        """Makes the output layer's weight that of the embedding, if ``model.tied`` is set.
+
+        Source: Press and Wolf, "Using the output embedding to improve language models", 2017; Inan et al., "Tying word
+        vectors and word classifiers", 2017.
+        """
+        if self.is_tied and self.embedding is not None:
+            self.embedding.weight = self.linear.weight
 
     @property
     def has_custom_cell(self) -> bool:
@@ -179,11 +190,13 @@ def build_model_with_weights(
         for tensors in (weights, model.state_dict())
     )
     check_shapes(found, expected, source)
+    check_tied(model_config, weights, source)
     if is_custom:
         model = build_model(model_config, vocabulary_size, seed).to(dtype)
         load_weights(model, weights, source)
     else:
         model.load_state_dict({name: weight.to(dtype) for name, weight in weights.items()}, assign=True)
+        model.tie_weights()  # what is assigned are tensors of their own
     return model
 
 
@@ -216,6 +229,22 @@ def check_shapes(weights: dict[str, Tensor], state_dict: dict[str, Tensor], sour
         if shapes.get(name) != expected.get(name):
             mismatch = f"{name} is {shapes.get(name, 'missing')}, expected {expected.get(name, 'no such tensor')}"
             raise UserError(f"{source}: weights do not match the model: {mismatch}")
+
+
+def check_tied(model_config: ModelConfig, weights: dict[str, Tensor], source: str) -> None:
+    """Raises UserError if ``model.tied`` is set, and embedding and output layer have different weights.
+
+    Args:
+        model_config: of the model
+        weights: tensors by name, after ``check_shapes``
+        source: where the weights are from, for the message
+    """
+    if not model_config.tied:
+        return
+    first, second = weights["embedding.weight"], weights["linear.weight"]
+    if first.dtype != second.dtype or not torch.equal(first, second):
+        problem = f"{source}: weights do not match the model: embedding.weight and linear.weight differ"
+        raise UserError(problem, "set model.tied = false")
 
 
 def reference_state_dict(model_config: ModelConfig, vocabulary_size: int) -> dict[str, Tensor]:

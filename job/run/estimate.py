@@ -28,7 +28,8 @@ def count_weights(model_config: ModelConfig, vocabulary_size: int) -> int:
     hidden, embedding = model_config.hidden_size, model_config.embedding_size
     inputs = (embedding or vocabulary_size) + (model_config.num_layers - 1) * hidden  # of all layers
     recurrent = hidden * (inputs + model_config.num_layers * (hidden + 2))
-    return _NUM_GATES.get(model_config.cell, 0) * recurrent + vocabulary_size * (embedding + hidden + 1)
+    per_token = (0 if model_config.tied else embedding) + hidden + 1
+    return _NUM_GATES.get(model_config.cell, 0) * recurrent + vocabulary_size * per_token
 
 
 def worker_bytes(config: Config, num_weights: int) -> int:
@@ -46,8 +47,11 @@ def checkpoint_bytes(spec: RunSpec) -> int:
     """Returns the size of a checkpoint, without the lanes' state: weights, their average and moments."""
     shapes = reference_state_dict(spec.config.model, len(spec.dataset.vocabulary))
     optimizer_config = spec.config.optimizer
-    copies = (3 if optimizer_config.name == "adamw" else 1) + (optimizer_config.averaging != "none")
-    return copies * (8 if spec.config.train.precision == "fp64" else 4) * sum(map(torch.numel, shapes.values()))
+    num_moments, num_averages = 2 * (optimizer_config.name == "adamw"), int(optimizer_config.averaging != "none")
+    num_stored = sum(map(torch.numel, shapes.values()))
+    num_weights = num_stored - (shapes["linear.weight"].numel() if spec.config.model.tied else 0)  # stored twice
+    num_values = num_stored * (1 + num_averages) + num_weights * num_moments
+    return num_values * (8 if spec.config.train.precision == "fp64" else 4)
 
 
 def check_weights(model_config: ModelConfig, vocabulary_size: int) -> None:

@@ -16,7 +16,7 @@ from job.data.vocabulary_file import find_vocabulary, read_vocabulary, read_voca
 from job.errors import UserError, error_origin, report_os_error
 from job.inference.evaluate import count_target_characters
 from job.inference.generate import prefix_warnings, resolve_prefix
-from job.nn.language_model import build_model, check_shapes, place_by_token, reference_state_dict
+from job.nn.language_model import build_model, check_shapes, check_tied, place_by_token, reference_state_dict
 from job.run.estimate import check_weights
 from job.run.run_dir import open_checkpoint
 from job.storage import Folder
@@ -144,6 +144,7 @@ def _read_init(config: Config, vocabulary: Vocabulary, checkpoints: Folder) -> b
         if old.kind != vocabulary.kind:
             raise UserError(f"is a model of vocabulary.kind = {old.kind}, not {vocabulary.kind}", "set the same kind")
     check_shapes(weights, reference_state_dict(config.model, len(old)), origin)
+    check_tied(config.model, weights, origin)
     if old != vocabulary:
         with error_origin(origin):
             weights = place_by_token(weights, old.names, model, config.model, vocabulary.names)
