@@ -87,6 +87,7 @@ def _evaluate(line: CommandLine) -> int:
 
     The configuration of the first run overrides the defaults.
     """
+    from job.data.text_size import bits_per_unit
     from job.data.vocabulary import format_unknown_share, unknown_warnings
     from job.inference.evaluate import evaluate_text
     from job.training.progress import perplexity
@@ -99,7 +100,8 @@ def _evaluate(line: CommandLine) -> int:
     unit = "byte" if checkpoints[0].vocabulary.kind == "byte" else "character"
     nats = result.loss.nats_per_token
     if line.json:
-        values = {"perplexity": perplexity(nats), f"bits_per_{unit}": result.bits_per_character, "nats_per_token": nats}
+        bits = {**bits_per_unit(result.loss.nats, result.size), f"bits_per_{unit}": result.bits_per_character}
+        values = {"perplexity": perplexity(nats), **bits, "nats_per_token": nats}
         values |= {"targets": result.loss.tokens, "unknown_share": result.unknown_share}
         print(format_json({**values, "source": config.corpus.source, **_describe(checkpoints)}))
     else:

@@ -14,6 +14,7 @@ from conftest import ROOT, Ended, job
 from job.__main__ import VERBS, CommandLine
 from job.config.toml import FILE_FIELDS
 from job.console import format_json
+from job.data.text_size import TextSize
 from job.inference.evaluate import Evaluation
 from job.training.progress import LossSum
 
@@ -315,8 +316,8 @@ def test_evaluate_json_has_the_numbers_of_the_text_output_without_rounding(run: 
     assert (ended.status, ended.err) == (0, "")
     found = json.loads(ended.out)
     assert list(found) == [
-        "perplexity", "bits_per_character", "nats_per_token", "targets", "unknown_share", "source", "checkpoint",
-        "step",
+        "perplexity", "bits_per_character", "bits_per_byte", "bits_per_word", "nats_per_token", "targets",
+        "unknown_share", "source", "checkpoint", "step",
     ]  # fmt: skip
     assert f"perplexity {found['perplexity']:.6g}, {found['bits_per_character']:.4f} bits per character, " in text.out
     assert f"{found['nats_per_token']:.6f} nats per token over {found['targets']:,} targets" in text.out
@@ -325,7 +326,7 @@ def test_evaluate_json_has_the_numbers_of_the_text_output_without_rounding(run: 
 
 
 def test_evaluate_json_of_a_loss_that_is_not_finite_is_null(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    evaluation = Evaluation(LossSum(math.nan, 9), 9, 0.5)
+    evaluation = Evaluation(LossSum(math.nan, 9), 9, 0.5, TextSize(9, 9, 2))
     monkeypatch.setattr("job.inference.evaluate.evaluate_text", lambda *_: evaluation)
     ended = job("evaluate", run, "--json")
     assert json.loads(ended.out)["nats_per_token"] is None

@@ -1,6 +1,7 @@
 """Validation during a run: it does not disturb the training, and each step is validated once, whatever happens."""
 
 import json
+import math
 import multiprocessing
 import shutil
 from multiprocessing.queues import SimpleQueue
@@ -116,6 +117,24 @@ def test_run_that_loses_its_last_checkpoint_repeats_the_validations_after_the_on
     shutil.rmtree(tmp_path / "crashed" / "checkpoints")
     shutil.copytree(tmp_path / "copy" / "checkpoints", tmp_path / "crashed" / "checkpoints")
     assert validations(run(prose, tmp_path, "crashed")) == validations(expected)
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "word"])
+def test_validation_reports_bits_of_the_original_text(prose: Path, tmp_path: Path, kind: str) -> None:
+    """All units are counted in the text itself: prose has one byte per character, and no word in two lines."""
+    text = prose.read_text()[:9000].rpartition(" ")[0]
+    (tmp_path / "text").write_text(text)
+    folder = run(tmp_path / "text", tmp_path, "run", vocabulary__kind=kind, corpus__max_tokens=0, stream__num_steps=5)
+    num_tokens = len(text.split() if kind == "word" else text)
+    num_targets = round(num_tokens / 10) - 1
+    targets = " " + " ".join(text.split()[-num_targets:]) if kind == "word" else text[-num_targets:]
+    row = rows(folder, "validation")[-1]
+    bits = row["nats"] * num_targets / math.log(2)
+    is_cut = not targets[0].isspace() and not text[-num_targets - 1].isspace()  # the first word begins before
+    num_words = len(targets.split()) - (is_cut and kind != "word")
+    for unit, count in (("character", len(targets)), ("byte", len(targets)), ("word", num_words)):
+        assert row[f"bits_per_{unit}"] == pytest.approx(bits / count, rel=1e-12)
+        assert result(folder)[f"validation_bits_per_{unit}"] == pytest.approx(bits / count, rel=1e-12)
 
 
 class RecordingLink:

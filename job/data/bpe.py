@@ -1,7 +1,6 @@
 """Tokens of the tokenizers library: byte-level byte-pair encoding trained on a text, or any ``tokenizer.json``."""
 
 import importlib
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -17,8 +16,10 @@ from job.errors import UserError
 
 PIECE_CHARACTERS, _BATCH_PIECES = 1 << 14, 64  # that the library encodes in one call, which bounds the memory
 _MAX_TOKENS = 1 << 24
-# How byte-level tokenizers write the bytes 0x80 to 0xBF, with which no character begins in UTF-8.
-_CONTINUATION_BYTE = re.compile("[\u00a1-\u00ac\u00ae-\u00bf\u0122-\u0143]")
+# How byte-level tokenizers write bytes: printable ones as characters of Latin-1, the others as characters from U+0100.
+_PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHER = sorted({*range(256)} - {*_PRINTABLE})
+_BYTES = {chr(value): value for value in _PRINTABLE} | {chr(256 + index): value for index, value in enumerate(_OTHER)}
 
 
 def import_tokenizers() -> Any:
@@ -84,12 +85,19 @@ class BpeVocabulary(Vocabulary):
 
         A character that several tokens share counts for the first of them.
         """
+        return np.array([sum(byte & 0xC0 != 0x80 for byte in text) for text in self.token_bytes()], np.int64)
+
+    def token_bytes(self) -> list[bytes]:
+        """Returns the text of each id within others, as ``Vocabulary.token_bytes``."""
         if self.is_byte_level:
-            counts = [len(_CONTINUATION_BYTE.sub("", token)) for token in self.tokens]
+            texts = [
+                bytes(_BYTES[character] for character in token) if _BYTES.keys() >= {*token} else token.encode()
+                for token in self.tokens
+            ]
         else:  # the second of two, since decoders remove a blank before the first
             one, two = (self._tokenizer.decode_batch([[i] * n for i in range(len(self.tokens))], False) for n in (1, 2))
-            counts = [len(twice) - len(once) for once, twice in zip(one, two, strict=True)]
-        return np.array([*counts, 1][: len(self)], np.int64)
+            texts = [twice[len(once) :].encode() for once, twice in zip(one, two, strict=True)]
+        return [*texts, b"\n"][: len(self)]
 
     def unknown_tokens(self, lines: list[str]) -> list[str]:
         """Returns the parts of all lines that are not in the vocabulary, each once."""

@@ -8,6 +8,7 @@ import numpy as np
 
 from job.config.schema import CorpusConfig, VocabularyConfig
 from job.data.corpus import Corpus
+from job.data.text_size import TextSize, measure_targets
 from job.data.token_store import StoredTokens
 from job.data.tokens import Tokens, count_unknown, token_sha256
 from job.data.vocabulary import Vocabulary
@@ -35,6 +36,11 @@ class Dataset:
         """The share of ``<unk>`` in each text that is not empty: training and validation."""
         texts = {"training": self.train_tokens, "validation": self.validation_tokens}
         return {name: count_unknown(part, self.vocabulary) / len(part) for name, part in texts.items() if len(part)}
+
+    @cached_property
+    def validation_size(self) -> TextSize:
+        """What the targets of the validation text consist of."""
+        return measure_targets(self.validation_tokens, self.vocabulary)
 
 
 def build_dataset(corpus: Corpus, corpus_config: CorpusConfig, vocabulary_config: VocabularyConfig) -> Dataset:

@@ -48,6 +48,11 @@ class Vocabulary:
         tokens = tuple(map(str, range(256))) if self.kind == "byte" else self.tokens
         return tokens + (f" {SEPARATOR_TEXT}",) * self.has_separator  # neither a character nor a word
 
+    def token_bytes(self) -> list[bytes]:
+        """Returns the text of each id in UTF-8. The separator is a newline, and ``<unk>`` is one byte."""
+        tokens = [bytes([value]) for value in range(256)] if self.kind == "byte" else [*map(str.encode, self.tokens)]
+        return [b"?"] * self.has_unknown + tokens[self.has_unknown :] + [b"\n"] * self.has_separator
+
     def encode_documents(
         self, documents: Sequence[list[str]] | Sequence[list[bytes]] | Sequence[list[np.ndarray]]
     ) -> np.ndarray:

@@ -10,6 +10,7 @@ from typing import cast
 from job.config.schema import Config, EvaluateConfig
 from job.data.corpus import Corpus, read_corpus
 from job.data.lanes import split_evenly
+from job.data.text_size import TextSize, measure_targets
 from job.data.token_store import StoredTokens, open_stored
 from job.data.tokens import Tokens, count_characters, count_unknown
 from job.data.vocabulary import END_OF_LINE, Vocabulary
@@ -34,11 +35,13 @@ class Evaluation:
         loss: the loss
         num_characters: number of characters (or bytes) of those tokens
         unknown_share: share of ``<unk>`` among those tokens
+        size: what those tokens consist of
     """
 
     loss: LossSum
     num_characters: int
     unknown_share: float
+    size: TextSize
 
     @property
     def bits_per_character(self) -> float:
@@ -79,7 +82,9 @@ def evaluate_text(checkpoints: Sequence[LoadedCheckpoint], config: Config) -> Ev
     models = [load_model(checkpoint, config.model, choice) for checkpoint in checkpoints]
     nats = evaluate_tokens(models, tokens, config.evaluate)
     unknown_share = count_unknown(tokens[1:], vocabulary) / (len(tokens) - 1)
-    return Evaluation(LossSum(nats, len(tokens) - 1), num_characters, unknown_share)
+    return Evaluation(
+        LossSum(nats, len(tokens) - 1), num_characters, unknown_share, measure_targets(tokens, vocabulary)
+    )
 
 
 def evaluate_tokens(models: Sequence[LanguageModel], tokens: Tokens, evaluate_config: EvaluateConfig) -> float:

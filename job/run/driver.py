@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -18,6 +19,7 @@ from job.config.schema import BUILTIN_CELLS, FIELDS, Config
 from job.config.toml import config_to_toml
 from job.console import Console, format_duration, program_command
 from job.data.content import Content
+from job.data.text_size import bits_per_unit
 from job.data.vocabulary import format_unknown_share
 from job.errors import RunFailed, UserError
 from job.inference.generate import generate_text
@@ -47,7 +49,7 @@ from job.run.signals import StopRequest
 from job.storage import Folder
 from job.training.checkpoint import find_latest_valid, list_checkpoints, weights_sha256
 from job.training.events import CheckpointCommitted, Event, EventSink, Finished
-from job.training.progress import MAX_PERPLEXITY, perplexity
+from job.training.progress import finite_or_none, perplexity
 from job.training.run_spec import RunSpec
 
 _logger = logging.getLogger(__name__)
@@ -232,8 +234,10 @@ def _finish(spec: RunSpec, recorder: Recorder, finished: Finished) -> dict[str, 
     shares = spec.dataset.unknown_shares
     result: dict[str, Any] = {"perplexity": perplexity(nats), "nats": nats, "unknown_share": shares["training"]}
     if best and best.validation_nats is not None:
-        last_nats = progress.last_validation_nats
-        result["validation_perplexity"] = MAX_PERPLEXITY if last_nats is None else perplexity(last_nats)
+        last_nats = math.inf if progress.last_validation_nats is None else progress.last_validation_nats
+        bits = bits_per_unit(last_nats * (len(spec.dataset.validation_tokens) - 1), spec.dataset.validation_size)
+        result["validation_perplexity"] = perplexity(last_nats)
+        result |= {f"validation_{name}": finite_or_none(value) for name, value in bits.items()}
         result["best_validation_perplexity"] = perplexity(best.validation_nats)
         result["best_checkpoint"] = f"checkpoints/{best.name}"
         result["validation_unknown_share"] = shares["validation"]
@@ -304,6 +308,13 @@ def _generate_command(folder: Folder, cell: str) -> str:
     return f"{program_command()} generate {folder.shell_quoted}{cell_flag}"
 
 
+def _format_bits(result: dict[str, Any]) -> str:
+    """Returns the last validation loss in bits per character, byte and word, in parentheses; empty if none is known."""
+    bits = {unit: result.get(f"validation_bits_per_{unit}") for unit in ("character", "byte", "word")}
+    texts = [f"{value:.4g} per {unit}" for unit, value in bits.items() if value is not None]
+    return f" (bits: {', '.join(texts)})" if texts else ""
+
+
 def print_result(outcome: RunOutcome, console: Console) -> None:
     """Prints the result of a finished run: its perplexity, the sample, the paths, and how to generate more."""
     result, folder = outcome.result, outcome.folder
@@ -315,8 +326,8 @@ def print_result(outcome: RunOutcome, console: Console) -> None:
     )
     if "validation_perplexity" in result:
         console.print(
-            f"validation {result['validation_perplexity']:.4g}, at best {result['best_validation_perplexity']:.4g} "
-            f"in {folder / result['best_checkpoint']}"
+            f"validation {result['validation_perplexity']:.4g}{_format_bits(result)}, "
+            f"at best {result['best_validation_perplexity']:.4g} in {folder / result['best_checkpoint']}"
             f"{format_unknown_share(result.get('validation_unknown_share', 0))}"
         )
     console.print()

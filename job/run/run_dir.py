@@ -41,6 +41,7 @@ _RESULT_TYPES: dict[str, Any] = {
     **dict.fromkeys(("generated", "checkpoint"), str),
     **dict.fromkeys(("validation_perplexity", "best_validation_perplexity"), (float, NoneType)),
     **dict.fromkeys(("unknown_share", "validation_unknown_share"), (float, NoneType)),
+    **dict.fromkeys((f"validation_bits_per_{unit}" for unit in ("character", "byte", "word")), (float, NoneType)),
     "best_checkpoint": (str, NoneType),
 }
 _VALIDATION_FIELDS = {"validation_perplexity", "best_validation_perplexity", "best_checkpoint"}  # all or none

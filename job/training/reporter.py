@@ -2,10 +2,11 @@
 
 import time
 
+from job.data.text_size import bits_per_unit
 from job.distributed.context import World
 from job.training.events import Event, EventSink, MetricsRow, ProgressUpdate
 from job.training.loop import StepResult
-from job.training.progress import LossSum, perplexity
+from job.training.progress import LossSum, finite_or_none, perplexity
 from job.training.run_spec import RunSpec
 from job.training.train_state import TrainState
 
@@ -71,9 +72,12 @@ class Reporter:
         """Reports the validation loss in or after an epoch (from 1), which took ``seconds`` to compute."""
         for speed in (self.report_speed, self.progress_speed, self.epoch_speed):
             speed.exclude(seconds)
-        self._post_row("validation", epoch, loss, loss.tokens / seconds)
+        bits = bits_per_unit(loss.nats, self.dataset.validation_size) if self.world.rank == 0 else {}
+        self._post_row(
+            "validation", epoch, loss, loss.tokens / seconds, **{k: finite_or_none(v) for k, v in bits.items()}
+        )
 
-    def _post_row(self, split: str, epoch: int, loss: LossSum, tokens_per_second: float) -> None:
+    def _post_row(self, split: str, epoch: int, loss: LossSum, tokens_per_second: float, **bits: float | None) -> None:
         row = {
             "split": split,
             "epoch": epoch,
@@ -81,6 +85,7 @@ class Reporter:
             "tokens": self.train_state.progress.tokens,
             "nats": loss.nats_per_token,
             "perplexity": perplexity(loss.nats_per_token),
+            **bits,
             "unknown_share": self.dataset.unknown_shares["validation" if split == "validation" else "training"],
             "learning_rate": self.train_state.learning_rate,
             "tokens_per_second": round(tokens_per_second, 1),
