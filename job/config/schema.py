@@ -176,6 +176,10 @@ class OptimizerConfig(Section):
     name: str = choice_field("optimizer", sgd="", adamw="")
     learning_rate: float = config_field(0.1, "peak learning rate", gt=0, is_mutable=True)
     weight_decay: float = config_field(0.0, "weight decay, as torch.optim applies it", ge=0, is_mutable=True)
+    decay_scope: str = config_field(
+        "all", "weights that decay", choices={"all": "", "matrices": "no biases or other vectors"},
+        is_free_in_new_run=True,
+    )  # fmt: skip
     grad_clip_norm: float = config_field(0.0, "maximum norm of the gradient; 0: no clipping", ge=0, is_mutable=True)
     schedule: str = config_field(
         "constant", "learning-rate schedule", choices={"constant": "", "cosine": "to zero"}, is_free_in_new_run=True

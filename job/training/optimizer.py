@@ -11,10 +11,13 @@ from job.errors import UserError
 
 def build_optimizer(optimizer_config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
     """Returns torch's optimizer of the configured name over all parameters; each step sets its learning rate."""
-    weight_decay = optimizer_config.weight_decay
-    if optimizer_config.name == "sgd":
-        return torch.optim.SGD(model.parameters(), weight_decay=weight_decay, fused=True)
-    return torch.optim.AdamW(model.parameters(), weight_decay=weight_decay, fused=True)
+    matrices: list[Tensor] = []
+    others: list[Tensor] = []
+    for parameter in model.parameters():
+        (matrices if optimizer_config.decay_scope == "all" or parameter.dim() > 1 else others).append(parameter)
+    decays = ((matrices, optimizer_config.weight_decay), (others, 0.0))
+    groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in decays if parameters]
+    return (torch.optim.SGD if optimizer_config.name == "sgd" else torch.optim.AdamW)(groups, fused=True)
 
 
 @torch.no_grad()

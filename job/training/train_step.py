@@ -36,10 +36,11 @@ class EagerTrainStep:
         stats, state = self.gradients(batch.to(self.device), state)
         if stats.dtype == torch.float32:
             sizes = StepSizes(*(float(np.float32(size)) if isinstance(size, float) else size for size in sizes))
-        for group in self.optimizer.param_groups:
+        groups = self.optimizer.param_groups
+        for group in groups:
             group["lr"] = sizes.learning_rate
-            if self.grad_clip_norm:
-                clip_gradient(group["params"], self.grad_clip_norm)
+        if self.grad_clip_norm:
+            clip_gradient([parameter for group in groups for parameter in group["params"]], self.grad_clip_norm)
         self.optimizer.step()
         if self.average:
             self.average.update(sizes.average_weight)
