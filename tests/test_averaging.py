@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import job, not_none, result
+from conftest import job, not_none, result, rows
 from test_cuda_graph import new_train_state, small_config
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
@@ -164,3 +164,18 @@ def test_run_from_a_checkpoint_without_an_average_begins_it_there(prose: Path, t
     first, last = (open_checkpoint(Folder(str(tmp_path / name))) for name in ("run", "next"))
     for name, average in last.average.items():
         torch.testing.assert_close(average, (first.weights[name] + last.weights[name]) / 2)
+
+
+def test_validation_reports_the_average_in_nats_and_the_weights_in_nats_raw(run: Path, prose: Path) -> None:
+    loaded = open_checkpoint(Folder(str(run)))
+    dataset = build_run_spec(loaded.config, Folder(str(run))).dataset
+    *first, last = rows(run, "validation")
+    for key, weights in (("nats", loaded.average), ("nats_raw", loaded.weights)):
+        model = load_model(dataclasses.replace(loaded, weights=weights, average={}))
+        sums = evaluate_lanes(model, dataset.validation_tokens, [range(32)], 32, 20)
+        assert last[key] == pytest.approx(sum(sums) / (len(dataset.validation_tokens) - 1), rel=1e-3)  # of bf16
+    assert last["nats"] != last["nats_raw"]
+    assert [row["nats"] for row in first] == [row["nats_raw"] for row in first]  # before the mean starts
+    found = result(run)
+    assert (found["validation_nats"], found["validation_nats_raw"]) == (last["nats"], last["nats_raw"])
+    assert loaded.checkpoint.validation_nats == last["nats"]

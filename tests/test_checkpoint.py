@@ -203,7 +203,7 @@ def test_train_with_validation_loss_that_is_not_finite_never_has_it_as_best(
 ) -> None:
     """A NaN in the first epoch remained the best validation loss to the end."""
     losses = iter(nats)
-    monkeypatch.setattr("job.training.trainer.validate", lambda *_: LossSum(10 * next(losses), 10))
+    monkeypatch.setattr("job.training.trainer.validate", lambda *_: (LossSum(10 * next(losses), 10), None))
     arguments = ["--train.keep_checkpoints", 9, "--corpus.validation_fraction", 0.05, "--corpus.max_tokens", 8000]
     ended = job("train", *flags(prose, tmp_path, *arguments))
     assert ended.status == 0, ended.err

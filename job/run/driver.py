@@ -238,6 +238,9 @@ def _finish(spec: RunSpec, recorder: Recorder, finished: Finished) -> dict[str, 
         bits = bits_per_unit(last_nats * (len(spec.dataset.validation_tokens) - 1), spec.dataset.validation_size)
         result["validation_perplexity"] = perplexity(last_nats)
         result |= {f"validation_{name}": finite_or_none(value) for name, value in bits.items()}
+        if spec.config.optimizer.averaging != "none":
+            result["validation_nats"] = progress.last_validation_nats
+            result["validation_nats_raw"] = progress.last_validation_nats_raw
         result["best_validation_perplexity"] = perplexity(best.validation_nats)
         result["best_checkpoint"] = f"checkpoints/{best.name}"
         result["validation_unknown_share"] = shares["validation"]

@@ -389,7 +389,7 @@ def read_progress(checkpoint: Checkpoint) -> tuple[Progress, dict[str, Any]]:
 
 def _parse_progress(data: bytes) -> tuple[Progress, dict[str, Any]]:
     metadata = parse_record(data, _PROGRESS_TYPES, lambda _: None)  # early versions stored NaN
-    values = {name: metadata.pop(name) for name in asdict(Progress())}
+    values = {name: metadata.pop(name, default) for name, default in asdict(Progress()).items()}
     for name in ("epoch_mean", "report_mean"):
         values[name] = LossSum(float(values[name]["nats"]), int(values[name]["tokens"]))
     return Progress(**values), metadata

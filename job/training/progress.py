@@ -54,5 +54,6 @@ class Progress:
     report_mean: LossSum = field(default_factory=LossSum)  # since the last metrics row
     last_epoch_nats: float | None = None  # mean per token, like the following
     last_validation_nats: float | None = None  # None if it was not finite
+    last_validation_nats_raw: float | None = None  # of the weights themselves, if they are averaged
     validated_step: int = -1
     best_validation_nats: float | None = None

@@ -68,16 +68,20 @@ class Reporter:
         """Reports the training loss of a whole epoch (from 1)."""
         self._post_row("epoch", epoch, loss, self.epoch_speed.tokens_per_second(self.train_state.progress.tokens))
 
-    def report_validation(self, epoch: int, loss: LossSum, seconds: float) -> None:
-        """Reports the validation loss in or after an epoch (from 1), which took ``seconds`` to compute."""
+    def report_validation(self, epoch: int, loss: LossSum, raw: LossSum | None, seconds: float) -> None:
+        """Reports the validation loss in or after an epoch (from 1), which took ``seconds`` to compute.
+
+        ``raw`` is that of the weights themselves if they are averaged.
+        """
         for speed in (self.report_speed, self.progress_speed, self.epoch_speed):
             speed.exclude(seconds)
-        bits = bits_per_unit(loss.nats, self.dataset.validation_size) if self.world.rank == 0 else {}
-        self._post_row(
-            "validation", epoch, loss, loss.tokens / seconds, **{k: finite_or_none(v) for k, v in bits.items()}
-        )
+        more = bits_per_unit(loss.nats, self.dataset.validation_size) if self.world.rank == 0 else {}
+        if raw:
+            more = {"nats_raw": raw.nats_per_token, **more}
+        finite = {name: finite_or_none(value) for name, value in more.items()}
+        self._post_row("validation", epoch, loss, loss.tokens / seconds, **finite)
 
-    def _post_row(self, split: str, epoch: int, loss: LossSum, tokens_per_second: float, **bits: float | None) -> None:
+    def _post_row(self, split: str, epoch: int, loss: LossSum, tokens_per_second: float, **more: float | None) -> None:
         row = {
             "split": split,
             "epoch": epoch,
@@ -85,7 +89,7 @@ class Reporter:
             "tokens": self.train_state.progress.tokens,
             "nats": loss.nats_per_token,
             "perplexity": perplexity(loss.nats_per_token),
-            **bits,
+            **more,
             "unknown_share": self.dataset.unknown_shares["validation" if split == "validation" else "training"],
             "learning_rate": self.train_state.learning_rate,
             "tokens_per_second": round(tokens_per_second, 1),

@@ -190,9 +190,9 @@ class Trainer:
         if len(self.spec.dataset.validation_tokens) < 2 or self.progress.validated_step == self.progress.step:
             return False
         started_at = time.monotonic()
-        loss = validate(self.spec, self.world, self.train_state)
-        self.reporter.report_validation(epoch, loss, time.monotonic() - started_at)
-        return record_validation(self.progress, loss)
+        loss, raw = validate(self.spec, self.world, self.train_state)
+        self.reporter.report_validation(epoch, loss, raw, time.monotonic() - started_at)
+        return record_validation(self.progress, loss, raw)
 
     def _control_flags(self) -> ControlFlags:
         """The driver's requests, to which rank 0 adds what is due by its clock."""
