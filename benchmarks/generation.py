@@ -12,8 +12,9 @@ from torch.nn import functional as F
 
 from benchmarks import measure, plain
 from benchmarks.speed import milliseconds
-from job.config.schema import GenerateConfig, ModelConfig
-from job.inference.generate import generate_batch
+from job.config.schema import ModelConfig
+from job.inference.ensemble import Ensemble
+from job.inference.generate import continue_greedily
 from job.nn.language_model import build_model
 
 LENGTH, LANES, TOKENS, UNITS = 500, 32, 28, 256
@@ -30,15 +31,19 @@ def predict_ch8(model: plain.PlainModel) -> list[int]:
     return outputs
 
 
-def variants(cell: str, generate_config: GenerateConfig) -> dict[str, Callable[[], object]]:
+def variants(cell: str) -> dict[str, Callable[[], object]]:
     model = build_model(ModelConfig(cell=cell, hidden_size=UNITS), TOKENS, 0)
     book_model = plain.PlainModel(cell, TOKENS, UNITS)
     book_model.load_state_dict(model.state_dict())
-    prefixes_NB = torch.randint(0, TOKENS, (8, LANES))
+    ensemble, prefixes_NB = Ensemble([model]), torch.randint(0, TOKENS, (8, LANES))
+
+    def generate(prefixes_NB: torch.Tensor) -> torch.Tensor:
+        return continue_greedily(ensemble, prefixes_NB[-1], ensemble.advance(prefixes_NB[:-1], [None]), LENGTH)
+
     return {
         "the book's": lambda: predict_ch8(book_model),
-        "one prefix": lambda: generate_batch(model, prefixes_NB[:1, :1], generate_config, 0),
-        f"{LANES} prefixes": lambda: generate_batch(model, prefixes_NB, generate_config, 0),
+        "one prefix": lambda: generate(prefixes_NB[:2, :1]),
+        f"{LANES} prefixes": lambda: generate(prefixes_NB),
     }
 
 
@@ -48,9 +53,8 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     torch.set_num_threads(1)
     print(f"{measure.machine()}\nthousand characters per second, medians; ratio to the book's: median (range)")
-    config = GenerateConfig(length=LENGTH)
     for cell in ("rnn", "gru", "lstm"):
-        runs = variants(cell, config)
+        runs = variants(cell)
         results: dict[str, list[float]] = {name: [] for name in runs}
         for _ in range(rounds):
             for name, run in runs.items():

@@ -67,17 +67,25 @@ def _prepare(line: CommandLine) -> int:
 
 
 def _generate(line: CommandLine) -> int:
-    """Continue a text with a trained model. The configuration of its run overrides the defaults."""
-    from job.inference.generate import generate_text, prefix_warnings
+    """Continue a text with a trained model, or by the mean of the probabilities of several.
 
-    (loaded, *others), config = _open(line.targets, parse_flags(line.flags))
-    if others:
-        raise UserError(f"{line.target}: is a search", "give the run of one of its trials")
-    text, prefix = generate_text(loaded, config), config.generate.prefix
+    The configuration of the first run overrides the defaults.
+    """
+    from job.inference.generate import generate_texts
+    from job.inference.prefix import prefix_values, prefix_warnings
+
+    checkpoints, config = _open(line.targets, prefix_values(parse_flags(line.flags)))
+    generated = generate_texts(checkpoints, config)
+    texts, continuations = generated.texts, generated.continuations
     if line.json:
-        text = format_json({"prefix": prefix, "continuation": text.removeprefix(prefix), **_describe([loaded])})
-    print(escape_controls(text) if sys.stdout.isatty() else text)
-    for warning in prefix_warnings(config, loaded.vocabulary):
+        several = {"continuations": continuations} if len(texts) > 1 else {}
+        values = {"prefix": generated.prefix, "continuation": continuations[0], **several, **_describe(checkpoints)}
+        texts = [format_json(values)]
+    for number, text in enumerate(texts, 1):
+        if len(texts) > 1:
+            print(f"--- {number} of {len(texts)} ---")
+        print(escape_controls(text) if sys.stdout.isatty() else text)
+    for warning in prefix_warnings(generated.prefix, config.corpus, checkpoints[0].vocabulary):
         Console(sys.stderr).warn(warning)
     return 0
 
@@ -213,7 +221,11 @@ VERBS = {
     "tune": Verb(_tune, "CONFIG.toml", tuple(FILE_SECTIONS)),
     "prepare": Verb(_prepare, "[CONFIG.toml]", tuple(SECTIONS)),
     "generate": Verb(
-        _generate, "RUN|CHECKPOINT", ("generate", "run.seed", "model.cell", "evaluate.weights"), JSON_FLAG
+        _generate,
+        "RUN|CHECKPOINT|SEARCH …",
+        ("generate", "run.seed", "model.cell", "evaluate.weights"),
+        JSON_FLAG,
+        takes_several=True,
     ),
     "evaluate": Verb(
         _evaluate,

@@ -14,11 +14,12 @@ from matplotlib.figure import Figure
 
 from job.config.config_file import build_config
 from job.config.schema import BUILTIN_CELLS, Config, ModelConfig
-from job.config.toml import ConfigValues, check_field, override_config, parse_sections
+from job.config.toml import ConfigValues, override_config, parse_sections
 from job.console import Console
 from job.data.content import check_content, content_name
 from job.errors import UserError, error_origin, report_os_error
-from job.inference.generate import NO_CUSTOM_CELL, generate_text, prefix_warnings
+from job.inference.generate import NO_CUSTOM_CELL, generate_texts
+from job.inference.prefix import prefix_values, prefix_warnings
 from job.paths import expand_path
 from job.run.driver import Launcher, run_training
 from job.run.local_launcher import LocalLauncher
@@ -70,27 +71,25 @@ class Run:
         """Returns the curve of the perplexity, which a notebook shows."""
         return plot_perplexity(self.metrics, self.folder.name)
 
-    def generate(self, prefix: str | None = None, **fields: Any) -> str:
-        """Returns a prefix and its continuation by the model.
+    def generate(self, prefix: str | None = None, **fields: Any) -> Any:
+        """Returns a prefix and its continuation by the model; a list of such texts if ``num_samples`` is above 1.
 
         Args:
-            prefix: the text to continue; None: that of the configuration
-            fields: fields of the section generate, such as ``length`` and ``temperature``, and ``seed`` of the sampling
+            prefix: the text to continue; None: that of the configuration, or none after a saved state
+            fields: fields of the section generate, such as ``length``, ``temperature`` and ``seed``
 
         Raises:
-            UserError: a field is invalid, the prefix is not known to the model, or the run has a custom cell
-                that was not given
+            UserError: a field is invalid, the prefix is not known to the model, a file cannot be read or written, or
+                the run has a custom cell that was not given
         """
         values = fields if prefix is None else {**fields, "prefix": prefix}
-        named = {"run.seed" if name == "seed" else f"generate.{name}": value for name, value in values.items()}
-        for name in named:
-            check_field(name)
+        named = prefix_values(parse_sections({"generate": values}))
         config = override_config(replace(self.config, model=self.model_config), named)
         with process_state_restored():
-            text = generate_text(self._checkpoint, config)
-        for warning in prefix_warnings(config, self._checkpoint.vocabulary):
+            generated = generate_texts([self._checkpoint], config)
+        for warning in prefix_warnings(generated.prefix, config.corpus, self._checkpoint.vocabulary):
             warnings.warn(warning, stacklevel=2)
-        return text
+        return generated.texts if len(generated.texts) > 1 else generated.texts[0]
 
     @cached_property
     def _checkpoint(self) -> LoadedCheckpoint:

@@ -12,6 +12,7 @@ import pytest
 from conftest import ROOT, Ended, job
 
 from job.__main__ import VERBS, CommandLine
+from job.config.schema import GenerateConfig
 from job.config.toml import FILE_FIELDS
 from job.console import format_json
 from job.data.text_size import TextSize
@@ -160,7 +161,7 @@ def test_help_for_tune_lists_every_field_with_its_default() -> None:
 
 def test_help_for_generate_lists_only_its_fields() -> None:
     flags = re.findall(r"(?m)^  --(\S+)", job("generate", "-h").out)
-    fields = [f"generate.{name}" for name in ("prefix", "length", "temperature", "unknown")]
+    fields = GenerateConfig.config_fields()
     assert flags == ["run.seed", "model.cell", *fields, "evaluate.weights", "json", "debug"]
 
 

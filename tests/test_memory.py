@@ -8,11 +8,12 @@ import pytest
 import torch
 from conftest import not_none
 
-from job.config.schema import Config, GenerateConfig, ModelConfig, OptimizerConfig, StreamConfig
+from job.config.schema import Config, ModelConfig, OptimizerConfig, StreamConfig
 from job.data.dataset import Dataset
 from job.data.vocabulary import Vocabulary
 from job.distributed.context import World
-from job.inference.generate import generate_batch, load_model
+from job.inference.ensemble import Ensemble
+from job.inference.generate import continue_greedily, load_model
 from job.nn.language_model import LanguageModel
 from job.run.run_dir import open_checkpoint
 from job.storage import Folder
@@ -138,12 +139,10 @@ class ConstantModel(torch.nn.Module):
 def test_generation_takes_the_memory_of_its_tokens_alone() -> None:
     """A tensor for each token took 700 MB for the longest sample."""
     length, results = 50_000, []
-    prefix_NB = torch.zeros(1, 1, dtype=torch.int64)
+    ensemble = Ensemble([cast(LanguageModel, ConstantModel())])
 
     def generate() -> None:
-        results.append(
-            generate_batch(cast(LanguageModel, ConstantModel()), prefix_NB, GenerateConfig(length=length), 0)
-        )
+        results.append(continue_greedily(ensemble, torch.tensor([0]), [None], length))
 
     assert peak_growth(generate) < 10 << 20
     assert results[0].sum() == length

@@ -9,9 +9,10 @@ from conftest import disable_kernel, not_none
 from torch import nn
 from torch.nn import functional as F
 
-from job.config.schema import GenerateConfig, ModelConfig
+from job.config.schema import ModelConfig
 from job.errors import UserError
-from job.inference.generate import generate_batch
+from job.inference.ensemble import Ensemble
+from job.inference.generate import continue_greedily
 from job.kernels import ops
 from job.kernels.build import load_library, unavailable_reason
 from job.nn.language_model import build_model, linear_cross_entropy
@@ -166,7 +167,12 @@ def test_greedy_decoding_equals_argmax_steps(
     model = build_model(ModelConfig(cell=cell, num_layers=layers, embedding_size=embedding, hidden_size=64), 28, 3)
     prefixes = torch.randint(0, 28, (5, 7))
     monkeypatch.setattr(ops, "GREEDY_CHUNK", 7)
-    generated = generate_batch(model, prefixes, GenerateConfig(length=40), 0)
+
+    def generate(prefixes_NB: torch.Tensor) -> torch.Tensor:
+        ensemble = Ensemble([model])
+        return continue_greedily(ensemble, prefixes_NB[-1], ensemble.advance(prefixes_NB[:-1], [None]), 40)
+
+    generated = generate(prefixes)
     inputs, state, expected = prefixes, None, []
     with torch.no_grad():
         for _ in range(40):
@@ -174,8 +180,7 @@ def test_greedy_decoding_equals_argmax_steps(
             inputs = logits[-1:].argmax(2)
             expected.append(inputs[0])
     assert torch.equal(generated, torch.stack(expected))
-    alone = generate_batch(model, prefixes[:, 3:4], GenerateConfig(length=40), 0)
-    assert torch.equal(alone, generated[:, 3:4])
+    assert torch.equal(generate(prefixes[:, 3:4]), generated[:, 3:4])
 
 
 def test_flatten_weights_makes_equal_contiguous_weights() -> None:

@@ -11,7 +11,8 @@ from conftest import Ended, job, result, rows, search_config
 
 from job.config.config_file import load_config
 from job.console import Console
-from job.inference.generate import generate_text, prefix_warnings
+from job.inference.generate import generate_text
+from job.inference.prefix import prefix_warnings
 from job.nn.language_model import build_model
 from job.run.setup import build_run_spec
 from job.storage import Folder
@@ -78,7 +79,7 @@ def test_sample_begins_with_prefix_as_typed_and_unknown_tokens_are_named_once(
     elif loaded.vocabulary.kind == "char":
         assert len(text) == len(prefix) + length
     warnings = [f"generate.prefix: not in the vocabulary, and read as <unk>: {unknown}"] if unknown else []
-    assert prefix_warnings(loaded.config, loaded.vocabulary) == warnings
+    assert prefix_warnings(loaded.config.generate.prefix, loaded.config.corpus, loaded.vocabulary) == warnings
 
 
 def test_train_and_generate_warn_about_unknown_tokens_of_the_prefix_once(tmp_path: Path) -> None:

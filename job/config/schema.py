@@ -298,8 +298,27 @@ class GenerateConfig(Section, on_resume=FREE):
         "time traveller", "text to continue (prompt); the default becomes the text's beginning if unknown to it"
     )
     length: int = config_field(50, "length of the continuation", "tokens", ge=0, le=10**6)
+    prefix_file: str = config_field(
+        "", "file of the text to continue, UTF-8, in place of generate.prefix; -: standard input", is_path=True
+    )
     temperature: float = config_field(0.0, "sampling temperature; 0: greedy", ge=0)
+    top_k: int = config_field(0, "sample only from the k most likely tokens; 0: from all", "tokens", ge=0)
+    top_p: float = config_field(1.0, "sample only from the most likely tokens of this total probability", gt=0, le=1)
+    seed: int = config_field(-1, "seed of the sampling; -1: run.seed", ge=-1, lt=2**63)
+    num_samples: int = config_field(1, "number of continuations", ge=1, le=10**6)
+    stop: str = config_field("", "text before which a continuation ends; empty: none")
     unknown: bool = config_field(False, "generate <unk> like any other token; false: never")
+    save_state: str = config_field("", "file in which the state after the prefix is stored; empty: none", is_path=True)
+    load_state: str = config_field("", "file of a state to continue from; empty: a zero state", is_path=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.temperature:
+            return
+        for name, default in (("top_k", 0), ("top_p", 1.0), ("num_samples", 1)):
+            if getattr(self, name) != default:
+                problem = f"generate.{name} = {getattr(self, name)}: generate.temperature = 0 is greedy decoding"
+                raise UserError(problem, f"raise the temperature, or set generate.{name} to {default}")
 
 
 @dataclass(frozen=True)

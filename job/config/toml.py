@@ -32,11 +32,11 @@ def expand_paths(values: ConfigValues) -> ConfigValues:
     """Returns values that a user wrote with ``$NAME`` and ``~`` expanded in paths, those in search.space included.
 
     Raises:
-        UserError: if a variable is not set, or a text other than the prefix contains a URI with credentials
+        UserError: if a variable is not set, or a text other than those of generation contains a URI with credentials
     """
 
     def expand(name: str, text: str) -> str:
-        if name.startswith("generate."):
+        if name in ("generate.prefix", "generate.stop"):
             return text
         check_no_credentials(name, text)
         with error_origin(f"{name} = {text}" if "$" in text else name):

@@ -31,6 +31,47 @@ def mean_log_probabilities(log_probabilities: Sequence[Tensor]) -> Tensor:
     return torch.logsumexp(torch.stack(list(log_probabilities)), 0) - math.log(len(log_probabilities))
 
 
+class Ensemble:
+    """One or several models that generate text together.
+
+    Args:
+        models: put into evaluation mode; the output bias of a single one is replaced if a token is forbidden
+        forbidden: the id of a token that has no probability; None: there is none
+    """
+
+    def __init__(self, models: Sequence[LanguageModel], forbidden: int | None = None) -> None:
+        self.models, self.forbidden = [model.eval() for model in models], forbidden
+        if len(models) == 1 and forbidden is not None:  # so that the kernel of greedy decoding needs not know it
+            bias = models[0].linear.bias  # copied, since the checkpoint's weights must not change
+            bias.data = bias.data.index_fill(0, torch.tensor(forbidden), -math.inf)
+
+    @property
+    def vocabulary_size(self) -> int:
+        """The number of tokens V."""
+        return self.models[0].linear.out_features
+
+    @torch.no_grad()
+    def advance(self, tokens_TB: Tensor, states: Sequence[State]) -> list[State]:
+        """Returns the states of all models after a window, given those before it."""
+        return [model.advance(tokens_TB, state) for model, state in zip(self.models, states, strict=True)]
+
+    @torch.no_grad()
+    def logits(self, tokens_TB: Tensor, states: Sequence[State]) -> tuple[Tensor, list[State]]:
+        """Returns logits (T, B, V) and the states after a window; those of several models are log-probabilities."""
+        pairs = [model(tokens_TB, state) for model, state in zip(self.models, states, strict=True)]
+        logits, new_states = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        if len(logits) == 1:
+            return logits[0], new_states
+        mean_TBV = mean_log_probabilities([logits_TBV.double().log_softmax(2) for logits_TBV in logits])
+        if self.forbidden is not None:
+            mean_TBV[:, :, self.forbidden] = -math.inf
+        return mean_TBV, new_states
+
+    def generate_greedy(self, first_B: Tensor, states: Sequence[State], length: int) -> Tensor | None:
+        """Decodes greedily as ``LanguageModel.generate_greedy``; returns None for several models."""
+        return self.models[0].generate_greedy(first_B, states[0], length) if len(self.models) == 1 else None
+
+
 @torch.no_grad()
 def evaluate_ensemble(models: Sequence[LanguageModel], tokens: Tokens, lanes: Sequence[range], num_steps: int) -> float:
     """Returns the loss of some lanes under the mean of the models' probabilities, as ``evaluate_group`` of one model.

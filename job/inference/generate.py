@@ -1,29 +1,29 @@
-"""Loads a checkpoint's model and generates the continuation of a prefix.
+"""Loads a checkpoint's model and generates continuations of a prefix.
 
 Axes: N tokens of the prefix, T steps, B lanes, V tokens of the vocabulary.
 """
 
-import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from job.config.schema import BUILTIN_CELLS, Config, CorpusConfig, GenerateConfig, ModelConfig
-from job.data.corpus import clean_text
-from job.data.dataset import Dataset
-from job.data.tokens import Tokens, blocks
-from job.data.vocabulary import UNKNOWN, Vocabulary
+from job.config.schema import BUILTIN_CELLS, Config, GenerateConfig, ModelConfig
+from job.data.vocabulary import Vocabulary
 from job.errors import UserError
+from job.inference.ensemble import Ensemble, check_same_vocabulary
+from job.inference.prefix import encode_prefix, read_prefix
+from job.inference.sampling import sample_generator, sample_tokens
+from job.inference.saved_state import SavedState, check_no_file, read_state, write_state
 from job.nn.language_model import LanguageModel, build_model_with_weights
-from job.training.checkpoint import LoadedCheckpoint
+from job.nn.state import State, cat_states
+from job.training.checkpoint import LoadedCheckpoint, weights_sha256
 
-# Length of a prefix that is taken from the text.
-PREFIX_CHARACTERS = 12
-PREFIX_WORDS = 3
-MAX_NAMED_TOKENS = 10  # of a prefix, in a notice
+BATCH_LANES = 8  # that are sampled at a time; always as many, so that the last bits of a sample do not depend on others
+BLOCK_TOKENS = 1024  # of a prefix, per call of the model
+STOP_INTERVAL = 32  # tokens between two searches for generate.stop
 NO_CUSTOM_CELL = ModelConfig()
 
 
@@ -52,152 +52,169 @@ def load_model(
     return build_model_with_weights(stored, vocabulary_size, config.run.seed, weights, dtype, "checkpoint")
 
 
+@dataclass(frozen=True)
+class Generated:
+    """A prefix, as the user typed it, and its continuations."""
+
+    prefix: str
+    continuations: list[str]
+
+    @property
+    def texts(self) -> list[str]:
+        """The prefix with each of its continuations."""
+        return [self.prefix + continuation for continuation in self.continuations]
+
+
 def generate_text(checkpoint: LoadedCheckpoint, config: Config) -> str:
-    """Returns the prefix, as the user typed it, and its continuation by the checkpoint's model.
+    """Returns ``generate.prefix``, as the user typed it, and one continuation: the sample of a run.
+
+    Raises:
+        UserError: as ``generate_texts``
+    """
+    sample = replace(config.generate, prefix_file="", num_samples=1, save_state="", load_state="")
+    return generate_texts([checkpoint], replace(config, generate=sample)).texts[0]
+
+
+def generate_texts(checkpoints: Sequence[LoadedCheckpoint], config: Config) -> Generated:
+    """Returns the prefix and its continuations by a model.
 
     Args:
-        checkpoint: gives the model, the vocabulary and the cleaning of the prefix
+        checkpoints: of one model, or of several whose mean of probabilities is used; the first gives the vocabulary
+            and the cleaning of the prefix
         config: its ``generate`` section, ``evaluate.weights``, ``run.seed``, and the cell of ``model`` as the user gave
             it
 
     Raises:
-        UserError: none of the prefix's tokens is in the vocabulary, or as ``load_model``
+        UserError: none of the prefix's tokens is in the vocabulary, a file cannot be read or written, a checkpoint has
+            another vocabulary than the first one, or as ``load_model``
     """
-    vocabulary, prefix = checkpoint.vocabulary, config.generate.prefix
-    ids = encode_prefix(prefix, checkpoint.config.corpus, vocabulary)
-    model = load_model(checkpoint, config.model, config.evaluate.weights)
-    if vocabulary.unknown_id is not None and not config.generate.unknown:
-        bias = model.linear.bias  # copied, since the checkpoint's weights must not change
-        bias.data = bias.data.index_fill(0, torch.tensor(vocabulary.unknown_id), -math.inf)
-    prefixes_NB = torch.from_numpy(ids.astype(np.int64))[:, None]
-    tokens_TB = generate_batch(model, prefixes_NB, config.generate, config.run.seed)
-    continuation = vocabulary.decode(tokens_TB[:, 0].tolist())
-    has_blank = prefix[-1].isspace() or not continuation or continuation[0].isspace()
-    needs_blank = vocabulary.kind == "word" and not has_blank
-    return prefix + " " * needs_blank + continuation
+    check_same_vocabulary(checkpoints)
+    generate_config, vocabulary = config.generate, checkpoints[0].vocabulary
+    check_no_file(generate_config.save_state)
+    prefix = read_prefix(generate_config)
+    needs_ids = prefix or not generate_config.load_state
+    ids = encode_prefix(prefix, checkpoints[0].config.corpus, vocabulary) if needs_ids else np.empty(0, np.int32)
+    models = [load_model(checkpoint, config.model, config.evaluate.weights) for checkpoint in checkpoints]
+    needs_digests = generate_config.save_state or generate_config.load_state
+    digests = [weights_sha256(model.state_dict()) for model in models] if needs_digests else []
+    ensemble = Ensemble(models, None if generate_config.unknown else vocabulary.unknown_id)
+    saved = read_state(generate_config.load_state, ensemble, digests) if generate_config.load_state else None
+    state = read_tokens(ensemble, ids, saved)
+    if generate_config.save_state:
+        write_state(generate_config.save_state, state, digests)
+    seed = config.run.seed if generate_config.seed < 0 else generate_config.seed
+    samples = _generate_samples(ensemble, state, generate_config, seed, vocabulary)
+    return Generated(prefix, [_continuation(ids, prefix, vocabulary, generate_config.stop) for ids in samples])
 
 
-def prefix_warnings(config: Config, vocabulary: Vocabulary) -> list[str]:
-    """Returns a warning that names the tokens of the prefix that are not in the vocabulary, if there are any."""
-    tokens = vocabulary.unknown_tokens(clean_text(config.generate.prefix, config.corpus))
-    names = ", ".join(map(repr, tokens[:MAX_NAMED_TOKENS])) + ", …" * (len(tokens) > MAX_NAMED_TOKENS)
-    return [f"generate.prefix: not in the vocabulary, and read as {UNKNOWN}: {names}"] if tokens else []
-
-
-def resolve_prefix(prefix: str, corpus_config: CorpusConfig, dataset: Dataset) -> str:
-    """Returns the prefix, or the beginning of the training text in place of a default that the text does not have.
-
-    Args:
-        prefix: ``generate.prefix``; checked unless it is the default
-        corpus_config: its cleaning
-        dataset: the vocabulary and the text
-
-    Raises:
-        UserError: none of the prefix's tokens is in the vocabulary
-    """
-    vocabulary, tokens = dataset.vocabulary, dataset.train_tokens
-    if prefix == GenerateConfig.prefix:
-        ids = vocabulary.encode(clean_text(prefix, corpus_config))
-        is_known = vocabulary.is_text(ids) if vocabulary.has_unknown else _occur(ids, tokens)
-        prefix = prefix if is_known.all() else _first_known_text(vocabulary, tokens)
-    encode_prefix(prefix, corpus_config, vocabulary)
-    return prefix
-
-
-def _occur(ids: np.ndarray, tokens: Tokens) -> np.ndarray:
-    """Returns whether each id occurs among the tokens, of which it reads no more than needed."""
-    is_known = np.zeros(len(ids), bool)
-    for block in blocks(tokens):
-        is_known |= np.isin(ids, block)
-        if is_known.all():
-            break
-    return is_known
-
-
-def _find_first(tokens: Tokens, is_wanted: Callable[[np.ndarray], np.ndarray]) -> int | None:
-    """Returns the index of the first token that is wanted, of which it reads no more than needed."""
-    start = 0
-    for block in blocks(tokens):
-        wanted = is_wanted(block)
-        if wanted.any():
-            return start + int(np.argmax(wanted))
-        start += len(block)
-    return None
-
-
-def _first_known_text(vocabulary: Vocabulary, tokens: Tokens) -> str:
-    """Returns the first known characters or words, without blanks before them unless there are only blanks."""
-    blank_ids = [index for index in range(len(vocabulary)) if not vocabulary.decode([index]).strip()]
-    start = _find_first(tokens, lambda block: vocabulary.is_text(block) & ~np.isin(block, blank_ids))
-    if start is None:
-        start = _find_first(tokens, vocabulary.is_text)
-    if start is None:
-        problem = "vocabulary: contains no token of the training text"
-        raise UserError(problem, "raise vocabulary.size or lower vocabulary.min_frequency")
-    beginning = np.asarray(tokens[start : start + 4 * PREFIX_CHARACTERS])  # a character has up to four bytes
-    num_known = np.cumprod(vocabulary.is_text(beginning)).sum()
-    text = vocabulary.decode(beginning[:num_known].tolist())
-    text = text.lstrip() or text
-    return " ".join(text.split()[:PREFIX_WORDS]) or text if vocabulary.kind == "word" else text[:PREFIX_CHARACTERS]
-
-
-def encode_prefix(prefix: str, corpus_config: CorpusConfig, vocabulary: Vocabulary) -> np.ndarray:
-    """Returns the token ids (N,) of a prefix, cleaned as the corpus was.
-
-    Raises:
-        UserError: it is empty, or none of its tokens is in the vocabulary
-    """
-    ids = vocabulary.encode(clean_text(prefix, corpus_config))
-    if not prefix:
-        raise UserError("generate.prefix is empty", "give a text to continue")
-    if not len(ids):
-        is_d2l = corpus_config.cleaning == "d2l"
-        reason = "letters from A to Z, and corpus.cleaning = d2l keeps only those" if is_d2l else "words"
-        raise UserError(f"generate.prefix = {prefix!r}: contains no {reason}", "choose another prefix")
-    if vocabulary.is_unknown(ids).all():
-        problem = f"generate.prefix = {prefix!r}: none of its tokens is in the vocabulary"
-        raise UserError(problem, "choose another prefix")
-    return ids
+def _continuation(ids: list[int], prefix: str, vocabulary: Vocabulary, stop: str) -> str:
+    """Returns the text of generated tokens up to ``stop``, with a blank if it is needed after the prefix."""
+    text = vocabulary.decode(ids)
+    has_blank = not prefix or prefix[-1].isspace() or not text or text[0].isspace()
+    text = " " * (vocabulary.kind == "word" and not has_blank) + text
+    return text.partition(stop)[0] if stop else text
 
 
 @torch.no_grad()
-def generate_batch(model: LanguageModel, prefixes_NB: Tensor, generate_config: GenerateConfig, seed: int) -> Tensor:
-    """Continues prefixes of equal length, as ``predict_ch8`` of the d2l book does (section 9.5).
+def read_tokens(ensemble: Ensemble, ids: np.ndarray, saved: SavedState | None = None) -> SavedState:
+    """Returns the state after a prefix, in memory that does not depend on its length.
 
     Args:
-        model: put into evaluation mode
-        prefixes_NB: token ids, int64, N at least 1
-        generate_config: length and temperature; temperature 0 is greedy decoding
-        seed: seed of the sampling
-
-    Returns:
-        Token ids (length, B), int64.
+        ensemble: the models
+        ids: token ids (N,), N at least 1 unless there is a saved state
+        saved: the state before the prefix; None: zero
     """
-    length, temperature = generate_config.length, generate_config.temperature
-    model.eval()
-    device = next(model.parameters()).device
-    generator = torch.Generator(device).manual_seed(seed)
-    inputs_TB, state = prefixes_NB.to(device), None
-    if not temperature:
-        if len(inputs_TB) > 1:
-            _, state = model(inputs_TB[:-1], state)
-        greedy_TB = model.generate_greedy(inputs_TB[-1], state, length)
-        if greedy_TB is not None:
-            return greedy_TB
-        inputs_TB = inputs_TB[-1:]
-    generated_TB = inputs_TB.new_empty(length, inputs_TB.shape[1])
+    states: list[State] = [None] * len(ensemble.models) if saved is None else saved.states
+    ids = ids if saved is None else np.concatenate([[saved.token], ids])
+    for start in range(0, len(ids) - 1, BLOCK_TOKENS):
+        block = ids[start : min(start + BLOCK_TOKENS, len(ids) - 1)]
+        states = ensemble.advance(torch.from_numpy(block.astype(np.int64))[:, None], states)
+    return SavedState(states, int(ids[-1]))
+
+
+def _generate_samples(
+    ensemble: Ensemble, state: SavedState, generate_config: GenerateConfig, seed: int, vocabulary: Vocabulary
+) -> list[list[int]]:
+    """Returns the token ids of ``generate.num_samples`` continuations, which may go on after ``generate.stop``."""
+    length, first_1 = generate_config.length, torch.tensor([state.token])
+    if not generate_config.temperature:
+        return [continue_greedily(ensemble, first_1, state.states, length)[:, 0].tolist()]
+    samples: list[list[int]] = []
+    states_B, first_B = [cat_states([lane] * BATCH_LANES) for lane in state.states], first_1.expand(BATCH_LANES)
+    for first in range(0, generate_config.num_samples, BATCH_LANES):
+        numbers = range(first, min(first + BATCH_LANES, generate_config.num_samples))
+        generators = [sample_generator(seed, number) for number in numbers]
+        has_ended = StopCondition(vocabulary, generate_config.stop, len(numbers))
+        tokens_TB = continue_randomly(ensemble, first_B, states_B, generate_config, generators, has_ended)
+        samples += tokens_TB[:, : len(numbers)].T.tolist()
+    return samples
+
+
+@torch.no_grad()
+def continue_greedily(ensemble: Ensemble, first_B: Tensor, states: list[State], length: int) -> Tensor:
+    """Returns the token ids (length, B), int64, of the most likely tokens, as ``predict_ch8`` of the d2l book does.
+
+    Args:
+        ensemble: the models
+        first_B: each lane's last token before those, int64
+        states: of each model before that token
+        length: number of tokens
+
+    Source: section 9.5 of https://d2l.ai
+    """
+    greedy_TB = ensemble.generate_greedy(first_B, states, length)
+    if greedy_TB is not None:
+        return greedy_TB
+    tokens_TB, inputs_TB = first_B.new_empty(length, len(first_B)), first_B[None]
     for step in range(length):
-        logits_TBV, state = model(inputs_TB, state)
-        generated_TB[step] = _sample(logits_TBV[-1], temperature, generator)
-        inputs_TB = generated_TB[step : step + 1]
-    return generated_TB
+        logits_TBV, states = ensemble.logits(inputs_TB, states)
+        tokens_TB[step] = logits_TBV[-1].argmax(1)
+        inputs_TB = tokens_TB[step : step + 1]
+    return tokens_TB
 
 
-def _sample(logits_BV: Tensor, temperature: float, generator: torch.Generator) -> Tensor:
-    """Returns the most likely token of each lane at temperature 0, else a random one."""
-    if not temperature:
-        return logits_BV.argmax(1)
-    # Shifted to a maximum of 0 and in float64, so that no temperature is too low.
-    shifted_BV = (logits_BV - logits_BV.amax(1, keepdim=True)).double()
-    probabilities_BV = torch.softmax(shifted_BV / temperature, 1)
-    return torch.multinomial(probabilities_BV, 1, generator=generator)[:, 0]
+@torch.no_grad()
+def continue_randomly(
+    ensemble: Ensemble,
+    first_B: Tensor,
+    states: list[State],
+    generate_config: GenerateConfig,
+    generators: Sequence[torch.Generator],
+    has_ended: "StopCondition",
+) -> Tensor:
+    """Returns the token ids (T, B), int64, of sampled tokens.
+
+    The arguments that ``continue_greedily`` has not are:
+
+    Args:
+        generate_config: number of tokens, and how they are chosen
+        generators: of the first lanes; the others are only computed, and are given the token 0
+        has_ended: whether fewer tokens are enough
+    """
+    tokens_TB, inputs_TB = first_B.new_zeros(generate_config.length, len(first_B)), first_B[None]
+    for step in range(len(tokens_TB)):
+        logits_TBV, states = ensemble.logits(inputs_TB, states)
+        tokens_TB[step, : len(generators)] = sample_tokens(logits_TBV[-1], generate_config, generators)
+        inputs_TB = tokens_TB[step : step + 1]
+        if (step + 1) % STOP_INTERVAL == 0 and has_ended(tokens_TB[: step + 1]):
+            return tokens_TB[: step + 1]
+    return tokens_TB
+
+
+class StopCondition:
+    """Whether ``generate.stop`` has occurred in all of some continuations."""
+
+    def __init__(self, vocabulary: Vocabulary, stop: str, num_lanes: int) -> None:
+        self.vocabulary, self.stop, self.lanes = vocabulary, stop, set(range(num_lanes))
+        self.tail = STOP_INTERVAL + len(stop.encode())  # tokens, each of a byte or more
+
+    def __call__(self, tokens_TB: Tensor) -> bool:
+        """Searches the last tokens of each lane; called after every ``STOP_INTERVAL`` of them."""
+        for lane in list(self.lanes if self.stop else ()):
+            ids_T = tokens_TB[:, lane]
+            if self._occurs(ids_T[-self.tail :]) and self._occurs(ids_T):  # the tail may begin inside a character
+                self.lanes.discard(lane)
+        return not self.lanes
+
+    def _occurs(self, ids_T: Tensor) -> bool:
+        return self.stop in self.vocabulary.decode(ids_T.tolist())

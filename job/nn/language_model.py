@@ -70,6 +70,10 @@ class LanguageModel(nn.Module):
         hidden_TBH, state = self._hidden_states(tokens_TB, state, regularization)
         return self.linear(hidden_TBH if regularization is None else regularization.drop_outputs(hidden_TBH)), state
 
+    def advance(self, tokens_TB: Tensor, state: State) -> State:
+        """Returns the state after a window without computing logits; the arguments are those of ``forward``."""
+        return self._hidden_states(tokens_TB, state, None)[1]
+
     def cross_entropy_sum(
         self, tokens_TB: Tensor, targets_TB: Tensor, state: State, regularization: Regularization | None = None
     ) -> tuple[Tensor, State]:

@@ -15,7 +15,7 @@ from job.data.vocabulary import Vocabulary, unknown_warnings
 from job.data.vocabulary_file import find_vocabulary, read_vocabulary, read_vocabulary_file
 from job.errors import UserError, error_origin, report_os_error
 from job.inference.evaluate import count_target_characters
-from job.inference.generate import prefix_warnings, resolve_prefix
+from job.inference.prefix import prefix_warnings, resolve_prefix
 from job.nn.language_model import build_model, check_shapes, check_tied, place_by_token, reference_state_dict
 from job.run.estimate import check_weights
 from job.run.run_dir import open_checkpoint
@@ -61,7 +61,9 @@ def build_run_spec(config: Config, folder: Folder, content: Content | None = Non
 
 def run_warnings(spec: RunSpec) -> list[str]:
     """Returns warnings about too many unknown tokens in a text, and unknown tokens in the prefix."""
-    return unknown_warnings(spec.dataset.unknown_shares) + prefix_warnings(spec.config, spec.dataset.vocabulary)
+    return unknown_warnings(spec.dataset.unknown_shares) + prefix_warnings(
+        spec.config.generate.prefix, spec.config.corpus, spec.dataset.vocabulary
+    )
 
 
 def format_dropped_share(spec: RunSpec, min_share: float = 0.0) -> str:
