@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -85,14 +86,21 @@ def endless(train_state: TrainState, config: Config) -> Iterator[object]:
 
 
 def our_steps(
-    shapes: Shapes, precision: str, world: World = ONE_WORKER, reproducible: bool = False, exact_steps: int = 0
+    shapes: Shapes,
+    precision: str,
+    world: World = ONE_WORKER,
+    reproducible: bool = False,
+    exact_steps: int = 0,
+    **model: Any,
 ) -> Iterator[object]:
     """The training steps of one worker, each of which holds ``shapes.lanes`` lanes, in eight groups if reproducible.
+
+    The model has the other fields ``model``.
 
     The first ``exact_steps`` have their own loss also on a GPU, which otherwise is that of the step before.
     """
     config = Config(
-        model=ModelConfig(cell=shapes.cell, hidden_size=shapes.units),
+        model=ModelConfig(cell=shapes.cell, hidden_size=shapes.units, **model),
         stream=StreamConfig(batch_size=shapes.lanes * world.size, num_steps=shapes.steps, offset=0),
         train=TrainConfig(reproducible=reproducible, lane_groups=8 * world.size),
     )

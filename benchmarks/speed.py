@@ -1,6 +1,6 @@
 """One core: a step of ours against the seed's loop written plainly, and against the machine's limits.
 
-    make bench-speed        (or: python -m benchmarks.speed [--rounds N])
+    make bench-speed        (or: python -m benchmarks.speed [--rounds N] [--techniques])
 
 All variants take turns in this process on one thread. Times are CPU times of this process, which other
 processes on a shared machine affect less than wall-clock times; ratios are of neighbouring turns.
@@ -11,6 +11,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 from unittest import mock
 
 import torch
@@ -24,6 +25,20 @@ from job.nn.rnn import RecurrentLayers
 
 SIZES = {"seed's": (32, 40, 256, 28), "larger": (64, 64, 512, 256)}
 VARIANTS = {"auto": "auto", "auto, no compiler": "auto", "fp32": "fp32", "fp32, no compiler": "fp32"}
+
+
+CHARACTERS, WORDS = Shapes("lstm", 32, 64, 512, 128), Shapes("lstm", 20, 35, 256, 10_000)
+TECHNIQUES: dict[str, dict[str, Any]] = {
+    "none": {},
+    "dropout": {"dropout": 0.3},
+    "locked dropout": {"dropout": 0.3, "dropout_locked": True},
+    "input dropout": {"input_dropout": 0.3},
+    "embedding dropout": {"embedding_dropout": 0.1},
+    "weight-drop": {"weight_drop": 0.5},
+    "AR and TAR": {"activation_regularization": 2.0, "temporal_regularization": 1.0},
+    "tied weights": {"tied": True},
+}
+TECHNIQUES["all"] = {name: value for options in TECHNIQUES.values() for name, value in options.items()}
 
 
 def without_kernel(name: str) -> contextlib.AbstractContextManager[object]:
@@ -52,6 +67,18 @@ def recurrences(shapes: Shapes, dtype: torch.dtype) -> Iterator[object]:
         yield None
 
 
+def turns(runs: dict[str, Iterator[object]], rounds: int, times: int) -> dict[str, list[float]]:
+    """Milliseconds of each variant in each round, of which the first one only warms up."""
+    results: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(rounds + 1):
+        for name, run in runs.items():
+            with without_kernel(name):
+                elapsed = milliseconds(lambda run=run: next(run), times)  # type: ignore[misc]
+            if number:
+                results[name].append(elapsed)
+    return results
+
+
 def row(shapes: Shapes, rounds: int, peak: Limits) -> None:
     """Measures one cell at one size: all variants take turns."""
     fast_dtype = torch.bfloat16 if supports_dtype(torch.bfloat16) else torch.float32
@@ -61,13 +88,7 @@ def row(shapes: Shapes, rounds: int, peak: Limits) -> None:
         "fp32: recurrence": recurrences(shapes, torch.float32),
     }
     times = max(3, round(2e10 / shapes.operations))  # enough that the first, cold step of a turn has little weight
-    results: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds + 1):
-        for name, run in runs.items():
-            with without_kernel(name):
-                elapsed = milliseconds(lambda run=run: next(run), times)  # type: ignore[misc]
-            if number:  # the first round warms up
-                results[name].append(elapsed)
+    results = turns(runs, rounds, times)
     for name, values in results.items():
         dtype = fast_dtype if name.startswith("auto") else torch.float32
         operations = shapes.recurrent_operations if "recurrence" in name else shapes.operations
@@ -78,12 +99,34 @@ def row(shapes: Shapes, rounds: int, peak: Limits) -> None:
         print(f"  {name:<20}{ms:9.2f}{floor:8.2f}{memory_floor:8.2f}{floor / ms:8.0%}   {ratio}", flush=True)
 
 
+def technique_rows(shapes: Shapes, rounds: int) -> None:
+    """Measures a step with each technique of regularization against one without any, with and without the kernel."""
+    sizes: dict[str, Any] = {"num_layers": 2, "embedding_size": shapes.units}
+    runs = {
+        f"{technique}{implementation}": our_steps(shapes, "auto", **sizes, **options)
+        for implementation in ("", ", no compiler")
+        for technique, options in TECHNIQUES.items()
+    }
+    results = turns(runs, rounds, times=2)
+    for name, values in results.items():
+        none = results["none, no compiler" if "no compiler" in name else "none"]
+        print(f"  {name:<32}{statistics.median(values):9.2f}   {measure.ratios(values, none)}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--techniques", action="store_true", help="the cost of each technique of regularization")
+    arguments = parser.parse_args()
+    rounds = arguments.rounds
     raise_malloc_thresholds()  # as in every worker
     torch.set_num_threads(1)
+    if arguments.techniques:
+        print(measure.machine())
+        for name, shapes in {"characters": CHARACTERS, "words": WORDS}.items():
+            print(f"{name}: ms, and its ratio to a step without techniques: median (range)")
+            technique_rows(shapes, rounds)
+        return
     peak = limits()
     gflops, bf16, memory = (limit / 1e9 for limit in (peak.float32, peak.bfloat16, peak.memory))
     print(

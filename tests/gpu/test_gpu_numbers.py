@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import disable_kernel
-from test_cuda_graph import small_config, train
+from test_cuda_graph import REGULARIZATION, small_config, train
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -101,11 +101,13 @@ def plain_loss(
     if model.embedding is None:
         x_TBE = F.one_hot(batch.inputs_TB, model.linear.out_features).double()
     else:
-        x_TBE = model.embedding(batch.inputs_TB)
+        embedded_TBE = model.embedding(batch.inputs_TB)
+        x_TBE = regularization.drop_inputs(embedded_TBE, batch.inputs_TB, model.linear.out_features)
     last_states: list[tuple[Tensor, ...]] = []
     if cell in NN_CELLS:
         recurrent: Any = model.rnn
-        for layer, weights in enumerate(recurrent.all_weights):
+        for layer, (weight_GE, weight_GH, *biases) in enumerate(recurrent.all_weights):
+            weights = [weight_GE, regularization.drop_weight(weight_GH, layer), *biases]
             module = NN_CELLS[cell](x_TBE.shape[2], weights[1].shape[1]).double()
             if layer:
                 x_TBE = regularization.drop_between_layers(x_TBE, layer)
@@ -142,10 +144,15 @@ def test_step_on_gpu_agrees_with_plain_modules_in_float64(
 ) -> None:
     if cell not in BUILTIN_CELLS and num_layers > 1:
         cell = "cells:LinearCell"  # DecayCell has one layer only
-    probability = 0.3 if num_layers > 1 else 0.0
+    rates: dict[str, Any] = {"dropout": 0.3} if num_layers > 1 else {}
+    if num_layers > 1 and sizes.embedding:
+        rates |= {"input_dropout": 0.2, "embedding_dropout": 0.1}
+    if num_layers > 1 and cell in BUILTIN_CELLS:
+        rates |= {"weight_drop": 0.2}
     config = ModelConfig(
-        cell=cell, hidden_size=sizes.units, num_layers=num_layers, embedding_size=sizes.embedding, dropout=probability
-    )
+        cell=cell, hidden_size=sizes.units, num_layers=num_layers, embedding_size=sizes.embedding,
+        dropout_locked=bool(sizes.embedding), **rates,
+    )  # fmt: skip
     model = build_model(config, sizes.tokens, seed=1)
     exact = copy.deepcopy(model).double()
     model = model.to(device, numbers.weights)
@@ -239,7 +246,7 @@ def test_graph_with_converted_weights_equals_eager_step(cell: str, monkeypatch: 
     monkeypatch.setattr("job.nn.rnn._rnn_layer_kernel", layer)
     config = dataclasses.replace(
         small_config(epochs=2),
-        model=ModelConfig(cell=cell, hidden_size=8, num_layers=2, embedding_size=4, dropout=0.3),
+        model=ModelConfig(cell=cell, hidden_size=8, num_layers=2, embedding_size=4, dropout=0.3, **REGULARIZATION),
         optimizer=OptimizerConfig(name="adamw", learning_rate=0.1, grad_clip_norm=0.5),
     )
     eager, graph = (train(config, use_graph) for use_graph in (False, True))

@@ -1,6 +1,7 @@
-"""Milliseconds for the dropout keys of one layer and step: with the kernel, without it, and one Python call per key.
+"""Milliseconds for the dropout of one layer and step: its keys with the kernel, without it, and with one Python call
+per key; and the masks of a million elements, forward and backward, with the kernel and without it.
 
-python -m benchmarks.dropout_keys [--rounds N]
+python -m benchmarks.dropout [--rounds N]
 """
 
 import argparse
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import measure
-from job.nn.dropout import dropout_keys
+from job.kernels.ops import supports_dtype
+from job.nn.dropout import drop, dropout_keys
 
 
 def _key(seed: int, step: int, layer: int, lane: int) -> int:
@@ -39,10 +41,22 @@ def milliseconds(run: Callable[[range], Tensor], lanes: range) -> float:
     return (time.process_time() - start) * 1e3 / max(1, 10_000 // len(lanes))
 
 
+def masks(dtype: torch.dtype, name: str) -> float:
+    """Milliseconds of 64 steps of 32 lanes with 512 units, forward and backward."""
+    x, gradient = torch.randn(2, 64, 32, 512).to(dtype)
+    x.requires_grad_()
+    keys = dropout_keys(0, 5, 1, range(32))
+    with mock.patch("job.kernels.ops.supports_dtype", (lambda _: False) if name == "no kernel" else supports_dtype):
+        start = time.process_time()
+        torch.autograd.grad(drop(x, 0.3, keys), x, gradient)
+        return (time.process_time() - start) * 1e3
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=11)
     rounds = parser.parse_args().rounds
+    torch.set_num_threads(1)
     print(measure.machine())
     runs = {"kernel": lambda lanes: dropout_keys(0, 5, 1, lanes), "no kernel": without_kernel, "before": one_by_one}
     for lanes in (range(32), range(1024), range(65_536)):
@@ -54,6 +68,11 @@ def main() -> None:
         for name, values in results.items():
             ratio = measure.ratios(results["before"], values)
             print(f"  {len(lanes):>6} lanes  {name:<10}{statistics.median(values):10.3f}   {ratio}", flush=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        pairs = [(masks(dtype, "kernel"), masks(dtype, "no kernel")) for _ in range(rounds + 1)][1:]
+        kernel, plain = (list(values) for values in zip(*pairs, strict=True))
+        medians = statistics.median(kernel), statistics.median(plain)
+        print(f"  masks, {dtype}: {medians[0]:.2f}, no kernel {medians[1]:.2f}   {measure.ratios(plain, kernel)}")
 
 
 if __name__ == "__main__":
