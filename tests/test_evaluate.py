@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,6 +89,65 @@ def test_evaluate_tokens_of_a_model_twice_is_that_of_the_model() -> None:
     model = random_model()
     alone = evaluate_tokens([model], TOKENS, EvaluateConfig())
     assert evaluate_tokens([model, model], TOKENS, EvaluateConfig()) == pytest.approx(alone, rel=1e-12)
+
+
+# --- dynamic evaluation ---
+
+
+def plain_dynamic(model: LanguageModel, config: EvaluateConfig) -> torch.Tensor:
+    """The losses of all tokens, by torch's LSTM and optimizer; decay is a pull towards the trained weights."""
+    lstm, linear = torch.nn.LSTM(28, 32).double(), torch.nn.Linear(32, 28).double()
+    lstm.load_state_dict(model.rnn.state_dict())
+    linear.load_state_dict(model.linear.state_dict())
+    weights = [*lstm.parameters(), *linear.parameters()]
+    trained = [weight.detach().clone() for weight in weights]
+    optimizer, state, losses = torch.optim.SGD(weights, lr=config.dynamic), None, []
+    for start in range(0, len(TOKENS) - 1, config.dynamic_steps):
+        segment = torch.from_numpy(TOKENS[start : start + config.dynamic_steps + 1])
+        outputs, state = lstm(torch.nn.functional.one_hot(segment[:-1], 28).double(), state)
+        nats = torch.nn.functional.cross_entropy(linear(outputs), segment[1:], reduction="none")
+        pulls = [config.dynamic_decay * (old - weight.detach()) for old, weight in zip(trained, weights, strict=True)]
+        optimizer.zero_grad()
+        nats.mean().backward()
+        optimizer.step()
+        with torch.no_grad():
+            for weight, pull in zip(weights, pulls, strict=True):
+                weight.add_(pull)
+        state = state[0].detach(), state[1].detach()
+        losses.append(nats.detach())
+    return torch.cat(losses)
+
+
+@pytest.mark.parametrize(("steps", "decay"), [(20, 0.0), (7, 0.1), (999, 0.0), (5000, 0.0)])
+def test_evaluate_tokens_with_dynamic_equals_sgd_on_the_text(steps: int, decay: float) -> None:
+    model = random_model()
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    config = EvaluateConfig(dynamic=0.5, dynamic_decay=decay, dynamic_steps=steps)
+    nats = evaluate_tokens([model], TOKENS, config)
+    assert nats == pytest.approx(float(plain_dynamic(model, config).sum()), rel=1e-9)
+    is_single_segment = steps >= len(TOKENS) - 1
+    static = evaluate_tokens([model], TOKENS, EvaluateConfig())
+    assert (nats == pytest.approx(static, rel=1e-9)) == is_single_segment  # whose update comes too late
+    assert all(torch.equal(weight, before[name]) for name, weight in model.state_dict().items())
+
+
+def test_evaluate_tokens_with_dynamic_of_several_models_is_the_mean_of_their_probabilities() -> None:
+    models, config = [random_model(1), random_model(2)], EvaluateConfig(dynamic=0.5)
+    expected = torch.stack([-plain_dynamic(model, config) for model in models]).exp().mean(0).log().sum()
+    assert evaluate_tokens(models, TOKENS, config) == pytest.approx(-float(expected), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"dynamic": 0.1, "lanes": 2}, "evaluate.dynamic = 0.1: the weights follow one lane .*; leave out"),
+        ({"dynamic": 0.1, "context": 2}, "evaluate.dynamic = 0.1: the weights follow one lane .*; leave out"),
+        ({"dynamic_decay": 0.1}, "evaluate.dynamic_decay = 0.1: evaluate.dynamic = 0 changes no weights; set"),
+    ],
+)
+def test_evaluate_config_with_fields_that_contradict_dynamic_raises(fields: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        EvaluateConfig(**fields)
 
 
 # --- several runs, on the command line ---

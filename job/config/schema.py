@@ -330,9 +330,22 @@ class EvaluateConfig(Section, on_resume=FREE):
     weights: str = choice_field(
         "weights that generate and evaluate use", auto="average if there is one", raw="", average=""
     )
+    dynamic: float = config_field(
+        0.0, "learning rate of SGD by which the weights follow the text (dynamic evaluation); 0: none", ge=0
+    )
+    dynamic_decay: float = config_field(
+        0.0, "share of the way back to the trained weights, at each of its updates", ge=0, le=1
+    )
+    dynamic_steps: int = config_field(20, "tokens between two of its updates", "tokens", ge=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.dynamic and (self.context or self.lanes > 1):
+            problem = f"evaluate.dynamic = {self.dynamic}: the weights follow one lane with a carried state only"
+            raise UserError(problem, "leave out evaluate.lanes and evaluate.context")
+        if self.dynamic_decay and not self.dynamic:
+            problem = f"evaluate.dynamic_decay = {self.dynamic_decay}: evaluate.dynamic = 0 changes no weights"
+            raise UserError(problem, "set evaluate.dynamic, or leave it out")
         if self.context and self.lanes > 1:
             problem = f"evaluate.lanes = {self.lanes}: evaluate.context = {self.context} splits the text already"
             raise UserError(problem, "leave one of them out")

@@ -16,6 +16,7 @@ from job.data.tokens import Tokens, count_characters, count_unknown
 from job.data.vocabulary import END_OF_LINE, Vocabulary
 from job.distributed.tree_reduce import tree_sum
 from job.errors import UserError
+from job.inference.dynamic import evaluate_dynamic
 from job.inference.ensemble import check_same_vocabulary, evaluate_ensemble
 from job.inference.generate import load_model
 from job.nn.language_model import LanguageModel
@@ -93,10 +94,12 @@ def evaluate_tokens(models: Sequence[LanguageModel], tokens: Tokens, evaluate_co
     Args:
         models: several are an ensemble, whose probabilities are the mean of theirs
         tokens: token ids (N,), N at least 2
-        evaluate_config: how the text is split into lanes
+        evaluate_config: how the text is split into lanes, or the weights follow it
     """
     for model in models:
         model.eval()
+    if evaluate_config.dynamic:
+        return evaluate_dynamic(models, tokens, evaluate_config)
     return tree_sum([_evaluate_group(models, tokens, group) for group in lane_groups(len(tokens) - 1, evaluate_config)])
 
 
