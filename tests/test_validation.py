@@ -41,10 +41,13 @@ def config_flags(prose: Path, **more: Any) -> dict[str, Any]:
     return {**FLAGS, "corpus.source": str(prose), **{name.replace("__", "."): value for name, value in more.items()}}
 
 
+def words(flags: dict[str, Any]) -> list[object]:
+    return [word for flag, value in flags.items() for word in (f"--{flag}", value)]
+
+
 def run(prose: Path, storage: Path, name: str, **more: Any) -> Path:
     """The folder of a run that this command finishes."""
-    flags = config_flags(prose, run__storage=storage, run__name=name, **more)
-    ended = job("train", *[word for flag, value in flags.items() for word in (f"--{flag}", value)])
+    ended = job("train", *words(config_flags(prose, run__storage=storage, run__name=name, **more)))
     assert ended.status == 0, ended.err
     return storage / name
 
@@ -182,9 +185,88 @@ def test_reproducible_validation_on_any_number_of_workers_has_the_same_bits(pros
 
 
 def test_validate_every_without_a_validation_text_is_refused(prose: Path, tmp_path: Path) -> None:
-    words = ["--corpus.source", prose, "--train.validate_every", 5, "--run.storage", tmp_path]
-    ended = job("train", *words)
+    ended = job("train", "--corpus.source", prose, "--train.validate_every", 5, "--run.storage", tmp_path)
     assert ended.status == 2
     expected = "error: train.validate_every = 5: there is no validation text; set corpus.validation_fraction"
     assert ended.err.startswith(expected)
     assert not list(tmp_path.iterdir())
+
+
+# --- a validation text of its own ---
+
+
+def split_text(prose: Path, tmp_path: Path) -> dict[str, Any]:
+    """Writes the two parts of which the flags of other tests make one text."""
+    text = prose.read_text()
+    (tmp_path / "train.txt").write_text(text[:8100])
+    (tmp_path / "validation.txt").write_text(text[8100:9000])
+    return {
+        "corpus__source": tmp_path / "train.txt", "corpus__validation_source": tmp_path / "validation.txt",
+        "corpus__validation_fraction": 0, "corpus__max_tokens": 0,
+    }  # fmt: skip
+
+
+def prepare(source: Path, store: Path, *more: object) -> Path:
+    ended = job("prepare", "--corpus.source", source, "--corpus.store", store, *more)
+    assert ended.status == 0, ended.err
+    return store
+
+
+def test_validation_source_gives_the_run_of_a_fraction_with_the_same_tokens(prose: Path, tmp_path: Path) -> None:
+    """A text, a token store of a text with a validation text, and two stores."""
+    expected = run(prose, tmp_path, "fraction", vocabulary__scope="training")
+    texts = split_text(prose, tmp_path)
+    sources = run(prose, tmp_path, "sources", **texts)
+    store = prepare(tmp_path / "train.txt", tmp_path / "store")
+    vocabulary = ["--vocabulary.file", store / "vocabulary.json"]
+    validation_store = prepare(tmp_path / "validation.txt", tmp_path / "validation", *vocabulary)
+    stored = run(prose, tmp_path, "stored", **texts | {"corpus__source": store})
+    stores = {"corpus__source": store, "corpus__validation_source": validation_store}
+    both_stored = run(prose, tmp_path, "both", **texts | stores)
+    for folder in (sources, stored, both_stored):
+        assert validations(folder) == validations(expected)
+        assert result(folder)["weights_sha256"] == result(expected)["weights_sha256"]
+        assert result(folder)["corpus"]["validation"]["tokens"] == 900
+    digests = {result(folder)["corpus"]["validation"]["sha256"] for folder in (sources, stored, both_stored)}
+    assert len(digests) == 1
+
+
+def test_validation_source_with_other_characters_has_unknown_tokens(prose: Path, tmp_path: Path) -> None:
+    texts = split_text(prose, tmp_path)
+    (tmp_path / "validation.txt").write_text("the Time " * 100)
+    ended = job("train", *words(config_flags(prose, run__storage=tmp_path, run__name="run", **texts)))
+    assert f"validation: {tmp_path / 'validation.txt'}, 900 tokens, 11.1% <unk>" in ended.out
+    assert rows(tmp_path / "run", "validation")[0]["unknown_share"] == pytest.approx(1 / 9)
+
+
+@pytest.mark.parametrize(
+    ("content", "more", "problem"),
+    [
+        ("the", {}, "has 3 tokens, too few for stream.batch_size = 8 lanes; give more text"),
+        ("", {}, ": contains no text"),
+        (None, {}, ": no such file"),
+        ("the", {"corpus__validation_fraction": 0.1}, ": corpus.validation_fraction is set, too; set it to 0"),
+    ],
+)
+def test_validation_source_that_cannot_be_used_is_one_line(
+    prose: Path, tmp_path: Path, content: str | None, more: dict[str, Any], problem: str
+) -> None:
+    texts = split_text(prose, tmp_path)
+    file = tmp_path / "validation.txt"
+    file.unlink() if content is None else file.write_text(content)
+    ended = job("train", *words(config_flags(prose, run__storage=tmp_path / "runs", **texts | more)))
+    assert ended.status == 2
+    assert f"corpus.validation_source = {file}" in ended.err
+    assert problem in ended.err
+    assert ended.err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_run_whose_validation_text_was_changed_is_not_resumed(prose: Path, tmp_path: Path) -> None:
+    texts = split_text(prose, tmp_path)
+    run(prose, tmp_path, "run", train__epochs=1, **texts)
+    file = tmp_path / "validation.txt"
+    file.write_text(file.read_text()[::-1])
+    ended = job("train", *words(config_flags(prose, run__storage=tmp_path, run__name="run", **texts)))
+    assert ended.status == 2
+    assert f"corpus.validation_source = {file}: is not the text that this run was started with (900 tokens" in ended.err

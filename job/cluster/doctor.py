@@ -121,6 +121,8 @@ def _describe_text(spec: RunSpec, folder: Folder) -> str:
     check_same_text(list_checkpoints(folder / "checkpoints")[0], spec.dataset)
     open_source_checkpoint(spec.config, spec.dataset, folder)
     verify_store(spec.config.corpus.source)
+    if spec.config.corpus.validation_source:
+        verify_store(spec.config.corpus.validation_source, "corpus.validation_source")
     source, tokens = spec.dataset.metadata["source"], spec.dataset.metadata["tokens"]
     shares = format_dropped_share(spec) + format_unknown_share(spec.dataset.unknown_shares["training"])
     return f"{source}: {tokens:,} tokens, vocabulary of {len(spec.dataset.vocabulary):,}{shares}"

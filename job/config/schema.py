@@ -48,6 +48,10 @@ class CorpusConfig(Section):
     cleaning: str = choice_field("normalization", auto="d2l for built-in texts", d2l="lower-case letters", none="")
     max_tokens: int = config_field(0, "use only the first N tokens; 0: all", "tokens", ge=0)
     validation_fraction: float = config_field(0.0, "fraction of the text, at its end, for validation", ge=0, lt=1)
+    validation_source: str = config_field(
+        "", "another text for validation, as corpus.source; empty: validation_fraction", is_path=True,
+        is_free_in_new_run=True,  # the tokens themselves are compared
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,6 +62,16 @@ class CorpusConfig(Section):
         if not is_text:
             problem = f"corpus.encoding = {format_value(self.encoding)}: is not a text encoding of Python"
             raise UserError(problem, "give one such as utf-8, latin-1 or utf-16-le")
+        if self.validation_fraction and self.validation_source:
+            problem = f"corpus.validation_source = {self.validation_source}: corpus.validation_fraction is set, too"
+            raise UserError(problem, "set it to 0, or leave validation_source out")
+
+    @property
+    def validation_setting(self) -> str:
+        """The field that gives the validation text, and its value; empty without one."""
+        if self.validation_source:
+            return f"corpus.validation_source = {self.validation_source}"
+        return f"corpus.validation_fraction = {self.validation_fraction}" if self.validation_fraction else ""
 
 
 @dataclass(frozen=True)

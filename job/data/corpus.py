@@ -40,8 +40,9 @@ class Corpus:
 
 
 def read_corpus(
-    corpus_config: CorpusConfig, vocabulary_kind: str, content: Content | None = None, has_separator: bool = True
-) -> Corpus:
+    corpus_config: CorpusConfig, vocabulary_kind: str, content: Content | None = None, has_separator: bool = True,
+    field: str = "corpus.source",
+) -> Corpus:  # fmt: skip
     """Reads and cleans the text that a configuration names.
 
     Args:
@@ -49,15 +50,16 @@ def read_corpus(
         vocabulary_kind: char, byte or word
         content: what ``content_name`` named; None: read the source
         has_separator: whether a vocabulary can separate documents; if not, they are joined by newlines to a single one
+        field: what gave the source, for messages
 
     Raises:
         UserError: the source cannot be read, is in another encoding or format, or has no text after cleaning
     """
-    check_no_credentials("corpus.source", corpus_config.source)
+    check_no_credentials(field, corpus_config.source)
     source, cleaning = corpus_config.source, corpus_config.cleaning
     if isinstance(content, np.ndarray):
         return Corpus(source, "none" if cleaning == "auto" else cleaning, [[content]])
-    with error_origin("text" if content is not None else f"corpus.source = {source}"):
+    with error_origin("text" if content is not None else f"{field} = {source}"):
         source, files = find_files(source) if content is None else (source, [SourceFile("", lambda: content)])
         if content is not None:
             corpus_config = replace(corpus_config, encoding=CorpusConfig.encoding)

@@ -1,15 +1,15 @@
 """The token ids of a run, prepared once by the driver and read by every worker."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from job.config.schema import CorpusConfig, VocabularyConfig
-from job.data.corpus import Corpus
+from job.data.corpus import Corpus, read_corpus
 from job.data.text_size import TextSize, measure_targets
-from job.data.token_store import StoredTokens
+from job.data.token_store import StoredTokens, open_stored
 from job.data.tokens import Tokens, count_unknown, token_sha256
 from job.data.vocabulary import Vocabulary
 from job.data.vocabulary_builder import build_vocabulary
@@ -21,9 +21,10 @@ class Dataset:
 
     Args:
         train_tokens: the beginning of the corpus
-        validation_tokens: the end of the corpus; empty without validation
+        validation_tokens: the end of the corpus, or another text; empty without validation
         vocabulary: the vocabulary of both
-        metadata: recorded in each checkpoint: source, characters, tokens, and the SHA-256 digest of all tokens
+        metadata: recorded in each checkpoint: source, characters, tokens, and the SHA-256 digest of all tokens; and
+            in ``validation`` those of another text for validation, without characters
     """
 
     train_tokens: Tokens
@@ -70,6 +71,32 @@ def map_dataset(stored: StoredTokens, corpus_config: CorpusConfig) -> Dataset:
     metadata = _metadata(corpus_config.source, stored.num_characters, len(tokens), sha256)
     num_train = _num_train(len(tokens), corpus_config)
     return Dataset(tokens[:num_train], tokens[num_train:], stored.vocabulary, metadata)
+
+
+def add_validation_text(dataset: Dataset, corpus_config: CorpusConfig, vocabulary_config: VocabularyConfig) -> Dataset:
+    """Returns the dataset with the text of ``corpus.validation_source``, in the vocabulary of the training text.
+
+    Args:
+        dataset: without a validation text
+        corpus_config: the source; its cleaning is that of the training text
+        vocabulary_config: what is to agree with a token store
+
+    Raises:
+        UserError: the text cannot be read, or it is a store of another vocabulary
+    """
+    vocabulary, field = dataset.vocabulary, "corpus.validation_source"
+    corpus_config = replace(corpus_config, source=corpus_config.validation_source, validation_source="")
+    reads_flat = vocabulary.kind != "byte"
+    stored = open_stored(corpus_config, vocabulary_config, vocabulary, reads_flat, field)
+    tokens: Tokens
+    if stored:
+        tokens, sha256 = stored.tokens, stored.sha256
+    else:
+        corpus = read_corpus(corpus_config, vocabulary.kind, None, vocabulary.has_separator, field)
+        tokens = vocabulary.encode_documents(corpus.documents)
+        sha256 = token_sha256(tokens)
+    metadata = {"source": corpus_config.source, "tokens": len(tokens), "sha256": sha256}
+    return replace(dataset, validation_tokens=tokens, metadata={**dataset.metadata, "validation": metadata})
 
 
 def _num_train(num_tokens: int, corpus_config: CorpusConfig) -> int:

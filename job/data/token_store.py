@@ -60,8 +60,9 @@ class StoredTokens:
 
 
 def open_stored(
-    corpus_config: CorpusConfig, vocabulary_config: VocabularyConfig, vocabulary: Vocabulary | None, reads_flat: bool
-) -> StoredTokens | None:
+    corpus_config: CorpusConfig, vocabulary_config: VocabularyConfig, vocabulary: Vocabulary | None, reads_flat: bool,
+    field: str = "corpus.source",
+) -> StoredTokens | None:  # fmt: skip
     """Opens the tokens that ``corpus.source`` names; returns None if it names a text.
 
     Args:
@@ -69,6 +70,7 @@ def open_stored(
         vocabulary_config: what is to agree with the store
         vocabulary: of the ids in files that are no store; None: such files are not opened
         reads_flat: whether a ``.bin`` file without an index contains uint16 ids, as nanoGPT writes them
+        field: what gave the source, for messages
 
     Raises:
         UserError: the files are damaged, or do not agree with the configuration or with the vocabulary
@@ -77,7 +79,7 @@ def open_stored(
     path = _locate(source)
     if path is None:
         return None
-    with error_origin(f"corpus.source = {source}"), report_os_error("cannot be read"):
+    with error_origin(f"{field} = {source}"), report_os_error("cannot be read"):
         if is_store(path):
             return _open_store(path, corpus_config, vocabulary_config, vocabulary)
         shards = vocabulary and _find_files(path, len(vocabulary), reads_flat)
@@ -196,11 +198,11 @@ def _sha256(stream: pyarrow.NativeFile, _: int) -> str:
     return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def verify_store(source: str) -> None:
+def verify_store(source: str, field: str = "corpus.source") -> None:
     """Reads all files of a store. Raises UserError if a checksum is wrong; does nothing if it is no store."""
     folder = _locate(source)
     if folder is None:
         return
-    with error_origin(f"corpus.source = {source}"), report_os_error("cannot be read"):
+    with error_origin(f"{field} = {source}"), report_os_error("cannot be read"):
         if is_store(folder):
             _verify(folder, read_manifest(folder).all_files)

@@ -19,6 +19,7 @@ from job.config.schema import BUILTIN_CELLS, FIELDS, Config
 from job.config.toml import config_to_toml
 from job.console import Console, format_duration, program_command
 from job.data.content import Content
+from job.data.dataset import Dataset
 from job.data.text_size import bits_per_unit
 from job.data.vocabulary import format_unknown_share
 from job.errors import RunFailed, UserError
@@ -273,8 +274,14 @@ def _run_banner(spec: RunSpec, requested_source: str) -> str:
         f"run {config.run.name}: {source}, {metadata['characters']:,} {unit}, "
         f"{metadata['tokens']:,} tokens, {len(spec.dataset.vocabulary):,} distinct"
         f"{format_dropped_share(spec, MAX_DROPPED_SHARE)}"
-        f"{format_unknown_share(spec.dataset.unknown_shares['training'])}"
+        f"{format_unknown_share(spec.dataset.unknown_shares['training'])}{_describe_validation(spec.dataset)}"
     )
+
+
+def _describe_validation(dataset: Dataset) -> str:
+    """Describes another text for validation; empty without one."""
+    text, share = dataset.metadata.get("validation"), dataset.unknown_shares.get("validation", 0)
+    return f"; validation: {text['source']}, {text['tokens']:,} tokens{format_unknown_share(share)}" if text else ""
 
 
 def _describe_last_checkpoint(folder: Folder, cell: str, in_python: bool, verify: bool = False) -> str:

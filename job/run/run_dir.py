@@ -176,23 +176,30 @@ def with_resolved_fields(config: Config, old_config: Config) -> Config:
 
 def check_same_text(checkpoints: list[Checkpoint], dataset: Dataset) -> None:
     """Raises UserError if the run that wrote these checkpoints was started on another text."""
-    corpus = dataset.metadata
     for checkpoint in reversed(checkpoints):
         try:
-            old_corpus = read_progress(checkpoint)[1]["corpus"]
-            vocabulary = read_vocabulary(checkpoint)
-            old_sha256, old_tokens = old_corpus["sha256"], f"{old_corpus['tokens']:,}"
-        except (LookupError, TypeError, ValueError):  # the checkpoint is damaged, or of an early version
+            corpus, vocabulary = read_progress(checkpoint)[1]["corpus"], read_vocabulary(checkpoint)
+            old_texts = _texts(corpus)
+        except (LookupError, TypeError, ValueError, AttributeError):  # it is damaged, or of an early version
             continue
-        if (old_sha256, vocabulary) != (corpus["sha256"], dataset.vocabulary):
-            has_same_length = old_corpus["tokens"] == corpus["tokens"]
-            difference = "as many, but others, now" if has_same_length else f"{corpus['tokens']:,} now"
-            raise UserError(
-                f"corpus.source = {corpus['source']}: is not the text that this run was started with "
-                f"({old_tokens} tokens then, {difference})",
-                "restore the text or choose another run.name",
-            )
+        for field, (source, tokens, sha256) in _texts(dataset.metadata).items():
+            _, old_tokens, old_sha256 = old_texts.get(field, (source, tokens, sha256))
+            if (old_sha256, vocabulary) != (sha256, dataset.vocabulary):
+                difference = "as many, but others, now" if old_tokens == tokens else f"{tokens} now"
+                raise UserError(
+                    f"{field} = {source}: is not the text that this run was started with "
+                    f"({old_tokens} tokens then, {difference})",
+                    "restore the text or choose another run.name",
+                )
         return
+
+
+def _texts(metadata: dict[str, Any]) -> dict[str, tuple[str, str, str]]:
+    """Returns the source, number of tokens and digest of each text of a dataset, by the field that names it."""
+    parts = {"corpus.source": metadata}
+    if "validation" in metadata:
+        parts["corpus.validation_source"] = metadata["validation"]
+    return {field: (part["source"], f"{part['tokens']:,}", part["sha256"]) for field, part in parts.items()}
 
 
 def open_checkpoint(folder: Folder) -> LoadedCheckpoint:

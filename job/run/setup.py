@@ -7,7 +7,7 @@ from torch import Tensor
 from job.config.schema import Config
 from job.data.content import Content
 from job.data.corpus import Corpus, read_corpus
-from job.data.dataset import Dataset, build_dataset, encode_corpus, map_dataset
+from job.data.dataset import Dataset, add_validation_text, build_dataset, encode_corpus, map_dataset
 from job.data.store_writer import StoreInfo, check_no_store, write_store
 from job.data.stream import Stream
 from job.data.token_store import open_stored
@@ -47,12 +47,13 @@ def build_run_spec(config: Config, folder: Folder, content: Content | None = Non
     reads_flat = config.vocabulary.kind != "byte"  # whose .bin files may contain anything
     if content is None and (stored := open_stored(config.corpus, config.vocabulary, vocabulary, reads_flat)):
         config = replace(config, corpus=replace(config.corpus, cleaning=stored.cleaning))
-        dataset = map_dataset(stored, config.corpus)
-        _check_sizes(dataset, config)
+        corpus, dataset = None, map_dataset(stored, config.corpus)
     else:
         corpus, config = _read_corpus(config, vocabulary, content)
         dataset = build_dataset(corpus, config.corpus, config.vocabulary)
-        _check_sizes(dataset, config, corpus)
+    if config.corpus.validation_source:
+        dataset = add_validation_text(dataset, config.corpus, config.vocabulary)
+    _check_sizes(dataset, config, corpus)
     prefix = resolve_prefix(config.generate.prefix, config.corpus, dataset)
     config = replace(config, generate=replace(config.generate, prefix=prefix))
     checkpoints = folder / "checkpoints"
@@ -102,15 +103,15 @@ def _check_sizes(dataset: Dataset, config: Config, corpus: Corpus | None = None)
     try:
         Stream(dataset.train_tokens, config.stream, config.run.seed).check_enough_tokens(config.train)
         num_validation = len(dataset.validation_tokens)
-        if config.corpus.validation_fraction and num_validation <= config.stream.batch_size:
+        if config.corpus.validation_setting and num_validation <= config.stream.batch_size:
             raise UserError(
-                f"corpus.validation_fraction = {config.corpus.validation_fraction} keeps {num_validation} tokens, "
+                f"{config.corpus.validation_setting} has {num_validation} tokens, "
                 f"too few for stream.batch_size = {config.stream.batch_size} lanes",
-                "raise it or give more text",
+                "give more text" if config.corpus.validation_source else "raise it or give more text",
             )
-        if config.train.validate_every and num_validation < 2:
+        if config.train.validate_every and not config.corpus.validation_setting:
             problem = f"train.validate_every = {config.train.validate_every}: there is no validation text"
-            raise UserError(problem, "set corpus.validation_fraction, or leave it out")
+            raise UserError(problem, "set corpus.validation_fraction or validation_source, or leave it out")
     except UserError as error:
         remedy = _remedy_for_long_words(corpus, config.vocabulary.kind) if corpus else ""
         raise UserError(error.problem, remedy or error.remedy) from None

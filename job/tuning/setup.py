@@ -106,8 +106,8 @@ def _check_params(
 
 
 def _check_metric(config: Config, search: SearchConfig) -> None:
-    if search.metric == "validation_perplexity" and not config.corpus.validation_fraction:
+    if search.metric == "validation_perplexity" and not config.corpus.validation_setting:
         raise UserError(
             "search.metric = validation_perplexity: is never reported, as corpus.validation_fraction = 0",
-            "set corpus.validation_fraction = 0.1, or search.metric = perplexity",
+            "set corpus.validation_fraction = 0.1 or corpus.validation_source, or search.metric = perplexity",
         )
