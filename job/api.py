@@ -131,7 +131,9 @@ def train(
         path = None if config is None else _expand_path("config", config, "give a configuration file or a Config")
         resolved, default_name = build_config(path, values, "job.train")[0], Path(path or "run").stem
     if tokens is not None and not resolved.vocabulary.file and resolved.vocabulary.kind != "byte":
-        raise UserError("tokens: their vocabulary is missing", 'add vocabulary={"file": …}, a vocabulary.json')
+        raise UserError(
+            "tokens: their vocabulary is missing", 'add vocabulary={"file": …}, a vocabulary.json or tokenizer.json'
+        )
     if "model.cell" in values:
         cell_class = None if cell is None or _is_importable(cell) else cell
         resolved = replace(resolved, model=replace(resolved.model, cell_class=cell_class))

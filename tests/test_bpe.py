@@ -1,9 +1,11 @@
 """Tokens of the tokenizers library: byte-level byte-pair encoding, and any ``tokenizer.json``."""
 
 import json
+import math
 import pickle
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -11,8 +13,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import job, result
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_command_line import SMALL, assert_user_error
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from job.config.schema import CorpusConfig, VocabularyConfig
@@ -186,13 +190,15 @@ def changed(**values: Any) -> bytes:
         changed(vocab={"a": 1}),
         changed(pre_tokenizer={"type": "evil.Module"}),
         changed(pre_tokenizer={"type": "Split", "pattern": {"Regex": "(("}, "behavior": "Isolated", "invert": False}),
+        changed(normalizer={"type": "Precompiled", "precompiled_charsmap": "AAAA"}),  # a panic in the library
     ],
-    ids=range(13),
+    ids=range(14),
 )
-def test_vocabulary_file_that_is_damaged_reports_one_line(data: bytes) -> None:
+def test_vocabulary_file_that_is_damaged_reports_one_line(data: bytes, capfd: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(UserError) as caught:
         vocabulary_from_json(data, "tokenizer.json")
-    assert str(caught.value) == "tokenizer.json: not a vocabulary"
+    assert re.fullmatch(r"tokenizer\.json: (not a vocabulary|its tokenizer cannot be read: .+)", str(caught.value))
+    assert capfd.readouterr().err == ""
 
 
 def test_vocabulary_file_ignores_dropout() -> None:
@@ -214,3 +220,48 @@ def test_bpe_without_library_names_the_package(monkeypatch: pytest.MonkeyPatch) 
 def test_vocabulary_config_of_bpe_rejects_what_cannot_be_trained(values: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         VocabularyConfig(kind="bpe", **values)
+
+
+def test_vocabulary_file_without_token_for_a_text_reports_one_line() -> None:
+    tokenizer = Tokenizer(models.WordLevel({"the": 0}, unk_token="<unk>"))
+    vocabulary = vocabulary_from_json(tokenizer.to_str().encode(), "file")
+    with pytest.raises(UserError, match=r"^vocabulary: its tokenizer cannot encode the text: [^\n]*Missing[^\n]*$"):
+        vocabulary.encode(["time"])
+
+
+def test_train_bpe_raises_what_reading_its_text_raises() -> None:
+    def pieces() -> Iterator[str]:
+        yield SAMPLE
+        raise UserError("cannot be read")
+
+    with pytest.raises(UserError, match=r"^cannot be read$"):
+        train_bpe(pieces(), 290)
+
+
+@pytest.mark.slow
+def test_run_of_bpe_resumes_evaluates_and_generates(prose: Path, tmp_path: Path) -> None:
+    words = [*SMALL, "--corpus.source", prose, "--run.storage", tmp_path, "--vocabulary.kind", "bpe"]
+    assert_user_error(job("train", *words), "vocabulary.kind = bpe: vocabulary.size is not set")
+    words += ["--vocabulary.size", 300, "--stream.num_steps", 5, "--run.name"]
+    assert job("train", *words, "whole", "--train.max_steps", 6).status == 0
+    assert job("train", *words, "resumed", "--train.max_steps", 3).status == 0
+    assert job("train", *words, "resumed", "--train.max_steps", 6).status == 0
+    whole, resumed = result(tmp_path / "whole"), result(tmp_path / "resumed")
+    assert whole["weights_sha256"] == resumed["weights_sha256"]
+    assert whole["generated"] == resumed["generated"]
+    (checkpoint,) = (tmp_path / "whole" / "checkpoints").glob("*6-*")
+    assert not (checkpoint / "vocabulary.json").exists()
+    vocabulary = vocabulary_from_json((checkpoint / "tokenizer.json").read_bytes(), "tokenizer.json")
+    (tmp_path / "text").write_text("漢 the time")
+    ended = job("evaluate", tmp_path / "whole", "--corpus.source", tmp_path / "text", "--json")
+    ids = vocabulary.encode(["漢 the time"])
+    values = json.loads(ended.out)
+    assert values["targets"] == len(ids) - 1
+    bits = values["nats_per_token"] / math.log(2) * (len(ids) - 1) / (len("漢 the time") - 1)
+    assert values["bits_per_character"] == pytest.approx(bits)
+    generate = ["generate", tmp_path / "whole", "--generate.temperature", 1, "--generate.prefix"]
+    assert job(*generate, "漢 the time").out.startswith("漢 the time")
+    assert_user_error(job(*generate, ""), "generate.prefix is empty")
+    init = ["--model.init", tmp_path / "whole", "--vocabulary.file", checkpoint / "tokenizer.json"]
+    flags = [*SMALL, "--corpus.source", prose, "--run.storage", tmp_path, "--vocabulary.kind", "bpe"]
+    assert job("train", *flags, *init, "--run.name", "next", "--train.max_steps", 1).status == 0

@@ -124,7 +124,7 @@ def test_smallest_dtype_holds_all_ids(size: int, name: str) -> None:
     assert np.iinfo(name).max >= size - 1
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "bpe"])
 @pytest.mark.parametrize("has_documents", [False, True])
 def test_run_from_a_store_equals_the_run_from_the_text(tmp_path: Path, kind: str, has_documents: bool) -> None:
     (tmp_path / "text").write_text(TEXT)
@@ -133,6 +133,8 @@ def test_run_from_a_store_equals_the_run_from_the_text(tmp_path: Path, kind: str
     flags: dict[str, object] = {"vocabulary__kind": kind}
     if kind == "word":
         flags |= {"vocabulary__size": 7, "vocabulary__end_of_line": "true"}
+    elif kind == "bpe":
+        flags |= {"vocabulary__size": 280}
     store = prepare(tmp_path, source, **flags)
     expected, found = (
         run(tmp_path, name, corpus__source=text, **flags) for name, text in (("a", source), ("b", store))

@@ -1,6 +1,8 @@
 """Tokens of the tokenizers library: byte-level byte-pair encoding trained on a text, or any ``tokenizer.json``."""
 
+import contextlib
 import importlib
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -68,7 +70,8 @@ class BpeVocabulary(Vocabulary):
         return np.concatenate(arrays) if arrays else np.empty(0, np.int32)
 
     def _encode_batch(self, pieces: Sequence[str]) -> np.ndarray:
-        encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
+        with _report_error("vocabulary: its tokenizer cannot encode the text"):
+            encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
         return np.array([index for encoding in encodings for index in encoding.ids], np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -143,11 +146,12 @@ def tokenizer_from_json(data: bytes) -> BpeVocabulary:
 
     Raises:
         ValueError: it is damaged, or its ids are not successive
-        UserError: the tokenizers library is not installed
+        UserError: the tokenizers library is not installed, or cannot read it
     """
     content = parse_json(data)
     model, added = content["model"], content.get("added_tokens", [])
-    tokenizer = _load(data.decode())
+    with _report_error("its tokenizer cannot be read"), _discarded_stderr():
+        tokenizer = _load(data.decode())
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     tokens = tuple(sorted(vocabulary, key=vocabulary.__getitem__))
     if not 0 < len(tokens) <= _MAX_TOKENS or [vocabulary[token] for token in tokens] != [*range(len(tokens))]:
@@ -161,6 +165,32 @@ def tokenizer_from_json(data: bytes) -> BpeVocabulary:
         (content.get("decoder") or {}).get("type") == "ByteLevel",
         len(special) == len(added) and _is_gpt2(content),
     )  # fmt: skip
+
+
+@contextlib.contextmanager
+def _report_error(problem: str) -> Iterator[None]:
+    """Raises UserError in place of an error of the library, whose classes are ``Exception`` and one for bugs."""
+    try:
+        yield
+    except UserError:
+        raise
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise UserError(f"{problem}: {str(error).splitlines()[0]}") from None
+        raise
+
+
+@contextlib.contextmanager
+def _discarded_stderr() -> Iterator[None]:
+    """Discards what is written to the file descriptor of standard error, as the library does when it is in error."""
+    descriptor = os.dup(2)
+    try:
+        with open(os.devnull, "wb") as null:
+            os.dup2(null.fileno(), 2)
+        yield
+    finally:
+        os.dup2(descriptor, 2)
+        os.close(descriptor)
 
 
 def _is_gpt2(content: dict[str, Any]) -> bool:

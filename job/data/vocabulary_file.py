@@ -7,7 +7,7 @@ from job.config.schema import VocabularyConfig
 from job.data.bpe import BpeVocabulary, tokenizer_from_json
 from job.data.vocabulary import UNKNOWN, Vocabulary
 from job.documents import parse_json
-from job.errors import UserError, report_os_error
+from job.errors import UserError, error_origin, report_os_error
 from job.storage import Folder
 
 _MAX_BYTES = 1 << 28  # of a file
@@ -46,10 +46,11 @@ def vocabulary_from_json(data: bytes, file: str) -> Vocabulary:
     """
     try:
         content = parse_json(data)
-        return tokenizer_from_json(data) if "model" in content else _vocabulary_of(content)
+        with error_origin(file):
+            return tokenizer_from_json(data) if "model" in content else _vocabulary_of(content)
     except UserError:
         raise
-    except Exception:  # what the tokenizers library raises has no class of its own
+    except (ValueError, LookupError, TypeError, AttributeError):
         raise UserError(f"{file}: not a vocabulary") from None
 
 
