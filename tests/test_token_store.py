@@ -26,6 +26,7 @@ from job.data.stream import Stream
 from job.data.token_store import open_stored
 from job.data.tokens import ShardedTokens
 from job.data.vocabulary import Vocabulary
+from job.errors import UserError
 from job.run.setup import build_run_spec
 from job.storage import Folder
 from job.training.loop import lane_windows
@@ -470,3 +471,20 @@ def test_run_from_a_store_on_two_workers_equals_the_run_from_the_text_in_this_pr
     found = run(tmp_path, "b", corpus__source=store, scale__workers=2, scale__cpus_per_worker=1, **flags)
     for name in ("weights_sha256", "validation_perplexity", "generated"):
         assert found[name] == expected[name]
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("uint8", 257), ("uint16", 65_537)])
+def test_open_stored_ids_of_a_type_that_cannot_hold_the_vocabulary_are_refused(
+    tmp_path: Path, dtype: str, size: int
+) -> None:
+    """Such ids were cut off when they were written, or are those of another vocabulary."""
+    ids = np.zeros(10, dtype)
+    (tmp_path / "ids.bin").write_bytes(ids.tobytes())
+    (tmp_path / "ids.idx").write_bytes(format_index(np.array([10]), ids.dtype))
+    vocabulary = Vocabulary("word", ("<unk>", *map(str, range(size - 1))))
+    corpus_config = CorpusConfig(source=str(tmp_path / "ids"))
+    with pytest.raises(UserError, match=rf"ids\.bin: its ids are {dtype}, which cannot hold all {size:,} tokens"):
+        open_stored(corpus_config, VocabularyConfig(kind="word"), vocabulary, reads_flat=True)
+    smaller = replace(vocabulary, tokens=vocabulary.tokens[:-1])
+    stored = open_stored(corpus_config, VocabularyConfig(kind="word"), smaller, reads_flat=True)
+    assert stored is not None

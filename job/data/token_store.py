@@ -119,6 +119,9 @@ def _find_files(path: Folder, num_ids: int, reads_flat: bool) -> Shards | None:
     dtype, length = parse_index(folder.read(index), str(folder / index)) if has_index else (np.dtype("<u2"), None)
     if length is not None and size != length * dtype.itemsize:
         raise UserError(f"{file}: has {size:,} bytes, which are not the sequences of its index", "copy both again")
+    if num_ids > np.iinfo(dtype).max + 1:
+        problem = f"{file}: its ids are {dtype.name}, which cannot hold all {num_ids:,} tokens of vocabulary.file"
+        raise UserError(problem, "give the vocabulary that the ids were made with")
     if not size or size % dtype.itemsize:
         raise UserError(f"{file}: has {size:,} bytes, which are no token ids of {dtype.itemsize} bytes")
     return Shards(folder, (ids,), (size // dtype.itemsize,), (0,), dtype, num_ids)
