@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from job.config.field import ConfigField
-from job.config.schema import SECTIONS, Config, ModelConfig, RunConfig
+from job.config.schema import SECTIONS, Config, ModelConfig, RunConfig, ScaleConfig
 from job.config.section import unknown_name
 from job.config.toml import FILE_SECTIONS, ConfigValues, check_field, override_config, parse_flags
 from job.console import NO_BREAK, Console, escape_controls, format_json, program
@@ -103,8 +103,14 @@ def _evaluate(line: CommandLine) -> int:
     values = parse_flags(line.flags)
     if "corpus.source" in line.flags:  # another text is evaluated whole, however the training text was cut
         values.setdefault("corpus.max_tokens", 0)
+    scale = ScaleConfig(workers=values.pop("scale.workers", 0), accelerator="cpu")
     checkpoints, config = _open(line.targets, values)
-    result = evaluate_text(checkpoints, config)
+    evaluate = None
+    if scale.max_workers:
+        from job.cluster.evaluate import evaluate_on_cluster
+
+        evaluate = partial(evaluate_on_cluster, scale)
+    result = evaluate_text(checkpoints, config, evaluate)
     unit = "byte" if checkpoints[0].vocabulary.kind == "byte" else "character"
     nats = result.loss.nats_per_token
     if line.json:
@@ -238,6 +244,7 @@ VERBS = {
             "corpus.cleaning",
             "corpus.max_tokens",
             "model.cell",
+            "scale.workers",
             "evaluate",
         ),
         JSON_FLAG,

@@ -207,3 +207,27 @@ def test_evaluate_search_without_finished_trials_is_one_line(search: Path, tmp_p
     ended = job("evaluate", tmp_path)
     assert (ended.status, ended.out) == (2, "")
     assert ended.err.startswith(f"error: {tmp_path}: no trial of this search is finished; ")
+
+
+# --- workers ---
+
+
+@pytest.mark.cluster
+@pytest.mark.usefixtures("on_cluster")
+def test_evaluate_on_workers_has_the_same_bits_as_in_one_process(search: Path, prose: Path, tmp_path: Path) -> None:
+    run = search / "trials" / "00000"
+    vocabulary = next(run.glob("checkpoints/*/vocabulary.json"))
+    flags = ["--corpus.source", prose, "--corpus.store", tmp_path / "store", "--vocabulary.file", vocabulary]
+    prepared = job("prepare", *flags, "--scale.workers", 0)
+    assert prepared.status == 0, prepared.err
+    for source, lanes in ((prose, ["--evaluate.lanes", 50]), (tmp_path / "store", ["--evaluate.context", 100])):
+        words = ["evaluate", search, "--corpus.source", source, "--corpus.max_tokens", 20_000, *lanes, "--json"]
+        alone, found = job(*words), job(*words, "--scale.workers", 3)
+        assert (found.status, found.err) == (0, "")
+        assert found.out == alone.out
+
+
+def test_evaluate_with_more_workers_than_groups_of_lanes_is_one_line(search: Path) -> None:
+    ended = job("evaluate", search, "--scale.workers", 2)
+    problem = "scale.workers = 2: each worker needs 16 lanes, and there are fewer"
+    assert (ended.status, ended.err) == (2, f"error: {problem}; set evaluate.lanes = 32, or evaluate.context\n")

@@ -1,7 +1,7 @@
 """Evaluates trained models on a text: perplexity and bits per character."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, pairwise
@@ -50,12 +50,15 @@ class Evaluation:
         return self.loss.nats / math.log(2) / self.num_characters
 
 
-def evaluate_text(checkpoints: Sequence[LoadedCheckpoint], config: Config) -> Evaluation:
+def evaluate_text(
+    checkpoints: Sequence[LoadedCheckpoint], config: Config, evaluate: "Evaluate | None" = None
+) -> Evaluation:
     """Evaluates models on a text: each token but the first is a target once.
 
     Args:
         checkpoints: of one model, or of several whose mean of probabilities is evaluated
         config: its sections ``corpus`` and ``evaluate``, and the cell of ``model`` as the user gave it
+        evaluate: computes the loss; None: in this process
 
     Raises:
         UserError: the text cannot be read, or has fewer than two tokens, a checkpoint
@@ -79,28 +82,49 @@ def evaluate_text(checkpoints: Sequence[LoadedCheckpoint], config: Config) -> Ev
         blanks = " with blanks between its words" if vocabulary.kind == "word" else ""
         raise UserError(problem, f"give more text{blanks}")
     num_characters = count(tokens[1:])
-    choice = config.evaluate.weights
-    models = [load_model(checkpoint, config.model, choice) for checkpoint in checkpoints]
-    nats = evaluate_tokens(models, tokens, config.evaluate)
+    nats = (evaluate or evaluate_here)(checkpoints, config, tokens)
     unknown_share = count_unknown(tokens[1:], vocabulary) / (len(tokens) - 1)
     return Evaluation(
         LossSum(nats, len(tokens) - 1), num_characters, unknown_share, measure_targets(tokens, vocabulary)
     )
 
 
+Evaluate = Callable[[Sequence[LoadedCheckpoint], Config, Tokens], float]  # returns the summed loss of the tokens
+
+
+def evaluate_here(checkpoints: Sequence[LoadedCheckpoint], config: Config, tokens: Tokens) -> float:
+    """Returns the loss of all tokens but the first in nats, summed, computed in this process."""
+    return evaluate_tokens(load_models(checkpoints, config), tokens, config.evaluate)
+
+
+def load_models(checkpoints: Sequence[LoadedCheckpoint], config: Config) -> list[LanguageModel]:
+    """Returns the models with the weights that ``evaluate.weights`` chooses. Raises UserError as ``load_model``."""
+    return [load_model(checkpoint, config.model, config.evaluate.weights) for checkpoint in checkpoints]
+
+
 def evaluate_tokens(models: Sequence[LanguageModel], tokens: Tokens, evaluate_config: EvaluateConfig) -> float:
-    """Returns the loss of all tokens but the first in nats, summed.
+    """Returns the loss of all tokens but the first in nats, summed; the arguments are those of ``evaluate_groups``."""
+    numbers = range(count_groups(len(tokens) - 1, evaluate_config))
+    return tree_sum(evaluate_groups(models, tokens, evaluate_config, numbers))
+
+
+def evaluate_groups(
+    models: Sequence[LanguageModel], tokens: Tokens, evaluate_config: EvaluateConfig, numbers: range
+) -> list[float]:
+    """Returns the loss of some groups of lanes in nats, each summed over its targets.
 
     Args:
         models: several are an ensemble, whose probabilities are the mean of theirs
-        tokens: token ids (N,), N at least 2
+        tokens: token ids of the whole text (N,), N at least 2
         evaluate_config: how the text is split into lanes, or the weights follow it
+        numbers: of the groups
     """
     for model in models:
         model.eval()
     if evaluate_config.dynamic:
-        return evaluate_dynamic(models, tokens, evaluate_config)
-    return tree_sum([_evaluate_group(models, tokens, group) for group in lane_groups(len(tokens) - 1, evaluate_config)])
+        return [evaluate_dynamic(models, tokens, evaluate_config)]
+    groups = islice(lane_groups(len(tokens) - 1, evaluate_config), numbers.start, numbers.stop)
+    return [_evaluate_group(models, tokens, group) for group in groups]
 
 
 def _evaluate_group(models: Sequence[LanguageModel], tokens: Tokens, lanes: Sequence[range]) -> float:
@@ -108,6 +132,16 @@ def _evaluate_group(models: Sequence[LanguageModel], tokens: Tokens, lanes: Sequ
     if len(models) == 1:
         return evaluate_group(models[0], tokens, lanes, num_steps)
     return evaluate_ensemble(models, tokens, lanes, num_steps)
+
+
+def count_groups(num_targets: int, evaluate_config: EvaluateConfig) -> int:
+    """Returns the number of groups that ``lane_groups`` yields, which does not depend on workers."""
+    return math.ceil(_count_lanes(num_targets, evaluate_config) / GROUP_LANES)
+
+
+def _count_lanes(num_targets: int, evaluate_config: EvaluateConfig) -> int:
+    context = evaluate_config.context
+    return math.ceil(num_targets / context) if context else min(evaluate_config.lanes, num_targets)
 
 
 def lane_groups(num_targets: int, evaluate_config: EvaluateConfig) -> Iterator[list[range]]:
@@ -119,8 +153,8 @@ def lane_groups(num_targets: int, evaluate_config: EvaluateConfig) -> Iterator[l
     >>> list(lane_groups(5, EvaluateConfig(context=2)))
     [[range(0, 2), range(2, 4), range(4, 5)]]
     """
-    size, lanes = evaluate_config.context, split_evenly(num_targets, min(evaluate_config.lanes, num_targets))
-    num_lanes = math.ceil(num_targets / size) if size else len(lanes)
+    size, num_lanes = evaluate_config.context, _count_lanes(num_targets, evaluate_config)
+    lanes = [] if size else split_evenly(num_targets, num_lanes)
     for first in range(0, num_lanes, GROUP_LANES):
         numbers = range(first, min(first + GROUP_LANES, num_lanes))
         yield [range(n * size, min((n + 1) * size, num_targets)) if size else lanes[n] for n in numbers]
