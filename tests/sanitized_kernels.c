@@ -69,6 +69,12 @@ static int64_t *tokens(index_t count, index_t vocabulary_size) {
     return data;
 }
 
+static uint8_t *starts(index_t count) {
+    uint8_t *data = buffer(count);
+    for (index_t i = 0; i < count; i++) data[i] = i % 3 == 1;
+    return data;
+}
+
 static index_t gates_of(index_t cell) { return cell == RNN ? 1 : cell == GRU ? 3 : 4; }
 
 static void *copy(const void *data, index_t bytes) { return memcpy(buffer(bytes), data, bytes); }
@@ -84,6 +90,7 @@ static void run_rnn(index_t cell, int is_bf16, index_t steps, index_t lanes, ind
     args.tokens = table_rows ? tokens(rows, table_rows) : NULL;
     args.weight = numbers(0, G * units);
     args.bias = cell == GRU ? numbers(0, units) : NULL;
+    args.starts = lanes % 3 ? starts(rows) : NULL;
     args.dhidden = numbers(is_bf16, rows * units);
     void *hidden = numbers(is_bf16, states);
     float *carry = cell == RNN || shared ? NULL : numbers(0, states), *dcarry = numbers(0, lanes * units);
@@ -192,7 +199,7 @@ static void run_decoder(index_t cell, index_t num_layers, index_t lanes, index_t
         rnn.carry = cell == LSTM ? numbers(0, 2 * lanes * units) : rnn.hidden;
         layers[i] = (DecoderLayer){rnn, i ? numbers(0, G * units) : NULL, numbers(0, G)};
     }
-    DecoderArgs args = {num_layers, vocabulary_size, length, layers};
+    DecoderArgs args = {num_layers, vocabulary_size, length, vocabulary_size - 1, layers};
     args.weight = numbers(0, vocabulary_size * units);
     args.bias = numbers(0, (vocabulary_size + 31) / 32 * 32);
     args.tokens = tokens((length + 1) * lanes, vocabulary_size);

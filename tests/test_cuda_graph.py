@@ -168,10 +168,12 @@ def test_cuda_graph_train_step_runs_eagerly_if_capture_fails() -> None:
     assert nats == [stats.nats for stats in eager_stats]
 
 
-def fake_model(cell: str = "rnn", **weight: Any) -> Any:
+def fake_model(cell: str = "rnn", reset_token: int | None = None, **weight: Any) -> Any:
     weight = {"is_cuda": True, "dtype": torch.float32} | weight
     return SimpleNamespace(
-        linear=SimpleNamespace(weight=SimpleNamespace(**weight)), has_custom_cell=cell not in BUILTIN_CELLS
+        linear=SimpleNamespace(weight=SimpleNamespace(**weight)),
+        has_custom_cell=cell not in BUILTIN_CELLS,
+        reset_token=reset_token,
     )
 
 
@@ -179,6 +181,7 @@ def test_supports_cuda_graph_only_for_uniform_steps_of_one_gpu(monkeypatch: pyte
     assert supports_cuda_graph(fake_model(), 1)
     assert not supports_cuda_graph(fake_model(), 2)
     assert not supports_cuda_graph(fake_model("torch.nn:GRU"), 1)
+    assert not supports_cuda_graph(fake_model(reset_token=3), 1)
     assert not supports_cuda_graph(fake_model(dtype=torch.float64), 1)
     assert not supports_cuda_graph(fake_model(is_cuda=False), 1)
     monkeypatch.setenv(GRAPH_ENV_VAR, "off")

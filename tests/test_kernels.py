@@ -26,8 +26,10 @@ needs_kernel = pytest.mark.skipif(load_library() is None, reason=f"no kernel: {u
 @needs_kernel
 @pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_lane_bits_do_not_depend_on_other_lanes_or_threads(cell: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.2])
+def test_lane_bits_do_not_depend_on_other_lanes_or_threads(cell: str, dtype: torch.dtype, share: float) -> None:
     torch.manual_seed(0)
+    starts = torch.rand(6, 77) < share
     weights = list(CELLS[cell](7, 40).parameters())
     tokens = torch.randint(0, 7, (6, 77))
     state = tuple(torch.randn(77, 40) for _ in range(2 if cell == "LSTM" else 1))
@@ -36,7 +38,8 @@ def test_lane_bits_do_not_depend_on_other_lanes_or_threads(cell: str, dtype: tor
         torch.set_num_threads(threads)
         initial = tuple(part[first:last].clone().requires_grad_() for part in state)
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
-            hidden, last_state = rnn_layer(cell, tokens[:, first:last].clone(), None, initial, weights)
+            lanes = tokens[:, first:last].clone(), None, initial, weights, starts[:, first:last]
+            hidden, last_state = rnn_layer(cell, *lanes)
         return hidden, *last_state, *torch.autograd.grad(hidden.float().square().sum(), initial)
 
     all_lanes = run(0, 77, 1)

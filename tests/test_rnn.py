@@ -1,6 +1,7 @@
 """Layers, loss and greedy decoding: each implementation agrees with torch's own outputs, states and gradients."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -15,10 +16,11 @@ from job.inference.ensemble import Ensemble
 from job.inference.generate import continue_greedily
 from job.kernels import ops
 from job.kernels.build import load_library, unavailable_reason
-from job.nn.language_model import build_model, linear_cross_entropy
+from job.nn.language_model import LanguageModel, build_model, linear_cross_entropy
 from job.nn.regularization import Regularization, mask_keys
 from job.nn.rnn import RecurrentLayers, _flatten_weights, rnn_layer
 from job.nn.rnn_fallback import gru_layer, tanh_layer
+from job.nn.state import State, map_state, slice_state
 
 CELLS = {"RNN_TANH": nn.RNN, "GRU": nn.GRU, "LSTM": nn.LSTM}
 SIZES = [(1, 1, 1, 3), (5, 3, 7, 4), (17, 1, 6, 9), (33, 3, 1, 28), (257, 9, 3, 10), (64, 35, 5, 70)]  # H, B, T, V
@@ -117,6 +119,94 @@ def test_model_with_dropout_agrees_with_float64(implementation: str, cell: str, 
     assert_near(gradients, exact_gradients, tolerance)
 
 
+SEPARATOR = 8  # the last of 9 tokens
+
+
+def window_of_documents(steps: int, lanes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs and targets of lanes with no separator, one at the first step, one at the last, three in a row, or any."""
+    inputs, targets = torch.randint(0, SEPARATOR, (2, steps, lanes))
+    inputs[0, 1] = inputs[-1, 2] = SEPARATOR
+    inputs[3:6, 3] = SEPARATOR
+    inputs[:, 4:][torch.rand(steps, lanes - 4) < 0.3] = SEPARATOR
+    return inputs, targets
+
+
+def documents_alone(
+    model: LanguageModel, inputs: torch.Tensor, targets: torch.Tensor, state: State
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The loss of a window and the state after it, of each document of each lane on its own."""
+    losses, states = [], []
+    for lane in range(inputs.shape[1]):
+        tokens, lane_state = inputs[:, lane : lane + 1], slice_state(state, lane, 1)
+        cuts = [step for step in range(1, len(tokens)) if tokens[step] == SEPARATOR]
+        for start, stop in pairwise([0, *cuts, len(tokens)]):
+            before = None if tokens[start] == SEPARATOR else lane_state
+            nats, lane_state = model.cross_entropy_sum(tokens[start:stop], targets[start:stop, lane : lane + 1], before)
+            losses.append(nats)
+        states.append(state_tensors(lane_state))
+    return torch.stack(losses).sum(), [torch.cat(parts, 1) for parts in zip(*states, strict=True)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda dtype: str(dtype)[6:])
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm", "cells:DecayCell", "torch.nn:GRU", "torch.nn:LSTM"])
+@pytest.mark.parametrize("embedding_size", [0, 7])
+def test_model_that_resets_agrees_with_each_document_alone_from_zero_state(
+    implementation: str, cell: str, dtype: torch.dtype, embedding_size: int
+) -> None:
+    torch.manual_seed(0)
+    num_layers = 1 if cell == "cells:DecayCell" else 2
+    config = ModelConfig(cell=cell, hidden_size=40, num_layers=num_layers, embedding_size=embedding_size)
+    model, exact = (build_model(config, 9, seed=1) for _ in range(2))
+    exact.double()
+    model.to(torch.float64 if dtype == torch.float64 else torch.float32).reset_token = SEPARATOR
+    inputs, targets = window_of_documents(12, 11)
+    with torch.no_grad():
+        _, first = exact(inputs, None)
+    exact_state = map_state(lambda part: part.clone().requires_grad_(), first)
+    state = map_state(lambda part: part.to(model.linear.weight.dtype).requires_grad_(), first)
+    with autocast(dtype):
+        nats, last = model.cross_entropy_sum(inputs, targets, state)
+    expected, exact_last = documents_alone(exact, inputs, targets, exact_state)
+    tolerance = TOLERANCES[dtype]
+    assert_near([nats, *state_tensors(last)], [expected, *exact_last], tolerance)
+    leaves, exact_leaves = (
+        [*net.parameters(), *state_tensors(before)] for net, before in ((model, state), (exact, exact_state))
+    )
+    gradients = torch.autograd.grad(nats, leaves, allow_unused=True)
+    exact_gradients = torch.autograd.grad(expected, exact_leaves, allow_unused=True)
+    used = [number for number, gradient in enumerate(exact_gradients) if gradient is not None]
+    assert [number for number, gradient in enumerate(gradients) if gradient is not None] == used
+    assert_near([gradients[number] for number in used], [exact_gradients[number] for number in used], tolerance)
+    for gradient in gradients[len(list(model.parameters())) :]:
+        assert gradient is None or not gradient[:, 1].any()  # its first token is the separator
+
+
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm", "torch.nn:GRU"])
+def test_model_that_resets_has_the_dropout_masks_of_one_that_does_not(
+    implementation: str, cell: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = ModelConfig(cell=cell, hidden_size=64, num_layers=2, dropout=0.5)
+    model = build_model(config, 9, 0)
+    inputs, _ = window_of_documents(12, 11)
+    regularization = Regularization(config, mask_keys(config, 0, 5, range(11)))
+    dropped: list[torch.Tensor] = []
+    original = Regularization._drop
+
+    def drop(self: Regularization, *arguments: Any) -> torch.Tensor:
+        dropped.append(original(self, *arguments) == 0)
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Regularization, "_drop", drop)
+    for reset_token in (None, SEPARATOR):
+        model.reset_token = reset_token
+        model(inputs, None, regularization)
+    num_sites = 1 if cell == "torch.nn:GRU" else 2  # the layers of a custom cell are its own
+    assert len(dropped) == 2 * num_sites
+    for carried, reset in zip(dropped[:num_sites], dropped[num_sites:], strict=True):
+        assert torch.equal(carried, reset)
+        assert 0.4 < reset.float().mean() < 0.6
+
+
 def test_fallback_layers_pass_gradcheck() -> None:
     def random(*shape: Any) -> torch.Tensor:
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
@@ -161,11 +251,14 @@ def test_linear_cross_entropy_rejects_mismatched_shapes(implementation: str) -> 
 
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
 @pytest.mark.parametrize(("layers", "embedding"), [(1, 0), (2, 7)])
+@pytest.mark.parametrize("resets", [False, True])
 def test_greedy_decoding_equals_argmax_steps(
-    implementation: str, cell: str, layers: int, embedding: int, monkeypatch: pytest.MonkeyPatch
+    implementation: str, cell: str, layers: int, embedding: int, resets: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = build_model(ModelConfig(cell=cell, num_layers=layers, embedding_size=embedding, hidden_size=64), 28, 3)
-    prefixes = torch.randint(0, 28, (5, 7))
+    for name, weight in model.named_parameters():
+        weight.data *= 2 if "weight_hh" in name else 8  # so that many tokens are generated
+    prefixes = torch.randint(0, 28, (5, 7), generator=torch.Generator().manual_seed(0))
     monkeypatch.setattr(ops, "GREEDY_CHUNK", 7)
 
     def generate(prefixes_NB: torch.Tensor) -> torch.Tensor:
@@ -173,6 +266,10 @@ def test_greedy_decoding_equals_argmax_steps(
         return continue_greedily(ensemble, prefixes_NB[-1], ensemble.advance(prefixes_NB[:-1], [None]), 40)
 
     generated = generate(prefixes)
+    if resets:  # at a token that occurs
+        carried, model.reset_token = generated, int(generated[3, 3])
+        generated = generate(prefixes)
+        assert not torch.equal(generated, carried)
     inputs, state, expected = prefixes, None, []
     with torch.no_grad():
         for _ in range(40):

@@ -44,6 +44,9 @@ class CorpusConfig(Section):
     encoding: str = config_field("utf-8", "encoding of text files without a byte order mark")
     text_field: str = config_field("text", "field of JSON lines, or column of Parquet files, that contains the text")
     separator: bool = config_field(False, "separate text files by a token, as documents of other formats; false: join")
+    documents: str = choice_field(
+        "the state of a lane at a separator", join="carried on", reset="zero before it is read"
+    )
     newlines: str = choice_field("line ends of the text", keep="", normalize="\\r\\n and \\r become \\n")
     cleaning: str = choice_field("normalization", auto="d2l for built-in texts", d2l="lower-case letters", none="")
     max_tokens: int = config_field(0, "use only the first N tokens; 0: all", "tokens", ge=0)

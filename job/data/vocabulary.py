@@ -10,6 +10,7 @@ from typing import ClassVar, cast
 
 import numpy as np
 
+from job.config.schema import CorpusConfig
 from job.data.corpus import NEWLINE
 from job.data.cuts import last_cut
 from job.errors import UserError
@@ -41,6 +42,10 @@ class Vocabulary:
     @cached_property
     def _ids(self) -> dict[str, int]:
         return {token: index for index, token in enumerate(self.tokens)}
+
+    def reset_token(self, corpus_config: CorpusConfig) -> int | None:
+        """Returns the separator if ``corpus.documents`` is ``reset``, else None."""
+        return len(self) - 1 if self.has_separator and corpus_config.documents == "reset" else None
 
     @property
     def names(self) -> tuple[str, ...]:

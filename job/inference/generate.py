@@ -49,7 +49,9 @@ def load_model(
     vocabulary_size, weights = len(checkpoint.vocabulary), checkpoint.select_weights(weights_choice)
     dtype = next((weight.dtype for weight in weights.values() if weight.is_floating_point()), torch.float32)
     stored = replace(config.model, cell_class=model_config.cell_class)
-    return build_model_with_weights(stored, vocabulary_size, config.run.seed, weights, dtype, "checkpoint")
+    model = build_model_with_weights(stored, vocabulary_size, config.run.seed, weights, dtype, "checkpoint")
+    model.reset_token = checkpoint.vocabulary.reset_token(config.corpus)
+    return model
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ typedef struct {
     const int64_t *tokens; /* (T, B): row of the table for each lane; NULL if there is no table */
     const float *weight;   /* (G, H) */
     const float *bias;     /* (H): of a GRU's candidate state, scaled by the reset gate */
+    const uint8_t *starts; /* (T, B): whether the state before the step is taken to be zero; NULL if it never is */
     void *hidden;          /* (T + 1, B, H); the first is the initial state */
     float *carry;          /* (T + 1, B, H); a GRU's hidden state in float or an LSTM's cell; the first is initial */
     void *gates;           /* (T, B, 4 H): saved for backward; NULL to save nothing */
@@ -96,6 +97,7 @@ typedef struct {
 /* Greedy decoding: each step's most likely token is the input of the next step. */
 typedef struct {
     index_t num_layers, vocabulary_size, length;
+    index_t reset_token; /* before which the state is taken to be zero; -1 if there is none */
     const DecoderLayer *layers;
     const float *weight; /* (V, H): output layer */
     const float *bias;   /* (V rounded up to a multiple of 32) */

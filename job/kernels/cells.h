@@ -10,6 +10,14 @@ INLINE index_t num_gates(enum cell cell) { return cell == RNN ? 1 : cell == GRU 
 /* Vectors of H in a step's saved gates and in their gradients. */
 INLINE index_t num_saved(enum cell cell) { return cell == RNN ? 1 : 4; }
 
+/* Whether the state before the step of a lane is taken to be zero; `row` is the lane's index in (T, B). */
+INLINE int is_start(const RnnArgs *a, index_t row) { return a->starts && a->starts[row]; }
+
+/* The carry that a lane's step reads. */
+INLINE vec carry_before(const RnnArgs *a, index_t row, index_t j) {
+    return is_start(a, row) ? (vec){} : load(0, a->carry, row * a->units + j);
+}
+
 /* `sums` are the gates' recurrent parts, `gate_stride` apart; `row` is the lane's index in (T, B); `j` is the first
    unit. */
 INLINE void cell_forward(enum cell cell, int is_bf16, const RnnArgs *a, index_t row, index_t j, const float *sums,
@@ -24,7 +32,7 @@ INLINE void cell_forward(enum cell cell, int is_bf16, const RnnArgs *a, index_t 
         vec z = sigmoid(is_bf16, load(0, x, H) + load(0, sums, gate_stride));
         vec q = load(0, sums, 2 * gate_stride) + load(0, a->bias, j);
         vec n = vtanh(is_bf16, load(0, x, 2 * H) + r * q);
-        vec h = n + z * (load(0, a->carry, row * H + j) - n);
+        vec h = n + z * (carry_before(a, row, j) - n);
         store(0, a->carry, next, h);
         store(is_bf16, a->hidden, next, h);
         if (!a->gates) return;
@@ -37,7 +45,7 @@ INLINE void cell_forward(enum cell cell, int is_bf16, const RnnArgs *a, index_t 
         vec f = sigmoid(is_bf16, load(0, x, H) + load(0, sums, gate_stride));
         vec g = vtanh(is_bf16, load(0, x, 2 * H) + load(0, sums, 2 * gate_stride));
         vec o = sigmoid(is_bf16, load(0, x, 3 * H) + load(0, sums, 3 * gate_stride));
-        vec c = f * load(0, a->carry, row * H + j) + i * g;
+        vec c = f * carry_before(a, row, j) + i * g;
         store(0, a->carry, next, c);
         store(is_bf16, a->hidden, next, o * vtanh(is_bf16, c));
         if (!a->gates) return;
@@ -61,9 +69,9 @@ INLINE void cell_backward(enum cell cell, int is_bf16, const RnnArgs *a, index_t
         vec n = load(is_bf16, a->gates, saved + 2 * H), q = load(is_bf16, a->gates, saved + 3 * H);
         dh += load(0, a->dcarry, lane * H + j);
         vec dn = dh * (1 - z) * (1 - n * n);
-        store(0, a->dcarry, lane * H + j, dh * z);
+        store(0, a->dcarry, lane * H + j, is_start(a, row) ? (vec){} : dh * z);
         store(is_bf16, a->dgates, saved, dn * q * r * (1 - r));
-        store(is_bf16, a->dgates, saved + H, dh * (load(0, a->carry, row * H + j) - n) * z * (1 - z));
+        store(is_bf16, a->dgates, saved + H, dh * (carry_before(a, row, j) - n) * z * (1 - z));
         store(is_bf16, a->dgates, saved + 2 * H, dn * r);
         store(is_bf16, a->dgates, saved + 3 * H, dn);
     } else {
@@ -71,9 +79,9 @@ INLINE void cell_backward(enum cell cell, int is_bf16, const RnnArgs *a, index_t
         vec g = load(is_bf16, a->gates, saved + 2 * H), o = load(is_bf16, a->gates, saved + 3 * H);
         vec c = vtanh(is_bf16, load(0, a->carry, next));
         vec dc = load(0, a->dcarry, lane * H + j) + dh * o * (1 - c * c);
-        store(0, a->dcarry, lane * H + j, dc * f);
+        store(0, a->dcarry, lane * H + j, is_start(a, row) ? (vec){} : dc * f);
         store(is_bf16, a->dgates, saved, dc * g * i * (1 - i));
-        store(is_bf16, a->dgates, saved + H, dc * load(0, a->carry, row * H + j) * f * (1 - f));
+        store(is_bf16, a->dgates, saved + H, dc * carry_before(a, row, j) * f * (1 - f));
         store(is_bf16, a->dgates, saved + 2 * H, dc * i * (1 - g * g));
         store(is_bf16, a->dgates, saved + 3 * H, dh * c * o * (1 - o));
     }

@@ -34,6 +34,17 @@ static void step_layer(const layer_state *layer) {
     if (carry && carry != hidden) memcpy(carry, carry + size, size * sizeof *carry);
 }
 
+/* Sets the state of the lanes that read this token to zero. */
+static void reset_lanes(const RnnArgs *rnn, const int64_t *tokens, index_t token) {
+    float *hidden = rnn->hidden, *carry = rnn->carry;
+    index_t H = rnn->units;
+    for (index_t lane = 0; lane < rnn->lanes; lane++)
+        if (tokens[lane] == token) {
+            memset(hidden + lane * H, 0, H * sizeof *hidden);
+            if (carry) memset(carry + lane * H, 0, H * sizeof *carry);
+        }
+}
+
 static index_t argmax(const float *x, index_t count) {
     index_t best = 0;
     for (index_t j = 1; j < count; j++)
@@ -61,7 +72,10 @@ int generate_greedy(const DecoderArgs *args) {
     }
     for (index_t t = 0; t < args->length && !failed; t++) {
         layers[0].rnn.tokens = args->tokens + t * B;
-        for (index_t i = 0; i < args->num_layers; i++) step_layer(&layers[i]);
+        for (index_t i = 0; i < args->num_layers; i++) {
+            reset_lanes(&layers[i].rnn, layers[0].rnn.tokens, args->reset_token);
+            step_layer(&layers[i]);
+        }
         project(&output, B, logits);
         for (index_t lane = 0; lane < B; lane++) args->tokens[(t + 1) * B + lane] = argmax(logits + lane * columns, V);
     }

@@ -143,6 +143,7 @@ class _FusedRnn(torch.autograd.Function):
         embedding_VE: Tensor | None,
         h0_BH: Tensor,
         c0_BH: Tensor | None,
+        starts_TB: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         weight_GE, weight_GH, bias_ih_G, bias_hh_G = weights
@@ -162,9 +163,9 @@ class _FusedRnn(torch.autograd.Function):
         _call(
             "rnn_forward", cell=CELL_CODES[cell], is_bf16=_is_bf16(hidden), steps=steps, lanes=lanes, units=units,
             table_rows=len(input_projection), num_threads=torch.get_num_threads(), inputs=input_projection,
-            tokens=tokens_TB, weight=weight_GH, bias=bias_H, hidden=hidden, carry=carry, gates=gates,
+            tokens=tokens_TB, weight=weight_GH, bias=bias_H, starts=starts_TB, hidden=hidden, carry=carry, gates=gates,
         )  # fmt: skip
-        ctx.cell, ctx.gates = cell, gates
+        ctx.cell, ctx.gates, ctx.starts_TB = cell, gates, starts_TB
         if needs_grad:
             ctx.save_for_backward(inputs, embedding_VE, weight_GE, weight_GH, hidden, carry)
         ctx.set_materialize_grads(False)
@@ -185,9 +186,12 @@ class _FusedRnn(torch.autograd.Function):
         dh0 = torch.empty(lanes, units) if ctx.needs_input_grad[5] else None
         _call(
             "rnn_backward", cell=CELL_CODES[cell], is_bf16=_is_bf16(hidden), steps=steps, lanes=lanes, units=units,
-            num_threads=torch.get_num_threads(), weight=weight_GH, hidden=hidden, carry=carry, gates=dgates,
-            dhidden=dhidden, dgates=dgates, dh0=dh0, dcarry=dcarry,
+            num_threads=torch.get_num_threads(), weight=weight_GH, starts=ctx.starts_TB, hidden=hidden, carry=carry,
+            gates=dgates, dhidden=dhidden, dgates=dgates, dh0=dh0, dcarry=dcarry,
         )  # fmt: skip
+        if ctx.starts_TB is not None:
+            hidden = hidden.clone()
+            hidden.view(-1, units).index_fill_(0, ctx.starts_TB.flatten().nonzero()[:, 0], 0)
         dweight_GH = _weight_gradient(dgates, hidden, width)
         # A GRU's candidate has two gradients: the third block is its hidden part's, the fourth its input part's.
         hidden_part = range(2 * units, 3 * units) if cell == "GRU" else NO_COLUMNS
@@ -208,7 +212,7 @@ class _FusedRnn(torch.autograd.Function):
             dembedding_VE = None if embedding_VE is None else dprojection_VG @ weight_GE
         dbias_hh_G = dbias_G if dbias_candidate is None else torch.cat([dbias_G[: 2 * units], dbias_candidate])
         dc0 = dcarry if cell == "LSTM" else None
-        return None, None, None, dinputs, dembedding_VE, dh0, dc0, dweight_GE, dweight_GH, dbias_G, dbias_hh_G
+        return None, None, None, dinputs, dembedding_VE, dh0, dc0, None, dweight_GE, dweight_GH, dbias_G, dbias_hh_G
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):
@@ -241,7 +245,13 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
 
 
 def fused_rnn(
-    cell: str, dtype: torch.dtype, inputs: Tensor, embedding_VE: Tensor | None, state: StateTensors, weights: Weights
+    cell: str,
+    dtype: torch.dtype,
+    inputs: Tensor,
+    embedding_VE: Tensor | None,
+    state: StateTensors,
+    weights: Weights,
+    starts_TB: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """One recurrent layer over all steps of a window, forward and backward in one kernel call each.
 
@@ -252,6 +262,7 @@ def fused_rnn(
         embedding_VE: the tokens' features; None: one-hot
         state: h and, for an LSTM, c, each (B, H)
         weights: torch's, in float32: of the input (G, E), of the hidden state (G, H), and two biases (G)
+        starts_TB: bool, whether the state before the step is taken to be zero; None: it never is
 
     Returns:
         The hidden states (T, B, H) in ``dtype``, and the last carry (B, H) in float32: an LSTM's c, a GRU's h,
@@ -261,7 +272,9 @@ def fused_rnn(
         IndexError: if a token is not in the vocabulary
     """
     needs_grad, c0 = torch.is_grad_enabled(), state[1] if cell == "LSTM" else None
-    return _FusedRnn.apply(cell, dtype, needs_grad, inputs.contiguous(), embedding_VE, state[0], c0, *weights)
+    starts_TB = None if starts_TB is None else starts_TB.contiguous()
+    inputs = inputs.contiguous()
+    return _FusedRnn.apply(cell, dtype, needs_grad, inputs, embedding_VE, state[0], c0, starts_TB, *weights)
 
 
 def fused_linear_cross_entropy(hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_TB: Tensor) -> Tensor:
@@ -329,7 +342,13 @@ def fused_dropout(x_TBH: Tensor, probability: float, keys_B: Tensor, is_locked: 
 
 @torch.no_grad()
 def generate_greedy(
-    rnn: RNNBase, embedding_VE: Tensor | None, head: Linear, state: StateTensors, first_B: Tensor, length: int
+    rnn: RNNBase,
+    embedding_VE: Tensor | None,
+    head: Linear,
+    state: StateTensors,
+    first_B: Tensor,
+    length: int,
+    reset_token: int | None = None,
 ) -> Tensor:
     """Greedy decoding in float32, many steps per kernel call.
 
@@ -340,6 +359,7 @@ def generate_greedy(
         state: tensors (L, B, H), before ``first_B``
         first_B: the first input of each lane
         length: number of tokens to generate
+        reset_token: the token before which the state is taken to be zero, if there is one
 
     Returns:
         The tokens (length, B) after ``first_B``.
@@ -363,5 +383,6 @@ def generate_greedy(
             "generate_greedy", num_layers=rnn.num_layers, vocabulary_size=vocabulary_size, tokens=tokens[start:],
             length=min(GREEDY_CHUNK, length - start), weight=head.weight, bias=bias_V,
             layers=(STRUCTS["DecoderLayer"] * rnn.num_layers)(*decoder_layers),
+            reset_token=-1 if reset_token is None else reset_token,
         )  # fmt: skip
     return tokens[1:]

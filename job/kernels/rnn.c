@@ -6,6 +6,12 @@
 #include "gemm.h"
 #include "threads.h"
 
+/* Sets the sums of those of `count` lanes from `row` on to zero whose state before the step is. */
+INLINE void clear_starts(const RnnArgs *a, float *sums, index_t row, index_t count) {
+    for (index_t lane = 0; a->starts && lane < count; lane++)
+        if (a->starts[row + lane]) memset(sums + lane * PANEL, 0, PANEL * sizeof *sums);
+}
+
 INLINE void forward(enum cell cell, int is_bf16, const rnn_task *task, index_t first, index_t count) {
     const RnnArgs local = *task->args, *a = &local; /* a copy, which no store can alias */
     const uint32_t *packed = task->packed;
@@ -15,9 +21,11 @@ INLINE void forward(enum cell cell, int is_bf16, const rnn_task *task, index_t f
         for (index_t j = 0; j < H; j += PANEL) {
             index_t row = t * a->lanes + first;
             const void *previous = offset_ptr(is_bf16, a->hidden, row * H);
-            for (index_t gate = 0; gate < num_gates(cell); gate++)
+            for (index_t gate = 0; gate < num_gates(cell); gate++) {
                 gemm_panel(is_bf16, count, previous, depth, 1, packed + (gate * H + j) * depth, depth, sums[gate],
                            PANEL, 0);
+                clear_starts(a, sums[gate], row, count);
+            }
             for (index_t lane = 0; lane < count; lane++)
                 for (index_t v = 0; v < PANEL; v += WIDTH)
                     cell_forward(cell, is_bf16, a, row + lane, j + v, sums[0] + lane * PANEL + v, BLOCK_ROWS * PANEL);
@@ -47,9 +55,10 @@ INLINE void backward(enum cell cell, int is_bf16, const rnn_task *task, index_t 
             index_t row = t * a->lanes + first;
             const void *next_dgates = offset_ptr(is_bf16, a->dgates, (row + a->lanes) * saved);
             if (t >= 0) prefetch_backward(cell, is_bf16, a, row, count, j);
-            if (t < a->steps - 1)
+            if (t < a->steps - 1) {
                 gemm_panel(is_bf16, count, next_dgates, stride, 1, packed + j * depth, depth, sums, PANEL, 0);
-            else
+                clear_starts(a, sums, row + a->lanes, count);
+            } else
                 memset(sums, 0, count * PANEL * sizeof *sums);
             for (index_t lane = 0; lane < count; lane++)
                 for (index_t v = 0; v < PANEL; v += WIDTH) {

@@ -16,7 +16,7 @@ from job.kernels.ops import VECTOR_WIDTH, can_use_kernel, compute_dtype, fused_l
 from job.nn.custom_cell import build_custom_cell, check_state_protocol
 from job.nn.regularization import Regularization
 from job.nn.rnn import RecurrentLayers
-from job.nn.state import State
+from job.nn.state import State, run_documents
 
 
 class LanguageModel(nn.Module):
@@ -33,6 +33,7 @@ class LanguageModel(nn.Module):
         else:
             self.rnn = build_custom_cell(model_config, input_size)
         self.linear = nn.Linear(hidden_size, vocabulary_size)
+        self.reset_token: int | None = None  # before which the state of a lane is taken to be zero
         self.is_tied = model_config.tied
         self.tie_weights()
 
@@ -106,17 +107,17 @@ class LanguageModel(nn.Module):
         if not can_use_kernel(weight_VH, weight_VH.dtype):
             return None
         state_LBH = rnn.state_tensors(state, len(first_B))
-        return generate_greedy(rnn, self._embedding_weight, self.linear, state_LBH, first_B, length)
+        return generate_greedy(rnn, self._embedding_weight, self.linear, state_LBH, first_B, length, self.reset_token)
 
     def _hidden_states(
         self, tokens_TB: Tensor, state: State, regularization: Regularization | None
     ) -> tuple[Tensor, State]:
-        inputs = tokens_TB
+        inputs, starts_TB = tokens_TB, self._document_starts(tokens_TB)
         if self.has_custom_cell or (regularization is not None and regularization.needs_features):
             inputs = self._features(tokens_TB, regularization)
         if isinstance(self.rnn, RecurrentLayers):
-            return self.rnn(inputs, state, regularization, self._embedding_weight)
-        return self.rnn(inputs, state)
+            return self.rnn(inputs, state, regularization, self._embedding_weight, starts_TB)
+        return run_documents(self.rnn, inputs, state, starts_TB)
 
     def _features(self, tokens_TB: Tensor, regularization: Regularization | None) -> Tensor:
         """Returns the features (T, B, E) that the first layer reads."""
@@ -126,6 +127,13 @@ class LanguageModel(nn.Module):
         if regularization is None:
             return features_TBE
         return regularization.drop_inputs(features_TBE, tokens_TB, self.linear.out_features)
+
+    def _document_starts(self, tokens_TB: Tensor) -> Tensor | None:
+        """Returns whether the state before each token is taken to be zero (T, B); None if it never is."""
+        if self.reset_token is None:
+            return None
+        starts_TB = tokens_TB == self.reset_token
+        return starts_TB if starts_TB.any() else None
 
 
 def linear_cross_entropy(hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_TB: Tensor) -> Tensor:

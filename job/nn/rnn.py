@@ -17,7 +17,7 @@ from job.errors import UserError
 from job.kernels.ops import VECTOR_WIDTH, can_use_kernel, combine_biases, compute_dtype, fused_rnn
 from job.nn.regularization import Regularization
 from job.nn.rnn_fallback import gru_layer, tanh_layer
-from job.nn.state import State
+from job.nn.state import State, run_documents
 
 LayerState = tuple[Tensor, ...]  # one layer's: h (B, H), and an LSTM's c (B, H)
 
@@ -36,6 +36,7 @@ class RecurrentLayers(nn.RNNBase):
         state: State = None,
         regularization: Regularization | None = None,
         embedding_VE: Tensor | None = None,
+        starts_TB: Tensor | None = None,
     ) -> tuple[Tensor, State]:
         """Runs all layers over a window.
 
@@ -44,6 +45,7 @@ class RecurrentLayers(nn.RNNBase):
             state: tensors (L, B, H)
             regularization: this step's; None: none
             embedding_VE: the features of each token; None: one-hot. Unused if ``inputs`` are features.
+            starts_TB: bool, whether the state before the step is taken to be zero; None: it never is
 
         Returns:
             The last layer's hidden states (T, B, H) and the state after the window.
@@ -56,7 +58,8 @@ class RecurrentLayers(nn.RNNBase):
                 hidden_weight_GH = regularization.drop_weight(weight_GH, layer)
             layer_state = tuple(tensor[layer] for tensor in state_tensors)
             weights = [weight_GE, hidden_weight_GH, *biases]
-            outputs, last_state = rnn_layer(self.mode, outputs, None if layer else embedding_VE, layer_state, weights)
+            table_VE = None if layer else embedding_VE
+            outputs, last_state = rnn_layer(self.mode, outputs, table_VE, layer_state, weights, starts_TB)
             last_states.append(last_state)
         stacked = tuple(torch.stack(tensors) for tensors in zip(*last_states, strict=True))
         return outputs, stacked if self.mode == "LSTM" else stacked[0]
@@ -77,7 +80,12 @@ class RecurrentLayers(nn.RNNBase):
 
 
 def rnn_layer(
-    cell: str, inputs: Tensor, embedding_VE: Tensor | None, state: LayerState, weights: list[Tensor]
+    cell: str,
+    inputs: Tensor,
+    embedding_VE: Tensor | None,
+    state: LayerState,
+    weights: list[Tensor],
+    starts_TB: Tensor | None = None,
 ) -> tuple[Tensor, LayerState]:
     """Runs one layer over a window.
 
@@ -87,6 +95,7 @@ def rnn_layer(
         embedding_VE: the features of each token; None: one-hot. Unused if ``inputs`` are features.
         state: the layer's state before the window
         weights: as torch orders them: input weight (G, E), hidden weight (G, H), two biases (G)
+        starts_TB: bool, whether the state before the step is taken to be zero; None: it never is
 
     Returns:
         Hidden states (T, B, H) in the compute dtype and the layer's state after the window.
@@ -101,20 +110,26 @@ def rnn_layer(
     if embedding_VE is not None and len(embedding_VE) > inputs.numel():
         inputs, embedding_VE = F.embedding(inputs, embedding_VE), None
     if can_use_kernel(weights[0], dtype):
-        return _rnn_layer_kernel(cell, dtype, inputs, embedding_VE, state, weights)
+        return _rnn_layer_kernel(cell, dtype, inputs, embedding_VE, state, weights, starts_TB)
     if inputs.device.type == "cpu" and (cell == "RNN_TANH" or (cell == "GRU" and dtype != torch.float64)):
-        return _rnn_layer_fallback(cell, dtype, inputs, embedding_VE, state, weights)
+        return _rnn_layer_fallback(cell, dtype, inputs, embedding_VE, state, weights, starts_TB)
     if embedding_VE is not None:
         inputs = F.embedding(inputs, embedding_VE)
     elif not inputs.is_floating_point():
         inputs = F.one_hot(inputs, weights[0].shape[1]).to(weights[0].dtype)
     if inputs.is_cuda:
-        return _rnn_layer_cudnn(cell, dtype, inputs, state, weights)
-    return _rnn_layer_torch(cell, inputs, state, weights)
+        return _rnn_layer_cudnn(cell, dtype, inputs, state, weights, starts_TB)
+    return _rnn_layer_torch(cell, inputs, state, weights, starts_TB)
 
 
 def _rnn_layer_kernel(
-    cell: str, dtype: torch.dtype, inputs: Tensor, embedding_VE: Tensor | None, state: LayerState, weights: list[Tensor]
+    cell: str,
+    dtype: torch.dtype,
+    inputs: Tensor,
+    embedding_VE: Tensor | None,
+    state: LayerState,
+    weights: list[Tensor],
+    starts_TB: Tensor | None,
 ) -> tuple[Tensor, LayerState]:
     hidden_size = weights[1].shape[1]
     padding = -hidden_size % VECTOR_WIDTH
@@ -125,7 +140,7 @@ def _rnn_layer_kernel(
     if inputs.is_floating_point() and inputs.shape[2] % VECTOR_WIDTH:
         input_padding = (0, -inputs.shape[2] % VECTOR_WIDTH)
         inputs, weights = F.pad(inputs, input_padding), [F.pad(weights[0], input_padding), *weights[1:]]
-    hidden_TBH, carry_BH = fused_rnn(cell, dtype, inputs, embedding_VE, state, weights)
+    hidden_TBH, carry_BH = fused_rnn(cell, dtype, inputs, embedding_VE, state, weights, starts_TB)
     carry_BH = hidden_TBH[-1] if carry_BH is None else carry_BH
     last_state: LayerState = (hidden_TBH[-1], carry_BH) if cell == "LSTM" else (carry_BH,)
     if padding:
@@ -140,7 +155,13 @@ def _pad_gates(weight: Tensor, hidden_size: int, padding: int) -> Tensor:
 
 
 def _rnn_layer_fallback(
-    cell: str, dtype: torch.dtype, inputs: Tensor, embedding_VE: Tensor | None, state: LayerState, weights: list[Tensor]
+    cell: str,
+    dtype: torch.dtype,
+    inputs: Tensor,
+    embedding_VE: Tensor | None,
+    state: LayerState,
+    weights: list[Tensor],
+    starts_TB: Tensor | None,
 ) -> tuple[Tensor, LayerState]:
     weight_GE, weight_GH, bias_ih_G, bias_hh_G = weights
     bias_G, bias_new_H = combine_biases(cell, bias_ih_G, bias_hh_G)
@@ -150,35 +171,47 @@ def _rnn_layer_fallback(
         table_VG = weight_GE.t() + bias_G if embedding_VE is None else F.linear(embedding_VE, weight_GE, bias_G)
         # The sum with a transposed weight is not contiguous, and a lookup in it would be slow.
         preacts_TBG = F.embedding(inputs, table_VG.to(dtype).contiguous())
-    h0_BH, weight_GH = state[0].to(dtype), weight_GH.to(dtype)
-    if bias_new_H is None:
-        hidden_TBH = tanh_layer(preacts_TBG, h0_BH, weight_GH)
-    else:
-        hidden_TBH = gru_layer(preacts_TBG, h0_BH, weight_GH, bias_new_H.to(dtype))
-    return hidden_TBH, (hidden_TBH[-1],)
+    weight_GH = weight_GH.to(dtype)
+
+    def run(preacts_TBG: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
+        if bias_new_H is None:
+            hidden_TBH = tanh_layer(preacts_TBG, state[0][0], weight_GH)
+        else:
+            hidden_TBH = gru_layer(preacts_TBG, state[0][0], weight_GH, bias_new_H.to(dtype))
+        return hidden_TBH, (hidden_TBH[-1:],)
+
+    hidden_TBH, (last_1BH,) = run_documents(run, preacts_TBG, (state[0].to(dtype)[None],), starts_TB)
+    return hidden_TBH, (last_1BH[0],)
 
 
 def _rnn_layer_torch(
-    cell: str, inputs_TBE: Tensor, state: LayerState, weights: list[Tensor]
+    cell: str, inputs_TBE: Tensor, state: LayerState, weights: list[Tensor], starts_TB: Tensor | None = None
 ) -> tuple[Tensor, LayerState]:
+    layer: Any = {"RNN_TANH": torch.rnn_tanh, "GRU": torch.gru, "LSTM": torch.lstm}[cell]
     flags: dict[str, Any] = {"has_biases": True, "num_layers": 1, "dropout": 0.0, "bidirectional": False}
     flags |= {"train": torch.is_grad_enabled(), "batch_first": False}
-    if cell == "LSTM":
-        hidden_TBH, *last_state = torch.lstm(inputs_TBE, [tensor[None] for tensor in state], weights, **flags)
-    else:
-        layer = torch.gru if cell == "GRU" else torch.rnn_tanh
-        hidden_TBH, *last_state = layer(inputs_TBE, state[0][None], weights, **flags)
+
+    def run(inputs_TBE: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
+        hidden_TBH, *last_state = layer(inputs_TBE, state if cell == "LSTM" else state[0], weights, **flags)
+        return hidden_TBH, tuple(last_state)
+
+    hidden_TBH, last_state = run_documents(run, inputs_TBE, tuple(tensor[None] for tensor in state), starts_TB)
     return hidden_TBH, tuple(tensor[0] for tensor in last_state)
 
 
 def _rnn_layer_cudnn(
-    cell: str, dtype: torch.dtype, inputs_TBE: Tensor, state: LayerState, weights: list[Tensor]
+    cell: str,
+    dtype: torch.dtype,
+    inputs_TBE: Tensor,
+    state: LayerState,
+    weights: list[Tensor],
+    starts_TB: Tensor | None = None,
 ) -> tuple[Tensor, LayerState]:
     """Runs cuDNN in ``dtype``, whatever autocast's is; torch's own autocast always runs cuDNN layers in float16."""
     cast_state = tuple(tensor.to(dtype) for tensor in state)
     with torch.autocast("cuda", enabled=False):
         hidden_TBH, last_state = _rnn_layer_torch(
-            cell, inputs_TBE.to(dtype), cast_state, _flatten_weights(weights, dtype)
+            cell, inputs_TBE.to(dtype), cast_state, _flatten_weights(weights, dtype), starts_TB
         )
     return hidden_TBH, tuple(last.to(first.dtype) for last, first in zip(last_state, state, strict=True))
 

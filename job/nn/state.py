@@ -5,12 +5,14 @@ Axis 1 of each tensor is the lane. No module stores a state.
 """
 
 from collections.abc import Callable
-from typing import cast
+from itertools import pairwise
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 State = Tensor | tuple[Tensor, ...] | None
+Layer = Callable[[Tensor, Any], tuple[Tensor, Any]]  # inputs (T, B, …) and state to outputs (T, B, …) and state
 
 
 def map_state(function: Callable[[Tensor], Tensor], state: State) -> State:
@@ -34,6 +36,33 @@ def slice_state(state: State, start: int, count: int) -> State:
         count: number of lanes
     """
     return map_state(lambda tensor: tensor.narrow(1, start, count).contiguous(), state)
+
+
+def reset_state(state: State, is_reset_B: Tensor) -> State:
+    """Returns the state with zeros for some lanes."""
+    return map_state(lambda tensor: tensor.masked_fill(is_reset_B.view(-1, *[1] * (tensor.dim() - 2)), 0), state)
+
+
+def run_documents(layer: Layer, inputs: Tensor, state: Any, starts_TB: Tensor | None) -> tuple[Tensor, Any]:
+    """Runs a recurrent layer over a window in which documents start: the window is cut where one does.
+
+    Args:
+        layer: takes a part of the window
+        inputs: inputs (T, B, …) of the window
+        state: the lanes' state before the window
+        starts_TB: bool, whether the state before the step is taken to be zero; None: it never is
+
+    Returns:
+        The outputs (T, B, …), and the state after the window.
+    """
+    if starts_TB is None:
+        return layer(inputs, state)
+    cuts = starts_TB[1:].any(1).nonzero().flatten() + 1
+    parts = []
+    for start, stop in pairwise([0, *cuts.tolist(), len(inputs)]):
+        part, state = layer(inputs[start:stop], reset_state(state, starts_TB[start]))
+        parts.append(part)
+    return torch.cat(parts), state
 
 
 def cat_states(states: list[State]) -> State:

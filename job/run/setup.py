@@ -54,6 +54,7 @@ def build_run_spec(config: Config, folder: Folder, content: Content | None = Non
     if config.corpus.validation_source:
         dataset = add_validation_text(dataset, config.corpus, config.vocabulary)
     _check_sizes(dataset, config, corpus)
+    _check_separator(config, dataset.vocabulary)
     prefix = resolve_prefix(config.generate.prefix, config.corpus, dataset)
     config = replace(config, generate=replace(config.generate, prefix=prefix))
     checkpoints = folder / "checkpoints"
@@ -96,6 +97,12 @@ def _read_corpus(config: Config, vocabulary: Vocabulary | None, content: Content
     has_separator = vocabulary is None or vocabulary.has_separator
     corpus = read_corpus(config.corpus, config.vocabulary.kind, content, has_separator)
     return corpus, replace(config, corpus=replace(config.corpus, source=corpus.source, cleaning=corpus.cleaning))
+
+
+def _check_separator(config: Config, vocabulary: Vocabulary) -> None:
+    if config.corpus.documents == "reset" and not vocabulary.has_separator:
+        problem = "corpus.documents = reset: the vocabulary has no separator, at which the state is reset"
+        raise UserError(problem, "set it to join, or give documents: JSON lines, Parquet, or corpus.separator = true")
 
 
 def _check_sizes(dataset: Dataset, config: Config, corpus: Corpus | None = None) -> None:

@@ -33,7 +33,9 @@ def supports_cuda_graph(model: LanguageModel, world_size: int) -> bool:
     """
     weight, setting = model.linear.weight, os.environ.get(GRAPH_ENV_VAR)
     # The learning rate on the GPU is a float32, which would round that of a run in float64.
-    is_uniform = not model.has_custom_cell and weight.is_cuda and weight.dtype == torch.float32
+    is_uniform = (
+        not model.has_custom_cell and model.reset_token is None and weight.is_cuda and weight.dtype == torch.float32
+    )
     return is_uniform and (
         setting != "off" if world_size == 1 else setting == "workers" and dist.get_backend() == "nccl"
     )

@@ -73,6 +73,7 @@ def build_train_state(
     stream = Stream(spec.dataset.train_tokens, config.stream, config.run.seed)
     precision = resolve_precision(precision_name, device)
     model = _build_model(spec, resume_point, precision.weights).to(device)
+    model.reset_token = spec.dataset.vocabulary.reset_token(config.corpus)
     optimizer = build_optimizer(config.optimizer, model)
     num_groups = config.train.lane_groups if config.train.reproducible else 0
     assignment = assign_lanes(config.stream.batch_size, num_groups, world.rank, world.size)
@@ -122,4 +123,6 @@ def _build_average(spec: RunSpec, resume_point: ResumePoint | None, model: Langu
         weights, source = resume_point.average, str(resume_point.checkpoint.path)
     config, parameter = spec.config, model.linear.weight
     arguments = config.model, len(spec.dataset.vocabulary), config.run.seed, weights, parameter.dtype, source
-    return WeightAverage(model, build_model_with_weights(*arguments).to(parameter.device))
+    averaged = build_model_with_weights(*arguments).to(parameter.device)
+    averaged.reset_token = model.reset_token
+    return WeightAverage(model, averaged)

@@ -234,12 +234,18 @@ def test_graph_with_converted_weights_equals_eager_step(cell: str, monkeypatch: 
     num_conversions = 0
 
     def layer(
-        cell: str, _: torch.dtype, inputs: Tensor, embedding_VE: Tensor, state: LayerState, weights: list[Tensor]
+        cell: str,
+        _: torch.dtype,
+        inputs: Tensor,
+        embedding_VE: Tensor,
+        state: LayerState,
+        weights: list[Tensor],
+        starts_TB: Tensor | None,
     ) -> tuple[Tensor, LayerState]:
         nonlocal num_conversions
         num_conversions += 1
         inputs_TBE = inputs if inputs.is_floating_point() else F.embedding(inputs, embedding_VE)
-        hidden_TBH, last_state = _rnn_layer_cudnn(cell, torch.float64, inputs_TBE, state, weights)
+        hidden_TBH, last_state = _rnn_layer_cudnn(cell, torch.float64, inputs_TBE, state, weights, starts_TB)
         return hidden_TBH.float(), last_state
 
     monkeypatch.setattr("job.nn.rnn.can_use_kernel", lambda *_: True)
