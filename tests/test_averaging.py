@@ -19,6 +19,7 @@ from job.run.run_dir import open_checkpoint
 from job.run.setup import build_run_spec
 from job.storage import Folder
 from job.training.checkpoint import weights_sha256
+from job.training.decisions import Decisions
 from job.training.loop import end_epoch, evaluate_lanes, train_steps
 from job.training.schedule import Schedule
 from job.training.tensor_file import read_tensors
@@ -78,8 +79,8 @@ def test_ema_equals_that_of_torch_once_its_decay_is_reached() -> None:
 
 
 def test_ema_decay_grows_from_zero_to_its_configured_value() -> None:
-    schedule = Schedule(OptimizerConfig(averaging="ema", ema_decay=0.9), 1000)
-    decays = [1 - schedule.average_weight(step) for step in range(200)]
+    schedule = Schedule(OptimizerConfig(averaging="ema", ema_decay=0.9), 1000, 32)
+    decays = [1 - schedule.average_weight(step, Decisions()) for step in range(200)]
     assert decays[:3] == pytest.approx([0, 2 / 11, 3 / 12])
     assert decays == sorted(decays)
     assert decays[-1] == pytest.approx(0.9)

@@ -131,7 +131,13 @@ def test_cuda_graph_train_step_equals_eager_step(cell: str, reproducible: bool, 
         small_config(epochs=3, reproducible=reproducible, lane_groups=2),
         model=ModelConfig(cell=cell, hidden_size=8, num_layers=2, embedding_size=4, dropout=0.3, **REGULARIZATION),
         optimizer=OptimizerConfig(
-            name=name, learning_rate=0.5, grad_clip_norm=0.1, schedule="cosine", warmup_steps=2, averaging="ema"
+            name=name,
+            learning_rate=0.5,
+            grad_clip_norm=0.1,
+            schedule="cosine",
+            warmup_steps=2,
+            averaging="ema",
+            momentum=0.9,
         ),
     )
     eager_stats, eager_states, eager_weights, eager_captures = train(config, use_graph=False)

@@ -2,7 +2,7 @@
 
 import codecs
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from job.config.field import FREE, choice_field, config_field, format_value
@@ -198,18 +198,29 @@ class OptimizerConfig(Section):
         is_free_in_new_run=True,
     )  # fmt: skip
     grad_clip_norm: float = config_field(0.0, "maximum norm of the gradient; 0: no clipping", ge=0, is_mutable=True)
+    momentum: float = config_field(0.0, "momentum of sgd", ge=0, lt=1, is_free_in_new_run=True)
+    base_batch_size: int = config_field(
+        0, "lanes for which learning_rate was chosen: with k times as many it is sqrt(k) times as high (LEGW); 0: any",
+        "lanes", ge=0, is_free_in_new_run=True,
+    )  # fmt: skip
     schedule: str = config_field(
-        "constant", "learning-rate schedule", choices={"constant": "", "cosine": "to zero"}, is_free_in_new_run=True
-    )
+        "constant", "learning-rate schedule", is_free_in_new_run=True,
+        choices={"constant": "", "cosine": "to zero", "step": "by decay_factor every decay_every steps",
+                 "plateau": "by decay_factor after decay_patience validations without improvement"},
+    )  # fmt: skip
     schedule_steps: int = config_field(
         0, "length of the schedule; 0: all of train.epochs", "steps", ge=0, is_free_in_new_run=True
     )
     warmup_steps: int = config_field(
         0, "length of the linear learning-rate warm-up", "steps", ge=0, is_free_in_new_run=True
     )
+    decay_factor: float = config_field(0.5, "factor of step and plateau", gt=0, lt=1, is_free_in_new_run=True)
+    decay_every: int = config_field(1000, "interval of step", "steps", ge=1, is_free_in_new_run=True)
+    decay_patience: int = config_field(1, "patience of plateau", "validations", ge=1, is_free_in_new_run=True)
     averaging: str = config_field(
         "none", "average of the weights over the steps, which validation, generate and evaluate use",
-        choices={"none": "", "ema": "exponential moving average", "mean": "of all steps from average_start on"},
+        choices={"none": "", "ema": "exponential moving average", "mean": "of all steps from average_start on",
+                 "nt-asgd": "the mean since validation has not improved for nonmono validations"},
         is_free_in_new_run=True,
     )  # fmt: skip
     ema_decay: float = config_field(
@@ -219,10 +230,11 @@ class OptimizerConfig(Section):
     average_start: float = config_field(
         0.75, "start of mean: a fraction of the schedule's length, or from 1 on a step", ge=0, is_free_in_new_run=True
     )
+    nonmono: int = config_field(5, "patience of nt-asgd", "validations", ge=1, is_free_in_new_run=True)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.schedule != "constant" and 0 < self.schedule_steps <= self.warmup_steps:
+        if self.schedule == "cosine" and 0 < self.schedule_steps <= self.warmup_steps:
             problem = f"optimizer.schedule_steps = {self.schedule_steps}: must be more than optimizer.warmup_steps"
             raise UserError(f"{problem} = {self.warmup_steps}", "raise the first or lower the second")
 
@@ -230,7 +242,7 @@ class OptimizerConfig(Section):
     def spans_epochs(self) -> bool:
         """Whether a step depends on the length of ``train.epochs``, which then cannot be raised."""
         uses_fraction = self.averaging == "mean" and 0 < self.average_start < 1
-        return (self.schedule != "constant" or uses_fraction) and not self.schedule_steps
+        return (self.schedule == "cosine" or uses_fraction) and not self.schedule_steps
 
 
 @dataclass(frozen=True)
@@ -242,10 +254,14 @@ class TrainConfig(Section):
         is_free_in_new_run=True,
     )  # fmt: skip
     max_steps: int = config_field(0, "maximum length of the run; 0: no limit", "steps", ge=0, on_resume=FREE)
+    patience: int = config_field(
+        0, "stop early after N validations without improvement; 0: never", "validations", ge=0, on_resume=FREE
+    )
     log_every: int = config_field(0, "interval between rows of metrics; 0: one epoch", "steps", ge=0, on_resume=FREE)
     validate_every: int = config_field(
-        0, "interval between validations, in addition to that after each epoch; 0: none", "steps", ge=0, on_resume=FREE
-    )
+        0, "interval between validations, in addition to that after each epoch; 0: none", "steps", ge=0,
+        on_resume="may change if nothing is decided by validations", is_free_in_new_run=True,
+    )  # fmt: skip
     checkpoint_every: str | int = config_field(
         "30s", "interval between checkpoints", ge=1, pattern=r"(?=.*[1-9])[0-9]{1,99}(\.[0-9]{1,99})?s", on_resume=FREE,
         form='steps (200) or seconds ("30s"), above 0',
@@ -410,6 +426,17 @@ class Config:
             problem = f"stream.offset has {len(offset)} entries for train.epochs = {self.train.epochs}"
             raise UserError(problem, "give one for each epoch")
 
+    @property
+    def validation_user(self) -> str:
+        """A field for which the run needs validations, and its value, for messages; empty if none does."""
+        users = {
+            f"train.patience = {self.train.patience}": self.train.patience > 0,
+            "optimizer.schedule = plateau": self.optimizer.schedule == "plateau",
+            "optimizer.averaging = nt-asgd": self.optimizer.averaging == "nt-asgd",
+            f"train.validate_every = {self.train.validate_every}": self.train.validate_every > 0,
+        }
+        return next((user for user, is_used in users.items() if is_used), "")
+
     def sections(self) -> list[Section]:
         """Returns the sections in their order."""
         return [getattr(self, option.name) for option in fields(self)]
@@ -458,6 +485,8 @@ def may_change(name: str, old: Config, new: Config) -> bool:
 def _is_compatible(name: str, old: Config, new: Config) -> bool:
     if name == "run.resume_from":  # not needed any more
         return not new.run.resume_from
+    if name == "train.validate_every":
+        return not replace(old, train=replace(old.train, validate_every=0)).validation_user
     return _only_adds_epochs(name, old, new)
 
 

@@ -50,6 +50,7 @@ from job.run.signals import StopRequest
 from job.storage import Folder
 from job.training.checkpoint import find_latest_valid, list_checkpoints, weights_sha256
 from job.training.events import CheckpointCommitted, Event, EventSink, Finished
+from job.training.loop import has_done_all
 from job.training.progress import finite_or_none, perplexity
 from job.training.run_spec import RunSpec
 
@@ -120,8 +121,7 @@ def run_training(
     """
     folder, config, existing = resolve_run(config, default_name, retry=retry)
     if existing and existing.result and existing.is_finished(config):
-        limit = "train.epochs" if existing.result["epochs"] >= config.train.epochs else "train.max_steps"
-        console.print(f"{folder} is finished; to train longer, raise {limit}")
+        console.print(f"{folder} is finished; to train longer, raise {existing.limit_reached(config)}")
         return RunOutcome(folder, config, existing.result)
     folder = replace(folder, retry=True)
     observer = wait_until_expired(folder, console.print)
@@ -257,6 +257,9 @@ def _finish(spec: RunSpec, recorder: Recorder, finished: Finished) -> dict[str, 
         "generated": text,
         "corpus": spec.dataset.metadata,
     }
+    if spec.config.train.patience:
+        result["stopped_early"] = not has_done_all(progress, spec.config.train)
+        result["validations_without_improvement"] = progress.decisions.stale
     if spec.config.run.resume_from and (record := read_record(folder)):
         result["resumed_from"] = record
     _logger.info("finished: %s", {name: result[name] for name in ("perplexity", "epochs", "steps", "restarts")})
@@ -340,6 +343,8 @@ def print_result(outcome: RunOutcome, console: Console) -> None:
             f"at best {result['best_validation_perplexity']:.4g} in {folder / result['best_checkpoint']}"
             f"{format_unknown_share(result.get('validation_unknown_share', 0))}"
         )
+    if result.get("stopped_early"):
+        console.print(f"stopped early: no improvement in {result['validations_without_improvement']} validations")
     console.print()
     console.print(f"    {result['generated']}", wrap=False)
     console.print()

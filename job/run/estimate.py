@@ -6,7 +6,7 @@ from itertools import islice
 
 import torch
 
-from job.config.schema import Config, ModelConfig
+from job.config.schema import Config, ModelConfig, OptimizerConfig
 from job.console import format_bytes, format_count, format_duration
 from job.data.stream import Stream
 from job.distributed.context import World, available_cpus, device_name, machine_memory, resolve_precision
@@ -39,7 +39,7 @@ def worker_bytes(config: Config, num_weights: int) -> int:
     num_hidden = (
         config.stream.num_steps * -(-num_lanes // num_parts) * config.model.num_layers * config.model.hidden_size
     )
-    copies = (4 if config.optimizer.name == "adamw" else 2) + (config.optimizer.averaging != "none")
+    copies = 2 + _num_moments(config.optimizer)
     return _PROCESS_BYTES + num_weights * copies * (8 if is_double else 4) + num_hidden * (8 if is_double else 2)
 
 
@@ -52,6 +52,12 @@ def checkpoint_bytes(spec: RunSpec) -> int:
     num_weights = num_stored - (shapes["linear.weight"].numel() if spec.config.model.tied else 0)  # stored twice
     num_values = num_stored * (1 + num_averages) + num_weights * num_moments
     return num_values * (8 if spec.config.train.precision == "fp64" else 4)
+
+
+def _num_moments(optimizer_config: OptimizerConfig) -> int:
+    """Returns the tensors per weight that the optimizer and the average store."""
+    moments = 2 if optimizer_config.name == "adamw" else int(optimizer_config.momentum > 0)
+    return moments + (optimizer_config.averaging != "none")
 
 
 def check_weights(model_config: ModelConfig, vocabulary_size: int) -> None:

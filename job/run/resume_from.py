@@ -49,7 +49,7 @@ class SourceCheckpoint:
             progress, _ = read_progress(self.checkpoint)
             if is_done(progress, config.train):
                 problem = f"nothing is left to train after epoch {progress.epoch:,}, step {progress.step:,}"
-                raise UserError(problem, "raise train.epochs or train.max_steps")
+                raise UserError(problem, "raise train.epochs, train.max_steps or train.patience")
 
     def record(self, config: Config) -> dict[str, Any]:
         """Returns what is stored about the start of a run of this configuration."""

@@ -27,7 +27,8 @@ from job.training.checkpoint import (
     read_progress,
     read_vocabulary,
 )
-from job.training.loop import is_done
+from job.training.decisions import Decisions
+from job.training.loop import has_done_all, is_done
 from job.training.progress import Progress
 
 Result = TypeVar("Result")
@@ -43,6 +44,7 @@ _RESULT_TYPES: dict[str, Any] = {
     **dict.fromkeys(("unknown_share", "validation_unknown_share"), (float, NoneType)),
     **dict.fromkeys((f"validation_bits_per_{unit}" for unit in ("character", "byte", "word")), (float, NoneType)),
     "best_checkpoint": (str, NoneType),
+    "validations_without_improvement": (int, NoneType),
 }
 _VALIDATION_FIELDS = {"validation_perplexity", "best_validation_perplexity", "best_checkpoint"}  # all or none
 
@@ -57,13 +59,26 @@ class ExistingRun:
     def is_finished(self, config: Config) -> bool:
         """Whether the run has done all the epochs and steps that a configuration requires."""
         result = self.result
-        return bool(result and is_done(Progress(epoch=result["epochs"], step=result["steps"]), config.train))
+        return bool(result and is_done(_progress_of(result), config.train))
+
+    def limit_reached(self, config: Config) -> str:
+        """Returns the field that must be raised to train a finished run longer."""
+        assert self.result
+        if not has_done_all(_progress_of(self.result), config.train):
+            return "train.patience"
+        return "train.epochs" if self.result["epochs"] >= config.train.epochs else "train.max_steps"
 
     def can_resume(self, config: Config) -> bool:
         """Whether the run is unfinished and a configuration may continue it."""
         same = not config_differences(self.config, with_resolved_fields(config, self.config))
         same = same and config.run.resume_from == self.config.run.resume_from
         return same and not self.is_finished(config)
+
+
+def _progress_of(result: dict[str, Any]) -> Progress:
+    """Returns of the progress at the end of a finished run what decides whether it is done."""
+    decisions = Decisions(stale=result.get("validations_without_improvement", 0))
+    return Progress(epoch=result["epochs"], step=result["steps"], decisions=decisions)
 
 
 def resolve_run(config: Config, default_name: str, *, retry: bool = False) -> tuple[Folder, Config, ExistingRun | None]:

@@ -31,6 +31,7 @@ from job.documents import parse_record
 from job.errors import UserError
 from job.nn.state import State
 from job.storage import Folder, TooLarge
+from job.training.decisions import Decisions
 from job.training.progress import LossSum, Progress, finite_or_none
 from job.training.run_spec import RunSpec
 from job.training.tensor_file import CHUNK_BYTES, ReadableInto, read_bytes, read_tensors, tensor_bytes, tensor_file
@@ -50,6 +51,7 @@ _FILE = re.compile(r"[a-z]+[a-z0-9-]*\.(safetensors|json|toml)")
 _PROGRESS_TYPES: dict[str, Any] = {"precision": str} | {
     name: (float, int, NoneType) if value is None or type(value) is float else type(value)
     for name, value in asdict(Progress()).items()
+    if name != "decisions"  # early versions did not store them
 }
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
@@ -390,6 +392,7 @@ def read_progress(checkpoint: Checkpoint) -> tuple[Progress, dict[str, Any]]:
 def _parse_progress(data: bytes) -> tuple[Progress, dict[str, Any]]:
     metadata = parse_record(data, _PROGRESS_TYPES, lambda _: None)  # early versions stored NaN
     values = {name: metadata.pop(name, default) for name, default in asdict(Progress()).items()}
+    values["decisions"] = Decisions.from_record(values["decisions"])
     for name in ("epoch_mean", "report_mean"):
         values[name] = LossSum(float(values[name]["nats"]), int(values[name]["tokens"]))
     return Progress(**values), metadata

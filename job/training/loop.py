@@ -44,6 +44,11 @@ class StepResult:
 
 
 def is_done(progress: Progress, train_config: TrainConfig) -> bool:
+    """Whether ``train.epochs``, ``train.max_steps`` or ``train.patience`` is reached."""
+    return has_done_all(progress, train_config) or bool(0 < train_config.patience <= progress.decisions.stale)
+
+
+def has_done_all(progress: Progress, train_config: TrainConfig) -> bool:
     """Whether ``train.epochs`` or ``train.max_steps`` is reached."""
     has_max_steps = bool(train_config.max_steps and progress.step >= train_config.max_steps)
     return has_max_steps or progress.epoch >= train_config.epochs
@@ -72,9 +77,9 @@ def train_steps(
         batch = _next_batch(train_state, config, control_flags())
         if device.type == "cuda":
             batch = batch.pin_memory()
-        schedule = train_state.schedule
-        train_state.learning_rate = schedule.learning_rate(progress.step)
-        sizes = StepSizes(train_state.learning_rate, schedule.average_weight(progress.step))
+        schedule, decisions = train_state.schedule, progress.decisions
+        train_state.learning_rate = schedule.learning_rate(progress.step, decisions.reductions)
+        sizes = StepSizes(train_state.learning_rate, schedule.average_weight(progress.step, decisions))
         stats_tensor, train_state.lane_state = train_state.train_step(batch, train_state.lane_state, sizes)
         progress.window += 1
         progress.step += 1

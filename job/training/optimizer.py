@@ -17,7 +17,9 @@ def build_optimizer(optimizer_config: OptimizerConfig, model: nn.Module) -> torc
         (matrices if optimizer_config.decay_scope == "all" or parameter.dim() > 1 else others).append(parameter)
     decays = ((matrices, optimizer_config.weight_decay), (others, 0.0))
     groups = [{"params": parameters, "weight_decay": decay} for parameters, decay in decays if parameters]
-    return (torch.optim.SGD if optimizer_config.name == "sgd" else torch.optim.AdamW)(groups, fused=True)
+    if optimizer_config.name == "sgd":
+        return torch.optim.SGD(groups, momentum=optimizer_config.momentum, fused=True)
+    return torch.optim.AdamW(groups, fused=True)
 
 
 @torch.no_grad()

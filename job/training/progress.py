@@ -3,6 +3,8 @@
 import math
 from dataclasses import dataclass, field
 
+from job.training.decisions import Decisions
+
 _MAX_NATS = 700.0  # of which exp is still a float
 
 
@@ -57,3 +59,4 @@ class Progress:
     last_validation_nats_raw: float | None = None  # of the weights themselves, if they are averaged
     validated_step: int = -1
     best_validation_nats: float | None = None
+    decisions: Decisions = field(default_factory=Decisions)

@@ -1,4 +1,4 @@
-"""The learning rate, and the share of new weights in the average, as functions of the step."""
+"""The learning rate, and the share of new weights in the average, as functions of the step and of decisions."""
 
 import math
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from job.config.schema import OptimizerConfig
+from job.training.decisions import Decisions
 
 
 class StepSizes(NamedTuple):
@@ -23,25 +24,46 @@ class Schedule:
     Args:
         optimizer_config: its options
         num_steps: its length; the warm-up is a part of it
+        batch_size: lanes of the run
     """
 
     optimizer_config: OptimizerConfig
     num_steps: int
+    batch_size: int
 
-    def learning_rate(self, step: int) -> float:
-        """Returns the learning rate of a step (from 0): a linear warm-up, then constant or cosine.
+    def learning_rate(self, step: int, reductions: int = 0) -> float:
+        """Returns the learning rate of a step (from 0): a linear warm-up, then the schedule.
 
         The cosine reaches zero at the end of the schedule and stays there.
-        """
-        peak, warmup_steps = self.optimizer_config.learning_rate, self.optimizer_config.warmup_steps
-        if step < warmup_steps:
-            return peak * (step + 1) / warmup_steps
-        if self.optimizer_config.schedule == "constant":
-            return peak
-        fraction = (step - warmup_steps) / max(1, self.num_steps - warmup_steps)
-        return peak * 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0)))
 
-    def average_weight(self, step: int) -> float:
+        Args:
+            step: number of the step
+            reductions: by the schedule plateau so far
+        """
+        config, after_warmup = self.optimizer_config, step - self.optimizer_config.warmup_steps
+        if after_warmup < 0:
+            return self.peak * (step + 1) / config.warmup_steps
+        match config.schedule:
+            case "cosine":
+                fraction = after_warmup / max(1, self.num_steps - config.warmup_steps)
+                return self.peak * 0.5 * (1 + math.cos(math.pi * min(fraction, 1.0)))
+            case "step":
+                return self.peak * config.decay_factor ** (after_warmup // config.decay_every)
+            case "plateau":
+                return self.peak * config.decay_factor**reductions
+        return self.peak
+
+    @property
+    def peak(self) -> float:
+        """The learning rate after the warm-up.
+
+        By LEGW (You et al., 2019, https://arxiv.org/abs/1901.08256) it grows with the square root of the batch, and the
+        epochs of the warm-up with the batch: so its steps stay the same.
+        """
+        base = self.optimizer_config.base_batch_size
+        return self.optimizer_config.learning_rate * (math.sqrt(self.batch_size / base) if base else 1)
+
+    def average_weight(self, step: int, decisions: Decisions) -> float:
         """Returns the weight, in the average, of the weights after a step (from 0).
 
         It is 1, so that both are equal, as long as the mean has not started. The decay of the moving average grows as
@@ -49,11 +71,15 @@ class Schedule:
         """
         if self.optimizer_config.averaging == "ema":
             return max(1 - self.optimizer_config.ema_decay, 9 / (10 + step)) if step else 1.0
-        return 1 / (1 + max(0, step - self.average_start))
+        start = self.average_start(decisions)
+        return 1.0 if start is None else 1 / (1 + max(0, step - start))
 
-    @property
-    def average_start(self) -> int:
-        """The first step (from 0) whose weights the average contains."""
+    def average_start(self, decisions: Decisions) -> int | None:
+        """Returns the first step (from 0) whose weights the average contains; None if it is not known yet."""
         start = self.optimizer_config.average_start
-        is_mean = self.optimizer_config.averaging == "mean"
-        return int(start * self.num_steps if start < 1 else start) if is_mean else 0
+        match self.optimizer_config.averaging:
+            case "mean":
+                return int(start * self.num_steps if start < 1 else start)
+            case "nt-asgd":
+                return decisions.average_start
+        return 0

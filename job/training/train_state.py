@@ -92,9 +92,9 @@ def build_train_state(
     eager_step = EagerTrainStep(gradients, optimizer, config.optimizer.grad_clip_norm, device, average)
     train_step = CudaGraphTrainStep(eager_step) if use_graph else eager_step
     schedule_steps = config.optimizer.schedule_steps or stream.total_steps(replace(config.train, max_steps=0))
-    schedule, learning_rate = Schedule(config.optimizer, schedule_steps), config.optimizer.learning_rate
+    schedule = Schedule(config.optimizer, schedule_steps, config.stream.batch_size)
     parts = model, optimizer, average, train_step, stream, windows, schedule, assignment, shared_memory, precision
-    train_state = TrainState(*parts, learning_rate)
+    train_state = TrainState(*parts, schedule.peak)
     if resume_point:
         if not 0 <= resume_point.progress.window <= stream.partition(resume_point.progress.epoch).num_windows:
             raise CorruptCheckpoint(resume_point.checkpoint.path, "its window is not one of the text")

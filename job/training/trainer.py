@@ -164,7 +164,7 @@ class Trainer:
                 break
             is_due = is_validation_due(self.progress, self.spec.config.train)
             is_best = is_due and self._validate(self.progress.epoch + 1)
-            if stopped:
+            if stopped or is_done(self.progress, self.spec.config.train):
                 break
             if self._is_checkpoint_due(step.stats.flags) or is_best:
                 self._save()
@@ -177,7 +177,7 @@ class Trainer:
         return stopped
 
     def _finish_truncated_epoch(self) -> None:
-        """Reports, once, an epoch that ``max_steps`` cut short."""
+        """Reports, once, an epoch that ``max_steps`` or ``patience`` cut short."""
         progress, loss = self.progress, self.progress.epoch_mean
         is_reported = not loss.tokens or progress.last_epoch_nats == loss.nats_per_token
         if is_done(progress, self.spec.config.train) and not is_reported:
@@ -192,7 +192,12 @@ class Trainer:
         started_at = time.monotonic()
         loss, raw = validate(self.spec, self.world, self.train_state)
         self.reporter.report_validation(epoch, loss, raw, time.monotonic() - started_at)
-        return record_validation(self.progress, loss, raw)
+        is_best = record_validation(self.progress, loss, raw)
+        is_regular = self.progress.window == 0 or is_validation_due(self.progress, self.spec.config.train)
+        if is_regular:  # and not at a step where max_steps stops a run that may be resumed
+            nats, optimizer_config = self.progress.last_validation_nats, self.spec.config.optimizer
+            self.progress.decisions.add(nats, self.progress.step, optimizer_config)
+        return is_best
 
     def _control_flags(self) -> ControlFlags:
         """The driver's requests, to which rank 0 adds what is due by its clock."""

@@ -1,7 +1,7 @@
 """Validation during a run: the loss over the validation text, when it is due, and the lowest so far."""
 
 from job.config.schema import TrainConfig
-from job.distributed.collectives import gather_json
+from job.distributed.collectives import broadcast_json, gather_json
 from job.distributed.context import World
 from job.distributed.tree_reduce import tree_sum
 from job.nn.language_model import LanguageModel
@@ -29,7 +29,8 @@ def validate(spec: RunSpec, world: World, train_state: TrainState) -> tuple[Loss
     raw = _validate_model(model, spec, world, train_state)
     if not average:
         return raw, None
-    is_raw = train_state.schedule.average_weight(train_state.progress.step - 1) == 1
+    progress = train_state.progress
+    is_raw = train_state.schedule.average_weight(progress.step - 1, progress.decisions) == 1
     return raw if is_raw else _validate_model(average.averaged, spec, world, train_state), raw
 
 
@@ -39,7 +40,7 @@ def _validate_model(model: LanguageModel, spec: RunSpec, world: World, train_sta
     sums = evaluate_lanes(model, tokens, groups, num_lanes, num_steps, train_state.precision.autocast)
     if world.size > 1:
         sums = [nats for worker_sums in gather_json(sums) for nats in worker_sums]
-    return LossSum(tree_sum(sums), len(tokens) - 1)
+    return LossSum(broadcast_json(tree_sum(sums)), len(tokens) - 1)  # of rank 0, so that all decide the same
 
 
 def record_validation(progress: Progress, loss: LossSum, raw: LossSum | None) -> bool:
