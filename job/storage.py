@@ -202,6 +202,15 @@ class Folder:
             return file.read(max_bytes)
 
     @_retried
+    def describe(self, name: str) -> tuple[int, str]:
+        """Returns a file's size in bytes and when it was changed. Raises FileNotFoundError if there is no such file."""
+        file_system, path = self._location
+        info = file_system.get_file_info(f"{path}/{name}")
+        if info.size is None:
+            raise FileNotFoundError(f"{self / name}: no such file")
+        return info.size, str(info.mtime_ns)
+
+    @_retried
     def write(self, name: str, *parts: bytes | memoryview) -> None:
         """Writes a file, part by part, atomically and durably: it is on the disk when this returns."""
         self._check_change()

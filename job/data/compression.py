@@ -1,26 +1,34 @@
-"""Decompresses files that are recognized by their first bytes, up to a limit."""
+"""Decompresses files that are recognized by their first bytes, block by block and up to a limit."""
 
+import io
 import lzma
 import re
 from collections.abc import Iterator
+from typing import BinaryIO
 
 import pyarrow
 
 from job.errors import UserError
 
 MAX_EXPANSION, FREE_BYTES = 100, 16 << 20  # compressed data may become that many times as long, and as much longer
-_CHUNK_BYTES = 1 << 20
+BLOCK_BYTES = 1 << 20
 _FORMATS = {
     "gzip": re.compile(rb"\x1f\x8b\x08"),
     "zstd": re.compile(rb"\x28\xb5\x2f\xfd"),
     "bz2": re.compile(rb"BZh[1-9](?:1AY&SY|\x17\x72\x45\x38\x50\x90)"),  # with the mark of a block, or of the end
     "xz": re.compile(rb"\xfd7zXZ\0"),
 }
+SIGNATURE_BYTES = 10  # the longest
 
 
 def expansion_limit(num_bytes: int) -> int:
     """Returns the number of bytes that compressed data may become, so that a small file cannot fill the memory."""
     return MAX_EXPANSION * num_bytes + FREE_BYTES
+
+
+def compression(head: bytes) -> str | None:
+    """Returns the compression of a file, gzip, zstd, bz2 or xz, by its first bytes; None for other data."""
+    return next((name for name, signature in _FORMATS.items() if signature.match(head)), None)
 
 
 def decompress(data: bytes) -> bytes:
@@ -29,43 +37,57 @@ def decompress(data: bytes) -> bytes:
     Raises:
         UserError: the file is corrupt, or its content is larger than ``expansion_limit``
     """
-    name = next((name for name, signature in _FORMATS.items() if signature.match(data)), None)
-    if name is None:
-        return data
-    content, limit = bytearray(), expansion_limit(len(data))
-    for chunk in _decompress_xz(data) if name == "xz" else _decompress(data, name):
-        content += chunk
-        if len(content) > limit:
+    name = compression(data)
+    return b"".join(decompress_stream(io.BytesIO(data), name, len(data))) if name else data
+
+
+def decompress_stream(stream: BinaryIO, name: str, num_bytes: int) -> Iterator[bytes]:
+    """Yields the content of a file in blocks of at most ``BLOCK_BYTES``.
+
+    Args:
+        stream: the compressed file, at its beginning
+        name: what ``compression`` returned
+        num_bytes: its size
+
+    Raises:
+        UserError: as ``decompress``
+    """
+    length, limit = 0, expansion_limit(num_bytes)
+    for block in _decompress_xz(stream) if name == "xz" else _decompress(stream, name):
+        length += len(block)
+        if length > limit:
             raise UserError(
                 f"larger than {limit:,} bytes after decompression with {name}", "give the decompressed file"
             )
-    return bytes(content)
+        yield block
 
 
-def _decompress(data: bytes, name: str) -> Iterator[bytes]:
-    source = pyarrow.BufferReader(data)
-    stream = pyarrow.CompressedInputStream(source, name)
+def _decompress(stream: BinaryIO, name: str) -> Iterator[bytes]:
+    source = pyarrow.PythonFile(stream, "r")
+    content = pyarrow.CompressedInputStream(source, name)
     try:
-        while chunk := stream.read(_CHUNK_BYTES):
-            yield chunk
+        while block := content.read(BLOCK_BYTES):
+            yield block
     except OSError as error:
         raise _corrupt(name, source.tell(), error) from None
 
 
-def _decompress_xz(data: bytes) -> Iterator[bytes]:
+def _decompress_xz(stream: BinaryIO) -> Iterator[bytes]:
     """Decompresses each stream of a file; ``lzma.open`` would ignore what follows the first that is damaged."""
-    remaining = data
-    while remaining:
-        decompressor, chunk = lzma.LZMADecompressor(lzma.FORMAT_XZ), remaining
+    data = stream.read(BLOCK_BYTES)
+    while data:
+        decompressor, position = lzma.LZMADecompressor(lzma.FORMAT_XZ), stream.tell() - len(data)
         try:
             while not decompressor.eof:
-                yield decompressor.decompress(chunk, _CHUNK_BYTES)
-                if decompressor.needs_input:
+                yield decompressor.decompress(data, BLOCK_BYTES)
+                data = stream.read(BLOCK_BYTES) if decompressor.needs_input else b""
+                if decompressor.needs_input and not data:
                     raise EOFError("Truncated compressed stream")
-                chunk = b""
         except (lzma.LZMAError, EOFError) as error:
-            raise _corrupt("xz", len(data) - len(remaining), error) from None
-        remaining = decompressor.unused_data.lstrip(b"\0")  # streams may be padded
+            raise _corrupt("xz", position, error) from None
+        data = decompressor.unused_data.lstrip(b"\0")  # streams may be padded
+        while not data and (block := stream.read(BLOCK_BYTES)):
+            data = block.lstrip(b"\0")
 
 
 def _corrupt(name: str, position: int, error: Exception) -> UserError:

@@ -19,9 +19,9 @@ _SIGNATURES = {
     b"PAR1": ("a Parquet file that is cut off", "get the file again"),
     b"ARROW1\0": ("an Arrow file", _EXTRACT),
 }
-_SAMPLE_BYTES = 4096
+SAMPLE_BYTES = 4096  # of a file, by which its format is described
 _TAR_OFFSET, _TAR_SIGNATURE = 257, b"ustar"
-_PARQUET_SIGNATURE = b"PAR1"
+PARQUET_SIGNATURE = b"PAR1"
 _BYTE_ORDER_MARKS = {
     codecs.BOM_UTF8: "utf-8-sig",
     codecs.BOM_UTF32_LE: "utf-32",  # before UTF-16, with whose mark it begins
@@ -44,7 +44,7 @@ def is_json_lines(name: str) -> bool:
 
 def is_parquet(name: str, data: bytes) -> bool:
     """Returns whether a file is Parquet by its name, or begins and ends as Parquet does."""
-    signature = _PARQUET_SIGNATURE
+    signature = PARQUET_SIGNATURE
     is_marked = len(data) > 2 * len(signature) and data.startswith(signature) and data.endswith(signature)
     return is_marked or base_name(name).endswith(PARQUET_SUFFIX)
 
@@ -71,7 +71,7 @@ def describe_file_format(data: bytes) -> tuple[str, str] | None:
             return description
     if data.startswith(_TAR_SIGNATURE, _TAR_OFFSET):
         return "a tar archive", _EXTRACT
-    encoding = _unmarked_encoding(data[:_SAMPLE_BYTES])
+    encoding = _unmarked_encoding(data[:SAMPLE_BYTES])
     return (f"{encoding} text", f"set corpus.encoding = {encoding}") if encoding else None
 
 

@@ -1,16 +1,26 @@
 """The bytes of a file to its text, or to its documents."""
 
 import codecs
+import io
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from itertools import chain
+from typing import BinaryIO
 
 import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
 from job.config.schema import CorpusConfig
-from job.data.compression import decompress, expansion_limit
-from job.data.file_format import describe_file_format, has_format_name, is_json_lines, is_parquet, marked_encoding
+from job.data.compression import BLOCK_BYTES, decompress, expansion_limit
+from job.data.file_format import (
+    SAMPLE_BYTES,
+    describe_file_format,
+    has_format_name,
+    is_json_lines,
+    is_parquet,
+    marked_encoding,
+)
 from job.errors import UserError, error_origin
 
 MAX_NAMED_FIELDS = 10  # in a message
@@ -30,9 +40,9 @@ def parse_file(name: str, data: bytes, corpus_config: CorpusConfig) -> str | lis
     """
     data = decompress(data)
     if is_parquet(name, data):
-        return list(_parse_parquet(data, corpus_config.text_field))
-    text = _decode(data, corpus_config.encoding)
-    return list(_parse_json_lines(text, corpus_config.text_field)) if is_json_lines(name) else text
+        return list(parse_parquet(io.BytesIO(data), len(data), corpus_config.text_field))
+    blocks = decode_blocks([data], corpus_config.encoding)
+    return list(parse_json_lines(blocks, corpus_config.text_field)) if is_json_lines(name) else "".join(blocks)
 
 
 def parse_file_of_bytes(name: str, data: bytes, corpus_config: CorpusConfig) -> bytes | list[bytes]:
@@ -45,38 +55,74 @@ def parse_file_of_bytes(name: str, data: bytes, corpus_config: CorpusConfig) -> 
     return [document.encode() for document in parse_file(name, content, corpus_config)]
 
 
-def _decode(data: bytes, encoding: str) -> str:
-    """Returns text without its byte order mark, which states its encoding where there is one."""
-    encoding = codecs.lookup(marked_encoding(data) or encoding).name
-    null_index = data.find(b"\0") if encoding.startswith("utf-8") else -1
-    problem = f"not text, byte {null_index} is NUL"
-    if null_index < 0:
+def decode_blocks(blocks: Iterable[bytes], encoding: str, position: int = 0) -> Iterator[str]:
+    """Yields text without its byte order mark, which states its encoding where there is one.
+
+    Args:
+        blocks: successive parts of a file; the first has the byte order mark
+        encoding: that of a file without one
+        position: of the first block in its file, for messages
+
+    Raises:
+        UserError: it is in another encoding, or no text
+    """
+    head, decoder, num_characters = b"", None, 0
+    for block in chain(blocks, [b""]):  # the last call of the decoder finds a character that is cut off
+        if decoder is None:
+            head = block[:SAMPLE_BYTES]
+            encoding = codecs.lookup(marked_encoding(head) or encoding).name
+            decoder = codecs.getincrementaldecoder(encoding)()
+        pending, _ = decoder.getstate()
+        if encoding.startswith("utf-8") and (index := block.find(b"\0")) >= 0:
+            raise _no_text(head, f"not text, byte {position + index} is NUL", "")
         try:
-            return _check_characters(data.decode(encoding))
+            text = decoder.decode(block, final=not block)
         except UnicodeDecodeError as error:
-            byte = data[error.start : error.start + 1].hex()
-            problem = f"not {encoding.removesuffix('-sig').upper()} at byte {error.start} (0x{byte})"
-    if description := describe_file_format(data):
-        raise UserError(*description)
-    remedy = "use vocabulary.kind = byte, which reads any file"
-    raise UserError(problem, remedy if null_index >= 0 else f"set corpus.encoding, convert it to UTF-8, or {remedy}")
+            byte, place = error.object[error.start : error.start + 1].hex(), position - len(pending) + error.start
+            problem = f"not {encoding.removesuffix('-sig').upper()} at byte {place} (0x{byte})"
+            raise _no_text(head, problem, "set corpus.encoding, convert it to UTF-8, or ") from None
+        yield _check_characters(text, num_characters)
+        position, num_characters = position + len(block), num_characters + len(text)
 
 
-def _check_characters(text: str) -> str:
+def _no_text(head: bytes, problem: str, remedy: str) -> UserError:
+    if description := describe_file_format(head):
+        return UserError(*description)
+    return UserError(problem, f"{remedy}use vocabulary.kind = byte, which reads any file")
+
+
+def _check_characters(text: str, num_before: int = 0) -> str:
     """Returns a text. Raises UserError if a code point of it is half of a surrogate pair, which UTF-8 cannot encode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        code_point = ord(text[error.start])
-        raise UserError(f"not text, character {error.start} is half of a pair, U+{code_point:04X}", "fix it") from None
+        number, code_point = num_before + error.start, ord(text[error.start])
+        raise UserError(f"not text, character {number} is half of a pair, U+{code_point:04X}", "fix it") from None
     return text
 
 
-def _parse_json_lines(text: str, field: str) -> Iterator[str]:
-    for number, line in enumerate(text.split("\n"), 1):
+def parse_json_lines(blocks: Iterable[str], field: str) -> Iterator[str]:
+    """Yields a field of the object on each line that is not blank; an empty text for null.
+
+    Args:
+        blocks: successive parts of a text
+        field: the name of the field
+
+    Raises:
+        UserError: a line is not a JSON object with such a field, or the field is not text
+    """
+    for number, line in enumerate(_split_lines(blocks), 1):
         if line.strip():
             with error_origin(f"line {number:,}"):
                 yield _document(line, field)
+
+
+def _split_lines(blocks: Iterable[str]) -> Iterator[str]:
+    rest = ""
+    for block in blocks:
+        *lines, rest = (rest + block).split("\n")
+        yield from lines
+    yield rest
 
 
 def _document(line: str, field: str) -> str:
@@ -103,14 +149,24 @@ def _missing_field(field: str, names: list[str]) -> UserError:
     return UserError(f"has no field {field} but {found or 'none'}", "set corpus.text_field to one of them")
 
 
-def _parse_parquet(data: bytes, field: str) -> Iterator[str]:
-    """Yields the values of a column; empty ones for null. Dictionary encoded, a few bytes may be any number of rows."""
-    limit, num_bytes = expansion_limit(len(data)), 0
+def parse_parquet(file: BinaryIO, file_bytes: int, field: str, row_groups: range | None = None) -> Iterator[str]:
+    """Yields the values of a column; empty ones for null. Dictionary encoded, a few bytes may be any number of rows.
+
+    Args:
+        file: the file, which can be read at any position
+        file_bytes: its size
+        field: the name of the column
+        row_groups: those that are read; None: all
+
+    Raises:
+        UserError: the file is corrupt, has no such column, or one that is not text
+    """
+    limit, num_bytes = expansion_limit(file_bytes), 0
     try:
-        source = pyarrow.BufferReader(data)
+        source = pyarrow.PythonFile(file, "r")
         _check_column(pyarrow.parquet.ParquetFile(source).schema_arrow, field)
-        file = pyarrow.parquet.ParquetFile(source, read_dictionary=[field])
-        for batch in file.iter_batches(_BATCH_ROWS, columns=[field]):
+        table = pyarrow.parquet.ParquetFile(source, read_dictionary=[field], buffer_size=BLOCK_BYTES)
+        for batch in table.iter_batches(_BATCH_ROWS, row_groups and [*row_groups], [field]):
             column = batch.column(field)
             lengths = pyarrow.compute.binary_length(column.dictionary).take(column.indices)
             num_bytes += len(column) + (pyarrow.compute.sum(lengths).as_py() or 0)

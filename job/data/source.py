@@ -2,12 +2,16 @@
 
 import contextlib
 import glob
+import hashlib
 import importlib
+import io
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, BinaryIO
 from urllib.parse import urlsplit
 
 import pyarrow
@@ -20,6 +24,7 @@ from job.paths import is_uri
 from job.storage import Folder
 
 BUILT_IN = ("auto", "time-machine", "embedded")  # never paths, even if there are files of these names
+_BUFFER_BYTES = 4 << 20  # of a file, that are requested at a time
 AUTO_DOWNLOAD_TIMEOUT_S = 5.0  # before `auto` falls back to the embedded text
 
 
@@ -30,10 +35,61 @@ class SourceFile:
     Args:
         name: its path, by which its format is recognized; for messages
         read: returns its bytes; raises UserError if it cannot be read
+        place: its folder and its name there; None: it is not in storage, or may not be read twice
     """
 
     name: str
     read: Callable[[], bytes]
+    place: tuple[Folder, str] | None = None
+
+    def describe(self) -> tuple[int, str]:
+        """Returns its size in bytes, and what identifies its content: when it was changed, or the content's digest."""
+        if self.place is None:
+            data = self.read()
+            return len(data), hashlib.sha256(data).hexdigest()
+        folder, name = self.place
+        with _report_storage_error():
+            return folder.describe(name)
+
+    def open(self, num_bytes: int) -> BinaryIO:
+        """Opens the file to read any part of it.
+
+        Args:
+            num_bytes: its size
+
+        Raises:
+            UserError: it cannot be read, now or later
+        """
+        if self.place is None:
+            return io.BytesIO(self.read())
+        return io.BufferedReader(_StoredFile(*self.place, num_bytes), _BUFFER_BYTES)
+
+
+class _StoredFile(io.RawIOBase):
+    """A file in storage, whose blocks are requested one by one: a request that fails is retried."""
+
+    def __init__(self, folder: Folder, name: str, num_bytes: int) -> None:
+        self.folder, self.file_name, self.num_bytes, self.position = folder, name, num_bytes, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self.position = offset + {os.SEEK_SET: 0, os.SEEK_CUR: self.position, os.SEEK_END: self.num_bytes}[whence]
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        length = max(0, min(len(buffer), self.num_bytes - self.position))
+        with _report_storage_error():
+            data = self.folder.read_block(self.file_name, self.position, length) if length else b""
+        if len(data) != length:
+            raise UserError("is shorter than it was", "do not change it while it is read")
+        buffer[:length] = data
+        self.position += length
+        return length
 
 
 def find_files(source: str) -> tuple[str, list[SourceFile]]:
@@ -89,7 +145,15 @@ def _find_on_disk(pattern: str) -> list[SourceFile]:
         paths = [name for name in sorted(names) if not os.path.isdir(name)]
     if not paths:
         raise UserError("no file matches")
-    return [SourceFile(path, partial(_read_from_disk, path)) for path in paths]
+    return [SourceFile(path, partial(_read_from_disk, path), _place_on_disk(path)) for path in paths]
+
+
+def _place_on_disk(path: str) -> tuple[Folder, str] | None:
+    """Returns where a file is. None if there is no such file, it is a pipe, or its name is not UTF-8."""
+    absolute = os.path.abspath(path)
+    if not os.path.isfile(absolute) or re.search("[\ud800-\udfff]", absolute):
+        return None
+    return Folder(os.path.dirname(absolute)), os.path.basename(absolute)
 
 
 def _walk(folder: str) -> Iterator[str]:
@@ -144,7 +208,7 @@ def _stored_file(folder: Folder, name: str) -> SourceFile:
         with _report_storage_error():
             return folder.read(name)
 
-    return SourceFile(str(folder / name), read)
+    return SourceFile(str(folder / name), read, (folder, name))
 
 
 @contextlib.contextmanager
