@@ -60,10 +60,9 @@ def _tune(line: CommandLine) -> int:
 def _prepare(line: CommandLine) -> int:
     """Write a text as a token store, which runs memory-map instead of reading the text."""
     from job.config.config_file import load_config
-    from job.run.setup import prepare_store
+    from job.run.prepare import prepare_store
 
-    Console().print(prepare_store(load_config(line.target, line.flags)))
-    return 0
+    return prepare_store(load_config(line.target, line.flags), Console())
 
 
 def _generate(line: CommandLine) -> int:

@@ -56,16 +56,16 @@ def read_corpus(
         UserError: the source cannot be read, is in another encoding or format, or has no text after cleaning
     """
     check_no_credentials(field, corpus_config.source)
-    source, cleaning = corpus_config.source, corpus_config.cleaning
+    source = corpus_config.source
     if isinstance(content, np.ndarray):
-        return Corpus(source, "none" if cleaning == "auto" else cleaning, [[content]])
+        return Corpus(source, _cleaning(corpus_config), [[content]])
     with error_origin("text" if content is not None else f"{field} = {source}"):
-        source, files = find_files(source) if content is None else (source, [SourceFile("", lambda: content)])
-        if content is not None:
-            corpus_config = replace(corpus_config, encoding=CorpusConfig.encoding)
-        if cleaning == "auto":
-            cleaning = "d2l" if source in ("time-machine", "embedded") else "none"
-        corpus_config = replace(corpus_config, cleaning=cleaning)
+        if content is None:
+            corpus_config, files = find_corpus(corpus_config)
+        else:
+            files = [SourceFile("", lambda: content)]
+            corpus_config = replace(corpus_config, encoding=CorpusConfig.encoding, cleaning=_cleaning(corpus_config))
+        source, cleaning = corpus_config.source, corpus_config.cleaning
         is_raw = cleaning == "none" and corpus_config.encoding == CorpusConfig.encoding
         documents: list[list[str]] | list[list[bytes]]
         if vocabulary_kind == "byte" and is_raw:
@@ -73,12 +73,29 @@ def read_corpus(
             documents = [[b"".join(group)] for group in byte_groups]
         else:
             groups = _read_groups(files, parse_file, corpus_config, ("\n", "\r"), has_separator)
-            documents = [clean_text(_join_lines(group, ("\n", "\r")), corpus_config) for group in groups]
+            documents = [_clean_texts(group, vocabulary_kind, corpus_config) for group in groups]
         corpus = Corpus(source, cleaning, _without_blank(documents, vocabulary_kind))
         if not corpus.num_characters:
-            detail = " after cleaning (d2l keeps letters only)" if cleaning == "d2l" else ""
-            raise UserError(f"contains no text{detail}")
+            raise no_text(cleaning)
         return corpus
+
+
+def find_corpus(corpus_config: CorpusConfig) -> tuple[CorpusConfig, list[SourceFile]]:
+    """Returns the configuration with its source and cleaning resolved, and the files of the source in their order."""
+    source, files = find_files(corpus_config.source)
+    corpus_config = replace(corpus_config, source=source)
+    return replace(corpus_config, cleaning=_cleaning(corpus_config)), files
+
+
+def _cleaning(corpus_config: CorpusConfig) -> str:
+    if corpus_config.cleaning != "auto":
+        return corpus_config.cleaning
+    return "d2l" if corpus_config.source in ("time-machine", "embedded") else "none"
+
+
+def no_text(cleaning: str) -> UserError:
+    """Returns the error that a corpus has no text."""
+    return UserError(f"contains no text{' after cleaning (d2l keeps letters only)' if cleaning == 'd2l' else ''}")
 
 
 def clean_text(text: str, corpus_config: CorpusConfig) -> list[str]:
@@ -108,27 +125,34 @@ def _read_groups(
             groups += [[document] for document in content]
             is_open = False
             continue
-        text = _join_lines(content, newlines) if isinstance(content, list) else content
+        texts = _on_own_lines(content, newlines) if isinstance(content, list) else [content]
         if is_open and not (has_separator and corpus_config.separator):
-            groups[-1].append(text)
+            groups[-1] += texts
         else:
-            groups.append([text])
+            groups.append(texts)
         is_open = True
     return groups
 
 
-def _join_lines(texts: list[AnyStr], newlines: tuple[AnyStr, AnyStr]) -> AnyStr:
-    """Returns one text. Each starts on its own line, so that no word spans two files."""
-    lines: list[AnyStr] = []
-    for text in filter(None, texts):
-        lines += [newlines[0], text] if lines and not lines[-1].endswith(newlines) else [text]
-    return newlines[0][:0].join(lines)
+def _on_own_lines(texts: list[AnyStr], newlines: tuple[AnyStr, AnyStr]) -> list[AnyStr]:
+    """Returns the texts that are not empty. Each starts on its own line, so that no word spans two files."""
+    texts = [text for text in texts if text]
+    ended = [text if text.endswith(newlines) else text + newlines[0] for text in texts[:-1]]
+    return ended + texts[-1:]
+
+
+def _clean_texts(texts: list[str], vocabulary_kind: str, corpus_config: CorpusConfig) -> list[str]:
+    """Returns the cleaned lines of a document. Texts are joined, but a token of bpe does not span two of them."""
+    texts = _on_own_lines(texts, ("\n", "\r"))
+    joined = texts if vocabulary_kind == "bpe" else ["".join(texts)]
+    return [line for text in joined for line in clean_text(text, corpus_config)]
+
+
+def has_token(lines: Sequence[Any], vocabulary_kind: str) -> bool:
+    """Returns whether there is a character, or a word, in the lines of a document."""
+    return any(bool(line) and not (vocabulary_kind == "word" and line.isspace()) for line in lines)
 
 
 def _without_blank(documents: Sequence[list[Any]], vocabulary_kind: str) -> Sequence[list[Any]]:
     """Returns the documents that have a token, or the first if none has."""
-
-    def has_token(line: str | bytes) -> bool:
-        return bool(line) and not (vocabulary_kind == "word" and line.isspace())
-
-    return [document for document in documents if any(map(has_token, document))] or documents[:1]
+    return [document for document in documents if has_token(document, vocabulary_kind)] or documents[:1]

@@ -48,8 +48,8 @@ def build_dataset(corpus: Corpus, corpus_config: CorpusConfig, vocabulary_config
     """Builds the vocabulary, encodes the corpus, and splits off the validation part."""
     vocabulary, tokens = encode_corpus(corpus, corpus_config, vocabulary_config)
     metadata = _metadata(corpus.source, corpus.num_characters, len(tokens), token_sha256(tokens))
-    num_train = _num_train(len(tokens), corpus_config)
-    return Dataset(tokens[:num_train], tokens[num_train:], vocabulary, metadata)
+    split = num_train(len(tokens), corpus_config)
+    return Dataset(tokens[:split], tokens[split:], vocabulary, metadata)
 
 
 def encode_corpus(
@@ -59,7 +59,7 @@ def encode_corpus(
     vocabulary = build_vocabulary(vocabulary_config, corpus)
     tokens = vocabulary.encode_documents(corpus.documents)[: corpus_config.max_tokens or None]
     if vocabulary_config.scope == "training":
-        vocabulary = build_vocabulary(vocabulary_config, corpus, _num_train(len(tokens), corpus_config))
+        vocabulary = build_vocabulary(vocabulary_config, corpus, num_train(len(tokens), corpus_config))
         tokens = vocabulary.encode_documents(corpus.documents)[: len(tokens)]
     return vocabulary, tokens
 
@@ -69,8 +69,8 @@ def map_dataset(stored: StoredTokens, corpus_config: CorpusConfig) -> Dataset:
     tokens = stored.tokens[: corpus_config.max_tokens or None]
     sha256 = stored.sha256_of_first(len(tokens))
     metadata = _metadata(corpus_config.source, stored.num_characters, len(tokens), sha256)
-    num_train = _num_train(len(tokens), corpus_config)
-    return Dataset(tokens[:num_train], tokens[num_train:], stored.vocabulary, metadata)
+    split = num_train(len(tokens), corpus_config)
+    return Dataset(tokens[:split], tokens[split:], stored.vocabulary, metadata)
 
 
 def add_validation_text(dataset: Dataset, corpus_config: CorpusConfig, vocabulary_config: VocabularyConfig) -> Dataset:
@@ -99,7 +99,8 @@ def add_validation_text(dataset: Dataset, corpus_config: CorpusConfig, vocabular
     return replace(dataset, validation_tokens=tokens, metadata={**dataset.metadata, "validation": metadata})
 
 
-def _num_train(num_tokens: int, corpus_config: CorpusConfig) -> int:
+def num_train(num_tokens: int, corpus_config: CorpusConfig) -> int:
+    """Returns how many of the tokens of a corpus are trained on."""
     return num_tokens - round(num_tokens * corpus_config.validation_fraction)
 
 

@@ -1,36 +1,52 @@
 """Writes token stores: shard by shard, and the manifest last, without which a store does not exist."""
 
+import json
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from job.config.field import format_value
 from job.config.schema import CorpusConfig, VocabularyConfig
 from job.data.indexed import format_index, smallest_dtype
 from job.data.manifest import MANIFEST, Manifest, Shard, describe_file, format_manifest
 from job.data.tokens import count_unknown, token_sha256
 from job.data.vocabulary import Vocabulary
+from job.documents import parse_record
 from job.errors import UserError, report_os_error
 from job.storage import Folder
 
 SHARD_TOKENS = 64 << 20  # of a store that is written from memory
-_MARKER = ".preparing"  # in the folder of a store that is being written
-_FILES = re.compile(r"tokens-\d{5,}\.(bin|idx)|vocabulary\.json|tokenizer\.json")  # but the manifest
+LEASE_FILES = ("owner.json", "heartbeat.json")  # of the process that writes a store
+MARKER = ".preparing"  # in the folder of a store that is being written: of which files and settings
+RECEIPT = re.compile(r"\.receipt-(\d{5,})\.json")  # of a piece whose shards are written
+_FILES = re.compile(r"tokens-\d{5,}(-\d{5,})?\.(bin|idx)|vocabulary\.json|tokenizer\.json")  # but the manifest
 
 
-def write_shard(folder: Folder, index: int, tokens: np.ndarray, vocabulary: Vocabulary) -> Shard:
+def shard_name(piece: int, number: int = 0) -> str:
+    """Returns the name of a shard's files without their suffixes.
+
+    Args:
+        piece: the piece of the corpus
+        number: of the shard within its piece
+    """
+    return f"tokens-{piece:05}" + f"-{number:05}" * bool(number)
+
+
+def write_shard(folder: Folder, name: str, tokens: np.ndarray, vocabulary: Vocabulary) -> Shard:
     """Writes one part of a store.
 
     Args:
         folder: the store's folder
-        index: number of the shard
+        name: what ``shard_name`` returned
         tokens: token ids (tokens,); a separator ends the document before it
         vocabulary: that of the tokens
 
     Raises:
         OSError: it cannot be written
     """
-    dtype, name = smallest_dtype(len(vocabulary)), f"tokens-{index:05}"
+    dtype = smallest_dtype(len(vocabulary))
     lengths = _document_lengths(tokens, vocabulary)
     ids = tokens.astype(dtype.newbyteorder("<"))
     files: dict[str, bytes | memoryview] = {
@@ -74,16 +90,66 @@ def write_manifest(folder: Folder, shards: list[Shard], vocabulary: Vocabulary, 
     dtype, files = smallest_dtype(len(vocabulary)), {vocabulary.file_name: describe_file(data)}
     manifest = Manifest(info.characters, info.target_characters, dtype, settings, tuple(shards), files)
     folder.write(MANIFEST, format_manifest(manifest))
-    folder.remove(_MARKER)
+    finish_store(folder)
 
 
-def start_store(folder: Folder) -> None:
-    """Marks the folder of a store that is being written, and removes what a killed attempt left in it."""
-    folder.write(_MARKER)
-    for name in folder.names():
+def start_store(folder: Folder, identity: dict[str, Any]) -> bool:
+    """Marks the folder of a store that is being written, and removes what is left of files half-written.
+
+    Args:
+        folder: the store's folder
+        identity: all that the store is made of: ``settings``, and others
+
+    Returns:
+        Whether an interrupted attempt to write the same store is continued. What one of other files left is removed.
+
+    Raises:
+        UserError: an attempt to write a store of other settings was interrupted
+        OSError: the folder cannot be read or written
+    """
+    names = folder.names()
+    found = _read_marker(folder) if MARKER in names else None
+    if found and (settings := found["settings"]) != identity["settings"]:
+        name = next(name for name in identity["settings"] if settings.get(name) != identity["settings"][name])
+        values = (format_value(values.get(name, "")) for values in (identity["settings"], settings))
+        problem = "{} = {}, and an interrupted prepare started it with {}".format(name, *values)
+        raise UserError(f"corpus.store = {folder}: {problem}", "set the same, choose another folder, or remove it")
+    is_same = found == json.loads(json.dumps(identity))
+    for name in names:
         base = name[1:].rpartition(".")[0]
-        if name.startswith(".") and (_FILES.fullmatch(base) or base in (MANIFEST, _MARKER)):
+        is_temporary = name.startswith(".") and (_is_part(base) or base in (MANIFEST, MARKER))
+        if is_temporary or (not is_same and _is_part(name)):
             folder.remove(name)
+    if not is_same:
+        folder.write(MARKER, json.dumps(identity).encode())
+    return is_same
+
+
+def _is_part(name: str) -> bool:
+    """Returns whether a file belongs to a store that is being written."""
+    return bool(_FILES.fullmatch(name) or RECEIPT.fullmatch(name))
+
+
+def _read_marker(folder: Folder) -> dict[str, Any] | None:
+    try:
+        return parse_record(folder.read(MARKER), {"settings": dict})
+    except ValueError:  # of another version
+        return None
+
+
+def discard_store(folder: Folder) -> None:
+    """Removes all files of a store that is being written."""
+    for name in folder.names():
+        if _is_part(name) or name == MARKER:
+            folder.remove(name)
+
+
+def finish_store(folder: Folder) -> None:
+    """Removes what only a store that is being written needs, after the manifest was written."""
+    for name in folder.names():
+        if RECEIPT.fullmatch(name):
+            folder.remove(name)
+    folder.remove(MARKER)
 
 
 def write_store(
@@ -102,18 +168,18 @@ def write_store(
     """
     folder = Folder.resolve(info.corpus.store)
     with report_os_error(f"corpus.store = {folder}: cannot be written"):
-        start_store(folder)
+        start_store(folder, {"settings": {}})
         starts = range(0, len(tokens), shard_tokens)
         shards = [
-            write_shard(folder, index, tokens[start : start + shard_tokens], vocabulary)
+            write_shard(folder, shard_name(index), tokens[start : start + shard_tokens], vocabulary)
             for index, start in enumerate(starts)
         ]
         write_manifest(folder, shards, vocabulary, info)
     return folder
 
 
-def check_no_store(store: str) -> None:
-    """Raises UserError if ``corpus.store`` is empty, or names a folder that is in use."""
+def check_no_store(store: str) -> Folder:
+    """Returns the folder ``corpus.store``. Raises UserError if it is empty, or names a folder that is in use."""
     if not store:
         raise UserError("corpus.store is empty", "give the folder to write: --corpus.store PATH")
     folder = Folder.resolve(store)
@@ -121,8 +187,10 @@ def check_no_store(store: str) -> None:
         if folder.exists() and not folder.is_folder:
             raise UserError(f"corpus.store = {folder}: is not a folder", "choose another one")
         names = folder.names()
-        is_incomplete = _MARKER in names  # of an attempt that failed
-        others = [name for name in names if not name.startswith(".") and not (is_incomplete and _FILES.fullmatch(name))]
+        is_incomplete = MARKER in names  # of an attempt that was interrupted
+        others = [name for name in names if not name.startswith(".") and name not in LEASE_FILES]
+        others = [name for name in others if not (is_incomplete and _FILES.fullmatch(name))]
         if others:
             problem = f"corpus.store = {folder}: exists and contains {others[0]}"
             raise UserError(problem, "choose another folder, or remove it")
+    return folder

@@ -123,10 +123,16 @@ class Lease(AbstractContextManager["Lease"]):
 
 
 class LeaseObserver:
-    """Watches the lease of a run, to find out whether the driver that holds it is alive."""
+    """Watches the lease of a run, to find out whether the driver that holds it is alive.
 
-    def __init__(self, folder: Folder) -> None:
-        self.folder = folder
+    Args:
+        folder: the run's folder
+        subject: what is in it, for messages
+        field: the field that names it
+    """
+
+    def __init__(self, folder: Folder, subject: str = "this run", field: str = "run.name") -> None:
+        self.folder, self.subject, self.field = folder, subject, field
         self.files: tuple[bytes | None, bytes | None] | None = None  # owner and heartbeat, since the first reading
         self.unchanged_since = 0.0  # by time.monotonic
 
@@ -163,8 +169,8 @@ class LeaseObserver:
         """Returns the error that another driver holds the lease."""
         is_local = self.owner and self.owner.is_alive
         remedy = "stop it" if is_local else f"if it is dead, retry in {max(1.0, self.remaining_s):.0f} s"
-        problem = f"{self.folder}: this run is in use by {self.describe_owner()}"
-        return UserError(problem, f"{remedy}, or choose another run.name")
+        problem = f"{self.folder}: {self.subject} is in use by {self.describe_owner()}"
+        return UserError(problem, f"{remedy}, or choose another {self.field}")
 
 
 def acquire_lease(folder: Folder, observer: LeaseObserver | None = None) -> Lease:
@@ -187,7 +193,7 @@ def acquire_lease(folder: Folder, observer: LeaseObserver | None = None) -> Leas
             raise observer.in_use()
 
     try:
-        with _lock(folder):
+        with _lock(observer):
             replace(folder, before_change=check_free).write(OWNER_FILE, json.dumps(asdict(owner)).encode())
     except OSError as error:
         problem = f"{folder}/{OWNER_FILE}: cannot be written: {error.strerror or error}"
@@ -196,12 +202,15 @@ def acquire_lease(folder: Folder, observer: LeaseObserver | None = None) -> Leas
     return lease
 
 
-def wait_until_expired(folder: Folder, notify: Callable[[str], None]) -> LeaseObserver:
+def wait_until_expired(
+    folder: Folder, notify: Callable[[str], None], subject: str = "this run", field: str = "run.name"
+) -> LeaseObserver:
     """Waits until it is known whether a live driver holds the lease of the run in a folder.
 
     Args:
         folder: the run's folder
         notify: called once with a message if it has to wait
+        subject, field: as for ``LeaseObserver``
 
     Returns:
         the observer, for ``acquire_lease``
@@ -209,7 +218,7 @@ def wait_until_expired(folder: Folder, notify: Callable[[str], None]) -> LeaseOb
     Raises:
         UserError: a live driver holds the lease, or the lease cannot be read
     """
-    observer = LeaseObserver(folder)
+    observer = LeaseObserver(folder, subject, field)
     is_held = observer.is_held()
     if is_held is None:
         driver = f"{folder}'s driver, {observer.describe_owner()}"
@@ -222,11 +231,12 @@ def wait_until_expired(folder: Folder, notify: Callable[[str], None]) -> LeaseOb
     return observer
 
 
-def _lock(folder: Folder) -> AbstractContextManager[object]:
+def _lock(observer: LeaseObserver) -> AbstractContextManager[object]:
     """Keeps two drivers on one disk from acquiring the lease at the same moment.
 
     No other user can open the lock file, and so keep it locked. Nobody waits for the lock.
     """
+    folder = observer.folder
     if folder.local_path is None:
         return nullcontext()
     folder.local_path.mkdir(parents=True, exist_ok=True)
@@ -234,7 +244,8 @@ def _lock(folder: Folder) -> AbstractContextManager[object]:
         file = open(folder.local_path / LOCK_FILE, "ab", opener=partial(os.open, mode=0o600))  # noqa: SIM115
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(f"{folder}: another driver is just starting this run", "choose another run.name") from None
+        problem = f"{folder}: another driver is just starting {observer.subject}"
+        raise UserError(problem, f"choose another {observer.field}") from None
     except OSError:  # the lock file of another user, or a file system without locks
         return nullcontext()
     return file

@@ -7,14 +7,12 @@ from torch import Tensor
 from job.config.schema import Config
 from job.data.content import Content
 from job.data.corpus import Corpus, read_corpus
-from job.data.dataset import Dataset, add_validation_text, build_dataset, encode_corpus, map_dataset
-from job.data.store_writer import StoreInfo, check_no_store, write_store
+from job.data.dataset import Dataset, add_validation_text, build_dataset, map_dataset
 from job.data.stream import Stream
 from job.data.token_store import open_stored
 from job.data.vocabulary import Vocabulary, unknown_warnings
 from job.data.vocabulary_file import find_vocabulary, read_vocabulary, read_vocabulary_file
 from job.errors import UserError, error_origin, report_os_error
-from job.inference.evaluate import count_target_characters
 from job.inference.prefix import prefix_warnings, resolve_prefix
 from job.nn.language_model import build_model, check_shapes, check_tied, place_by_token, reference_state_dict
 from job.run.estimate import check_weights
@@ -72,23 +70,6 @@ def format_dropped_share(spec: RunSpec, min_share: float = 0.0) -> str:
     """Returns the share of the training tokens that an epoch does not use, after a comma; empty up to ``min_share``."""
     share = Stream(spec.dataset.train_tokens, spec.config.stream, spec.config.run.seed).dropped_share
     return f", {100 * share:.2g}% not used in an epoch" if share > min_share else ""
-
-
-def prepare_store(config: Config) -> str:
-    """Writes the corpus as a token store to ``corpus.store``; returns a description of it.
-
-    Raises:
-        UserError: the corpus cannot be read, or the store not be written
-    """
-    check_no_store(config.corpus.store)
-    corpus, config = _read_corpus(config, read_vocabulary(config.vocabulary) if config.vocabulary.file else None, None)
-    vocabulary, tokens = encode_corpus(corpus, config.corpus, config.vocabulary)
-    if len(tokens) < 2:
-        raise UserError(f"corpus.source = {corpus.source}: {len(tokens)} tokens", "give more text")
-    characters = count_target_characters(corpus, vocabulary, tokens[1:])
-    info = StoreInfo(config.corpus, config.vocabulary, corpus.num_characters, characters)
-    folder = write_store(tokens, vocabulary, info)
-    return f"{folder}: {len(tokens):,} tokens, vocabulary of {len(vocabulary):,}"
 
 
 def _read_corpus(config: Config, vocabulary: Vocabulary | None, content: Content | None) -> tuple[Corpus, Config]:

@@ -1,0 +1,231 @@
+"""Reads a piece of a corpus as parts of cleaned documents, in bounded memory: the same text as of the whole corpus."""
+
+import io
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, BinaryIO, cast
+
+from job.data.compression import BLOCK_BYTES, SIGNATURE_BYTES, compression, decompress_stream
+from job.data.corpus import clean_text, has_token
+from job.data.cuts import cut_text
+from job.data.file_format import PARQUET_SIGNATURE, is_json_lines, is_parquet
+from job.data.parse import decode_blocks, parse_json_lines, parse_parquet
+from job.data.pieces import Pieces, Span, is_stored_parquet
+from job.errors import error_origin
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a document.
+
+    Args:
+        lines: its text, cleaned, as ``Vocabulary.encode`` expects it
+        has_separator: whether a separator follows, because the document ends and there is another one
+    """
+
+    lines: list[str] | list[bytes]
+    has_separator: bool = False
+
+    @property
+    def num_characters(self) -> int:
+        """Number of characters, or of bytes if the text is bytes."""
+        return sum(map(len, self.lines))
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A text that is not cleaned: a document, or a part of one.
+
+    Args:
+        file: the number of its file
+        text: the text, or its bytes; of a document it may be empty
+        is_start: whether a document or file begins with it, and so a line
+        is_document: whether no other text continues it
+    """
+
+    file: int
+    text: str | bytes
+    is_start: bool
+    is_document: bool
+
+
+class PieceReader:
+    """Reads any piece of a corpus; what depends on the text around the piece, it reads there.
+
+    Args:
+        pieces: the pieces of the corpus
+    """
+
+    def __init__(self, pieces: Pieces) -> None:
+        self.pieces, self.format = pieces, pieces.text_format
+        self.joins_files = not (self.format.has_separator and self.format.corpus_config.separator)
+
+    def read(self, piece: int) -> Iterator[Part]:
+        """Yields the parts of the documents in a piece, without blank documents.
+
+        Raises:
+            UserError: a file is corrupt or in another encoding or format, or has no such field
+        """
+        spans = self.pieces.spans_of(piece)
+        held: list[str] | list[bytes] | None = None  # until it is known whether another document follows
+        held_ends, is_blank = False, None  # whether a document ends with it; whether the document has no token
+        for index, text, following in self._texts_with_next(spans):
+            continues = following is not None and self._continues(text, following)
+            lines = self._clean(text, following if continues else None)
+            if has_token(lines, self.format.vocabulary_kind):
+                is_blank = False
+            elif is_blank is None:
+                is_blank = text.is_document or not self._has_joined_token(index)
+            if not is_blank:
+                if held is not None:
+                    yield Part(held, held_ends)
+                held, held_ends = lines, not continues
+            is_blank = is_blank if continues else None
+        if held is not None:
+            yield Part(held, held_ends and self._has_token_from(spans.stop))
+
+    def has_separators(self) -> bool:
+        """Returns whether there are two documents that are not blank. Reads only the beginning of each text file."""
+        has_earlier, has_current, previous = False, False, None
+        for text in chain.from_iterable(map(self._until_token, range(len(self.pieces.files)))):
+            if previous is None or not self._continues(previous, text):
+                has_earlier, has_current = has_earlier or has_current, False
+            has_current, previous = has_current or self._text_has_token(text), text
+            if has_earlier and has_current:
+                return True
+        return False
+
+    def _until_token(self, file: int) -> Iterator[_Text]:
+        """Yields the texts of a file; of one that is no document, only up to the first that is not blank."""
+        if self.format.is_plain(self.pieces.files[file].name):
+            yield _Text(file, b"." * min(1, self.pieces.sizes[file]), is_start=True, is_document=False)
+            return
+        indexes = (index for index, span in enumerate(self.pieces.spans) if span.file == file)
+        for _, text in self._texts(indexes):
+            yield text
+            if not text.is_document and self._text_has_token(text):
+                return
+
+    def _has_token_from(self, first: int) -> bool:
+        later = self._texts(range(first, len(self.pieces.spans)))
+        return any(self._text_has_token(text) for _, text in later)
+
+    def _has_joined_token(self, index: int) -> bool:
+        """Returns whether there is a token in any part of the text to which a span belongs."""
+        file = self.pieces.spans[index].file
+        for indexes in (range(index, len(self.pieces.spans)), range(index - 1, -1, -1)):
+            for _, text in self._texts(indexes):
+                if text.is_document or (text.file != file and not self.joins_files):
+                    break
+                if self._text_has_token(text):
+                    return True
+        return False
+
+    def _text_has_token(self, text: _Text) -> bool:
+        return has_token(self._clean(text, None), self.format.vocabulary_kind)
+
+    def _continues(self, text: _Text, following: _Text) -> bool:
+        """Returns whether a text and the next one are of the same document."""
+        are_joined = text.file == following.file or self.joins_files
+        return are_joined and not (text.is_document or following.is_document)
+
+    def _clean(self, text: _Text, following: _Text | None) -> Any:
+        """Returns the cleaned lines of a text, which ends with a line end if the next one begins a line."""
+        content: Any = text.text
+        config, is_raw = self.format.corpus_config, self.format.is_raw
+        if following and following.is_start and not (is_raw and text.file != following.file):
+            newlines = (b"\n", b"\r") if isinstance(content, bytes) else ("\n", "\r")
+            is_cut = content.endswith(newlines[1]) and cast(Any, following.text).startswith(newlines[0])
+            if not content.endswith(newlines):
+                content += newlines[0]
+            elif is_cut and not is_raw and self.format.vocabulary_kind != "bpe":  # one line end, of the following text
+                is_changed = config.cleaning == "d2l" or config.newlines == "normalize"
+                is_blank = self.format.vocabulary_kind == "word"  # and a blank is as good
+                content = content[:-1] + ("" if is_changed else " " if is_blank else "\r")
+        return [content] if self.format.is_raw else clean_text(content, config)
+
+    def _texts_with_next(self, spans: range) -> Iterator[tuple[int, _Text, _Text | None]]:
+        """Yields each text with the number of its span, and the next text, which may be in another piece."""
+        previous: tuple[int, _Text] | None = None
+        for index, text in self._texts(spans):
+            if previous:
+                yield *previous, text
+            previous = index, text
+        if previous:
+            later = self._texts(range(spans.stop, len(self.pieces.spans)))
+            yield *previous, next((text for _, text in later), None)
+
+    def _texts(self, indexes: Iterable[int]) -> Iterator[tuple[int, _Text]]:
+        """Yields the texts of spans, without empty ones unless they are documents."""
+        for index in indexes:
+            span = self.pieces.spans[index]
+            file = self.pieces.files[span.file]
+            origin = error_origin(file.name) if len(self.pieces.files) > 1 else nullcontext()
+            source = error_origin(f"corpus.source = {self.format.corpus_config.source}")
+            with source, origin, file.open(self.pieces.sizes[span.file]) as stream:
+                for text in self._read_span(span, stream):
+                    if text.text or text.is_document:
+                        yield index, text
+
+    def _read_span(self, span: Span, stream: BinaryIO) -> Iterator[_Text]:
+        name, size, field = (
+            self.pieces.files[span.file].name,
+            self.pieces.sizes[span.file],
+            self.format.corpus_config.text_field,
+        )
+        if not self.format.is_plain(name) and (span.has_rows or is_stored_parquet(name, stream, size)):
+            row_groups = range(span.start, span.stop) if span.has_rows else None
+            return self._documents(span, parse_parquet(stream, size, field, row_groups))
+        start, stop = self.pieces.byte_range(span, stream)
+        blocks = _read_blocks(stream, start, stop)
+        if self.format.is_plain(name):
+            return self._parts(span, start, blocks)
+        stream.seek(0)
+        if not span.stop and (method := compression(stream.read(SIGNATURE_BYTES))):
+            stream.seek(0)
+            blocks = decompress_stream(stream, method, size)
+            head = next(blocks, b"")
+            if is_parquet(name, b"") or head.startswith(PARQUET_SIGNATURE):
+                content = head + b"".join(blocks)
+                if is_parquet(name, content):
+                    return self._documents(span, parse_parquet(io.BytesIO(content), len(content), field))
+                head = content
+            blocks = chain([head], blocks)
+        if is_json_lines(name):
+            origin = error_origin(f"from byte {start:,}") if start else nullcontext()
+            documents = parse_json_lines(decode_blocks(blocks, self._encoding(start), start), field)
+            return self._documents(span, _with_origin(documents, origin))
+        if self.format.is_raw:
+            return self._parts(span, start, blocks)
+        return self._parts(span, start, decode_blocks(blocks, self._encoding(start), start))
+
+    def _encoding(self, start: int) -> str:
+        return "utf-8" if start else self.format.corpus_config.encoding
+
+    def _documents(self, span: Span, documents: Iterable[str]) -> Iterator[_Text]:
+        """Yields documents, the first of a file after an empty one, which ends the text before the file."""
+        is_document = self.format.has_separator
+        if is_document and not span.start:
+            yield _Text(span.file, "", is_start=True, is_document=True)
+        for document in documents:
+            text = document.encode() if self.format.is_raw else document
+            yield _Text(span.file, text, is_start=True, is_document=is_document)
+
+    def _parts(self, span: Span, start: int, blocks: Iterable[Any]) -> Iterator[_Text]:
+        for number, text in enumerate(cut_text(blocks, self.format.find_cut)):
+            yield _Text(span.file, text, is_start=not start and not number, is_document=False)
+
+
+def _read_blocks(stream: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
+    while start < stop:
+        stream.seek(start)  # again: another part of the file may have been read since
+        block = stream.read(min(BLOCK_BYTES, stop - start))
+        yield block
+        start += len(block)
+
+
+def _with_origin(documents: Iterator[str], origin: AbstractContextManager[None]) -> Iterator[str]:
+    with origin:
+        yield from documents

@@ -1,0 +1,123 @@
+"""Pieces of a corpus: their tokens are those of the corpus in memory, whatever the size of a piece."""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+from collections.abc import Callable
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from job.config.schema import CorpusConfig, VocabularyConfig
+from job.data import piece_reader
+from job.data import pieces as pieces_module
+from job.data.corpus import has_token, read_corpus
+from job.data.piece_reader import PieceReader
+from job.data.pieces import Pieces, TextFormat, cut_files, default_cut
+from job.data.source import find_files
+from job.data.vocabulary import Vocabulary
+from job.data.vocabulary_builder import build_vocabulary
+from job.errors import UserError
+
+TEXTS = st.lists(
+    st.one_of(
+        st.sampled_from(["\n", "\r\n", "\r", " ", "a", "it's", "1", "\x85", "天", "one two\n", "\n\n", "   "]),
+        st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff"), max_size=3),
+    ),
+    max_size=15,
+).map("".join)
+COMPRESSIONS: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".xz": lzma.compress,
+    ".bz2": bz2.compress,
+}
+
+
+def parquet(documents: list[str]) -> bytes:
+    file = io.BytesIO()
+    pyarrow.parquet.write_table(
+        pyarrow.table({"text": pyarrow.array(documents, pyarrow.string())}), file, row_group_size=2
+    )
+    return file.getvalue()
+
+
+def json_lines(documents: list[str]) -> bytes:
+    return "".join(json.dumps({"text": document}) + "\n" for document in documents).encode()
+
+
+@st.composite
+def files(draw: st.DrawFn) -> tuple[str, bytes]:
+    """The suffix of a file, and its bytes."""
+    kind = draw(st.sampled_from([".txt", ".txt", ".bom", ".utf16", ".jsonl", ".parquet"]))
+    suffix = draw(st.sampled_from(["", "", *COMPRESSIONS]))
+    if kind in (".jsonl", ".parquet"):
+        documents = draw(st.lists(TEXTS, max_size=5))
+        return kind + suffix, COMPRESSIONS[suffix]((json_lines if kind == ".jsonl" else parquet)(documents))
+    encoding = {".txt": "utf-8", ".bom": "utf-8-sig", ".utf16": "utf-16"}[kind]
+    return f"{kind}.txt{suffix}", COMPRESSIONS[suffix](draw(TEXTS).encode(encoding))
+
+
+def cut(source: object, corpus_config: CorpusConfig, kind: str, *, has_separator: bool = True) -> Pieces:
+    _, found = find_files(str(source))
+    find_cut = default_cut(kind, corpus_config.cleaning)
+    sizes = [file.describe()[0] for file in found]
+    return cut_files(found, sizes, TextFormat(corpus_config, kind, has_separator, find_cut))
+
+
+def encode(pieces: Pieces, vocabulary: Vocabulary) -> tuple[np.ndarray, int]:
+    """The tokens of all pieces, and the number of their characters."""
+    tokens, characters = [np.empty(0, np.int32)], 0
+    for piece in range(len(pieces)):
+        for part in PieceReader(pieces).read(piece):
+            characters += part.num_characters
+            tokens += [vocabulary.encode(part.lines), np.full(int(part.has_separator), len(vocabulary) - 1, np.int32)]
+    return np.concatenate(tokens), characters
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows and blocks so small that short texts are cut everywhere."""
+    monkeypatch.setattr(pieces_module, "_WINDOW_BYTES", 3)
+    monkeypatch.setattr(piece_reader, "BLOCK_BYTES", 7)
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("kind", ["char", "byte", "word", "word by line"])
+@settings(deadline=None, max_examples=100)  # a loaded machine is slow
+@given(
+    contents=st.lists(files(), min_size=1, max_size=5), piece_bytes=st.sampled_from([4, 9, 40, 1000]),
+    cleaning=st.sampled_from(["none", "d2l"]), newlines=st.sampled_from(["keep", "normalize"]),
+    separator=st.booleans(), has_separator=st.booleans(),
+)  # fmt: skip
+def test_tokens_of_pieces_are_those_of_the_corpus_in_memory(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, contents: list[tuple[str, bytes]], piece_bytes: int,
+    cleaning: str, newlines: str, separator: bool, has_separator: bool,
+) -> None:  # fmt: skip
+    folder = tmp_path_factory.mktemp("corpus")
+    for number, (suffix, data) in enumerate(contents):
+        (folder / f"{number}{suffix}").write_bytes(data)
+    config = CorpusConfig(source=str(folder), cleaning=cleaning, newlines=newlines, separator=separator)
+    vocabulary_config = VocabularyConfig(kind=kind.split(maxsplit=1)[0], end_of_line="line" in kind)
+    try:
+        corpus = read_corpus(config, vocabulary_config.kind, has_separator=has_separator)
+    except UserError:  # no text
+        corpus = None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pieces_module, "PIECE_BYTES", piece_bytes)
+        pieces = cut(folder, config, vocabulary_config.kind, has_separator=has_separator)
+    if corpus is None or not any(has_token(document, vocabulary_config.kind) for document in corpus.documents):
+        assert not len(encode(pieces, Vocabulary(vocabulary_config.kind, ("<unk>",), True))[0])
+        return
+    vocabulary = build_vocabulary(vocabulary_config, corpus)
+    tokens, characters = encode(pieces, vocabulary)
+    np.testing.assert_array_equal(tokens, vocabulary.encode_documents(corpus.documents))
+    assert PieceReader(pieces).has_separators() == (len(corpus.documents) > 1)
+    if len(tokens):
+        assert characters == corpus.num_characters
