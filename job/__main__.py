@@ -97,7 +97,6 @@ def _evaluate(line: CommandLine) -> int:
     from job.data.text_size import bits_per_unit
     from job.data.vocabulary import format_unknown_share, unknown_warnings
     from job.inference.evaluate import evaluate_text
-    from job.training.progress import perplexity
 
     values = parse_flags(line.flags)
     if "corpus.source" in line.flags:  # another text is evaluated whole, however the training text was cut
@@ -114,12 +113,12 @@ def _evaluate(line: CommandLine) -> int:
     nats = result.loss.nats_per_token
     if line.json:
         bits = {**bits_per_unit(result.loss.nats, result.size), f"bits_per_{unit}": result.bits_per_character}
-        values = {"perplexity": perplexity(nats), **bits, "nats_per_token": nats}
+        values = {"perplexity": result.perplexity, **bits, "nats_per_token": nats}
         values |= {"targets": result.loss.tokens, "unknown_share": result.unknown_share}
         print(format_json({**values, "source": config.corpus.source, **_describe(checkpoints)}))
     else:
         Console().print(
-            f"perplexity {perplexity(nats):.6g}, {result.bits_per_character:.4f} bits per {unit}, "
+            f"perplexity {result.perplexity:.6g}, {result.bits_per_character:.4f} bits per {unit}, "
             f"{nats:.6f} nats per token over {result.loss.tokens:,} targets "
             f"({_format_models(checkpoints)}, {config.corpus.source}{format_unknown_share(result.unknown_share)})"
         )

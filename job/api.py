@@ -3,6 +3,7 @@
 import os
 import sys
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +19,7 @@ from job.config.toml import ConfigValues, override_config, parse_sections
 from job.console import Console
 from job.data.content import check_content, content_name
 from job.errors import UserError, error_origin, report_os_error
+from job.inference.evaluate import Evaluation, evaluate_text
 from job.inference.generate import NO_CUSTOM_CELL, generate_texts
 from job.inference.prefix import prefix_values, prefix_warnings
 from job.paths import expand_path
@@ -90,6 +92,23 @@ class Run:
         for warning in prefix_warnings(generated.prefix, config.corpus, self._checkpoint.vocabulary):
             warnings.warn(warning, stacklevel=2)
         return generated.texts if len(generated.texts) > 1 else generated.texts[0]
+
+    def evaluate(self, corpus: "Mapping[str, Any] | str | os.PathLike[str] | None" = None, **fields: Any) -> Evaluation:
+        """Returns the loss of a text under the model, as the verb evaluate computes it in this process.
+
+        Args:
+            corpus: its source, or fields of the section corpus; None: the text of the run
+            fields: fields of the section evaluate, such as ``context``
+
+        Raises:
+            UserError: a field is invalid, the text cannot be read, or the run has a custom cell that was not given
+        """
+        values = parse_sections({"evaluate": fields} if corpus is None else {"evaluate": fields, "corpus": corpus})
+        if "corpus.source" in values:
+            values.setdefault("corpus.max_tokens", 0)
+        config = override_config(replace(self.config, model=self.model_config), values)
+        with process_state_restored():
+            return evaluate_text([self._checkpoint], config)
 
     @cached_property
     def _checkpoint(self) -> LoadedCheckpoint:

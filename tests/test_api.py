@@ -181,6 +181,21 @@ def test_train_cell_that_cannot_be_imported_trains_and_generates(text: str, stor
         job.load(job.train(text=text, **small(run={"storage": storage})).folder, cell=cell)
 
 
+def test_evaluate_equals_the_verb(text: str, storage: str, tmp_path: Path) -> None:
+    run = job.train(text=text, **small(run={"storage": storage}))
+    (tmp_path / "text").write_text(text[:300])
+    for fields in ({}, {"context": 7}):
+        words = [word for name, value in fields.items() for word in (f"--evaluate.{name}", value)]
+        ended = command("evaluate", run.folder.address, "--corpus.source", tmp_path / "text", *words, "--json")
+        found = run.evaluate(tmp_path / "text", **fields)
+        expected = json.loads(ended.out)
+        assert found.perplexity == expected["perplexity"]
+        assert (found.loss.nats_per_token, found.loss.tokens) == (expected["nats_per_token"], expected["targets"])
+    assert run.evaluate({"source": tmp_path / "text", "max_tokens": 100}).loss.tokens == 99
+    with pytest.raises(job.UserError, match=r"unknown field evaluate.contexts; did you mean evaluate.context\?"):
+        run.evaluate(contexts=1)
+
+
 def test_generate_equals_the_verb(text: str, storage: str) -> None:
     run = job.train(text=text, **small(run={"storage": storage}))
     for fields in ({"length": 7}, {"temperature": 0.8, "seed": 5, "length": 30}):

@@ -22,7 +22,7 @@ from job.inference.generate import load_model
 from job.nn.language_model import LanguageModel
 from job.training.checkpoint import LoadedCheckpoint
 from job.training.loop import evaluate_group
-from job.training.progress import LossSum
+from job.training.progress import LossSum, perplexity
 
 WINDOW_TOKENS = 1024  # per call of the model; bounds the memory and does not change the result
 GROUP_LANES = 16  # that are evaluated at a time
@@ -43,6 +43,11 @@ class Evaluation:
     num_characters: int
     unknown_share: float
     size: TextSize
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean loss of a token."""
+        return perplexity(self.loss.nats_per_token)
 
     @property
     def bits_per_character(self) -> float:
