@@ -56,7 +56,7 @@ def validations(folder: Path) -> list[tuple[int, int, float]]:
     return [(row["epoch"], row["step"], row["nats"]) for row in rows(folder, "validation")]
 
 
-def stop_at(prose: Path, storage: Path, name: str, step: int) -> None:
+def stop_at(prose: Path, storage: Path, name: str, step: int, **more: Any) -> None:
     """Starts a run and stops it as Ctrl-C does, so that this step is its last."""
     stop_request = StopRequest()
 
@@ -64,7 +64,7 @@ def stop_at(prose: Path, storage: Path, name: str, step: int) -> None:
         if isinstance(event, MetricsRow) and event.row["split"] == "train" and event.row["step"] == step - 1:
             stop_request.exit_code = 130
 
-    flags = config_flags(prose, run__storage=storage, run__name=name)
+    flags = config_flags(prose, run__storage=storage, run__name=name, **more)
     config = load_config(None, {flag: str(value) for flag, value in flags.items()})
     outcome = run_training(config, name, Console(), LocalLauncher(), stop_request, on_event)
     assert outcome.exit_code == 130
