@@ -35,6 +35,8 @@ class LanguageModel(nn.Module):
         self.linear = nn.Linear(hidden_size, vocabulary_size)
         self.reset_token: int | None = None  # before which the state of a lane is taken to be zero
         self.is_tied = model_config.tied
+        if self.is_tied:  # between those of torch's embedding, 1, and of its output layer, which learns very slowly
+            nn.init.normal_(self.linear.weight, std=embedding_size**-0.25)
         self.tie_weights()
 
     def tie_weights(self) -> None:
