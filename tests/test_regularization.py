@@ -237,6 +237,23 @@ def test_activation_regularization_of_windows_of_one_step_has_no_differences() -
     assert torch.equal(total, nats)
 
 
+def test_temporal_regularization_has_no_differences_across_a_reset() -> None:
+    config = ModelConfig(**SIZES, temporal_regularization=2.0)
+    model = build_model(config, TOKENS, 1).double()
+    model.reset_token = 3
+    inputs, targets, _, keys_SB = make_batch(config)
+    model.cross_entropy_sum(inputs, targets, None, Regularization(config, keys_SB))[0].backward()
+    hidden_TBH, _ = model._hidden_states(inputs, None, None)
+    squares_TBH = (hidden_TBH[1:] - hidden_TBH[:-1]).pow(2)
+    inside = (inputs[1:] != 3).nonzero()
+    assert 0 < len(inside) < inputs[1:].numel()
+    penalty = 2.0 * torch.stack([squares_TBH[step, lane].sum() for step, lane in inside]).sum() / squares_TBH.numel()
+    nats, _ = model.cross_entropy_sum(inputs, targets, None)
+    weights = list(model.parameters())
+    expected = torch.autograd.grad(nats + inputs.numel() * penalty, weights)
+    torch.testing.assert_close([weight.grad for weight in weights], list(expected), rtol=1e-9, atol=1e-12)
+
+
 def test_masks_of_another_step_and_seed_differ() -> None:
     config = ModelConfig(**SIZES, **TECHNIQUES["all"])
     keys_SB = mask_keys(config, SEED, STEP, range(LANES))

@@ -90,7 +90,7 @@ class LanguageModel(nn.Module):
             return linear_cross_entropy(hidden_TBH, weight_VH, bias_V, targets_TB), state
         dropped_TBH = regularization.drop_outputs(hidden_TBH)
         nats = linear_cross_entropy(dropped_TBH, weight_VH, bias_V, targets_TB)
-        return regularization.add_penalty(nats, hidden_TBH, dropped_TBH), state
+        return regularization.add_penalty(nats, hidden_TBH, dropped_TBH, self._document_starts(tokens_TB)), state
 
     def generate_greedy(self, first_B: Tensor, state: State, length: int) -> Tensor | None:
         """Decodes greedily in a single kernel call.

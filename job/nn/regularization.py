@@ -94,7 +94,9 @@ class Regularization:
         """Drops elements of what the output layer reads."""
         return self._drop(hidden_TBH, self.config.output_rate, 0)
 
-    def add_penalty(self, nats: Tensor, hidden_TBH: Tensor, dropped_TBH: Tensor) -> Tensor:
+    def add_penalty(
+        self, nats: Tensor, hidden_TBH: Tensor, dropped_TBH: Tensor, starts_TB: Tensor | None = None
+    ) -> Tensor:
         """Adds the gradient of activation regularization (AR) and temporal activation regularization (TAR).
 
         Each is a mean over the window, lanes and units (Merity, McCann and Socher, "Revisiting activation
@@ -105,6 +107,7 @@ class Regularization:
             nats: the summed cross-entropy
             hidden_TBH: outputs of the last layer
             dropped_TBH: the same after dropout
+            starts_TB: bool, whether a document starts, so that the outputs before it do not count; None: none does
 
         Returns:
             The value of ``nats``, with the gradient of its sum with the penalty.
@@ -113,7 +116,10 @@ class Regularization:
         if self.config.activation_regularization:
             means.append(self.config.activation_regularization * dropped_TBH.to(nats.dtype).square().mean())
         if self.config.temporal_regularization and len(hidden_TBH) > 1:
-            means.append(self.config.temporal_regularization * hidden_TBH.to(nats.dtype).diff(dim=0).square().mean())
+            differences = hidden_TBH.to(nats.dtype).diff(dim=0)
+            if starts_TB is not None:
+                differences = differences.masked_fill(starts_TB[1:, :, None], 0)
+            means.append(self.config.temporal_regularization * differences.square().mean())
         if not means:
             return nats
         penalty = hidden_TBH.shape[0] * hidden_TBH.shape[1] * torch.stack(means).sum()
