@@ -6,11 +6,13 @@ import json
 import os
 import re
 import socket
+import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -115,6 +117,56 @@ class ForwardingHandler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         pass
+
+
+class FaultyStore(ThreadingHTTPServer):
+    """A proxy of an S3 server that fails some requests, in a fixed order, and counts the faults of each kind.
+
+    Args:
+        server_port: of the server
+        faults: the fault of each request: ``error`` (500), ``reset``, ``cut`` (half of a body), ``slow`` or empty
+        lost: the requests that are always reset, as method and path
+    """
+
+    def __init__(self, server_port: int, faults: Iterable[str], lost: str = "never") -> None:
+        super().__init__(("127.0.0.1", 0), FaultyHandler)
+        self.s3_port, self.is_busy, self.changes = server_port, False, list[str]()
+        self.lost, self.faults, self.counts, self.keys = re.compile(lost), iter(faults), Counter[str](), set[str]()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def __exit__(self, *error: Any) -> None:
+        self.shutdown()
+        super().__exit__(*error)
+
+    def handle_error(self, *_: object) -> None:  # of a client that closed its connection
+        pass
+
+
+class FaultyHandler(ForwardingHandler):
+    server: FaultyStore  # type: ignore[assignment]
+
+    def forward(self) -> None:
+        fault = "reset" if self.server.lost.match(f"{self.command} {self.path}") else next(self.server.faults)
+        self.server.counts[fault] += 1
+        self.server.keys.update(re.findall(r"Credential=(\w+)/", self.headers.get("Authorization", "")))
+        if fault == "error":
+            self.read_body()
+            return self.reply(500, {"Content-Length": "0"}, b"")
+        if fault == "reset":  # the peer gets an RST
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.close_connection = True
+            return self.connection.close()
+        if fault == "slow":
+            time.sleep(0.2)
+        self.is_cut = fault == "cut"
+        super().forward()
+
+    def reply(self, status: int, headers: dict[str, str], data: bytes) -> None:
+        is_cut = getattr(self, "is_cut", False) and len(data) > 1
+        super().reply(status, headers, data[: len(data) // 2] if is_cut else data)
+        self.close_connection |= is_cut
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = forward
 
 
 def kept_headers(headers: Message) -> dict[str, str]:

@@ -21,10 +21,9 @@ from job.config.schema import CorpusConfig, StreamConfig, VocabularyConfig
 from job.data.indexed import format_index, parse_index, smallest_dtype
 from job.data.lanes import split_evenly
 from job.data.read_ahead import WindowReader
-from job.data.store_writer import StoreInfo, write_store
 from job.data.stream import Stream
 from job.data.token_store import open_stored
-from job.data.tokens import ShardedTokens
+from job.data.tokens import ShardedTokens, Shards
 from job.data.vocabulary import Vocabulary
 from job.errors import UserError
 from job.run.setup import build_run_spec
@@ -39,6 +38,12 @@ FLAGS = {
     "scale.workers": 0, "corpus.validation_fraction": 0.25, "train.epochs": 2,
 }  # fmt: skip
 KINDS = ["char", "word", "byte"]
+
+
+@pytest.fixture
+def several_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short texts become stores of several shards."""
+    monkeypatch.setattr("job.data.pieces.PIECE_BYTES", 150)
 
 
 def words(**flags: object) -> list[object]:
@@ -78,17 +83,16 @@ def read_independently(prefix: Path) -> list[np.ndarray]:
     return [np.concatenate(part) for part in parts]
 
 
-def vocabulary_of(num_ids: int) -> Vocabulary:
-    return Vocabulary("word", ("<unk>", *map(str, range(1, num_ids))))
-
-
-def store_of(folder: Folder, tokens: np.ndarray, num_ids: int, shard_tokens: int) -> ShardedTokens:
-    """Writes tokens as a store of several shards, and opens it."""
-    corpus, vocabulary = CorpusConfig(store=str(folder), cleaning="none"), VocabularyConfig(kind="word")
-    write_store(tokens, vocabulary_of(num_ids), StoreInfo(corpus, vocabulary, len(tokens), len(tokens)), shard_tokens)
-    stored = open_stored(replace(corpus, source=str(folder)), vocabulary, None, reads_flat=False)
-    assert stored
-    return stored.tokens
+def shards_of(folder: Path, tokens: np.ndarray, num_ids: int, shard_tokens: int) -> ShardedTokens:
+    """Writes tokens as files of a store, and opens them as a worker does."""
+    dtype = smallest_dtype(num_ids)
+    parts = np.split(tokens, range(shard_tokens, len(tokens), shard_tokens))
+    for number, part in enumerate(parts):
+        part.astype(dtype).tofile(folder / f"{number}.bin")
+    names, lengths = tuple(f"{number}.bin" for number in range(len(parts))), tuple(map(len, parts))
+    shards = Shards(Folder(str(folder)), names, lengths, (0,) * len(parts), dtype, num_ids)
+    stored: ShardedTokens = pickle.loads(pickle.dumps(ShardedTokens.whole(shards)))
+    return stored
 
 
 def json_lines(path: Path, documents: list[str]) -> Path:
@@ -125,6 +129,7 @@ def test_smallest_dtype_holds_all_ids(size: int, name: str) -> None:
     assert np.iinfo(name).max >= size - 1
 
 
+@pytest.mark.usefixtures("several_shards")
 @pytest.mark.parametrize("kind", [*KINDS, "bpe"])
 @pytest.mark.parametrize("has_documents", [False, True])
 def test_run_from_a_store_equals_the_run_from_the_text(tmp_path: Path, kind: str, has_documents: bool) -> None:
@@ -144,7 +149,8 @@ def test_run_from_a_store_equals_the_run_from_the_text(tmp_path: Path, kind: str
     assert {key: value for key, value in found.items() if key not in ignored} == {
         key: value for key, value in expected.items() if key not in ignored
     }
-    assert {**found["corpus"], "source": None} == {**expected["corpus"], "source": None}
+    changed = {"source": None, "sha256": None}  # of several shards, the digest is that of their digests
+    assert {**found["corpus"], **changed} == {**expected["corpus"], **changed}
     evaluated = {
         job("evaluate", tmp_path / "runs" / name, "--corpus.source", text).out.partition(" (step")[0]
         for name in ("a", "b") for text in (source, store)
@@ -170,6 +176,7 @@ def test_store_is_read_by_an_independent_reader_document_by_document(tmp_path: P
         assert (" " if kind == "word" else "").join(tokens) == text
 
 
+@pytest.mark.usefixtures("several_shards")
 def test_run_from_a_store_resumes_with_the_same_bits(tmp_path: Path) -> None:
     (tmp_path / "text").write_text(TEXT)
     store = prepare(tmp_path, tmp_path / "text")
@@ -229,8 +236,7 @@ def test_windows_of_a_store_equal_those_of_memory(
     block_bytes: int, resumed_at: int,
 ) -> None:  # fmt: skip
     tokens = (np.arange(num_tokens) * 7919 % num_ids).astype(np.int32)
-    folder = Folder(str(tmp_path_factory.mktemp("store")))
-    stored = pickle.loads(pickle.dumps(store_of(folder, tokens, num_ids, shard_tokens)))  # as a worker gets them
+    stored = shards_of(tmp_path_factory.mktemp("store"), tokens, num_ids, shard_tokens)
     np.testing.assert_array_equal(stored, tokens)
     config = StreamConfig(batch_size=batch, num_steps=steps, offset=offset)
     memory = Stream(tokens, config, 3)
@@ -251,7 +257,7 @@ def test_evaluated_windows_of_a_store_equal_those_of_memory(
     tmp_path_factory: pytest.TempPathFactory, num_tokens: int, shard_tokens: int, num_lanes: int, steps: int, block: int
 ) -> None:
     tokens = (np.arange(num_tokens) * 7919 % 300).astype(np.int32)
-    stored = store_of(Folder(str(tmp_path_factory.mktemp("store"))), tokens, 300, shard_tokens)
+    stored = shards_of(tmp_path_factory.mktemp("store"), tokens, 300, shard_tokens)
     lanes = split_evenly(num_tokens - 1, num_lanes)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("job.training.loop.BLOCK_TOKENS", block)
@@ -390,13 +396,18 @@ def test_prepare_writes_all_or_nothing_and_never_over_something_else(
     with monkeypatch.context() as patch:
         patch.setattr(Folder, "write", fail_at_manifest)
         assert "cannot be written: No space left on device" in refused(*arguments, tmp_path / "store")
-    assert "a folder without files of text" in refused("train", "--corpus.source", tmp_path / "store")
+    problem = (
+        f"corpus.source = {tmp_path / 'store'}: an incomplete token store: it has no manifest.json; run prepare again"
+    )
+    assert problem in refused("train", "--corpus.source", tmp_path / "store")
     for name in (".tokens-00000.bin.12-34", "..preparing.12-34"):
         (tmp_path / "store" / name).write_text("left by a process that was killed")
     first = {file.name: file.read_bytes() for file in prepare(tmp_path, tmp_path / "text").iterdir()}
     assert job(*arguments, tmp_path / "store").status == 0
     assert (tmp_path / "store" / "tokens-00000.bin").read_bytes() == first["tokens-00000.bin"]
     assert "exists and contains manifest.json" in refused(*arguments, tmp_path / "store")
+    problem = f"corpus.source = {tmp_path / 'store'}: a token store, not a text; train from it"
+    assert problem in refused("prepare", "--corpus.source", tmp_path / "store", "--corpus.store", tmp_path / "other")
     assert {file.name for file in (tmp_path / "store").iterdir()} == first.keys()
 
 
@@ -460,6 +471,7 @@ def test_files_of_another_trainer_that_are_wrong_are_one_error(
     assert f"corpus.source = {tmp_path / 'a.bin'}: " in found and problem in found
 
 
+@pytest.mark.usefixtures("several_shards")
 @pytest.mark.cluster
 def test_run_from_a_store_on_two_workers_equals_the_run_from_the_text_in_this_process(
     tmp_path: Path, on_cluster: None

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from job.errors import UserError
 from job.storage import Folder
 
 MANIFEST = "manifest.json"
+SHARD_FILE = re.compile(r"tokens-\d{5,}(-\d{5,})?\.(bin|idx)")
 FORMAT, VERSION = "lanes token store", 2
 REMEDY = "prepare the store again"
 _TYPES = {"content": dict, "sha256": str}
@@ -141,7 +143,7 @@ def parse_shard(record: Any) -> Shard:
     """Returns a shard from its fields as ``dataclasses.asdict`` returns them. Raises ValueError if one is wrong."""
     values = parse_record(json.dumps(record), _SHARD_TYPES)
     name, files = values["name"], _parse_files(values["files"])
-    if set(files) != {f"{name}.bin", f"{name}.idx"} or "/" in name or values["tokens"] < 0:
+    if set(files) != {f"{name}.bin", f"{name}.idx"} or not all(map(SHARD_FILE.fullmatch, files)):
         raise ValueError("a shard is not complete")
     return Shard(**{field: values[field] for field in _SHARD_TYPES} | {"files": files})
 

@@ -8,10 +8,10 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 from urllib.parse import urlsplit
 
 import pyarrow
@@ -19,6 +19,7 @@ import pyarrow
 from job.data.content import check_no_content_name
 from job.data.download import TIME_MACHINE_LENGTH, download_text, download_time_machine
 from job.data.file_format import is_text_name
+from job.data.manifest import MANIFEST, SHARD_FILE
 from job.errors import UserError
 from job.paths import is_uri
 from job.storage import Folder
@@ -137,7 +138,8 @@ def _find_on_disk(pattern: str) -> list[SourceFile]:
     path = existing = os.path.expanduser(pattern)
     paths = [path]
     if os.path.isdir(path):
-        paths = _checked(sorted(name for name in _walk(path) if not Path(name).is_fifo()))  # whose read may never end
+        files = sorted(name for name in _walk(path) if not Path(name).is_fifo())  # whose read may never end
+        paths = files or _raise_no_text(os.listdir(path))
     elif glob.has_magic(path) and not os.path.exists(path):
         while existing and not os.path.exists(existing):  # the part of the path that exists is literal
             existing = os.path.dirname(existing)
@@ -167,11 +169,14 @@ def _walk(folder: str) -> Iterator[str]:
         yield from (os.path.join(parent, name) for name in names if is_text_name(name) and not name.startswith("."))
 
 
-def _checked(paths: list[str]) -> list[str]:
-    if not paths:
-        kinds = "text (.txt, .md, .rst), JSON lines (.jsonl) or Parquet (.parquet)"
-        raise UserError(f"a folder without files of {kinds}", "give a glob for files of other names")
-    return paths
+def _raise_no_text(names: list[str]) -> NoReturn:
+    """Raises UserError about a folder of files, none of which is a text."""
+    if any(map(SHARD_FILE.fullmatch, names)):
+        if MANIFEST in names:
+            raise UserError("a token store, not a text", "train from it, or give the text that it was made of")
+        raise UserError(f"an incomplete token store: it has no {MANIFEST}", "run prepare again")
+    kinds = "text (.txt, .md, .rst), JSON lines (.jsonl) or Parquet (.parquet)"
+    raise UserError(f"a folder without files of {kinds}", "give a glob for files of other names")
 
 
 def _read_from_disk(path: str) -> bytes:
@@ -193,7 +198,8 @@ def _find_in_storage(uri: str) -> list[SourceFile]:
             return _find_on_disk(str(path.local_path))
         folder, pattern = path.parent, path.name
         if path.is_folder:
-            return [_stored_file(path, name) for name in _checked([*filter(is_text_name, path.find("**"))])]
+            names = [*filter(is_text_name, path.find("**"))] or _raise_no_text(path.names())
+            return [_stored_file(path, name) for name in names]
         while "*" in str(folder):
             folder, pattern = folder.parent, f"{folder.name}/{pattern}"
         is_glob = "*" in pattern and not path.parent.has(path.name)
@@ -204,6 +210,8 @@ def _find_in_storage(uri: str) -> list[SourceFile]:
 
 
 def _stored_file(folder: Folder, name: str) -> SourceFile:
+    folder = replace(folder, retry=True)
+
     def read() -> bytes:
         with _report_storage_error():
             return folder.read(name)

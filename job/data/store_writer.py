@@ -10,18 +10,17 @@ import numpy as np
 from job.config.field import format_value
 from job.config.schema import CorpusConfig, VocabularyConfig
 from job.data.indexed import format_index, smallest_dtype
-from job.data.manifest import MANIFEST, Manifest, Shard, describe_file, format_manifest
+from job.data.manifest import MANIFEST, SHARD_FILE, Manifest, Shard, describe_file, format_manifest
 from job.data.tokens import count_unknown, token_sha256
 from job.data.vocabulary import Vocabulary
 from job.documents import parse_record
 from job.errors import UserError, report_os_error
 from job.storage import Folder
 
-SHARD_TOKENS = 64 << 20  # of a store that is written from memory
 LEASE_FILES = ("owner.json", "heartbeat.json")  # of the process that writes a store
 MARKER = ".preparing"  # in the folder of a store that is being written: of which files and settings
 RECEIPT = re.compile(r"\.receipt-(\d{5,})\.json")  # of a piece whose shards are written
-_FILES = re.compile(r"tokens-\d{5,}(-\d{5,})?\.(bin|idx)|vocabulary\.json|tokenizer\.json")  # but the manifest
+_FILES = re.compile(rf"{SHARD_FILE.pattern}|vocabulary\.json|tokenizer\.json")  # but the manifest
 
 
 def shard_name(piece: int, number: int = 0) -> str:
@@ -150,32 +149,6 @@ def finish_store(folder: Folder) -> None:
         if RECEIPT.fullmatch(name):
             folder.remove(name)
     folder.remove(MARKER)
-
-
-def write_store(
-    tokens: np.ndarray, vocabulary: Vocabulary, info: StoreInfo, shard_tokens: int = SHARD_TOKENS
-) -> Folder:
-    """Writes tokens in memory as a store to ``corpus.store``.
-
-    Args:
-        tokens: token ids (tokens,)
-        vocabulary: that of the tokens
-        info: how they were made
-        shard_tokens: number of tokens of each shard but the last
-
-    Raises:
-        UserError: it cannot be written
-    """
-    folder = Folder.resolve(info.corpus.store)
-    with report_os_error(f"corpus.store = {folder}: cannot be written"):
-        start_store(folder, {"settings": {}})
-        starts = range(0, len(tokens), shard_tokens)
-        shards = [
-            write_shard(folder, shard_name(index), tokens[start : start + shard_tokens], vocabulary)
-            for index, start in enumerate(starts)
-        ]
-        write_manifest(folder, shards, vocabulary, info)
-    return folder
 
 
 def check_no_store(store: str) -> Folder:

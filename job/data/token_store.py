@@ -12,7 +12,7 @@ import pyarrow
 from job.config.field import format_value
 from job.config.schema import FIELDS, CorpusConfig, VocabularyConfig
 from job.data.indexed import parse_index
-from job.data.manifest import FORMAT, MANIFEST, REMEDY, Manifest, read_manifest
+from job.data.manifest import FORMAT, MANIFEST, REMEDY, SHARD_FILE, Manifest, read_manifest
 from job.data.source import BUILT_IN
 from job.data.tokens import ShardedTokens, Shards, blocks, token_sha256
 from job.data.vocabulary import Vocabulary
@@ -80,7 +80,8 @@ def open_stored(
     if path is None:
         return None
     with error_origin(f"{field} = {source}"), report_os_error("cannot be read"):
-        if is_store(path):
+        if is_store(path):  # a storage that cannot be reached at all is reported at once
+            path = replace(path, retry=True)
             return _open_store(path, corpus_config, vocabulary_config, vocabulary)
         shards = vocabulary and _find_files(path, len(vocabulary), reads_flat)
         return _check_tokens(shards, vocabulary, corpus_config.cleaning) if vocabulary and shards else None
@@ -92,7 +93,7 @@ def _locate(source: str) -> Folder | None:
         return None
     if not is_uri(source):
         return Folder(str(Path(os.path.expanduser(source)).absolute()))
-    return replace(Folder.resolve(source), retry=True)
+    return Folder.resolve(source)
 
 
 def is_store(path: Folder) -> bool:
@@ -100,7 +101,7 @@ def is_store(path: Folder) -> bool:
     if path.local_path is not None and not path.local_path.is_dir():
         return False
     names = path.names()
-    has_shards = any(name.startswith("tokens") and name.endswith((".bin", ".idx")) for name in names)
+    has_shards = any(map(SHARD_FILE.fullmatch, names))
     return MANIFEST in names and (has_shards or FORMAT.encode() in path.read(MANIFEST))
 
 
@@ -124,6 +125,7 @@ def _find_files(path: Folder, num_ids: int, reads_flat: bool) -> Shards | None:
         raise UserError(problem, "give the vocabulary that the ids were made with")
     if not size or size % dtype.itemsize:
         raise UserError(f"{file}: has {size:,} bytes, which are no token ids of {dtype.itemsize} bytes")
+    folder = replace(folder, retry=True)
     return Shards(folder, (ids,), (size // dtype.itemsize,), (0,), dtype, num_ids)
 
 
@@ -208,4 +210,5 @@ def verify_store(source: str, field: str = "corpus.source") -> None:
         return
     with error_origin(f"{field} = {source}"), report_os_error("cannot be read"):
         if is_store(folder):
+            folder = replace(folder, retry=True)
             _verify(folder, read_manifest(folder).all_files)
