@@ -128,7 +128,7 @@ def train(config: Config, use_graph: bool) -> tuple[list[Any], list[Any], list[d
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
 def test_cuda_graph_train_step_equals_eager_step(cell: str, reproducible: bool, name: str) -> None:
     config = dataclasses.replace(
-        small_config(epochs=3, reproducible=reproducible, lane_groups=2),
+        small_config(epochs=3, reproducible=reproducible, lane_groups=2, accumulate=1 if reproducible else 2),
         model=ModelConfig(cell=cell, hidden_size=8, num_layers=2, embedding_size=4, dropout=0.3, **REGULARIZATION),
         optimizer=OptimizerConfig(
             name=name,

@@ -269,6 +269,10 @@ class TrainConfig(Section):
     keep_checkpoints: int = config_field(3, "how many of the latest checkpoints to keep", ge=1, on_resume=FREE)
     precision: str = choice_field("numeric precision", auto="bf16 if the hardware has it", fp32="", bf16="", fp64="")
     reproducible: bool = config_field(False, "bit-identical (deterministic) results on any number of workers")
+    accumulate: int = config_field(
+        1, "groups of lanes that a worker computes one after the other, adding their gradients, to save memory",
+        "groups", ge=1, on_resume=FREE,
+    )  # fmt: skip
     lane_groups: int = config_field(8, "lane groups (micro-batches) of a reproducible run", ge=1)
 
     @property
@@ -422,6 +426,9 @@ class Config:
         if self.train.reproducible and scale.max_workers > num_groups:
             problem = f"{workers}: each worker of a reproducible run needs a lane group, and there are {num_groups}"
             raise UserError(problem, "lower it or raise train.lane_groups")
+        if self.train.reproducible and self.train.accumulate > 1:
+            problem = f"train.accumulate = {self.train.accumulate}: a reproducible run accumulates its lane groups"
+            raise UserError(problem, "leave it out, or raise train.lane_groups")
         if isinstance(offset, tuple) and len(offset) < self.train.epochs:
             problem = f"stream.offset has {len(offset)} entries for train.epochs = {self.train.epochs}"
             raise UserError(problem, "give one for each epoch")

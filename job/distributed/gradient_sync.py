@@ -6,6 +6,7 @@ workers' gradients are added. A worker with fewer lanes thereby contributes less
 Axes: T steps, B lanes, S sites of dropout masks.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -141,7 +142,12 @@ class LossModule(nn.Module):
 class AllReduceGradients:
     """Gradients of a worker's whole batch, added over the workers by DDP (which by itself would average them).
 
-    With ``in_one_call`` they are added after the backward pass, all at once. Unlike DDP, a CUDA graph can contain that.
+    Args:
+        loss_module: computes the loss
+        assignment: the worker's lanes
+        shared_memory: of all workers, if they run on CPUs of one machine
+        in_one_call: add them after the backward pass, all at once; unlike DDP, a CUDA graph can contain that
+        num_groups: groups of lanes whose gradients are computed one after the other, to save memory, and accumulated
     """
 
     def __init__(
@@ -150,8 +156,10 @@ class AllReduceGradients:
         assignment: LaneAssignment,
         shared_memory: SharedMemoryGroup | None = None,
         in_one_call: bool = False,
+        num_groups: int = 1,
     ) -> None:
         self.loss_module = loss_module
+        self.spans = [(group.start, len(group)) for group in split_evenly(len(assignment.lanes), num_groups) if group]
         self.parameters = list(loss_module.parameters())
         self.forward: nn.Module = loss_module
         self.in_one_call = in_one_call and assignment.world_size > 1
@@ -176,11 +184,21 @@ class AllReduceGradients:
         """
         for parameter in self.parameters:
             parameter.grad = None
-        outputs, state = self.forward(batch, state)
-        torch.autograd.backward(outputs, self.loss_module.grad_outputs(outputs[0], batch.flags))
+        *first, last = [(batch, state)]
+        if len(self.spans) > 1:
+            *first, last = [(batch.lanes(*span), slice_state(state, *span)) for span in self.spans]
+        with self.forward.no_sync() if isinstance(self.forward, DistributedDataParallel) else nullcontext():
+            states = [self._add_gradient(*group) for group in first]
+        states.append(self._add_gradient(*last))
         if self.in_one_call:
             self._all_reduce()
-        return self.loss_module.reduced_stats, detach_state(state)
+        return self.loss_module.reduced_stats, cat_states(states) if first else states[0]
+
+    def _add_gradient(self, batch: Batch, state: State) -> State:
+        """Adds the gradient of some lanes to ``grad`` of the parameters; returns their state after the window."""
+        outputs, state = self.forward(batch, state)
+        torch.autograd.backward(outputs, self.loss_module.grad_outputs(outputs[0], batch.flags))
+        return detach_state(state)
 
     def _all_reduce(self) -> None:
         """Sums all gradients over the workers; each must have one."""

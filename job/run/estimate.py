@@ -35,7 +35,8 @@ def count_weights(model_config: ModelConfig, vocabulary_size: int) -> int:
 def worker_bytes(config: Config, num_weights: int) -> int:
     """Returns the memory that one worker needs at least: its process, weights, gradients, moments, hidden states."""
     num_lanes, is_double = config.stream.batch_size, config.train.precision == "fp64"
-    num_parts = config.train.lane_groups if config.train.reproducible else max(1, config.scale.max_workers)
+    num_parts = max(1, config.scale.max_workers) * config.train.accumulate
+    num_parts = config.train.lane_groups if config.train.reproducible else num_parts
     num_hidden = (
         config.stream.num_steps * -(-num_lanes // num_parts) * config.model.num_layers * config.model.hidden_size
     )

@@ -86,7 +86,7 @@ def build_train_state(
     gradients = (
         DeterministicGradients(loss_module, assignment, shared_memory)
         if config.train.reproducible
-        else AllReduceGradients(loss_module, assignment, shared_memory, in_one_call=use_graph)
+        else AllReduceGradients(loss_module, assignment, shared_memory, use_graph, config.train.accumulate)
     )
     average = _build_average(spec, resume_point, model) if config.optimizer.averaging != "none" else None
     eager_step = EagerTrainStep(gradients, optimizer, config.optimizer.grad_clip_norm, device, average)

@@ -30,8 +30,8 @@ from job.training.validation import is_validation_due, record_validation, valida
 
 PREEMPTION_POLL_S = 5.0  # seconds between two checks for nodes that are about to be removed
 OUT_OF_MEMORY_REMEDY = (
-    "resume on more scale.workers with a GPU each, or start another run with a smaller stream.batch_size, "
-    "stream.num_steps or model.hidden_size"
+    "resume on more scale.workers with a GPU each or with a larger train.accumulate, or start another run with a "
+    "smaller stream.batch_size, stream.num_steps or model.hidden_size"
 )
 
 
