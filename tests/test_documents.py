@@ -88,6 +88,7 @@ def test_train_that_resets_from_a_store_made_without_it_equals_one_from_the_text
 ) -> None:
     store = tmp_path / "store"
     assert job("prepare", "--corpus.source", documents, "--corpus.store", store).status == 0
+    assert "corpus.documents" not in (store / "manifest.json").read_text()
     assert train(tmp_path, "stored", store).status == 0
     assert outcome(tmp_path / "stored") == outcome(reset_run)
 

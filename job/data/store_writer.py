@@ -81,11 +81,17 @@ class StoreInfo:
     target_characters: int
 
 
+def store_settings(corpus_config: CorpusConfig, vocabulary_config: VocabularyConfig) -> dict[str, Any]:
+    """Returns the fields that a store is made with, by name: all but ``corpus.documents``, which a run reads."""
+    values = corpus_config.values() | vocabulary_config.values()
+    return {name: value for name, value in values.items() if name != "corpus.documents"}
+
+
 def write_manifest(folder: Folder, shards: list[Shard], vocabulary: Vocabulary, info: StoreInfo) -> None:
     """Writes the vocabulary and the manifest, with which the store is complete. Raises OSError if it cannot."""
     data = vocabulary.to_json().encode()
     folder.write(vocabulary.file_name, data)
-    settings = info.corpus.values() | info.vocabulary.values()
+    settings = store_settings(info.corpus, info.vocabulary)
     dtype, files = smallest_dtype(len(vocabulary)), {vocabulary.file_name: describe_file(data)}
     manifest = Manifest(info.characters, info.target_characters, dtype, settings, tuple(shards), files)
     folder.write(MANIFEST, format_manifest(manifest))

@@ -27,7 +27,15 @@ from job.data.piece_encoder import (
 from job.data.piece_reader import PieceReader
 from job.data.pieces import PIECE_BYTES, TextFormat, cut_files, default_cut
 from job.data.source import SourceFile
-from job.data.store_writer import RECEIPT, StoreInfo, check_no_store, discard_store, start_store, write_manifest
+from job.data.store_writer import (
+    RECEIPT,
+    StoreInfo,
+    check_no_store,
+    discard_store,
+    start_store,
+    store_settings,
+    write_manifest,
+)
 from job.data.vocabulary import Vocabulary
 from job.data.vocabulary_builder import counted_vocabulary, train_vocabulary
 from job.data.vocabulary_file import find_vocabulary, read_vocabulary, read_vocabulary_file
@@ -108,7 +116,7 @@ class _Preparation:
 
     def _identity(self) -> dict[str, Any]:
         """Returns all that decides the bytes of the store."""
-        settings = self.corpus_config.values() | self.vocabulary_config.values()
+        settings = store_settings(self.corpus_config, self.vocabulary_config)
         names = [file.name for file in self.pieces.files]
         input_digest = hashlib.sha256(json.dumps([names, self.described]).encode())
         if self.given:
