@@ -241,6 +241,10 @@ def test_generate_prefix_file_is_the_prefix(run: Path, tmp_path: Path, monkeypat
         assert job("generate", run, "--generate.prefix_file", address).out == expected
     monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(b"the worst\n")))
     assert job("generate", run, "--generate.prefix_file", "-").out == expected
+    monkeypatch.setattr("sys.stdin", None)
+    ended = job("generate", run, "--generate.prefix_file", "-")
+    message = "generate.prefix_file = -: there is no standard input; give a file"
+    assert (ended.status, ended.err) == (2, f"error: {message}\n")
 
 
 def test_generate_prefix_of_a_run_with_a_file_replaces_it(run: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from conftest import not_none
@@ -13,8 +14,8 @@ from job.data.dataset import Dataset
 from job.data.vocabulary import Vocabulary
 from job.distributed.context import World
 from job.inference.ensemble import Ensemble
-from job.inference.generate import continue_greedily, load_model
-from job.nn.language_model import LanguageModel
+from job.inference.generate import continue_greedily, load_model, read_tokens
+from job.nn.language_model import LanguageModel, build_model
 from job.run.run_dir import open_checkpoint
 from job.storage import Folder
 from job.training.checkpoint import commit_checkpoint, find_latest_valid, weights_sha256
@@ -146,3 +147,11 @@ def test_generation_takes_the_memory_of_its_tokens_alone() -> None:
 
     assert peak_growth(generate) < 10 << 20
     assert results[0].sum() == length
+
+
+def test_read_tokens_of_a_long_prefix_takes_the_memory_of_a_short_one() -> None:
+    """All hidden states and logits of these tokens would take 100 and 800 MB."""
+    ensemble = Ensemble([build_model(ModelConfig(hidden_size=32, embedding_size=8), 1000, 0)])
+    ids = np.zeros(200_000, np.int32)
+    read_tokens(ensemble, ids[:5000])
+    assert peak_growth(lambda: read_tokens(ensemble, ids)) < 20 << 20

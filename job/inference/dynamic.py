@@ -42,9 +42,10 @@ class DynamicModel:
         gradients = torch.autograd.grad(nats_T.mean(), self.weights, allow_unused=True)
         with torch.no_grad():
             for weight, gradient, trained in zip(self.weights, gradients, self.trained_weights, strict=True):
+                if self.config.dynamic_decay:
+                    weight.lerp_(trained, self.config.dynamic_decay)
                 if gradient is not None:
-                    change = self.config.dynamic_decay * (trained - weight) - self.config.dynamic * gradient
-                    weight.add_(change)
+                    weight.sub_(gradient, alpha=self.config.dynamic)
         self.state = detach_state(state)
         return -nats_T.detach()
 

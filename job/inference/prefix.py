@@ -5,6 +5,7 @@ Axes: N tokens of the prefix.
 
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 
@@ -15,6 +16,7 @@ from job.data.dataset import Dataset
 from job.data.tokens import Tokens, blocks
 from job.data.vocabulary import UNKNOWN, Vocabulary
 from job.errors import UserError, report_os_error
+from job.paths import is_uri
 from job.storage import Folder
 
 # Length of a prefix that is taken from the text.
@@ -53,12 +55,16 @@ def read_prefix(generate_config: GenerateConfig) -> str:
     file = generate_config.prefix_file
     if not file:
         return generate_config.prefix
+    if file == STANDARD_INPUT and sys.stdin is None:  # closed by whoever started the process
+        raise UserError(f"generate.prefix_file = {file}: there is no standard input", "give a file")
     with report_os_error(f"generate.prefix_file = {file}: cannot be read"):
         if file == STANDARD_INPUT:
             data = sys.stdin.buffer.read()
-        else:
+        elif is_uri(file):
             path = Folder.resolve(file)
             data = path.parent.read(path.name)
+        else:
+            data = Path(file).read_bytes()  # also from a pipe
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
