@@ -16,13 +16,14 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, wraps
 from pathlib import Path
 from typing import Any, TypeVar, cast
-from urllib.parse import quote
+from urllib.parse import quote, unquote
 
 import pyarrow
 from fsspec.implementations.arrow import ArrowFSWrapper
 from pyarrow import fs
 
 from job.errors import UserError, report_os_error
+from job.hub import SCHEME, hub_error, open_hub
 from job.paths import check_no_credentials, escape_dollars, is_uri
 
 _URI_CHARACTERS = "%/:?#[]@!$&'()*+,;=~"  # have a meaning in a URI; others, such as blanks, are percent-encoded
@@ -49,11 +50,20 @@ class TooLarge(OSError):
 def _retried(method: Method) -> Method:
     """Repeats a request of a ``Folder`` after errors that may pass, if its ``retry`` is set."""
 
+    def attempt(folder: "Folder", *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(folder, *args, **kwargs)
+        except Exception as error:
+            if not folder.address.startswith(SCHEME):
+                raise
+            raise hub_error(error) from None
+
     @wraps(method)
     def request(folder: "Folder", *args: Any, **kwargs: Any) -> Any:
-        for delay in RETRY_DELAYS_S if folder.retry and folder.local_path is None else ():
+        is_retried = folder.retry and folder.local_path is None and not folder.address.startswith(SCHEME)
+        for delay in RETRY_DELAYS_S if is_retried else ():  # the hub's own library retries
             try:
-                return method(folder, *args, **kwargs)
+                return attempt(folder, *args, **kwargs)
             except (FileNotFoundError, PermissionError, TooLarge):
                 raise
             except OSError as error:
@@ -61,7 +71,7 @@ def _retried(method: Method) -> Method:
                     raise
                 _logger.warning("%s of %s failed and is retried: %s", method.__name__, folder, error)
             time.sleep(delay * random.uniform(*RETRY_JITTER))
-        return method(folder, *args, **kwargs)
+        return attempt(folder, *args, **kwargs)
 
     return cast(Method, request)
 
@@ -109,6 +119,8 @@ class Folder:
         return self.address
 
     def _check_change(self) -> None:
+        if self.address.startswith(SCHEME):
+            raise PermissionError("the Hugging Face hub is only read")
         if self.before_change:
             self.before_change()
 
@@ -188,7 +200,7 @@ class Folder:
             raise FileNotFoundError(f"{self / name}: no such file")
         if max_bytes is not None and size > max_bytes:
             raise TooLarge(f"{self / name}: {size} bytes, more than the {max_bytes} expected")
-        with file_system.open_input_stream(f"{path}/{name}") as stream:
+        with file_system.open_input_stream(f"{path}/{name}", compression=None) as stream:
             return parse(stream, size)
 
     @_retried
@@ -252,18 +264,22 @@ class Folder:
         return sorted(self.sizes())
 
     @property
+    @_retried
     def is_folder(self) -> bool:
         """Whether it exists and is not a file."""
         file_system, path = self._location
         return file_system.get_file_info(path).type == fs.FileType.Directory
 
+    @_retried
     def find(self, pattern: str) -> list[str]:
         """Returns the relative paths of the files below it that match a glob, sorted, without hidden ones.
 
         ``*`` matches within a name, ``**`` any folders.
         """
         file_system, path = self._location
-        found = ArrowFSWrapper(file_system).glob(f"{glob.escape(path)}/{pattern}", detail=True)
+        handler = getattr(file_system, "handler", None)
+        listed = handler.fs if isinstance(handler, fs.FSSpecHandler) else ArrowFSWrapper(file_system)
+        found = listed.glob(f"{glob.escape(path)}/{pattern}", detail=True)
         names = [name.removeprefix(path).lstrip("/") for name, info in found.items() if info["type"] == "file"]
         return sorted(name for name in names if "/." not in f"/{name}")
 
@@ -348,6 +364,9 @@ def _has_valid_name(info: fs.FileInfo) -> bool:
 def _open_location(address: str) -> tuple[fs.FileSystem, str]:
     if not is_uri(address):
         return fs.LocalFileSystem(), address
+    if address.startswith(SCHEME):
+        path = unquote(address.removeprefix(SCHEME))
+        return open_hub(path), path
     try:
         file_system, path = fs.FileSystem.from_uri(address)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, ValueError) as error:

@@ -1,5 +1,6 @@
 """Storage: what it must allow before a run starts, and requests whose answers are lost."""
 
+import gzip
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,11 +25,11 @@ class Store:
         self.lose: Callable[[str, str], None] = lambda request, path: None
 
     def __getattr__(self, name: str) -> Any:
-        def request(*args: Any) -> Any:
+        def request(*args: Any, **kwargs: Any) -> Any:
             self.fail(name, args[0])
             if name == "open_output_stream":
                 self.inner.create_dir(args[0].rpartition("/")[0], recursive=True)
-            answer = getattr(self.inner, name)(*args)
+            answer = getattr(self.inner, name)(*args, **kwargs)
             self.lose(name, args[0])
             return answer
 
@@ -123,6 +124,14 @@ def test_write_of_which_the_completion_is_repeated_succeeds(store: Store) -> Non
     store.lose = lose
     store.folder.write("model.safetensors", b"weights")
     assert store.folder.read("model.safetensors") == b"weights"
+
+
+def test_read_of_a_compressed_file_returns_its_bytes(store: Store) -> None:
+    """It is decompressed where the limit of what it may become is checked."""
+    data = gzip.compress(b"text")
+    store.folder.write("a.txt", data)
+    store.inner.move("bucket/runs/a.txt", "bucket/runs/a.txt.gz")
+    assert store.folder.read("a.txt.gz") == data
 
 
 @pytest.mark.parametrize("verb", ["train", "tune", "doctor"])

@@ -76,10 +76,10 @@ def open_stored(
         UserError: the files are damaged, or do not agree with the configuration or with the vocabulary
     """
     source = corpus_config.source
-    path = _locate(source)
-    if path is None:
-        return None
     with error_origin(f"{field} = {source}"), report_os_error("cannot be read"):
+        path = _locate(source)
+        if path is None:
+            return None
         if is_store(path):  # a storage that cannot be reached at all is reported at once
             path = replace(path, retry=True)
             return _open_store(path, corpus_config, vocabulary_config, vocabulary)
