@@ -1,13 +1,16 @@
 """Evaluation on the workers of a Ray cluster, each of which evaluates some groups of lanes."""
 
+import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 
 import ray
 
-from job.cluster.connection import connect
+from job.cluster.connection import connect, ray_address
 from job.cluster.local_cluster import disconnect
+from job.cluster.ray_extensions import free_resources
 from job.config.schema import Config, ScaleConfig
+from job.console import Console
 from job.data.lanes import split_evenly
 from job.data.tokens import Tokens
 from job.distributed.tree_reduce import tree_sum
@@ -41,6 +44,9 @@ def evaluate_on_cluster(
     with ExitStack() as stack:
         placement, _ = connect(scale, stack)
         stack.callback(disconnect)
+        if ray_address() and (missing := scale.max_workers - placement.capacity(free_resources())) > 0:
+            waiting = f"waiting for {missing} of {scale.max_workers} workers ({placement.describe()})"
+            Console(sys.stderr).print(f"{waiting}: not enough resources are free")
         task, inputs = ray.remote(_evaluate_groups).options(num_cpus=placement.cpus_per_worker), ray.put(tokens)
         parts = split_evenly(num_groups, scale.max_workers)
         calls = [task.remote(folders, config, inputs, numbers) for numbers in parts]
