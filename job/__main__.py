@@ -62,7 +62,12 @@ def _prepare(line: CommandLine) -> int:
     from job.config.config_file import load_config
     from job.run.prepare import prepare_store
 
-    return prepare_store(load_config(line.target, line.flags), Console())
+    config, console = load_config(line.target, line.flags), Console()
+    if not config.scale.max_workers:
+        return prepare_store(config, console)
+    from job.cluster.prepare import cluster_tasks
+
+    return prepare_store(config, console, partial(cluster_tasks, config.corpus.store, console))
 
 
 def _generate(line: CommandLine) -> int:

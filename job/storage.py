@@ -330,7 +330,7 @@ class Folder:
             pass
 
     @contextlib.contextmanager
-    def probe_file(self) -> Iterator[str]:
+    def probe_file(self, field: str = "run.storage") -> Iterator[str]:
         """Yields the name of a file that exists here inside the ``with`` block.
 
         Raises:
@@ -339,14 +339,14 @@ class Folder:
         name, missing = f".writable-{uuid.uuid4().hex[:8]}", list[Path]()
         local, remedy = self.local_path, "grant write access, free space there, or choose another folder"
         try:
-            with report_os_error(f"run.storage = {self}: cannot be written to", remedy):
+            with report_os_error(f"{field} = {self}: cannot be written to", remedy):
                 missing += [folder for folder in (local, *local.parents) if not folder.exists()] if local else []
                 self.write(name, _PROBE)
                 self.write(name, _PROBE)
             try:
                 yield name
             finally:
-                with report_os_error(f"run.storage = {self}: files cannot be deleted", remedy):
+                with report_os_error(f"{field} = {self}: files cannot be deleted", remedy):
                     self.remove(name)
         finally:
             with contextlib.suppress(OSError):  # another run may be using the folders by now

@@ -2,11 +2,14 @@
 
 import gzip
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from conftest import job
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pieces import files
@@ -22,6 +25,7 @@ from job.data.token_store import StoredTokens, open_stored
 from job.data.tokens import count_unknown
 from job.errors import UserError
 from job.inference.evaluate import count_target_characters
+from job.run.lease import acquire_lease
 from job.run.prepare import prepare_store
 from job.storage import Folder
 
@@ -156,3 +160,123 @@ def test_prepare_that_is_killed_at_any_write_continues_to_the_same_bytes(
     assert {name: found[name] for name in whole} == whole
     receipts = [name for name in encoded if name.startswith(".receipt")]
     assert len(receipts) == len(set(receipts))  # finished pieces are not written again
+
+
+@pytest.mark.cluster
+def test_store_that_a_cluster_prepares_has_the_bytes_of_the_one_of_this_process(
+    tmp_path: Path, on_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pieces_module, "PIECE_BYTES", 200)
+    texts = written_texts(tmp_path)
+    flags = ["--corpus.source", texts, "--vocabulary.kind", "word", "--corpus.max_tokens", 150]
+    for workers in (0, 2):
+        ended = job("prepare", *flags, "--corpus.store", tmp_path / f"store{workers}", "--scale.workers", workers)
+        assert ended.status == 0, ended.err
+        assert not ended.err
+    here, there = contents(tmp_path / "store0"), contents(tmp_path / "store2")
+    assert len(here) == 6  # two shards
+    assert there == here
+    (texts / "c.txt").write_bytes(b"not \xff UTF-8")
+    ended = job("prepare", *flags[:2], "--corpus.store", tmp_path / "store", "--scale.workers", 2)
+    assert ended.status == 2
+    assert ended.err.count("\n") == 1
+    assert f"{texts}: {texts / 'c.txt'}: not UTF-8 at byte 4 (0xff)" in ended.err
+    assert not [name for name in contents(tmp_path / "store") if name.startswith("tokens")]
+
+
+def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **flags: object) -> Config:
+    """A store in tmp_path/store whose prepare was interrupted after some pieces."""
+    config = config_of(written_texts(tmp_path), tmp_path / "store", **flags)
+
+    def interrupt(folder: Folder, name: str, *parts: bytes, write: Any = Folder.write) -> None:
+        if name == "tokens-00003.idx":
+            raise KeyboardInterrupt
+        write(folder, name, *parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "write", interrupt)
+        assert prepare_store(config, Console()) == 130
+    assert ".receipt-00002.json" in contents(tmp_path / "store")
+    return config
+
+
+@pytest.mark.usefixtures("small")
+def test_prepare_that_is_interrupted_says_how_to_continue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = interrupted(tmp_path, monkeypatch)
+    assert capsys.readouterr().out == "interrupted; the same command continues\n"
+    assert not (tmp_path / "store" / "owner.json").exists()
+    assert prepare_store(config, Console()) == 0
+
+
+@pytest.mark.usefixtures("small")
+def test_prepare_of_files_that_change_never_mixes_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = interrupted(tmp_path, monkeypatch)
+    text = tmp_path / "texts" / "a.txt"
+    text.write_text(LINES[:500].upper())
+    write = Folder.write
+
+    def change(folder: Folder, name: str, *parts: bytes) -> None:
+        write(folder, name, *parts)
+        if name == "tokens-00003.idx":
+            os.utime(text, (1, 1))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "write", change)
+        with pytest.raises(UserError, match="texts: its files were changed while they were read; start it again"):
+            prepare_store(config, Console())
+    assert contents(tmp_path / "store") == {}
+    assert prepare_store(config, Console()) == 0
+    assert prepare_store(config_of(tmp_path / "texts", tmp_path / "again"), Console()) == 0
+    assert contents(tmp_path / "store") == contents(tmp_path / "again")
+
+
+@pytest.mark.usefixtures("small")
+def test_prepare_of_an_interrupted_store_with_other_settings_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(tmp_path, monkeypatch)
+    before = contents(tmp_path / "store")
+    other = config_of(tmp_path / "texts", tmp_path / "store", vocabulary__kind="word")
+    with pytest.raises(
+        UserError, match=r'vocabulary\.kind = "word", and an interrupted prepare started it with "char"; set'
+    ):
+        prepare_store(other, Console())
+    assert contents(tmp_path / "store") == before
+
+
+@pytest.mark.usefixtures("small")
+def test_prepare_into_a_folder_that_another_process_writes_is_refused(tmp_path: Path) -> None:
+    config = config_of(written_texts(tmp_path), tmp_path / "store")
+    with (
+        acquire_lease(Folder(str(tmp_path / "store"))),
+        pytest.raises(
+            UserError, match=rf"this store is in use by process {os.getpid()} on .*; stop it, or choose another corpus"
+        ),
+    ):
+        prepare_store(config, Console())
+    assert prepare_store(config, Console()) == 0
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("name", ["vocabulary.json", "tokens-00003.bin", ".receipt-00003.json", "manifest.json"])
+def test_prepare_on_a_full_disk_is_one_error_and_continues_when_there_is_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    config = config_of(written_texts(tmp_path), tmp_path / "store")
+    write = Folder.write
+
+    def fill(folder: Folder, file: str, *parts: bytes) -> None:
+        if file == name:
+            raise OSError(28, "No space left on device")
+        write(folder, file, *parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "write", fill)
+        with pytest.raises(UserError, match=r"corpus\.store = .*store: cannot be written: No space left on device"):
+            prepare_store(config, Console())
+    assert not (tmp_path / "store" / "manifest.json").exists()
+    assert prepare_store(config, Console()) == 0
+    assert prepare_store(config_of(tmp_path / "texts", tmp_path / "whole"), Console()) == 0
+    assert contents(tmp_path / "store") == contents(tmp_path / "whole")

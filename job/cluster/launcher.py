@@ -138,20 +138,26 @@ class RayLauncher:
 
 
 def check_placement(
-    placement: Placement, console: Console, storage: str, *cells: str, is_connected: bool = False
+    placement: Placement,
+    console: Console,
+    storage: str,
+    *cells: str,
+    is_connected: bool = False,
+    field: str = "run.storage",
 ) -> None:
     """Prints the placement's notice. Raises UserError if a node of a cluster that exists cannot run workers.
 
     Args:
         placement: what ``connect`` returned
         console: shows the notice
-        storage, cells: ``run.storage`` and the values of ``model.cell``
+        storage, cells: a folder in which the nodes write, and the values of ``model.cell``
+        field: the field that names the folder
         is_connected: the cluster is not that at ``RAY_ADDRESS``, but one to which the caller was connected
     """
     if placement.notice:
         console.print(placement.notice)
     if is_connected or ray_address():
-        check_nodes(placement, storage, *cells)
+        check_nodes(placement, storage, *cells, field=field)
 
 
 def _set_ray_timeouts(config: Config) -> None:

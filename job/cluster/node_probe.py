@@ -168,25 +168,26 @@ def cell_problem(node: NodeReport) -> UserError | None:
     return UserError(f"node {node.name} cannot import model.cell = {missing[0]}", INSTALL) if missing else None
 
 
-def storage_problem(node: NodeReport, storage: str) -> UserError | None:
+def storage_problem(node: NodeReport, storage: str, field: str = "run.storage") -> UserError | None:
     """The error if a node does not see the same storage as this machine, or cannot write to it."""
     if reason := node.metadata["write_error"]:
-        return UserError(f"run.storage = {storage}: node {node.name} cannot write there: {reason}", "grant access")
+        return UserError(f"{field} = {storage}: node {node.name} cannot write there: {reason}", "grant access")
     if not node.metadata["seen"]:
         return UserError(
-            f"run.storage = {storage}: node {node.name} does not see files that this machine writes there",
+            f"{field} = {storage}: node {node.name} does not see files that this machine writes there",
             "give a folder that all nodes share, or an object store",
         )
     return None
 
 
-def check_nodes(placement: Placement, storage: str, *cells: str) -> None:
+def check_nodes(placement: Placement, storage: str, *cells: str, field: str = "run.storage") -> None:
     """Raises UserError if a node that has the resources for a worker could not run it."""
     folder = Folder.resolve(storage)
-    with folder.probe_file() as marker:
+    with folder.probe_file(field) as marker:
         local = probe(folder.address, marker, cells)
         for node in probe_nodes(folder.address, marker, cells):
             if placement.capacity([node.resources]):
-                error = version_problem(node, local) or cell_problem(node) or storage_problem(node, folder.address)
+                error = version_problem(node, local) or cell_problem(node)
+                error = error or storage_problem(node, folder.address, field)
                 if error:
                     raise error

@@ -18,6 +18,7 @@ from job.errors import UserError
 UNKNOWN, UNKNOWN_ID = "<unk>", 0
 END_OF_LINE = "\n"  # as a token between words, none of which contains it
 SEPARATOR_TEXT = "<|endoftext|>"  # how the token between two documents is shown
+BLOCK_CHARACTERS = 1 << 18  # that are converted at a time, which stay in the cache
 MAX_UNKNOWN_SHARE = 0.2  # without a warning
 
 
@@ -75,6 +76,8 @@ class Vocabulary:
         if self.kind == "word" and not (lines and isinstance(lines[0], np.ndarray)):
             words = chain.from_iterable(_split_words(cast(list[str], lines), END_OF_LINE in self._ids))
             return np.fromiter((self._ids.get(word, UNKNOWN_ID) for word in words), np.int32)
+        if self.kind == "char" and lines and isinstance(lines[0], str):
+            lines = ["".join(lines)]  # at once: there may be many short ones
         arrays = [self._encode_line(line) for line in lines]
         return np.concatenate(arrays) if arrays else np.empty(0, np.int32)
 
@@ -88,9 +91,11 @@ class Vocabulary:
             data = line.encode() if isinstance(line, str) else line
             return np.frombuffer(data, np.uint8).astype(np.int32)
         assert isinstance(line, str)
-        code_points = np.frombuffer(line.encode("utf-32-le", "surrogatepass"), np.uint32)
-        table = self._ids_by_code_point
-        return table[np.minimum(code_points, len(table) - 1)]
+        table, ids = self._ids_by_code_point, np.empty(len(line), np.int32)
+        for start in range(0, len(line), BLOCK_CHARACTERS):
+            code_points = code_points_of(line[start : start + BLOCK_CHARACTERS])
+            np.take(table, code_points, mode="clip", out=ids[start : start + len(code_points)])
+        return ids
 
     @cached_property
     def _ids_by_code_point(self) -> np.ndarray:
@@ -152,6 +157,13 @@ class Vocabulary:
         """Returns the content of its file."""
         separator = {"separator": True} if self.has_separator else {}
         return json.dumps({"kind": self.kind, "tokens": self.tokens, **separator}, ensure_ascii=True)
+
+
+def code_points_of(text: str) -> np.ndarray:
+    """Returns the number of each character of a text: (characters,), of 8 bits if they are all ASCII, else of 32."""
+    if text.isascii():
+        return np.frombuffer(text.encode(), np.uint8)
+    return np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
 
 
 def format_unknown_share(share: float, separator: str = ", ") -> str:

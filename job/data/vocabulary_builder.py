@@ -6,11 +6,13 @@ from functools import partial
 from itertools import chain, islice
 from typing import cast
 
+import numpy as np
+
 from job.config.schema import VocabularyConfig
 from job.data.bpe import PIECE_CHARACTERS, BpeVocabulary, train_bpe
 from job.data.corpus import Corpus
 from job.data.cuts import blocks_of, cut_text, last_cut
-from job.data.vocabulary import END_OF_LINE, UNKNOWN, Vocabulary, split_documents
+from job.data.vocabulary import BLOCK_CHARACTERS, END_OF_LINE, UNKNOWN, Vocabulary, code_points_of, split_documents
 from job.data.vocabulary_file import read_vocabulary
 
 
@@ -52,8 +54,21 @@ def count_tokens(
     """
     if vocabulary_config.kind in ("byte", "bpe"):
         return Counter()
+    if vocabulary_config.kind == "char" and num_tokens is None:
+        return _count_characters(documents)
     tokens = split_documents(documents, vocabulary_config.kind, vocabulary_config.end_of_line)
     return Counter(filter(None, islice(tokens, num_tokens)))
+
+
+def _count_characters(documents: Iterable[list[str]]) -> Counter[str]:
+    counts = Counter[str]()
+    for block in chain.from_iterable(blocks_of("".join(lines), BLOCK_CHARACTERS) for lines in documents):
+        numbers = np.bincount(code_points_of(block))
+        found = {chr(code_point): int(numbers[code_point]) for code_point in np.flatnonzero(numbers)}
+        new = [character for character in found if character not in counts]
+        counts.update(dict.fromkeys(sorted(new, key=block.index), 0))  # in the order in which they occur first
+        counts.update(found)
+    return counts
 
 
 def counted_vocabulary(vocabulary_config: VocabularyConfig, counts: Counter[str], has_separator: bool) -> Vocabulary:

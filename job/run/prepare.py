@@ -72,7 +72,7 @@ def prepare_store(
     Args:
         config: as the user gave it
         console: shows the progress
-        open_tasks: connects to a cluster that runs the tasks; None: run them in this process
+        open_tasks: connects to a cluster that runs the tasks of several pieces; None: run them in this process
 
     Returns:
         the exit status: 0, or 128 and the number of the signal that has interrupted it
@@ -85,7 +85,8 @@ def prepare_store(
     with stop_request.installed():
         try:
             preparation = _Preparation(config, console)
-            with open_tasks() if open_tasks else nullcontext(run_in_process) as run_tasks:
+            uses_cluster = open_tasks and len(preparation.pieces) > 1  # of a single piece there is nothing to share
+            with open_tasks() if open_tasks and uses_cluster else nullcontext(run_in_process) as run_tasks:
                 console.print(preparation.run(run_tasks))
         except KeyboardInterrupt:
             console.print("interrupted; the same command continues")
