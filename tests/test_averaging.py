@@ -4,6 +4,7 @@ import dataclasses
 import json
 from io import BytesIO
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from job.training.decisions import Decisions
 from job.training.loop import end_epoch, evaluate_lanes, train_steps
 from job.training.schedule import Schedule
 from job.training.tensor_file import read_tensors
+from job.training.train_step import EagerTrainStep
 
 
 def averaging_config(**optimizer: object) -> Config:
@@ -67,6 +69,18 @@ def test_mean_equals_that_of_torch_averaged_model() -> None:
     torch.testing.assert_close(own, reference.module.state_dict(), rtol=1e-5, atol=1e-6)
 
 
+def test_mean_equals_that_of_torch_asgd() -> None:
+    config = averaging_config(averaging="mean", average_start=5)
+    train_state, reference = new_train_state(config), new_train_state(config)
+    optimizer = torch.optim.ASGD(reference.model.parameters(), lambd=0, t0=4)  # averages from its sixth step on
+    reference.train_step = dataclasses.replace(cast(EagerTrainStep, reference.train_step), optimizer=optimizer)
+    for _ in zip(*(train_steps(state, config, ControlFlags) for state in (train_state, reference)), strict=True):
+        pass
+    averages = [optimizer.state[parameter]["ax"] for parameter in reference.model.parameters()]
+    own = [*not_none(train_state.average).averaged.parameters()]
+    torch.testing.assert_close(own, averages, rtol=1e-5, atol=1e-6)
+
+
 def test_ema_equals_that_of_torch_once_its_decay_is_reached() -> None:
     config = averaging_config(averaging="ema", ema_decay=0.4)  # the decay of the first steps is at most 1/10, 2/11, …
     weights, averages = weights_and_averages(config)
@@ -101,7 +115,11 @@ def averages_sha256(run: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("averaging", "stop"),
-    [(["ema"], 13), (["mean"], 20), (["mean", "--optimizer.average_start", 5], 17)],
+    [
+        (["ema", "--model.tied", "true", "--model.embedding_size", 16], 13),
+        (["mean"], 20),
+        (["mean", "--optimizer.average_start", 5], 17),
+    ],
 )
 def test_train_stopped_and_resumed_gives_average_of_an_uninterrupted_run(
     prose: Path, tmp_path: Path, averaging: list[object], stop: int
@@ -154,7 +172,10 @@ def test_generate_from_the_average_of_a_run_without_one_is_refused(prose: Path, 
     ended = job("generate", tmp_path / "run", "--evaluate.weights", "average")
     assert ended.status == 2
     assert ended.err.count("\n") == 1
-    assert "has no average.safetensors; set evaluate.weights = raw" in ended.err
+    assert ended.err == (
+        "error: evaluate.weights = average: optimizer.averaging = none, so there is no average; set the first to raw, "
+        "or the second\n"
+    )
 
 
 def test_run_from_a_checkpoint_without_an_average_begins_it_there(prose: Path, tmp_path: Path) -> None:

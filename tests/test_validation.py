@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import job, result, rows
+from conftest import job, not_none, result, rows
 from test_shared_memory import free_port
 from torch.multiprocessing.spawn import spawn
 
@@ -24,7 +24,7 @@ from job.run.local_launcher import LocalLauncher
 from job.run.setup import build_run_spec
 from job.run.signals import StopRequest
 from job.storage import Folder
-from job.training.events import Event, MetricsRow
+from job.training.events import Event, MetricsRow, PartWritten
 from job.training.run_spec import RunSpec
 from job.training.trainer import train
 
@@ -141,7 +141,7 @@ def test_validation_reports_bits_of_the_original_text(prose: Path, tmp_path: Pat
 
 
 class RecordingLink:
-    """A driver that only records the rows of metrics."""
+    """A driver that only records the rows of metrics, and the last part that was written of a checkpoint."""
 
     def __init__(self) -> None:
         self.rows: list[dict[str, Any]] = []
@@ -149,6 +149,8 @@ class RecordingLink:
     def post(self, event: Event) -> None:
         if isinstance(event, MetricsRow):
             self.rows.append(event.row)
+        if isinstance(event, PartWritten):
+            self.last_part = event.receipt
 
     def control_flags(self) -> ControlFlags:
         return ControlFlags()
@@ -163,14 +165,22 @@ def train_worker(rank: int, workers: int, port: int, spec: RunSpec, results: Sim
     link = RecordingLink()
     train(spec, World(rank, workers, torch.device("cpu"), 1, "a"), link)
     if rank == 0:
-        results.put([(row["split"], row["step"], row["nats"]) for row in link.rows])
+        names = "split", "step", "nats", "nats_raw", "learning_rate"
+        digests = [link.last_part.files[f"{name}.safetensors"] for name in ("model", "average", "optimizer")]
+        decisions = not_none(link.last_part.progress).decisions
+        results.put(([tuple(row.get(name) for name in names) for row in link.rows], digests, decisions))
     if workers > 1:
         dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_reproducible_validation_on_any_number_of_workers_has_the_same_bits(prose: Path, tmp_path: Path) -> None:
-    flags = config_flags(prose, train__reproducible="true", train__epochs=1, train__checkpoint_every=1000)
+def test_reproducible_validations_and_what_they_decide_have_the_same_bits_on_any_number_of_workers(
+    prose: Path, tmp_path: Path
+) -> None:
+    optimizer = {"optimizer__name": "sgd", "optimizer__learning_rate": 20, "optimizer__schedule": "plateau"}
+    average = {"optimizer__averaging": "nt-asgd", "optimizer__nonmono": 1}
+    more = {**optimizer, **average, "train__reproducible": "true", "train__checkpoint_every": 1000}
+    flags = config_flags(prose, train__epochs=1, train__validate_every=2, **more)
     found = []
     for workers in (1, 2, 3):
         config = load_config(
@@ -180,8 +190,11 @@ def test_reproducible_validation_on_any_number_of_workers_has_the_same_bits(pros
         results = multiprocessing.get_context("spawn").SimpleQueue()
         spawn(train_worker, (workers, free_port(), spec, results), nprocs=workers)
         found.append(results.get())
-    assert [step for split, step, _ in found[0] if split == "validation"] == [5, 10, 15, 20]
+    metrics, _, decisions = found[0]
+    assert [row[1] for row in metrics if row[0] == "validation"] == list(range(2, 21, 2))
     assert found[0] == found[1] == found[2]
+    assert decisions.reductions > 0
+    assert decisions.average_start in range(2, 17)
 
 
 def test_validate_every_without_a_validation_text_is_refused(prose: Path, tmp_path: Path) -> None:

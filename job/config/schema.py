@@ -409,7 +409,6 @@ class Config:
 
     def __post_init__(self) -> None:
         num_lanes, scale, offset = self.stream.batch_size, self.scale, self.stream.offset
-        num_groups = min(self.train.lane_groups, num_lanes)
         workers = f"scale.workers = {format_value(scale.workers)}"
         if scale.max_workers > num_lanes:
             problem = f"{workers}: each worker needs a lane, and stream.batch_size = {num_lanes}"
@@ -423,15 +422,27 @@ class Config:
         if self.vocabulary.end_of_line and self.vocabulary.kind != "word":
             problem = f"vocabulary.end_of_line = true: vocabulary.kind = {self.vocabulary.kind} has newlines already"
             raise UserError(problem, "leave it out, or set vocabulary.kind = word")
-        if self.train.reproducible and scale.max_workers > num_groups:
+        if isinstance(offset, tuple) and len(offset) < self.train.epochs:
+            problem = f"stream.offset has {len(offset)} entries for train.epochs = {self.train.epochs}"
+            raise UserError(problem, "give one for each epoch")
+        self._check_training()
+
+    def _check_training(self) -> None:
+        """Raises UserError if the sections train and optimizer do not fit to the others."""
+        num_groups = min(self.train.lane_groups, self.stream.batch_size)
+        if self.train.reproducible and self.scale.max_workers > num_groups:
+            workers = f"scale.workers = {format_value(self.scale.workers)}"
             problem = f"{workers}: each worker of a reproducible run needs a lane group, and there are {num_groups}"
             raise UserError(problem, "lower it or raise train.lane_groups")
         if self.train.reproducible and self.train.accumulate > 1:
             problem = f"train.accumulate = {self.train.accumulate}: a reproducible run accumulates its lane groups"
             raise UserError(problem, "leave it out, or raise train.lane_groups")
-        if isinstance(offset, tuple) and len(offset) < self.train.epochs:
-            problem = f"stream.offset has {len(offset)} entries for train.epochs = {self.train.epochs}"
-            raise UserError(problem, "give one for each epoch")
+        if self.validation_user and not self.corpus.validation_setting:
+            problem = f"{self.validation_user}: there is no validation text"
+            raise UserError(problem, "set corpus.validation_fraction or validation_source, or leave it out")
+        if self.evaluate.weights == "average" and self.optimizer.averaging == "none":
+            problem = "evaluate.weights = average: optimizer.averaging = none, so there is no average"
+            raise UserError(problem, "set the first to raw, or the second")
 
     @property
     def validation_user(self) -> str:

@@ -97,9 +97,6 @@ def _check_sizes(dataset: Dataset, config: Config, corpus: Corpus | None = None)
                 f"too few for stream.batch_size = {config.stream.batch_size} lanes",
                 "give more text" if config.corpus.validation_source else "raise it or give more text",
             )
-        if config.validation_user and not config.corpus.validation_setting:
-            problem = f"{config.validation_user}: there is no validation text"
-            raise UserError(problem, "set corpus.validation_fraction or validation_source, or leave it out")
     except UserError as error:
         remedy = _remedy_for_long_words(corpus, config.vocabulary.kind) if corpus else ""
         raise UserError(error.problem, remedy or error.remedy) from None
