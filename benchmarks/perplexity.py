@@ -32,7 +32,7 @@ def our_perplexity(config: Config, precision: str) -> float:
 
 
 def plain_perplexity(config: Config, stream: Stream, tokens: int) -> float:
-    model = plain.PlainModel(config.model.cell, tokens, config.model.hidden_size)
+    model = plain.PlainModel(config.model.cell, tokens, config.model.layer_sizes[0])
     model.load_state_dict(build_model(config.model, tokens, 0).state_dict())
     losses = plain.steps(model, stream, config.optimizer.learning_rate)
     for epoch in range(config.train.epochs):

@@ -57,7 +57,7 @@ def milliseconds(run: Callable[[], object], times: int) -> float:
 
 def recurrences(shapes: Shapes, dtype: torch.dtype) -> Iterator[object]:
     """Forward and backward of the recurrent layer alone."""
-    layer = RecurrentLayers(shapes.cell, shapes.tokens, shapes.units, 1)
+    layer = RecurrentLayers(shapes.cell, shapes.tokens, [shapes.units])
     tokens_TB = torch.randint(0, shapes.tokens, (shapes.steps, shapes.lanes))
     grad_outputs_TBH = torch.randn(shapes.steps, shapes.lanes, shapes.units).to(dtype)
     while True:

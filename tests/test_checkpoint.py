@@ -35,7 +35,8 @@ from job.training.checkpoint import (
 from job.training.progress import LossSum, Progress
 
 REGULARIZATION: list[int | str] = [
-    "--model.embedding_size", 16, "--model.tied", "true", "--model.dropout_locked", "true",
+    "--model.embedding_size", 16, "--model.hidden_size", "[9, 16]", "--model.tied", "true",
+    "--model.dropout_locked", "true",
     "--model.input_dropout", "0.1", "--model.output_dropout", "0.2", "--model.embedding_dropout", "0.1",
     "--model.weight_drop", "0.3", "--model.activation_regularization", 2, "--model.temporal_regularization", 1,
 ]  # fmt: skip

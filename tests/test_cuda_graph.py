@@ -26,6 +26,7 @@ from job.training.train_state import TrainState, build_train_state
 from job.training.train_step import EagerTrainStep
 
 LANES, STEPS = 5, 5
+SIZES: dict[str, Any] = {"rnn": 8, "gru": (8, 6), "lstm": 8}
 REGULARIZATION: dict[str, Any] = {
     "dropout_locked": True,
     "input_dropout": 0.1,
@@ -129,7 +130,9 @@ def train(config: Config, use_graph: bool) -> tuple[list[Any], list[Any], list[d
 def test_cuda_graph_train_step_equals_eager_step(cell: str, reproducible: bool, name: str) -> None:
     config = dataclasses.replace(
         small_config(epochs=3, reproducible=reproducible, lane_groups=2, accumulate=1 if reproducible else 2),
-        model=ModelConfig(cell=cell, hidden_size=8, num_layers=2, embedding_size=4, dropout=0.3, **REGULARIZATION),
+        model=ModelConfig(
+            cell=cell, hidden_size=SIZES[cell], num_layers=2, embedding_size=4, dropout=0.3, **REGULARIZATION
+        ),
         optimizer=OptimizerConfig(
             name=name,
             learning_rate=0.5,

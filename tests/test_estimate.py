@@ -21,9 +21,14 @@ from job.storage import Folder
 
 
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
-@pytest.mark.parametrize(("layers", "embedding", "tied"), [(1, 0, False), (3, 5, False), (2, 7, True)])
-def test_count_weights_equals_the_built_model(cell: str, layers: int, embedding: int, tied: bool) -> None:
-    config = ModelConfig(cell=cell, hidden_size=7, num_layers=layers, embedding_size=embedding, tied=tied)
+@pytest.mark.parametrize(
+    ("layers", "embedding", "tied"), [(1, 0, False), (3, 5, False), (2, 7, True), ((9, 4), 4, True)]
+)
+def test_count_weights_equals_the_built_model(
+    cell: str, layers: int | tuple[int, ...], embedding: int, tied: bool
+) -> None:
+    sizes = layers if isinstance(layers, tuple) else (7,) * layers
+    config = ModelConfig(cell=cell, hidden_size=sizes, num_layers=len(sizes), embedding_size=embedding, tied=tied)
     assert count_weights(config, 11) == sum(weight.numel() for weight in build_model(config, 11, 0).parameters())
 
 

@@ -19,7 +19,7 @@ TORCH_LAYERS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 def test_recurrent_layers_match_torch_outputs_states_and_gradients(
     cell: str, num_layers: int, lanes: int, steps: int
 ) -> None:
-    layers = RecurrentLayers(cell, 5, 7, num_layers).double()
+    layers = RecurrentLayers(cell, 5, [7] * num_layers).double()
     reference = TORCH_LAYERS[cell](5, 7, num_layers).double()
     reference.load_state_dict(layers.state_dict())
     tokens = torch.randint(0, 5, (steps, lanes))

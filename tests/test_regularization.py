@@ -20,6 +20,7 @@ from job.errors import UserError
 from job.kernels.build import load_library, unavailable_reason
 from job.nn.language_model import LanguageModel, build_model, build_model_with_weights
 from job.nn.regularization import Regularization, mask_keys
+from job.nn.state import slice_state
 
 SEED, STEP, LANES, STEPS, TOKENS = 3, 7, 5, 6, 11
 SIZES: dict[str, Any] = {"hidden_size": 8, "num_layers": 3, "embedding_size": 6}
@@ -36,6 +37,11 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
 }
 TECHNIQUES["all"] = {name: value for options in TECHNIQUES.values() for name, value in options.items()}
 TECHNIQUES["all"]["output_dropout"] = 0.5
+BY_LAYER: dict[str, dict[str, Any]] = {
+    "sizes": {"hidden_size": (8, 33, 6)},
+    "sizes, all": {**TECHNIQUES["all"], "hidden_size": (8, 33, 6)},
+    "sizes, tied": {"hidden_size": (8, 33, 6), "tied": True},
+}
 TIED = {"tied": True, "embedding_size": 8}
 MODULES = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 
@@ -82,7 +88,7 @@ def plain_losses(model: LanguageModel, config: ModelConfig, tokens_TB: Tensor) -
             x_TBE = plain_drop(x_TBE, config.dropout, layer, locked)
         weight_scales = plain_scales(config.weight_drop, layers + 2 + layer, 0, 1, weights[1].numel())
         dropped = [weights[0], weights[1] * weight_scales.view_as(weights[1]), *weights[2:]]
-        module = MODULES[config.cell](x_TBE.shape[2], config.hidden_size).double()
+        module = MODULES[config.cell](x_TBE.shape[2], config.layer_sizes[layer]).double()
         names = [name for name, _ in module.named_parameters()]
         x_TBE, _ = torch.func.functional_call(module, dict(zip(names, dropped, strict=True)), (x_TBE,))
     output_rate = config.dropout if config.output_dropout == "auto" else float(config.output_dropout)
@@ -112,7 +118,7 @@ def gradients(
 
 @pytest.mark.parametrize("has_kernel", [True, False])
 @pytest.mark.parametrize("cell", MODULES)
-@pytest.mark.parametrize("options", TECHNIQUES.values(), ids=TECHNIQUES)
+@pytest.mark.parametrize("options", [*TECHNIQUES.values(), *BY_LAYER.values()], ids=[*TECHNIQUES, *BY_LAYER])
 def test_regularized_gradient_equals_plain_formulation(
     options: dict[str, Any], cell: str, has_kernel: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,10 +142,12 @@ def test_regularized_gradient_equals_plain_formulation(
 
 
 @pytest.mark.parametrize("cell", ["lstm", "torch.nn:GRU"])
-@pytest.mark.parametrize("options", [*TECHNIQUES.values(), TIED], ids=[*TECHNIQUES, "tied"])
+@pytest.mark.parametrize(
+    "options", [*TECHNIQUES.values(), TIED, *BY_LAYER.values()], ids=[*TECHNIQUES, "tied", *BY_LAYER]
+)
 def test_regularized_gradient_is_the_sum_over_any_workers_and_lane_groups(options: dict[str, Any], cell: str) -> None:
     if cell not in MODULES:
-        options = {**options, "weight_drop": 0.0}
+        options = {**options, "weight_drop": 0.0, "hidden_size": options.get("embedding_size", 6)}
     config = ModelConfig(cell=cell, **{**SIZES, **options})
     nats, expected = gradients(config, torch.float64)
     parts = [gradients(config, torch.float64, lanes) for lanes in (range(2), range(2, 5))]
@@ -201,6 +209,27 @@ def test_tied_gradient_is_the_sum_of_those_of_embedding_and_output_layer() -> No
     expected["embedding.weight"] = expected["embedding.weight"] + expected.pop("linear.weight")
     found = {name: not_none(weight.grad) for name, weight in model.named_parameters()}
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("cell", MODULES)
+def test_layers_of_different_sizes_have_torch_names_and_carry_the_state_of_lanes(cell: str) -> None:
+    config = ModelConfig(cell=cell, **{**SIZES, **BY_LAYER["sizes"]})
+    model = build_model(config, TOKENS, seed=1)
+    for layer, (inputs, units) in enumerate([(6, 8), (8, 33), (33, 6)]):
+        for name, weight in MODULES[cell](inputs, units).named_parameters():
+            own = model.state_dict()[f"rnn.{name.removesuffix('0')}{layer}"]
+            assert own.shape == weight.shape
+            assert abs(own.std() * (3 * units) ** 0.5 - 1) < 0.3  # uniform between plus and minus 1 / sqrt(units)
+    tokens_TB = make_batch(config).inputs_TB
+    whole, last = model(tokens_TB, None)
+    first, state = model(tokens_TB[:2], None)
+    assert isinstance(state, tuple)
+    assert [tuple(tensor.shape) for tensor in state] == [(1, LANES, size) for size in (8, 33, 6)] * (len(state) // 3)
+    second, state = model(tokens_TB[2:, 1:4], slice_state(state, 1, 3))
+    torch.testing.assert_close(torch.cat([first[:, 1:4], second]), whole[:, 1:4])
+    torch.testing.assert_close(state, slice_state(last, 1, 3))
+    with pytest.raises(UserError, match="does not have the sizes of the model"):
+        model(tokens_TB, state)
 
 
 def is_tied(model: LanguageModel) -> bool:
@@ -268,6 +297,11 @@ def test_masks_of_another_step_and_seed_differ() -> None:
         ({"input_dropout": 0.5}, "model.input_dropout = 0.5: one-hot inputs; set model.embedding_size"),
         ({"embedding_dropout": 0.5}, "model.embedding_dropout = 0.5: one-hot inputs; set model.embedding_size"),
         ({"weight_drop": 0.5, "cell": "a:B"}, "the hidden weights of model.cell = a:B are unknown; leave it out"),
+        ({"hidden_size": (4, 5)}, "model.hidden_size has 2 entries for model.num_layers = 1; give one for each layer"),
+        (
+            {"hidden_size": (4, 5), "num_layers": 2, "cell": "a:B"},
+            r"model.hidden_size = \[4, 5\]: model.cell = a:B takes an integer; give one",
+        ),
         ({"tied": True}, "model.embedding_size = 0 and model.hidden_size = 256 differ; make them equal"),
         ({"output_dropout": "none"}, 'model.output_dropout = "none": must be "auto" .*, or a number'),
     ],

@@ -295,7 +295,7 @@ def test_flatten_weights_makes_equal_contiguous_weights() -> None:
 @pytest.mark.parametrize("shape", [(2, 3, 16), (2, 3, 64), (2, 2, 32), (1, 3, 32), (2, 3, 32, 1)])
 def test_layers_with_state_of_other_sizes_raise_user_error(cell: str, shape: tuple[Any, ...]) -> None:
     """The kernel wrote beyond the end of its memory, by as much as a checkpoint's state was too small."""
-    layers = RecurrentLayers(cell, 8, 32, 2)
+    layers = RecurrentLayers(cell, 8, [32, 32])
     state = torch.zeros(shape)
     with pytest.raises(UserError, match="the state of the lanes does not have the sizes of the model"):
         layers(torch.zeros(5, 3, 8), (state, state) if cell == "lstm" else state)
@@ -304,4 +304,4 @@ def test_layers_with_state_of_other_sizes_raise_user_error(cell: str, shape: tup
 @pytest.mark.parametrize(("cell", "num_tensors"), [("rnn", 2), ("gru", 0), ("lstm", 1)])
 def test_layers_with_another_number_of_states_raise_user_error(cell: str, num_tensors: int) -> None:
     with pytest.raises(UserError, match="the state of the lanes does not have the sizes of the model"):
-        RecurrentLayers(cell, 8, 32, 2)(torch.zeros(5, 3, 8), (torch.zeros(2, 3, 32),) * num_tensors)
+        RecurrentLayers(cell, 8, [32, 32])(torch.zeros(5, 3, 8), (torch.zeros(2, 3, 32),) * num_tensors)

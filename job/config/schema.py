@@ -135,7 +135,9 @@ class ModelConfig(Section):
         form=f"one of {', '.join(BUILTIN_CELLS)}, or package.module:Class",
     )  # fmt: skip
     cell_class: Any = field(default=None, compare=False, repr=False)  # what ``cell`` names; None: import it
-    hidden_size: int = config_field(256, "hidden units per layer", ge=1)
+    hidden_size: int | tuple[int, ...] = config_field(
+        256, "hidden units per layer", ge=1, form="an integer, or a list of integers, one for each layer"
+    )
     num_layers: int = config_field(1, "number of recurrent layers", ge=1, le=1000)
     embedding_size: int = config_field(0, "embedding size; 0: one-hot input", ge=0)
     tied: bool = config_field(False, "the output layer has the weights of the embedding")
@@ -171,14 +173,25 @@ class ModelConfig(Section):
         for name in ("input_dropout", "embedding_dropout"):
             if getattr(self, name) and not self.embedding_size:
                 raise UserError(f"model.{name} = {getattr(self, name)}: one-hot inputs", "set model.embedding_size")
-        if self.tied and self.embedding_size != self.hidden_size:
+        if len(self.layer_sizes) != self.num_layers:
+            problem = f"model.hidden_size has {len(self.layer_sizes)} entries for model.num_layers = {self.num_layers}"
+            raise UserError(problem, "give one for each layer")
+        if self.tied and self.embedding_size != self.layer_sizes[-1]:
             problem = f"model.tied = true: model.embedding_size = {self.embedding_size} and"
-            raise UserError(f"{problem} model.hidden_size = {self.hidden_size} differ", "make them equal")
+            raise UserError(f"{problem} model.hidden_size = {format_value(self.hidden_size)} differ", "make them equal")
+        if isinstance(self.hidden_size, tuple) and self.cell not in BUILTIN_CELLS:
+            problem = f"model.hidden_size = {format_value(self.hidden_size)}: model.cell = {self.cell} takes an integer"
+            raise UserError(problem, "give one")
         if self.weight_drop and self.cell not in BUILTIN_CELLS:
             problem = (
                 f"model.weight_drop = {self.weight_drop}: the hidden weights of model.cell = {self.cell} are unknown"
             )
             raise UserError(problem, "leave it out")
+
+    @property
+    def layer_sizes(self) -> tuple[int, ...]:
+        """The number of hidden units of each layer."""
+        return self.hidden_size if isinstance(self.hidden_size, tuple) else (self.hidden_size,) * self.num_layers
 
     @property
     def output_rate(self) -> float:

@@ -24,15 +24,15 @@ class LanguageModel(nn.Module):
 
     def __init__(self, model_config: ModelConfig, vocabulary_size: int) -> None:
         super().__init__()
-        embedding_size, hidden_size = model_config.embedding_size, model_config.hidden_size
+        embedding_size, layer_sizes = model_config.embedding_size, model_config.layer_sizes
         self.embedding = nn.Embedding(vocabulary_size, embedding_size) if embedding_size else None
         input_size = embedding_size or vocabulary_size
         self.rnn: nn.Module
         if model_config.cell in BUILTIN_CELLS:
-            self.rnn = RecurrentLayers(model_config.cell, input_size, hidden_size, model_config.num_layers)
+            self.rnn = RecurrentLayers(model_config.cell, input_size, layer_sizes)
         else:
             self.rnn = build_custom_cell(model_config, input_size)
-        self.linear = nn.Linear(hidden_size, vocabulary_size)
+        self.linear = nn.Linear(layer_sizes[-1], vocabulary_size)
         self.reset_token: int | None = None  # before which the state of a lane is taken to be zero
         self.is_tied = model_config.tied
         if self.is_tied:  # between those of torch's embedding, 1, and of its output layer, which learns very slowly
@@ -104,7 +104,7 @@ class LanguageModel(nn.Module):
             Tokens (length, B), or None if the kernel does not support this model or device.
         """
         rnn, weight_VH = self.rnn, self.linear.weight
-        if not isinstance(rnn, RecurrentLayers) or rnn.hidden_size % VECTOR_WIDTH:
+        if not isinstance(rnn, RecurrentLayers) or not rnn.is_uniform or rnn.hidden_size % VECTOR_WIDTH:
             return None
         if not can_use_kernel(weight_VH, weight_VH.dtype):
             return None

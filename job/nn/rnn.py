@@ -6,6 +6,8 @@ Axes: T steps, B lanes, E input features, H hidden units, G gates times hidden u
 L layers.
 """
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any, ClassVar, cast
 
 import torch
@@ -23,12 +25,26 @@ LayerState = tuple[Tensor, ...]  # one layer's: h (B, H), and an LSTM's c (B, H)
 
 
 class RecurrentLayers(nn.RNNBase):
-    """A stack of recurrent layers with the parameters of ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM``, and dropout by lane."""
+    """A stack of recurrent layers with the parameters of ``nn.RNN``, ``nn.GRU`` or ``nn.LSTM``, and dropout by lane.
+
+    If all layers have one size, the state has the tensors of those modules: h and, for an LSTM, c, each (L, B, H). Else
+    it is a tuple with a tensor (1, B, H) of each layer, first all h, then all c.
+    """
 
     MODES: ClassVar = {"rnn": "RNN_TANH", "gru": "GRU", "lstm": "LSTM"}
 
-    def __init__(self, cell: str, input_size: int, hidden_size: int, num_layers: int) -> None:
-        super().__init__(self.MODES[cell], input_size, hidden_size, num_layers)
+    def __init__(self, cell: str, input_size: int, layer_sizes: Sequence[int]) -> None:
+        self.layer_sizes = tuple(layer_sizes)
+        self.is_uniform = len(set(layer_sizes)) == 1  # which torch's initialization needs, as it flattens parameters
+        super().__init__(self.MODES[cell], input_size, layer_sizes[0], len(layer_sizes))
+        for layer, (inputs, units) in enumerate(pairwise(() if self.is_uniform else layer_sizes), 1):
+            for name, weight in nn.RNNBase(self.mode, inputs, units).named_parameters():
+                setattr(self, f"{name.removesuffix('0')}{layer}", weight)
+
+    def flatten_parameters(self) -> None:
+        """Does nothing for layers of different sizes: torch's function takes one size."""
+        if self.is_uniform:
+            super().flatten_parameters()
 
     def forward(  # type: ignore[override]
         self,
@@ -42,7 +58,7 @@ class RecurrentLayers(nn.RNNBase):
 
         Args:
             inputs: features (T, B, E), or token ids (T, B)
-            state: tensors (L, B, H)
+            state: tensors as the class describes them; None: zeros
             regularization: this step's; None: none
             embedding_VE: the features of each token; None: one-hot. Unused if ``inputs`` are features.
             starts_TB: bool, whether the state before the step is taken to be zero; None: it never is
@@ -50,33 +66,46 @@ class RecurrentLayers(nn.RNNBase):
         Returns:
             The last layer's hidden states (T, B, H) and the state after the window.
         """
-        state_tensors, outputs, last_states = self.state_tensors(state, inputs.shape[1]), inputs, []
+        layer_states = self._split_state(self.state_tensors(state, inputs.shape[1]))
+        outputs, last_states = inputs, []
         for layer, (weight_GE, weight_GH, *biases) in enumerate(self.all_weights):
             hidden_weight_GH: Tensor = weight_GH
             if regularization is not None:
                 outputs = regularization.drop_between_layers(outputs, layer) if layer else outputs
                 hidden_weight_GH = regularization.drop_weight(weight_GH, layer)
-            layer_state = tuple(tensor[layer] for tensor in state_tensors)
             weights = [weight_GE, hidden_weight_GH, *biases]
             table_VE = None if layer else embedding_VE
-            outputs, last_state = rnn_layer(self.mode, outputs, table_VE, layer_state, weights, starts_TB)
+            outputs, last_state = rnn_layer(self.mode, outputs, table_VE, layer_states[layer], weights, starts_TB)
             last_states.append(last_state)
-        stacked = tuple(torch.stack(tensors) for tensors in zip(*last_states, strict=True))
-        return outputs, stacked if self.mode == "LSTM" else stacked[0]
+        return outputs, self._join_states(last_states)
 
     def state_tensors(self, state: State, num_lanes: int) -> tuple[Tensor, ...]:
-        """Returns the state as a tuple of tensors (L, B, H): h, and an LSTM's c; zeros if it is None.
+        """Returns the state as a tuple of tensors; zeros if it is None.
 
         Raises UserError if it has other sizes: it may come from a file, and the kernel does not check them.
         """
+        units = [(self.num_layers, self.hidden_size)] if self.is_uniform else [(1, size) for size in self.layer_sizes]
+        shapes = [(layers, num_lanes, size) for layers, size in units] * (2 if self.mode == "LSTM" else 1)
         if state is None:
-            zeros_LBH = cast(Tensor, self.weight_hh_l0).new_zeros(self.num_layers, num_lanes, self.hidden_size)
-            return (zeros_LBH, zeros_LBH) if self.mode == "LSTM" else (zeros_LBH,)
+            return tuple(cast(Tensor, self.weight_hh_l0).new_zeros(shape) for shape in shapes)
         tensors = (state,) if isinstance(state, Tensor) else state
-        shape = (self.num_layers, num_lanes, self.hidden_size)
-        if len(tensors) != 1 + (self.mode == "LSTM") or any(tensor.shape != shape for tensor in tensors):
+        if [tensor.shape for tensor in tensors] != shapes:
             raise UserError("the state of the lanes does not have the sizes of the model")
         return tensors
+
+    def _split_state(self, tensors: tuple[Tensor, ...]) -> list[LayerState]:
+        """Returns the state of each layer."""
+        if self.is_uniform:
+            return [tuple(tensor[layer] for tensor in tensors) for layer in range(self.num_layers)]
+        return [tuple(tensor[0] for tensor in tensors[layer :: self.num_layers]) for layer in range(self.num_layers)]
+
+    def _join_states(self, layer_states: list[LayerState]) -> State:
+        """Returns the state of all layers."""
+        parts = list(zip(*layer_states, strict=True))
+        if not self.is_uniform:
+            return tuple(tensor[None] for part in parts for tensor in part)
+        stacked = tuple(map(torch.stack, parts))
+        return stacked if self.mode == "LSTM" else stacked[0]
 
 
 def rnn_layer(

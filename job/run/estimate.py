@@ -25,10 +25,10 @@ _NUM_MEASURED_STEPS = 3
 
 def count_weights(model_config: ModelConfig, vocabulary_size: int) -> int:
     """Returns the number of weights without building the model; of a custom cell's, only those outside the cell."""
-    hidden, embedding = model_config.hidden_size, model_config.embedding_size
-    inputs = (embedding or vocabulary_size) + (model_config.num_layers - 1) * hidden  # of all layers
-    recurrent = hidden * (inputs + model_config.num_layers * (hidden + 2))
-    per_token = (0 if model_config.tied else embedding) + hidden + 1
+    sizes, embedding = model_config.layer_sizes, model_config.embedding_size
+    input_sizes = (embedding or vocabulary_size, *sizes[:-1])
+    recurrent = sum(hidden * (inputs + hidden + 2) for inputs, hidden in zip(input_sizes, sizes, strict=True))
+    per_token = (0 if model_config.tied else embedding) + sizes[-1] + 1
     return _NUM_GATES.get(model_config.cell, 0) * recurrent + vocabulary_size * per_token
 
 
@@ -37,9 +37,7 @@ def worker_bytes(config: Config, num_weights: int) -> int:
     num_lanes, is_double = config.stream.batch_size, config.train.precision == "fp64"
     num_parts = max(1, config.scale.max_workers) * config.train.accumulate
     num_parts = config.train.lane_groups if config.train.reproducible else num_parts
-    num_hidden = (
-        config.stream.num_steps * -(-num_lanes // num_parts) * config.model.num_layers * config.model.hidden_size
-    )
+    num_hidden = config.stream.num_steps * -(-num_lanes // num_parts) * sum(config.model.layer_sizes)
     copies = 2 + _num_moments(config.optimizer)
     return _PROCESS_BYTES + num_weights * copies * (8 if is_double else 4) + num_hidden * (8 if is_double else 2)
 

@@ -66,9 +66,10 @@ class RunStatus:
         workers = f"{event.workers} worker{'s' * (event.workers != 1)}"
         if len(self.attempts) > 1:
             return self.console.print(f"resuming from step {event.step:,} on {workers}")
-        layers = f"{config.model.num_layers} × " if config.model.num_layers > 1 else ""
+        sizes = config.model.layer_sizes
+        layers = f"{len(sizes)} × {sizes[0]}" if 1 == len(set(sizes)) < len(sizes) else "-".join(map(str, sizes))
         self.console.print(
-            f"{config.model.cell} {layers}{config.model.hidden_size}, {event.num_weights:,} weights; "
+            f"{config.model.cell} {layers}, {event.num_weights:,} weights; "
             f"{config.stream.batch_size} lanes × {config.stream.num_steps} steps; "
             f"{workers} on {event.device}, {event.precision}"
         )
