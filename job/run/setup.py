@@ -81,9 +81,13 @@ def _read_corpus(config: Config, vocabulary: Vocabulary | None, content: Content
 
 
 def _check_separator(config: Config, vocabulary: Vocabulary) -> None:
+    """Raises UserError if the state is to be reset at separators, of which there are none."""
     if config.corpus.documents == "reset" and not vocabulary.has_separator:
         problem = "corpus.documents = reset: the vocabulary has no separator, at which the state is reset"
-        raise UserError(problem, "set it to join, or give documents: JSON lines, Parquet, or corpus.separator = true")
+        documents = "documents: JSON lines, Parquet, or corpus.separator = true"
+        raise UserError(
+            problem, f"set it to join, or give {'a vocabulary.file with one' if config.vocabulary.file else documents}"
+        )
 
 
 def _check_sizes(dataset: Dataset, config: Config, corpus: Corpus | None = None) -> None:
