@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .PHONY: help setup train tune test test-gpu test-long test-quick storm lint docs reference bench bench-speed bench-gpu \
-        bench-survival bench-tuning clean
+        bench-stores bench-survival bench-tuning clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 23
@@ -60,6 +60,9 @@ bench-speed: setup  ## time of a training step, threads, two workers, generation
 
 bench-gpu: setup  ## training steps on a GPU against plain nn modules (BENCH="--seconds 150 --json FILE" and so on)
 	$(RUN) -m benchmarks.gpu $(BENCH)
+
+bench-stores: setup  ## memory, first step and reading of windows with a token store of 4 GB and of 1 MiB
+	$(RUN) -m benchmarks.stores
 
 bench-survival: setup  ## cost of checkpoints, reproducibility, long runs, and recovery from a worker's death
 	$(RUN) -m benchmarks.survival

@@ -225,6 +225,18 @@ def prose(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def stored_prose(prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A token store of ``prose``, in several shards."""
+    store = tmp_path_factory.mktemp("store") / "prose"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("job.data.pieces.PIECE_BYTES", 4096)
+        ended = job("prepare", "--corpus.source", prose, "--corpus.store", store, "--scale.workers", 0)
+    assert ended.status == 0, ended.err
+    assert len(list(store.glob("tokens-*.bin"))) > 3
+    return store
+
+
 @dataclass
 class Trace:
     """A recorded run of the d2l book's own code, and the arguments of ``train`` that repeat it."""

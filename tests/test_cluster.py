@@ -74,8 +74,8 @@ def test_submitted_job_with_relative_storage_fails(job_server: JobServer, prose:
     assert job_server.status("relative") == "failed"
 
 
-def test_stopped_job_resumes_when_submitted_again(job_server: JobServer, prose: Path, tmp_path: Path) -> None:
-    command = train_flags(prose, tmp_path, "run", "--scale.workers", 1, "--train.epochs", 3000)
+def test_stopped_job_resumes_when_submitted_again(job_server: JobServer, stored_prose: Path, tmp_path: Path) -> None:
+    command = train_flags(stored_prose, tmp_path, "run", "--scale.workers", 1, "--train.epochs", 3000)
     started = job_server.submit("long", *command, wait=False)
     assert started.returncode == 0, started.stdout + started.stderr
     metrics = tmp_path / "run" / "metrics.jsonl"

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import re
 import struct
 from dataclasses import replace
 from itertools import pairwise
@@ -311,6 +312,56 @@ def test_store_that_is_damaged_is_one_error(tmp_path: Path) -> None:
     (store / "tokens-00000.bin").unlink()
     assert "tokens-00000.bin is missing" in refused("train", *flags)
     assert not (tmp_path / "runs").exists()
+
+
+def with_version_1(data: bytes) -> bytes:
+    """The manifest of a store of another version, with the right checksum."""
+    content = {**json.loads(data)["content"], "version": 1}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return json.dumps({"content": content, "sha256": digest}).encode()
+
+
+@pytest.mark.usefixtures("several_shards")
+def test_store_of_several_shards_that_is_damaged_is_one_error_that_names_the_file(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text(TEXT)
+    store = prepare(tmp_path, tmp_path / "text")
+    flags = words(corpus__source=store, run__storage=tmp_path / "runs")
+    last = max(file.name for file in store.glob("tokens-*.bin"))
+    damages = [
+        (last, None, f"{last} is missing, or does not have the"),
+        (last, lambda data: data + b"a", f"{last} is missing, or does not have the"),
+        (last, lambda data: data[:-1] + bytes([data[-1] ^ 1]), f"{last} was changed: its checksum is wrong"),
+        ("manifest.json", with_version_1, "manifest.json: lanes token store of version 1, and version 2 is read"),
+        ("manifest.json", lambda data: data[:-9], "manifest.json: "),
+        ("manifest.json", lambda data: data.replace(b"tokens-00001", b"../oken-00001"), "manifest.json: "),
+    ]
+    for name, damage, problem in damages:
+        data = (store / name).read_bytes()
+        (store / name).unlink()
+        if damage:
+            (store / name).write_bytes(damage(data))
+        assert f"corpus.source = {store}: {problem}" in refused("train", *flags)
+        (store / name).write_bytes(data)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_worker_whose_shard_was_changed_after_the_start_fails_with_one_line_that_names_it(tmp_path: Path) -> None:
+    tokens = (np.arange(100) % 3).astype(np.uint8)
+    stored = shards_of(tmp_path, tokens, 3, 30)
+    problems = {
+        b"": "3.bin: token ids cannot be read: has 0 bytes and not 10",
+        bytes(11): "3.bin: token ids cannot be read: has 11 bytes and not 10",
+        bytes([1] * 9 + [3]): "3.bin: 3 is not the id of a token, of which the vocabulary has 3",
+        None: "3.bin: token ids cannot be read: No such file or directory",
+    }
+    for data, problem in problems.items():
+        (tmp_path / "3.bin").unlink(missing_ok=True)
+        if data is not None:
+            (tmp_path / "3.bin").write_bytes(data)
+        found: ShardedTokens = pickle.loads(pickle.dumps(stored))
+        np.testing.assert_array_equal(found[:90], tokens[:90])  # of shards that are as they were
+        with pytest.raises(UserError, match=f"^{tmp_path}/{re.escape(problem)}[^\n]*$"):
+            np.asarray(found)
 
 
 @pytest.mark.parametrize(

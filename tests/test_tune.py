@@ -103,12 +103,12 @@ def driver_pid(run: Path) -> int | None:
 
 
 @pytest.fixture(scope="module")
-def calm(prose: Path, cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Calm:
-    """The folder of an undisturbed search, and a function that makes the command line of an equal one."""
+def calm(stored_prose: Path, cluster: str, tmp_path_factory: pytest.TempPathFactory) -> Calm:
+    """The folder of an undisturbed search on a token store, and a function that makes the command of an equal one."""
     storage = tmp_path_factory.mktemp("calm")
 
     def command(storage: Path, name: str, *flags: Any) -> list[object]:
-        return search_command(prose, storage, name, RATES, "--search.trials", 3, "--train.epochs", 20, *flags)
+        return search_command(stored_prose, storage, name, RATES, "--search.trials", 3, "--train.epochs", 20, *flags)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_ADDRESS", cluster)

@@ -199,9 +199,9 @@ def test_train_whose_cluster_dies_fails_with_what_was_saved(prose: Path, tmp_pat
 
 
 @pytest.mark.long
-def test_chaos_run_gives_result_of_undisturbed_run(prose: Path, tmp_path: Path) -> None:
+def test_chaos_run_gives_result_of_undisturbed_run(stored_prose: Path, tmp_path: Path) -> None:
     """``make storm`` has more faults, among them a stopped worker, which takes longest."""
-    flags = ["--corpus.source", str(prose), "--generate.prefix", "the", "--model.cell", "lstm"]
+    flags = ["--corpus.source", str(stored_prose), "--generate.prefix", "the", "--model.cell", "lstm"]
     flags += ["--model.num_layers", "2", "--model.hidden_size", "32", "--model.dropout", "0.3"]
     flags += ["--train.epochs", "1000"]
     faults = ("kill worker", "kill node", "kill driver", "node joins")

@@ -23,6 +23,7 @@ from job.storage import Folder
 PREFIX_CHARACTERS = 12
 PREFIX_WORDS = 3
 MAX_NAMED_TOKENS = 10  # of a prefix, in a notice
+MAX_SEARCHED_TOKENS = 1 << 24  # for the bytes of the default prefix
 STANDARD_INPUT = "-"
 
 
@@ -100,9 +101,9 @@ def resolve_prefix(prefix: str, corpus_config: CorpusConfig, dataset: Dataset) -
 
 
 def _occur(ids: np.ndarray, tokens: Tokens) -> np.ndarray:
-    """Returns whether each id occurs among the tokens, of which it reads no more than needed."""
+    """Returns whether each id occurs among the first tokens, of which it reads no more than needed."""
     is_known = np.zeros(len(ids), bool)
-    for block in blocks(tokens):
+    for block in blocks(tokens[:MAX_SEARCHED_TOKENS]):
         is_known |= np.isin(ids, block)
         if is_known.all():
             break
