@@ -16,6 +16,7 @@ import pytest
 import torch
 from conftest import disable_kernel
 from test_cuda_graph import REGULARIZATION, small_config, train
+from test_rnn import SEPARATOR, documents_alone, window_of_documents
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -177,6 +178,30 @@ def test_step_on_gpu_agrees_with_plain_modules_in_float64(
     )
     assert len(expected) > 3
     assert_near(found, expected, numbers.tolerance)
+
+
+@pytest.mark.parametrize("numbers", ["fp64", "fp32", "bf16"], indirect=True)
+@pytest.mark.parametrize("cell", CELLS)
+def test_step_that_resets_on_gpu_agrees_with_each_document_alone_in_float64(
+    cell: str, numbers: Numbers, device: torch.device
+) -> None:
+    model = build_model(ModelConfig(cell=cell, hidden_size=64, embedding_size=16), SEPARATOR + 1, seed=1)
+    exact = copy.deepcopy(model).double()
+    model.to(device, numbers.weights).reset_token = SEPARATOR
+    torch.manual_seed(0)
+    inputs, targets = window_of_documents(12, 11)
+    batch = Batch(inputs, targets, torch.zeros(3), torch.zeros(0, 11, dtype=torch.int32)).to(device)
+    gradients = AllReduceGradients(LossModule(model, 1, autocast=numbers.autocast), assign_lanes(11))
+    stats, state = gradients(batch, None)
+    nats, last = documents_alone(exact, inputs, targets, None)
+    nats.backward()
+    tensors = {f"state {index}": tensor for index, tensor in enumerate(state_tensors(state))} | {"loss": stats[0]}
+    expected = {f"state {index}": tensor.detach() for index, tensor in enumerate(last)} | {"loss": nats.detach()}
+    found, exact_gradients = (
+        {name: weight.grad for name, weight in net.named_parameters() if weight.grad is not None}
+        for net in (model, exact)
+    )
+    assert_near(tensors | found, expected | exact_gradients, numbers.tolerance)
 
 
 @pytest.mark.parametrize("name", [*BUILTIN_CELLS])
