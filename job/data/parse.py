@@ -177,7 +177,8 @@ def parse_parquet(file: BinaryIO, file_bytes: int, field: str, row_groups: range
     except UnicodeDecodeError as error:
         raise UserError(f"the field {field} is not UTF-8: {error}") from None
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(f"its Parquet data are corrupt: {str(error).splitlines()[0]}", "get the file again") from None
+        problem = f"its Parquet data are corrupt before byte {file.tell():,}: {str(error).splitlines()[0]}"
+        raise UserError(problem, "get the file again") from None
 
 
 def _check_column(schema: pyarrow.Schema, field: str) -> None:
