@@ -20,7 +20,6 @@ from job.run.run_dir import open_checkpoint
 from job.run.setup import build_run_spec
 from job.storage import Folder
 from job.training.checkpoint import weights_sha256
-from job.training.decisions import Decisions
 from job.training.loop import end_epoch, evaluate_lanes, train_steps
 from job.training.schedule import Schedule
 from job.training.tensor_file import read_tensors
@@ -94,7 +93,7 @@ def test_ema_equals_that_of_torch_once_its_decay_is_reached() -> None:
 
 def test_ema_decay_grows_from_zero_to_its_configured_value() -> None:
     schedule = Schedule(OptimizerConfig(averaging="ema", ema_decay=0.9), 1000, 32)
-    decays = [1 - schedule.average_weight(step, Decisions()) for step in range(200)]
+    decays = [1 - schedule.average_weight(step) for step in range(200)]
     assert decays[:3] == pytest.approx([0, 2 / 11, 3 / 12])
     assert decays == sorted(decays)
     assert decays[-1] == pytest.approx(0.9)
@@ -178,14 +177,16 @@ def test_generate_from_the_average_of_a_run_without_one_is_refused(prose: Path, 
     )
 
 
-def test_run_from_a_checkpoint_without_an_average_begins_it_there(prose: Path, tmp_path: Path) -> None:
+def test_run_from_a_checkpoint_without_an_average_starts_it_there(prose: Path, tmp_path: Path) -> None:
     assert job("train", *flags(prose, tmp_path, "--train.max_steps", 9)).status == 0
     more = ["--run.name", "next", "--run.resume_from", tmp_path / "run", "--optimizer.averaging", "mean"]
-    more += ["--optimizer.average_start", 8, "--train.max_steps", 10]
-    assert job("train", *flags(prose, tmp_path, *more)).status == 0
-    first, last = (open_checkpoint(Folder(str(tmp_path / name))) for name in ("run", "next"))
+    more += ["--optimizer.average_start", 2, "--train.checkpoint_every", 1, "--train.keep_checkpoints", 9]
+    assert job("train", *flags(prose, tmp_path, *more, "--train.max_steps", 12)).status == 0
+    folders = sorted(path.name for path in (tmp_path / "next" / "checkpoints").iterdir())
+    assert len(folders) == 4  # after 9 steps, the source's, to 12
+    *_, last = loaded = [open_checkpoint(Folder(str(tmp_path / "next" / "checkpoints" / name))) for name in folders]
     for name, average in last.average.items():
-        torch.testing.assert_close(average, (first.weights[name] + last.weights[name]) / 2)
+        torch.testing.assert_close(average, torch.stack([step.weights[name] for step in loaded[1:]]).mean(0))
 
 
 def test_validation_reports_the_average_in_nats_and_the_weights_in_nats_raw(run: Path, prose: Path) -> None:

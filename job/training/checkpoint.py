@@ -51,7 +51,7 @@ _FILE = re.compile(r"[a-z]+[a-z0-9-]*\.(safetensors|json|toml)")
 _PROGRESS_TYPES: dict[str, Any] = {"precision": str} | {
     name: (float, int, NoneType) if value is None or type(value) is float else type(value)
     for name, value in asdict(Progress()).items()
-    if name != "decisions"  # early versions did not store them
+    if name not in ("averaged_steps", "decisions")  # early versions did not store them
 }
 _MALFORMED = (ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
@@ -392,6 +392,7 @@ def read_progress(checkpoint: Checkpoint) -> tuple[Progress, dict[str, Any]]:
 def _parse_progress(data: bytes) -> tuple[Progress, dict[str, Any]]:
     metadata = parse_record(data, _PROGRESS_TYPES, lambda _: None)  # early versions stored NaN
     values = {name: metadata.pop(name, default) for name, default in asdict(Progress()).items()}
+    values["averaged_steps"] = int(values["averaged_steps"])
     values["decisions"] = Decisions.from_record(values["decisions"])
     for name in ("epoch_mean", "report_mean"):
         values[name] = LossSum(float(values[name]["nats"]), int(values[name]["tokens"]))

@@ -79,10 +79,13 @@ def train_steps(
             batch = batch.pin_memory()
         schedule, decisions = train_state.schedule, progress.decisions
         train_state.learning_rate = schedule.learning_rate(progress.step, decisions.reductions)
-        sizes = StepSizes(train_state.learning_rate, schedule.average_weight(progress.step, decisions))
+        is_averaged = schedule.is_averaged(progress.step, decisions)
+        progress.averaged_steps *= is_averaged  # those before the start of an average do not count
+        sizes = StepSizes(train_state.learning_rate, schedule.average_weight(progress.averaged_steps))
         stats_tensor, train_state.lane_state = train_state.train_step(batch, train_state.lane_state, sizes)
         progress.window += 1
         progress.step += 1
+        progress.averaged_steps += is_averaged
         progress.tokens += stream.tokens_per_step
         ends_epoch = progress.window == num_windows
         ends_run = is_done(progress, config.train) or (ends_epoch and progress.epoch + 1 >= config.train.epochs)

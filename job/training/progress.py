@@ -59,4 +59,5 @@ class Progress:
     last_validation_nats_raw: float | None = None  # of the weights themselves, if they are averaged
     validated_step: int = -1
     best_validation_nats: float | None = None
+    averaged_steps: int = 0  # in the average of the weights
     decisions: Decisions = field(default_factory=Decisions)

@@ -63,23 +63,23 @@ class Schedule:
         base = self.optimizer_config.base_batch_size
         return self.optimizer_config.learning_rate * (math.sqrt(self.batch_size / base) if base else 1)
 
-    def average_weight(self, step: int, decisions: Decisions) -> float:
-        """Returns the weight, in the average, of the weights after a step (from 0).
-
-        It is 1, so that both are equal, as long as the mean has not started. The decay of the moving average grows as
-        in TensorFlow's ``ExponentialMovingAverage`` with ``num_updates``, so that initial weights are soon forgotten.
-        """
-        if self.optimizer_config.averaging == "ema":
-            return max(1 - self.optimizer_config.ema_decay, 9 / (10 + step)) if step else 1.0
-        start = self.average_start(decisions)
-        return 1.0 if start is None else 1 / (1 + max(0, step - start))
-
-    def average_start(self, decisions: Decisions) -> int | None:
-        """Returns the first step (from 0) whose weights the average contains; None if it is not known yet."""
-        start = self.optimizer_config.average_start
-        match self.optimizer_config.averaging:
+    def is_averaged(self, step: int, decisions: Decisions) -> bool:
+        """Whether the average contains the weights after a step (from 0)."""
+        config = self.optimizer_config
+        match config.averaging:
             case "mean":
-                return int(start * self.num_steps if start < 1 else start)
+                start = config.average_start
+                return step >= int(start * self.num_steps if start < 1 else start)
             case "nt-asgd":
-                return decisions.average_start
-        return 0
+                return decisions.average_start is not None
+        return config.averaging == "ema"
+
+    def average_weight(self, averaged_steps: int) -> float:
+        """Returns the weight that new weights get in an average of so far ``averaged_steps`` steps.
+
+        It is 1, so that both are equal, as long as there are none. The decay of the moving average grows as in
+        TensorFlow's ``ExponentialMovingAverage`` with ``num_updates``, so that initial weights are soon forgotten.
+        """
+        if averaged_steps and self.optimizer_config.averaging == "ema":
+            return max(1 - self.optimizer_config.ema_decay, 9 / (10 + averaged_steps))
+        return 1 / (1 + averaged_steps)

@@ -29,8 +29,7 @@ def validate(spec: RunSpec, world: World, train_state: TrainState) -> tuple[Loss
     raw = _validate_model(model, spec, world, train_state)
     if not average:
         return raw, None
-    progress = train_state.progress
-    is_raw = train_state.schedule.average_weight(progress.step - 1, progress.decisions) == 1
+    is_raw = train_state.progress.averaged_steps <= 1
     return raw if is_raw else _validate_model(average.averaged, spec, world, train_state), raw
 
 
