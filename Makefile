@@ -6,7 +6,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 
 .PHONY: help setup train tune test test-gpu test-long test-quick storm lint docs reference bench bench-speed bench-gpu \
-        bench-stores bench-survival bench-tuning clean
+        bench-corpora bench-stores bench-survival bench-tuning clean
 
 help:  ## list the commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 23
@@ -67,6 +67,9 @@ bench-stores: setup  ## memory, first step and reading of windows with a token s
 bench-survival: setup  ## cost of checkpoints, reproducibility, long runs, and recovery from a worker's death
 	$(RUN) -m benchmarks.survival
 	$(RUN) -m benchmarks.long_runs
+
+bench-corpora: setup  ## time and memory of preparing 1 GB of text, and its speed on two cores
+	$(RUN) -m benchmarks.corpora
 
 bench-tuning: setup  ## what ASHA costs and saves (about 15 minutes)
 	$(RUN) -m benchmarks.tuning

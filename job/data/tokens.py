@@ -236,7 +236,7 @@ def token_sha256(tokens: Tokens) -> str:
     """Returns the SHA-256 digest of token ids as int32."""
     digest = hashlib.sha256()
     for block in blocks(tokens):
-        digest.update(block.astype("<i4", copy=False).tobytes())
+        digest.update(np.ascontiguousarray(block, "<i4").data)
     return digest.hexdigest()
 
 
