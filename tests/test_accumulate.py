@@ -79,6 +79,7 @@ def test_two_workers_that_accumulate_have_the_gradient_of_one_that_does_not() ->
         assert nats == pytest.approx(stats.nats, rel=1e-12)
 
 
+@pytest.mark.slow
 def test_train_that_accumulates_and_is_resumed_without_it_equals_a_run_of_complete_batches(
     prose: Path, tmp_path: Path
 ) -> None:

@@ -177,6 +177,7 @@ def test_generate_from_the_average_of_a_run_without_one_is_refused(prose: Path, 
     )
 
 
+@pytest.mark.slow
 def test_run_from_a_checkpoint_without_an_average_starts_it_there(prose: Path, tmp_path: Path) -> None:
     assert job("train", *flags(prose, tmp_path, "--train.max_steps", 9)).status == 0
     more = ["--run.name", "next", "--run.resume_from", tmp_path / "run", "--optimizer.averaging", "mean"]

@@ -125,6 +125,7 @@ def train(prose: Path, storage: Path, *more: object) -> str:
     return ended.out
 
 
+@pytest.mark.slow
 def test_train_stops_early_and_with_more_patience_continues_as_if_it_had_not(prose: Path, tmp_path: Path) -> None:
     out = train(prose, tmp_path / "parts", "--train.patience", 2)
     assert "stopped early: no improvement in 2 validations" in out
