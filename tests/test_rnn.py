@@ -149,13 +149,12 @@ def documents_alone(
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda dtype: str(dtype)[6:])
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm", "cells:DecayCell", "torch.nn:GRU", "torch.nn:LSTM"])
-@pytest.mark.parametrize("embedding_size", [0, 7])
 def test_model_that_resets_agrees_with_each_document_alone_from_zero_state(
-    implementation: str, cell: str, dtype: torch.dtype, embedding_size: int
+    implementation: str, cell: str, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
     num_layers = 1 if cell == "cells:DecayCell" else 2
-    config = ModelConfig(cell=cell, hidden_size=40, num_layers=num_layers, embedding_size=embedding_size)
+    config = ModelConfig(cell=cell, hidden_size=40, num_layers=num_layers, embedding_size=7 * (cell != "gru"))
     model, exact = (build_model(config, 9, seed=1) for _ in range(2))
     exact.double()
     model.to(torch.float64 if dtype == torch.float64 else torch.float32).reset_token = SEPARATOR
