@@ -202,7 +202,10 @@ def test_train_whose_cluster_dies_fails_with_what_was_saved(prose: Path, tmp_pat
 def test_chaos_run_gives_result_of_undisturbed_run(stored_prose: Path, tmp_path: Path) -> None:
     """``make storm`` has more faults, among them a stopped worker, which takes longest."""
     flags = ["--corpus.source", str(stored_prose), "--generate.prefix", "the", "--model.cell", "lstm"]
-    flags += ["--model.num_layers", "2", "--model.hidden_size", "32", "--model.dropout", "0.3"]
+    flags += ["--model.num_layers", "2", "--model.hidden_size", "[32, 24]", "--model.dropout", "0.3"]
+    flags += ["--model.embedding_size", "24", "--model.tied", "true", "--model.dropout_locked", "true"]
+    flags += ["--model.input_dropout", "0.1", "--model.embedding_dropout", "0.1", "--model.weight_drop", "0.2"]
+    flags += ["--model.activation_regularization", "2", "--model.temporal_regularization", "1"]
     flags += ["--train.epochs", "1000"]
     faults = ("kill worker", "kill node", "kill driver", "node joins")
     run_chaos(flags, 450, faults, 5, "reproducible", tmp_path)
