@@ -102,8 +102,7 @@ class PieceReader:
         if self.format.is_plain(self.pieces.files[file].name):
             yield _Text(file, b"." * min(1, self.pieces.sizes[file]), is_start=True, is_document=False)
             return
-        indexes = (index for index, span in enumerate(self.pieces.spans) if span.file == file)
-        for _, text in self._texts(indexes):
+        for _, text in self._texts(self.pieces.spans_of_file[file]):
             yield text
             if not text.is_document and self._text_has_token(text):
                 return

@@ -1,11 +1,13 @@
 """Cuts the files of a corpus into pieces of similar size, which are a function of the files only."""
 
 import codecs
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import accumulate
 from typing import BinaryIO
 
 import pyarrow
@@ -94,6 +96,13 @@ class Pieces:
         return range(self.boundaries[piece], self.boundaries[piece + 1])
 
     @cached_property
+    def spans_of_file(self) -> tuple[range, ...]:
+        """The numbers of the spans of each file."""
+        counts = Counter(span.file for span in self.spans)
+        stops = accumulate(counts[file] for file in range(len(self.files)))
+        return tuple(range(stop - counts[file], stop) for file, stop in enumerate(stops))
+
+    @cached_property
     def num_bytes(self) -> tuple[int, ...]:
         """The bytes of each piece's files that it reads, for the progress."""
         return tuple(sum(map(self._weight, self.spans_of(piece))) for piece in range(len(self)))
@@ -102,8 +111,8 @@ class Pieces:
         span = self.spans[index]
         size = self.sizes[span.file]
         if span.has_rows:  # row groups are of similar size
-            last = max(other.stop for other in self.spans if other.file == span.file)
-            return size * (span.stop - span.start) // last
+            last = self.spans[self.spans_of_file[span.file][-1]]
+            return size * (span.stop - span.start) // last.stop
         return (min(span.stop, size) if span.stop else size) - span.start
 
     def byte_range(self, span: Span, stream: BinaryIO) -> tuple[int, int]:
