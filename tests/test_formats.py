@@ -197,7 +197,11 @@ WRONG_FILES = [
     ("a.parquet", parquet([1]), "the field text is not text, but int64"),
     ("a.parquet", parquet([["one"]]), "the field text is not text, but list"),
     ("a.parquet", parquet([b"one"]), "the field text is not text, but binary"),
-    ("a.parquet", parquet(["one" * 999], compression="none")[:-40], "its Parquet data are corrupt before byte 15,647"),
+    (
+        "a.parquet",
+        parquet(["one" * 999], compression="none")[:-40],
+        "its Parquet data are corrupt before byte [0-9,]+: ",
+    ),
     ("a.parquet", parquet([None, ""]), "contains no text"),
     ("a.parquet", parquet([]), "the field text is not text, but null"),
     ("a.txt.gz", gzip.compress(b"\xff\xfe\0"), "not UTF-16 at byte 2"),
