@@ -345,6 +345,23 @@ def test_store_of_several_shards_that_is_damaged_is_one_error_that_names_the_fil
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.usefixtures("several_shards")
+def test_store_with_a_shard_that_may_not_be_read_is_one_error_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "text").write_text(TEXT)
+    store, open_file = prepare(tmp_path, tmp_path / "text"), Path.open
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:  # as for another user, which root is not
+        if path.name == "tokens-00001.bin":
+            raise PermissionError(13, "Permission denied")
+        return open_file(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", refuse)
+    problem = f"corpus.source = {store}: tokens-00001.bin: cannot be read: Permission denied"
+    assert problem in refused("train", *words(corpus__source=store, run__storage=tmp_path / "runs"))
+
+
 def test_worker_whose_shard_was_changed_after_the_start_fails_with_one_line_that_names_it(tmp_path: Path) -> None:
     tokens = (np.arange(100) % 3).astype(np.uint8)
     stored = shards_of(tmp_path, tokens, 3, 30)

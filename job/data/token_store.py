@@ -188,6 +188,9 @@ def _check_files(folder: Folder, manifest: Manifest) -> None:
     for name, (size, _) in files.items():
         if sizes.get(name) != size:
             raise UserError(f"{name} is missing, or does not have the {size:,} bytes that {MANIFEST} states", REMEDY)
+        if folder.local_path is not None:  # a worker would open it much later
+            with report_os_error(f"{name}: cannot be read"), (folder.local_path / name).open("rb"):
+                pass
     num_bytes = sum(size for size, _ in files.values())
     is_verified = folder.local_path is not None and num_bytes <= _MAX_VERIFIED_BYTES
     _verify(folder, files if is_verified else manifest.files)
