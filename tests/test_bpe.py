@@ -17,7 +17,7 @@ from conftest import job, result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_command_line import SMALL, assert_user_error
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from job.config.schema import CorpusConfig, VocabularyConfig
 from job.data import bpe
@@ -163,6 +163,41 @@ def test_vocabulary_file_takes_last_token_as_separator_if_it_is_special() -> Non
     assert not vocabulary.has_separator
     assert vocabulary.last_cut("the\ntime") == 0
     assert vocabulary.encode(["the time"]).tolist() == [292]
+
+
+LLAMA_3 = (  # as in its tokenizer.json
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+@cache
+def llama_3(is_known: bool = True) -> BpeVocabulary:
+    """A tokenizer with the pre-tokenizer of Llama 3, or with another one."""
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(LLAMA_3 if is_known else "a|b"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(
+        [SAMPLE, ".\n\n.\r\n" * 9], trainers.BpeTrainer(vocab_size=320, show_progress=False, initial_alphabet=alphabet)
+    )
+    vocabulary = vocabulary_from_json(tokenizer.to_str().encode(), "file")
+    assert isinstance(vocabulary, BpeVocabulary)
+    return vocabulary
+
+
+@settings(deadline=None)  # a loaded machine is slow
+@given(st.lists(st.one_of(st.sampled_from([*"\n\r. /a1'", "'s"]), TEXTS), max_size=30).map("".join), st.integers(1, 9))
+def test_cuts_of_known_tokenizers_keep_the_tokens(text: str, size: int) -> None:
+    vocabulary = llama_3()
+    pieces = cut_text(blocks_of(text, size), vocabulary.last_cut)
+    tokens = [index for piece in pieces for index in vocabulary.encode([piece]).tolist()]
+    assert tokens == Tokenizer.from_str(vocabulary.json).encode(text, add_special_tokens=False).ids
+    assert vocabulary.last_cut("one.\ntwo") == 5
+    assert llama_3(is_known=False).last_cut("one.\ntwo") == 0
 
 
 def changed(**values: Any) -> bytes:

@@ -16,8 +16,14 @@ from job.data.vocabulary import SEPARATOR_TEXT, Vocabulary
 from job.documents import parse_json
 from job.errors import UserError
 
-PIECE_CHARACTERS, _BATCH_PIECES = 1 << 14, 64  # that the library encodes in one call, which bounds the memory
+PIECE_CHARACTERS, _BATCH_PIECES = 1 << 13, 64  # that the library encodes in one call, which bounds the memory
 _MAX_TOKENS = 1 << 24
+# Of cl100k_base and Llama 3, and of Qwen 2: each begins a part after a newline before a character that is not blank.
+_LINE_PATTERNS = {
+    rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{count}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    for count in ("{1,3}", "")
+}
 # How byte-level tokenizers write bytes: printable ones as characters of Latin-1, the others as characters from U+0100.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHER = sorted({*range(256)} - {*_PRINTABLE})
@@ -163,7 +169,7 @@ def tokenizer_from_json(data: bytes) -> BpeVocabulary:
         "bpe", tokens[: len(tokens) - has_separator], has_separator, tokenizer.to_str(),
         unknown_id if unknown_id is not None and unknown_id < len(tokens) - has_separator else None,
         (content.get("decoder") or {}).get("type") == "ByteLevel",
-        len(special) == len(added) and _is_gpt2(content),
+        len(special) == len(added) and _splits_lines(content),
     )  # fmt: skip
 
 
@@ -193,11 +199,20 @@ def _discarded_stderr() -> Iterator[None]:
         os.close(descriptor)
 
 
-def _is_gpt2(content: dict[str, Any]) -> bool:
-    """Returns whether a tokenizer splits a text as that of GPT-2 does before it encodes the parts."""
-    pre_tokenizer = content.get("pre_tokenizer") or {}
-    expected = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-    return not content.get("normalizer") and pre_tokenizer | expected == pre_tokenizer
+def _splits_lines(content: dict[str, Any]) -> bool:
+    """Returns whether a tokenizer splits a text where ``last_cut`` does before it encodes the parts."""
+    pre_tokenizer, is_byte_level = content.get("pre_tokenizer") or {}, {"type": "ByteLevel", "add_prefix_space": False}
+    if content.get("normalizer"):
+        return False
+    if pre_tokenizer.get("type") != "Sequence":
+        return _contains(pre_tokenizer, is_byte_level | {"use_regex": True})
+    first, *others = pre_tokenizer["pretokenizers"]
+    is_known = _contains(first, {"type": "Split", "invert": False}) and first["pattern"].get("Regex") in _LINE_PATTERNS
+    return is_known and len(others) == 1 and _contains(others[0], is_byte_level)
+
+
+def _contains(values: dict[str, Any], expected: dict[str, Any]) -> bool:
+    return values | expected == values
 
 
 def _load(text: str) -> Any:
