@@ -22,7 +22,7 @@ from job.documents import parse_record
 from job.errors import report_os_error
 from job.storage import Folder
 
-SHARD_CHARACTERS = 32 << 20  # after which a piece, such as a large compressed file, begins another shard
+SHARD_CHARACTERS = 64 << 20  # after which a piece that is not cut, such as a compressed file, begins another shard
 _RECEIPT_TYPES = {"shards": list, "characters": int, "lengths": dict | None}
 _LENGTHS_TYPES = {"total": int, "first": int, "begins_with_break": bool, "ends_with_break": bool}
 
