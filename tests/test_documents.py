@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import Ended, job, result, rows
 
-from job.config.schema import CorpusConfig, ModelConfig
+from job.config.schema import BUILTIN_CELLS, CorpusConfig, ModelConfig
 from job.data.lanes import split_evenly
 from job.data.vocabulary import Vocabulary
 from job.distributed.gradient_sync import AllReduceGradients, Batch, DeterministicGradients, LossModule, assign_lanes
@@ -101,7 +101,7 @@ def test_train_that_resets_on_two_workers_equals_one(documents: Path, tmp_path: 
     assert outcome(tmp_path / "2") == outcome(tmp_path / "0")
 
 
-@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm", "cells:DecayCell"])
+@pytest.mark.parametrize("cell", [*BUILTIN_CELLS, "cells:DecayCell"])
 def test_gradients_of_lane_groups_that_reset_add_up_to_those_of_all_lanes(cell: str) -> None:
     model = build_model(ModelConfig(cell=cell, hidden_size=32), SEPARATOR + 1, 0)
     model.reset_token = SEPARATOR
@@ -133,7 +133,7 @@ def nats_alone(model: LanguageModel, tokens: np.ndarray) -> float:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm", "cells:DecayCell"])
+@pytest.mark.parametrize("cell", [*BUILTIN_CELLS, "cells:DecayCell"])
 def test_evaluate_lanes_that_reset_is_the_sum_over_documents(cell: str) -> None:
     model = build_model(ModelConfig(cell=cell, hidden_size=32), SEPARATOR + 1, 0).double()
     tokens = np.random.default_rng(0).integers(0, SEPARATOR + 1, 150).astype(np.uint8)
@@ -169,7 +169,7 @@ def test_evaluate_and_generate_follow_the_checkpoint(reset_run: Path, documents:
         assert "corpus.documents is fixed by the checkpoint" in ended.err
 
 
-@pytest.mark.parametrize("cell", ["lstm", "cells:DecayCell"])
+@pytest.mark.parametrize("cell", ["lstm", "minlstm", "cells:DecayCell"])
 def test_generated_separator_resets_the_state(cell: str) -> None:
     """What follows a separator is the same whatever was before it."""
     model = build_model(ModelConfig(cell=cell, hidden_size=32), SEPARATOR + 1, 0)

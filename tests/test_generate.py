@@ -193,7 +193,7 @@ def test_generate_texts_with_stop_computes_no_more_than_needed(
 # --- prefixes ---
 
 
-@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm", "mingru"])
 @pytest.mark.parametrize("length", [1, 2, BLOCK_TOKENS, BLOCK_TOKENS + 1, BLOCK_TOKENS + 2, 3 * BLOCK_TOKENS + 7])
 def test_read_tokens_in_blocks_equals_one_call(cell: str, length: int) -> None:
     model = build_model(ModelConfig(cell=cell, hidden_size=24), 28, 0).double()

@@ -296,6 +296,7 @@ def test_masks_of_another_step_and_seed_differ() -> None:
     [
         ({"input_dropout": 0.5}, "model.input_dropout = 0.5: one-hot inputs; set model.embedding_size"),
         ({"embedding_dropout": 0.5}, "model.embedding_dropout = 0.5: one-hot inputs; set model.embedding_size"),
+        ({"weight_drop": 0.5, "cell": "minlstm"}, "model.cell = minlstm has no hidden weights; leave it out"),
         ({"weight_drop": 0.5, "cell": "a:B"}, "the hidden weights of model.cell = a:B are unknown; leave it out"),
         ({"hidden_size": (4, 5)}, "model.hidden_size has 2 entries for model.num_layers = 1; give one for each layer"),
         (

@@ -9,7 +9,8 @@ from job.config.field import FREE, choice_field, config_field, format_value
 from job.config.section import Section
 from job.errors import UserError
 
-BUILTIN_CELLS = ("rnn", "gru", "lstm")
+BUILTIN_CELLS = ("rnn", "gru", "lstm", "mingru", "minlstm")
+SCAN_CELLS = ("mingru", "minlstm")  # without weights between hidden states
 NUM_BYTES = 256  # tokens that vocabulary.kind = bpe begins with, so that it encodes any text
 _NAME = "|[A-Za-z0-9][A-Za-z0-9._-]*"
 
@@ -182,10 +183,12 @@ class ModelConfig(Section):
         if isinstance(self.hidden_size, tuple) and self.cell not in BUILTIN_CELLS:
             problem = f"model.hidden_size = {format_value(self.hidden_size)}: model.cell = {self.cell} takes an integer"
             raise UserError(problem, "give one")
-        if self.weight_drop and self.cell not in BUILTIN_CELLS:
+        if self.weight_drop and (self.cell in SCAN_CELLS or self.cell not in BUILTIN_CELLS):
             problem = (
                 f"model.weight_drop = {self.weight_drop}: the hidden weights of model.cell = {self.cell} are unknown"
             )
+            if self.cell in SCAN_CELLS:
+                problem = f"model.weight_drop = {self.weight_drop}: model.cell = {self.cell} has no hidden weights"
             raise UserError(problem, "leave it out")
 
     @property

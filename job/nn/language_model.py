@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from job.config.schema import BUILTIN_CELLS, ModelConfig
 from job.errors import UserError
 from job.kernels.ops import VECTOR_WIDTH, can_use_kernel, compute_dtype, fused_linear_cross_entropy, generate_greedy
+from job.nn.cell_layers import LAYERS, CellLayers
 from job.nn.custom_cell import build_custom_cell, check_state_protocol
 from job.nn.regularization import Regularization
 from job.nn.rnn import RecurrentLayers
@@ -28,8 +29,10 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(vocabulary_size, embedding_size) if embedding_size else None
         input_size = embedding_size or vocabulary_size
         self.rnn: nn.Module
-        if model_config.cell in BUILTIN_CELLS:
+        if model_config.cell in RecurrentLayers.MODES:
             self.rnn = RecurrentLayers(model_config.cell, input_size, layer_sizes)
+        elif model_config.cell in LAYERS:
+            self.rnn = CellLayers(model_config.cell, input_size, layer_sizes)
         else:
             self.rnn = build_custom_cell(model_config, input_size)
         self.linear = nn.Linear(layer_sizes[-1], vocabulary_size)
@@ -51,7 +54,7 @@ class LanguageModel(nn.Module):
     @property
     def has_custom_cell(self) -> bool:
         """Whether the cell is the user's, which may leave parameters unused and branch on its inputs."""
-        return not isinstance(self.rnn, RecurrentLayers)
+        return not isinstance(self.rnn, RecurrentLayers | CellLayers)
 
     @property
     def _embedding_weight(self) -> Tensor | None:
@@ -114,12 +117,15 @@ class LanguageModel(nn.Module):
     def _hidden_states(
         self, tokens_TB: Tensor, state: State, regularization: Regularization | None
     ) -> tuple[Tensor, State]:
-        inputs, starts_TB = tokens_TB, self._document_starts(tokens_TB)
-        if self.has_custom_cell or (regularization is not None and regularization.needs_features):
-            inputs = self._features(tokens_TB, regularization)
+        starts_TB = self._document_starts(tokens_TB)
         if isinstance(self.rnn, RecurrentLayers):
+            needs_features = regularization is not None and regularization.needs_features
+            inputs = self._features(tokens_TB, regularization) if needs_features else tokens_TB
             return self.rnn(inputs, state, regularization, self._embedding_weight, starts_TB)
-        return run_documents(self.rnn, inputs, state, starts_TB)
+        features_TBE = self._features(tokens_TB, regularization)
+        if isinstance(self.rnn, CellLayers):
+            return self.rnn(features_TBE, state, regularization, starts_TB)
+        return run_documents(self.rnn, features_TBE, state, starts_TB)
 
     def _features(self, tokens_TB: Tensor, regularization: Regularization | None) -> Tensor:
         """Returns the features (T, B, E) that the first layer reads."""

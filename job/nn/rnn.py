@@ -15,13 +15,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from job.errors import UserError
 from job.kernels.ops import VECTOR_WIDTH, can_use_kernel, combine_biases, compute_dtype, fused_rnn
 from job.nn.regularization import Regularization
 from job.nn.rnn_fallback import gru_layer, tanh_layer
-from job.nn.state import State, run_documents
-
-LayerState = tuple[Tensor, ...]  # one layer's: h (B, H), and an LSTM's c (B, H)
+from job.nn.state import LayerState, State, run_documents, state_tensors
 
 
 class RecurrentLayers(nn.RNNBase):
@@ -80,18 +77,10 @@ class RecurrentLayers(nn.RNNBase):
         return outputs, self._join_states(last_states)
 
     def state_tensors(self, state: State, num_lanes: int) -> tuple[Tensor, ...]:
-        """Returns the state as a tuple of tensors; zeros if it is None.
-
-        Raises UserError if it has other sizes: it may come from a file, and the kernel does not check them.
-        """
+        """Returns the state as a tuple of tensors; raises UserError if it has other sizes."""
         units = [(self.num_layers, self.hidden_size)] if self.is_uniform else [(1, size) for size in self.layer_sizes]
         shapes = [(layers, num_lanes, size) for layers, size in units] * (2 if self.mode == "LSTM" else 1)
-        if state is None:
-            return tuple(cast(Tensor, self.weight_hh_l0).new_zeros(shape) for shape in shapes)
-        tensors = (state,) if isinstance(state, Tensor) else state
-        if [tensor.shape for tensor in tensors] != shapes:
-            raise UserError("the state of the lanes does not have the sizes of the model")
-        return tensors
+        return state_tensors(state, shapes, cast(Tensor, self.weight_hh_l0))
 
     def _split_state(self, tensors: tuple[Tensor, ...]) -> list[LayerState]:
         """Returns the state of each layer."""

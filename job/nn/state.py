@@ -4,14 +4,17 @@ A state is None (all zeros), a tensor, or a tuple of tensors, as torch's recurre
 Axis 1 of each tensor is the lane. No module stores a state.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from job.errors import UserError
+
 State = Tensor | tuple[Tensor, ...] | None
+LayerState = tuple[Tensor, ...]  # one layer's
 Layer = Callable[[Tensor, Any], tuple[Tensor, Any]]  # inputs (T, B, …) and state to outputs (T, B, …) and state
 
 
@@ -41,6 +44,19 @@ def slice_state(state: State, start: int, count: int) -> State:
 def reset_state(state: State, is_reset_B: Tensor) -> State:
     """Returns the state with zeros for some lanes."""
     return map_state(lambda tensor: tensor.masked_fill(is_reset_B.view(-1, *[1] * (tensor.dim() - 2)), 0), state)
+
+
+def state_tensors(state: State, shapes: Sequence[tuple[int, ...]], weight: Tensor) -> tuple[Tensor, ...]:
+    """Returns the state as a tuple of tensors of these shapes; zeros of the weight's dtype and device if it is None.
+
+    Raises UserError if it has other shapes: it may come from a file, and kernels do not check them.
+    """
+    if state is None:
+        return tuple(weight.new_zeros(shape) for shape in shapes)
+    tensors = (state,) if isinstance(state, Tensor) else state
+    if [tensor.shape for tensor in tensors] != list(shapes):
+        raise UserError("the state of the lanes does not have the sizes of the model")
+    return tensors
 
 
 def run_documents(layer: Layer, inputs: Tensor, state: Any, starts_TB: Tensor | None) -> tuple[Tensor, Any]:

@@ -18,7 +18,8 @@ from job.training.run_spec import RunSpec
 from job.training.train_state import build_train_state
 from job.training.trainer import configure_process
 
-_NUM_GATES = {"rnn": 1, "gru": 3, "lstm": 4}
+# Weights of a layer in units of inputs times hidden units, their square, and hidden units.
+_LAYER_WEIGHTS = {"rnn": (1, 1, 2), "gru": (3, 3, 6), "lstm": (4, 4, 8), "mingru": (2, 0, 2), "minlstm": (3, 0, 3)}
 _PROCESS_BYTES = 200 << 20  # of a worker without its model: Python, torch and Ray
 _NUM_MEASURED_STEPS = 3
 
@@ -27,9 +28,10 @@ def count_weights(model_config: ModelConfig, vocabulary_size: int) -> int:
     """Returns the number of weights without building the model; of a custom cell's, only those outside the cell."""
     sizes, embedding = model_config.layer_sizes, model_config.embedding_size
     input_sizes = (embedding or vocabulary_size, *sizes[:-1])
-    recurrent = sum(hidden * (inputs + hidden + 2) for inputs, hidden in zip(input_sizes, sizes, strict=True))
+    a, b, c = _LAYER_WEIGHTS.get(model_config.cell, (0, 0, 0))
+    recurrent = sum(hidden * (a * inputs + b * hidden + c) for inputs, hidden in zip(input_sizes, sizes, strict=True))
     per_token = (0 if model_config.tied else embedding) + sizes[-1] + 1
-    return _NUM_GATES.get(model_config.cell, 0) * recurrent + vocabulary_size * per_token
+    return recurrent + vocabulary_size * per_token
 
 
 def worker_bytes(config: Config, num_weights: int) -> int:

@@ -24,8 +24,8 @@ from job.config.schema import BUILTIN_CELLS, ModelConfig, OptimizerConfig
 from job.distributed.gradient_sync import AllReduceGradients, Batch, LossModule, assign_lanes
 from job.nn.language_model import LanguageModel, build_model
 from job.nn.regularization import Regularization, mask_keys
-from job.nn.rnn import LayerState, _rnn_layer_cudnn, _rnn_layer_torch
-from job.nn.state import State
+from job.nn.rnn import _rnn_layer_cudnn, _rnn_layer_torch
+from job.nn.state import LayerState, State
 
 pytestmark = pytest.mark.gpu
 
