@@ -121,11 +121,13 @@ static void run_rnn(index_t cell, int is_bf16, index_t steps, index_t lanes, ind
     free_buffers();
 }
 
-static void run_linear(int is_bf16, int out_is_bf16, int transposed, index_t rows, index_t inner, index_t columns) {
-    index_t weight_rows = transposed ? columns : inner - 5, bytes = rows * columns * (out_is_bf16 ? 2 : 4);
-    LinearArgs args = {is_bf16, out_is_bf16, transposed, rows, inner, columns, weight_rows, 1};
+static void run_linear(int is_bf16, int out_is_bf16, int transposed, index_t rows, index_t inner, index_t columns,
+                       index_t missing) {
+    index_t weight_rows = transposed ? columns : inner - 5, weight_columns = (transposed ? inner : columns) - missing,
+            bytes = rows * columns * (out_is_bf16 ? 2 : 4);
+    LinearArgs args = {is_bf16, out_is_bf16, transposed, rows, inner, columns, weight_rows, weight_columns, 1};
     args.left = numbers(is_bf16, rows * inner);
-    args.weight = numbers(0, transposed ? columns * inner : weight_rows * columns);
+    args.weight = numbers(0, weight_rows * weight_columns);
     args.bias = transposed ? numbers(0, columns) : NULL;
     args.scale = 0.5;
     void *expected = NULL;
@@ -139,17 +141,18 @@ static void run_linear(int is_bf16, int out_is_bf16, int transposed, index_t row
     free_buffers();
 }
 
-static void run_weight_gradient(int is_bf16, index_t rows, index_t left_columns, index_t left_stride, index_t columns) {
-    WeightGradientArgs args = {is_bf16, rows, left_columns, left_stride, columns, 1};
+static void run_weight_gradient(int is_bf16, index_t rows, index_t left_columns, index_t left_stride, index_t columns,
+                                index_t out_columns) {
+    WeightGradientArgs args = {is_bf16, rows, left_columns, left_stride, columns, out_columns, 1};
     args.left = numbers(is_bf16, rows * left_stride);
     args.right = numbers(is_bf16, rows * columns);
     args.scale = 0.5;
     void *expected = NULL;
     for (int i = 0; i < 4; i++) {
-        args.num_threads = THREADS[i], args.out = buffer(left_columns * columns * 4);
+        args.num_threads = THREADS[i], args.out = buffer(left_columns * out_columns * 4);
         check(weight_gradient(&args) == OK, "weight_gradient");
         expected = expected ? expected : args.out;
-        check(!memcmp(expected, args.out, left_columns * columns * 4), "weight_gradient on several threads");
+        check(!memcmp(expected, args.out, left_columns * out_columns * 4), "weight_gradient on several threads");
     }
     CHECK_OUT_OF_MEMORY(weight_gradient(&args))
     free_buffers();
@@ -168,9 +171,10 @@ static void run_segment_sum(int is_bf16, index_t rows, index_t columns, index_t 
 }
 
 static void run_loss(int is_bf16, index_t rows, index_t units, index_t vocabulary_size, int full) {
-    index_t columns = (vocabulary_size + 31) / 32 * 32, bytes = rows * columns * (is_bf16 ? 2 : 4);
-    LossArgs args = {is_bf16, rows, units, vocabulary_size, columns, 1};
-    args.hidden = numbers(is_bf16, rows * units);
+    index_t columns = (vocabulary_size + 31) / 32 * 32, padded_units = (units + 31) / 32 * 32;
+    index_t bytes = rows * columns * (is_bf16 ? 2 : 4);
+    LossArgs args = {is_bf16, rows, units, vocabulary_size, padded_units, columns, 1};
+    args.hidden = numbers(is_bf16, rows * padded_units);
     args.weight = numbers(0, vocabulary_size * units);
     args.bias = numbers(0, vocabulary_size);
     args.targets = tokens(rows, vocabulary_size);
@@ -240,24 +244,25 @@ static void run_kernels(int is_bf16) {
             }
     for (int transposed = 0; transposed < 2; transposed++)
         for (int out_is_bf16 = 0; out_is_bf16 <= is_bf16; out_is_bf16++) {
-            run_linear(is_bf16, out_is_bf16, transposed, 1, 32, 32);
-            run_linear(is_bf16, out_is_bf16, transposed, 131, 160, 96);
-            run_linear(is_bf16, out_is_bf16, transposed, 64, 544, 32);
+            run_linear(is_bf16, out_is_bf16, transposed, 1, 32, 32, 0);
+            run_linear(is_bf16, out_is_bf16, transposed, 131, 160, 96, 7);
+            run_linear(is_bf16, out_is_bf16, transposed, 64, 544, 32, 31);
         }
     for (int is_locked = 0; is_locked < 2; is_locked++) {
         run_dropout(is_bf16, is_locked, 1, 1, 1);
         run_dropout(is_bf16, is_locked, 3, 5, 129);
         run_dropout(is_bf16, is_locked, 1, 1, 70001);
     }
-    run_weight_gradient(is_bf16, 1, 32, 32, 32);
-    run_weight_gradient(is_bf16, 301, 96, 128, 64);
-    run_weight_gradient(is_bf16, 515, 160, 160, 32);
+    run_weight_gradient(is_bf16, 1, 32, 32, 32, 32);
+    run_weight_gradient(is_bf16, 301, 96, 128, 64, 61);
+    run_weight_gradient(is_bf16, 515, 160, 160, 32, 1);
     run_segment_sum(is_bf16, 1, 32, 0, 0, 1);
     run_segment_sum(is_bf16, 77, 96, 64, 32, 9);
     run_segment_sum(is_bf16, 77, 96, 32, 32, 1);
     for (index_t vocabulary_size = 1; vocabulary_size < 100; vocabulary_size = vocabulary_size * 3 + 1) {
         run_loss(is_bf16, 1, 32, vocabulary_size, 1);
         run_loss(is_bf16, 131, 96, vocabulary_size, vocabulary_size % 2);
+        run_loss(is_bf16, 9, 75, vocabulary_size, 1);
         for (index_t cell = RNN; cell <= LSTM && !is_bf16; cell++) {
             run_decoder(cell, 1, 1, 32, vocabulary_size);
             run_decoder(cell, 3, 67, 64, vocabulary_size);

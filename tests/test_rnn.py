@@ -214,7 +214,9 @@ def test_fallback_layers_pass_gradcheck() -> None:
     assert torch.autograd.gradcheck(gru_layer, [random(4, 2, 9), random(2, 3), random(9, 3), random(3)])
 
 
-@pytest.mark.parametrize(("rows", "units", "tokens"), [(1, 32, 2), (37, 64, 5), (130, 256, 257)])
+@pytest.mark.parametrize(
+    ("rows", "units", "tokens"), [(1, 32, 2), (37, 64, 5), (130, 256, 257), (9, 1, 3), (70, 45, 40), (5, 200, 65)]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_linear_cross_entropy_agrees_with_torch_in_float64(
     implementation: str, dtype: torch.dtype, rows: int, units: int, tokens: int

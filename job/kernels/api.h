@@ -2,7 +2,7 @@
    structs of numbers and pointers, and functions of these that return int.
 
    Axes: T steps, B lanes, R rows (T times B), E input features, H hidden units, G gates (1, 3 or 4) times H,
-   V tokens. E and H are multiples of 32: the caller pads. Weights, inputs and carries are float. Hidden
+   V tokens. E and H are multiples of 32 where nothing else is said: the caller pads. Weights, inputs and carries are float. Hidden
    states, saved gates and their gradients are float, or bf16 where `is_bf16`. */
 
 #ifndef API_H
@@ -39,9 +39,10 @@ int rnn_forward(const RnnArgs *args);
 int rnn_backward(const RnnArgs *args);
 
 /* out (rows, columns) = scale * left (rows, inner) times weight, plus bias (columns) if it is not NULL.
-   The weight is (columns, inner) if `transposed`, else (weight_rows, columns), where rows up to `inner` are zero. */
+   The weight is (columns, weight_columns) if `transposed`, else (weight_rows, weight_columns). What it lacks of
+   (columns, inner) or (inner, columns) is zero. */
 typedef struct {
-    index_t is_bf16, out_is_bf16, transposed, rows, inner, columns, weight_rows, num_threads;
+    index_t is_bf16, out_is_bf16, transposed, rows, inner, columns, weight_rows, weight_columns, num_threads;
     const void *left;
     const float *weight, *bias;
     void *out;
@@ -52,23 +53,24 @@ int linear(const LinearArgs *args);
 
 /* The cross-entropy of an output layer, for each row. */
 typedef struct {
-    index_t is_bf16, rows, units, vocabulary_size;
-    index_t columns, num_threads; /* columns: V, rounded up to a multiple of 32 */
-    const void *hidden;           /* (R, H) */
-    const float *weight;          /* (V, H) */
-    const float *bias;            /* (V) */
-    const int64_t *targets;       /* (R) */
-    float *nats;                  /* (R): the result */
-    void *dlogits;                /* (R, columns): gradient of the sum of all; NULL if not needed */
+    index_t is_bf16, rows, units, vocabulary_size; /* units: H, any number */
+    index_t padded_units, columns, num_threads;    /* H and V, rounded up to multiples of 32 */
+    const void *hidden;                            /* (R, padded_units); the last ones are zero */
+    const float *weight;                           /* (V, H) */
+    const float *bias;                             /* (V) */
+    const int64_t *targets;                        /* (R) */
+    float *nats;                                   /* (R): the result */
+    void *dlogits;                                 /* (R, columns): gradient of the sum of all; NULL if not needed */
 } LossArgs;
 
 int linear_cross_entropy(const LossArgs *args);
 
-/* out (left_columns, columns) = scale * left[:, :left_columns]^T times right (rows, columns). */
+/* out (left_columns, out_columns) = scale * left[:, :left_columns]^T times right[:, :out_columns], of which the rows have
+   `columns`: out_columns rounded up to a multiple of 32. */
 typedef struct {
-    index_t is_bf16, rows, left_columns, left_stride, columns, num_threads;
-    const void *left; /* (rows, left_stride) */
-    const void *right;
+    index_t is_bf16, rows, left_columns, left_stride, columns, out_columns, num_threads;
+    const void *left;  /* (rows, left_stride) */
+    const void *right; /* (rows, columns) */
     float *out;
     float scale;
 } WeightGradientArgs;

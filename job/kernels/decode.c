@@ -13,7 +13,7 @@ typedef struct {
 
 static uint32_t *pack_weight(const float *weight, index_t columns, index_t inner) {
     uint32_t *packed = alloc_floats((columns + PANEL - 1) / PANEL * PANEL * inner);
-    if (packed) pack_columns(0, packed, weight, columns, inner, NULL);
+    if (packed) pack_columns(0, packed, weight, columns, inner, inner, NULL);
     return packed;
 }
 

@@ -21,7 +21,8 @@ enum { PANEL = 2 * WIDTH, BLOCK_DEPTH = 128, BLOCK_ROWS = 64 };
 
 /* --- packing --- */
 
-/* Packs one row of words: rows 2k and 2k + 1 interleaved for bf16, else row k. Rows from `num_rows` on are zero. */
+/* Packs one row of words: rows 2k and 2k + 1 interleaved for bf16, else row k. Rows from `num_rows` on are zero, and so
+   are columns of floats from `stride` on. */
 INLINE void pack_row(int is_bf16, int source_is_bf16, uint32_t *to, const void *rows, index_t stride, index_t num_rows,
                      index_t columns, index_t depth) {
     for (index_t j = 0; j < columns; j += WIDTH) {
@@ -30,15 +31,16 @@ INLINE void pack_row(int is_bf16, int source_is_bf16, uint32_t *to, const void *
         if (is_bf16) {
             ivec even = {}, odd = {};
             if (num_rows > 0)
-                even = source_is_bf16 ? bf16_to_u32((const uint16_t *)rows + j) : round_to_bf16(load(0, rows, j));
+                even = source_is_bf16 ? bf16_to_u32((const uint16_t *)rows + j)
+                                      : round_to_bf16(load_some(rows, j, stride - j));
             if (num_rows > 1)
                 odd = source_is_bf16 ? bf16_to_u32((const uint16_t *)rows + stride + j)
-                                     : round_to_bf16(load(0, rows, stride + j));
+                                     : round_to_bf16(load_some(rows, stride + j, stride - j));
             *words = even | odd << 16;
             continue;
         }
 #endif
-        *words = num_rows > 0 ? *(const ivec *)((const float *)rows + j) : (ivec){};
+        *words = num_rows > 0 ? (ivec)load_some(rows, j, stride - j) : (ivec){};
     }
 }
 
@@ -51,20 +53,23 @@ INLINE void pack_rows(int is_bf16, int source_is_bf16, uint32_t *to, const void 
                  rows - k * step, columns, depth);
 }
 
-/* Packs a matrix (columns, inner) of floats for a product that sums over `inner`; pads the last panel with zeros.
-   `scratch` holds inner * PANEL floats, and is used for bf16 only. */
-INLINE void pack_columns(int is_bf16, uint32_t *to, const float *matrix, index_t columns, index_t inner,
+/* Packs a matrix (columns, inner) of floats for a product that sums over `inner`; pads the last panel and the words up to
+   `depth` with zeros. `scratch` holds depth * PANEL words, and is used for bf16 only. */
+INLINE void pack_columns(int is_bf16, uint32_t *to, const float *matrix, index_t columns, index_t inner, index_t depth,
                          uint32_t *scratch) {
-    index_t depth = is_bf16 ? inner / 2 : inner;
+    index_t row_words = is_bf16 ? depth : inner;
     for (index_t panel = 0; panel < columns; panel += PANEL, to += depth * PANEL) {
         const uint32_t *words = (const uint32_t *)(matrix + panel * inner);
         index_t width = columns - panel < PANEL ? columns - panel : PANEL;
         if (is_bf16) {
-            for (index_t i = 0; i < width * inner; i += WIDTH) store(1, scratch, i, load(0, matrix, panel * inner + i));
+            for (index_t j = 0; j < width; j++)
+                for (index_t i = 0; i < 2 * depth; i += WIDTH)
+                    store(1, scratch, 2 * j * depth + i, load_some(matrix, (panel + j) * inner + i, inner - i));
             words = scratch;
         }
         for (index_t k = 0; k < depth; k++)
-            for (index_t j = 0; j < PANEL; j++) to[k * PANEL + j] = j < width ? words[j * depth + k] : 0;
+            for (index_t j = 0; j < PANEL; j++)
+                to[k * PANEL + j] = j < width && k < row_words ? words[j * row_words + k] : 0;
     }
 }
 

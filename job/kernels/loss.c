@@ -62,18 +62,19 @@ static void loss_rows(const void *argument, index_t first, index_t count) {
 }
 
 int linear_cross_entropy(const LossArgs *args) {
-    index_t V = args->vocabulary_size, columns = args->columns, H = args->units, depth = args->is_bf16 ? H / 2 : H;
+    index_t V = args->vocabulary_size, columns = args->columns, H = args->units;
+    index_t depth = args->is_bf16 ? args->padded_units / 2 : args->padded_units;
     for (index_t i = 0; i < args->rows; i++)
         if (args->targets[i] < 0 || args->targets[i] >= V) return INVALID_TOKEN;
-    uint32_t *packed = alloc_floats(depth * columns), *scratch = alloc_floats(H * PANEL);
+    uint32_t *packed = alloc_floats(depth * columns), *scratch = alloc_floats(depth * PANEL);
     float *bias = alloc_floats(columns);
     atomic_int failed = !packed || !scratch || !bias;
     if (!failed) {
         for (index_t j = 0; j < columns; j++) bias[j] = j < V ? args->bias[j] : 0;
         if (args->is_bf16)
-            pack_columns(1, packed, args->weight, V, H, scratch);
+            pack_columns(1, packed, args->weight, V, H, depth, scratch);
         else
-            pack_columns(0, packed, args->weight, V, H, scratch);
+            pack_columns(0, packed, args->weight, V, H, depth, scratch);
         loss_task task = {{args->hidden, packed, bias, depth, columns, 1}, args, &failed};
         parallel_for(loss_rows, &task, args->rows, TILE_ROWS, args->num_threads);
     }

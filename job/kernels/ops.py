@@ -1,7 +1,7 @@
 """The compiled kernels as autograd operations with their own backward passes.
 
 Axes: T steps, B lanes, R rows (T times B), E input features, H hidden units, G gates times hidden units,
-V tokens. E and H are multiples of VECTOR_WIDTH: the caller pads.
+V tokens. E and H are multiples of VECTOR_WIDTH where nothing else is said: the caller pads.
 """
 
 import functools
@@ -71,24 +71,26 @@ def _is_bf16(x: Tensor) -> bool:
 def _linear(left: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Tensor:
     """Writes ``left @ weight.T + bias`` to ``out``, or ``scale * left @ weight`` if there is no bias.
 
-    In the second case the weight may have fewer rows than ``left`` has columns; the missing ones count as zeros.
+    The weight may have fewer columns than ``left`` in the first case, and fewer rows than it, and fewer columns than
+    ``out``, in the second; the missing ones count as zeros.
     """
     inner = left.shape[-1]
     _call(
         "linear", is_bf16=_is_bf16(left), out_is_bf16=_is_bf16(out), transposed=bias is not None,
         rows=left.numel() // inner, inner=inner, columns=out.shape[-1], weight_rows=len(weight),
-        num_threads=torch.get_num_threads(), left=left, weight=weight, bias=bias, out=out, scale=scale,
+        weight_columns=weight.shape[1], num_threads=torch.get_num_threads(), left=left, weight=weight,
+        bias=bias, out=out, scale=scale,
     )  # fmt: skip
     return out
 
 
-def _weight_gradient(left: Tensor, right: Tensor, columns: int, scale: float = 1.0) -> Tensor:
-    """Returns ``scale * left[:, :columns].T @ right`` in float32; ``right`` may have more rows, which are ignored."""
-    out, stride = torch.empty(columns, right.shape[-1]), left.shape[-1]
+def _weight_gradient(left: Tensor, right: Tensor, columns: int, width: int, scale: float = 1.0) -> Tensor:
+    """Returns ``scale * left[:, :columns].T @ right[:, :width]`` in float32; more rows of ``right`` are ignored."""
+    out, stride = torch.empty(columns, width), left.shape[-1]
     _call(
         "weight_gradient", is_bf16=_is_bf16(left), rows=left.numel() // stride, left_columns=columns,
-        left_stride=stride, columns=right.shape[-1], num_threads=torch.get_num_threads(), left=left, right=right,
-        out=out, scale=scale,
+        left_stride=stride, columns=right.shape[-1], out_columns=width,
+        num_threads=torch.get_num_threads(), left=left, right=right, out=out, scale=scale,
     )  # fmt: skip
     return out
 
@@ -107,6 +109,12 @@ def _segment_sum(
         out=out, scale=scale,
     )  # fmt: skip
     return out
+
+
+def pad_vectors(x: Tensor) -> Tensor:
+    """Pads the last axis with zeros to a multiple of VECTOR_WIDTH."""
+    padding = -x.shape[-1] % VECTOR_WIDTH
+    return F.pad(x, (0, padding)) if padding else x
 
 
 def combine_biases(cell: str, bias_ih_G: Tensor, bias_hh_G: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -192,7 +200,7 @@ class _FusedRnn(torch.autograd.Function):
         if ctx.starts_TB is not None:
             hidden = hidden.clone()
             hidden.view(-1, units).index_fill_(0, ctx.starts_TB.flatten().nonzero()[:, 0], 0)
-        dweight_GH = _weight_gradient(dgates, hidden, width)
+        dweight_GH = _weight_gradient(dgates, hidden, width, units)
         # A GRU's candidate has two gradients: the third block is its hidden part's, the fourth its input part's.
         hidden_part = range(2 * units, 3 * units) if cell == "GRU" else NO_COLUMNS
         dbias_candidate = _segment_sum(dgates, units, range(hidden_part.start))[0] if hidden_part else None
@@ -202,7 +210,7 @@ class _FusedRnn(torch.autograd.Function):
                 dgates = torch.cat([dgates[..., : hidden_part.start], dgates[..., hidden_part.stop :]], 2)
             if ctx.needs_input_grad[3]:
                 dinputs = _linear(dgates, weight_GE, torch.empty_like(inputs))
-            dweight_GE = _weight_gradient(dgates, inputs, width)
+            dweight_GE = _weight_gradient(dgates, inputs, width, weight_GE.shape[1])
             dbias_G = _segment_sum(dgates, width, NO_COLUMNS)[0]
         else:
             num_tokens = weight_GE.shape[1] if embedding_VE is None else len(embedding_VE)
@@ -225,9 +233,10 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         nats_R = torch.empty(rows)
         dlogits = hidden_TBH.new_empty(rows, columns) if needs_grad else None
         _call(
-            "linear_cross_entropy", is_bf16=_is_bf16(hidden_TBH), rows=rows, units=units, columns=columns,
-            vocabulary_size=vocabulary_size, num_threads=torch.get_num_threads(), hidden=hidden_TBH,
-            weight=weight_VH, bias=bias_V, targets=targets_TB, nats=nats_R, dlogits=dlogits,
+            "linear_cross_entropy", is_bf16=_is_bf16(hidden_TBH), rows=rows, units=units,
+            padded_units=hidden_TBH.shape[2], columns=columns, vocabulary_size=vocabulary_size,
+            num_threads=torch.get_num_threads(), hidden=hidden_TBH, weight=weight_VH, bias=bias_V, targets=targets_TB,
+            nats=nats_R, dlogits=dlogits,
         )  # fmt: skip
         if needs_grad:
             ctx.save_for_backward(hidden_TBH, weight_VH, dlogits)
@@ -239,7 +248,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         hidden_TBH, weight_VH, dlogits = ctx.saved_tensors
         vocabulary_size, columns, scale = len(weight_VH), dlogits.shape[1], float(dnats)
         dhidden = _linear(dlogits, weight_VH, torch.empty_like(hidden_TBH), scale=scale)
-        dweight = _weight_gradient(dlogits, hidden_TBH, columns, scale)[:vocabulary_size]
+        dweight = _weight_gradient(dlogits, hidden_TBH, columns, weight_VH.shape[1], scale)[:vocabulary_size]
         dbias = _segment_sum(dlogits, columns, NO_COLUMNS, scale=scale)[0, :vocabulary_size]
         return None, dhidden, dweight, dbias, None
 
@@ -261,7 +270,8 @@ def fused_rnn(
         inputs: features (T, B, E), or tokens (T, B)
         embedding_VE: the tokens' features; None: one-hot
         state: h and, for an LSTM, c, each (B, H)
-        weights: torch's, in float32: of the input (G, E), of the hidden state (G, H), and two biases (G)
+        weights: torch's, in float32: of the input (G, E), whose E may be less than that of ``inputs``, of the
+            hidden state (G, H), and two biases (G)
         starts_TB: bool, whether the state before the step is taken to be zero; None: it never is
 
     Returns:
@@ -288,7 +298,7 @@ def fused_linear_cross_entropy(hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Te
     """
     if hidden_TBH.shape != (*targets_TB.shape, weight_VH.shape[1]):
         raise ValueError(f"hidden states {tuple(hidden_TBH.shape)} do not match targets {tuple(targets_TB.shape)}")
-    hidden_TBH, targets_TB = hidden_TBH.contiguous(), targets_TB.contiguous()
+    hidden_TBH, targets_TB = pad_vectors(hidden_TBH).contiguous(), targets_TB.contiguous()
     return _FusedLinearCrossEntropy.apply(torch.is_grad_enabled(), hidden_TBH, weight_VH, bias_V, targets_TB)
 
 

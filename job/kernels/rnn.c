@@ -98,9 +98,9 @@ int rnn_forward(const RnnArgs *args) {
     int failed = !packed || !scratch;
     if (!failed) {
         if (args->is_bf16)
-            pack_columns(1, packed, args->weight, columns, H, scratch);
+            pack_columns(1, packed, args->weight, columns, H, H / 2, scratch);
         else
-            pack_columns(0, packed, args->weight, columns, H, scratch);
+            pack_columns(0, packed, args->weight, columns, H, H, scratch);
         rnn_task task = {args, packed};
         parallel_for(rnn_forward_lanes, &task, args->lanes, TILE_ROWS, args->num_threads);
     }

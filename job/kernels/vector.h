@@ -41,6 +41,14 @@ INLINE vec load(int is_bf16, const void *array, index_t index) {
     return *(const vec *)((const float *)array + index);
 }
 
+/* The same of floats, of which `count` exist; the others are zero. */
+INLINE vec load_some(const float *array, index_t index, index_t count) {
+    if (count >= WIDTH) return load(0, array, index);
+    vec x = {};
+    for (index_t v = 0; v < count; v++) x[v] = array[index + v];
+    return x;
+}
+
 INLINE void store(int is_bf16, void *array, index_t index, vec x) {
 #ifdef __AVX512BF16__
     if (is_bf16) {

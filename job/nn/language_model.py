@@ -160,7 +160,7 @@ def linear_cross_entropy(hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Tensor, 
         IndexError: a target is not in the vocabulary (compiled kernel only)
     """
     dtype = compute_dtype(weight_VH)
-    if hidden_TBH.shape[2] % VECTOR_WIDTH == 0 and can_use_kernel(weight_VH, dtype):
+    if can_use_kernel(weight_VH, dtype):
         return fused_linear_cross_entropy(hidden_TBH.to(dtype), weight_VH, bias_V, targets_TB)
     logits_TBV = F.linear(hidden_TBH, weight_VH, bias_V).to(weight_VH.dtype)
     return F.cross_entropy(logits_TBV.flatten(0, 1), targets_TB.flatten(), reduction="sum")

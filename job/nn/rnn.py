@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from job.kernels.ops import VECTOR_WIDTH, can_use_kernel, combine_biases, compute_dtype, fused_rnn
+from job.kernels.ops import VECTOR_WIDTH, can_use_kernel, combine_biases, compute_dtype, fused_rnn, pad_vectors
 from job.nn.regularization import Regularization
 from job.nn.rnn_fallback import gru_layer, tanh_layer
 from job.nn.state import LayerState, State, run_documents, state_tensors
@@ -155,9 +155,8 @@ def _rnn_layer_kernel(
         weights = [_pad_gates(weight, hidden_size, padding) for weight in weights]
         weights[1] = F.pad(weights[1], (0, padding))
         state = tuple(F.pad(tensor, (0, padding)) for tensor in state)
-    if inputs.is_floating_point() and inputs.shape[2] % VECTOR_WIDTH:
-        input_padding = (0, -inputs.shape[2] % VECTOR_WIDTH)
-        inputs, weights = F.pad(inputs, input_padding), [F.pad(weights[0], input_padding), *weights[1:]]
+    if inputs.is_floating_point():
+        inputs = pad_vectors(inputs)
     hidden_TBH, carry_BH = fused_rnn(cell, dtype, inputs, embedding_VE, state, weights, starts_TB)
     carry_BH = hidden_TBH[-1] if carry_BH is None else carry_BH
     last_state: LayerState = (hidden_TBH[-1], carry_BH) if cell == "LSTM" else (carry_BH,)
