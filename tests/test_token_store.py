@@ -122,6 +122,45 @@ def test_indexed_files_are_read_by_another_reader_with_their_documents(
     assert parse_index(prefix.with_suffix(".idx").read_bytes(), "a.idx") == (tokens.dtype, len(tokens))
 
 
+def write_independently(prefix: Path, documents: list[list[list[int]]], code: int) -> None:
+    """A pair of documents of sequences, by the format's description alone."""
+    letter = {1: "B", 2: "b", 3: "h", 4: "i", 5: "q", 8: "H"}[code]
+    sequences = [sequence for document in documents for sequence in document]
+    ids = [index for sequence in sequences for index in sequence]
+    starts = [sum(map(len, sequences[:number])) for number in range(len(sequences))]
+    boundaries = [sum(map(len, documents[:number])) for number in range(len(documents) + 1)]
+    size = struct.calcsize(letter)
+    prefix.with_suffix(".bin").write_bytes(struct.pack(f"<{len(ids)}{letter}", *ids))
+    prefix.with_suffix(".idx").write_bytes(
+        b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, code, len(sequences), len(boundaries))
+        + struct.pack(f"<{len(sequences)}i", *map(len, sequences))
+        + struct.pack(f"<{len(sequences)}q", *(start * size for start in starts))
+        + struct.pack(f"<{len(boundaries)}q", *boundaries)
+    )  # fmt: skip
+
+
+@settings(deadline=None)  # a loaded machine is slow
+@given(
+    st.lists(st.lists(st.lists(st.integers(0, 9), max_size=30), max_size=3), min_size=1, max_size=9).filter(
+        lambda documents: any(any(document) for document in documents)
+    ),
+    st.sampled_from([1, 2, 3, 4, 5, 8]),
+)
+def test_pair_written_by_another_implementation_is_read(
+    tmp_path_factory: pytest.TempPathFactory, documents: list[list[list[int]]], code: int
+) -> None:
+    prefix = tmp_path_factory.mktemp("pair") / "text_document"
+    write_independently(prefix, documents, code)
+    vocabulary = Vocabulary("char", ("<unk>", *"abcdefghi"))
+    config = replace(CorpusConfig(), source=str(prefix))
+    stored = open_stored(config, VocabularyConfig(), vocabulary, True)
+    assert stored
+    expected = [index for document in documents for sequence in document for index in sequence]
+    assert np.asarray(stored.tokens).tolist() == expected
+    rows = stored.tokens.read_rows(0, len(expected) // 3, 3, len(expected) // 3)
+    assert rows.ravel().tolist() == expected[: rows.size]
+
+
 @pytest.mark.parametrize(
     ("size", "name"), [(2, "uint8"), (256, "uint8"), (257, "uint16"), (65536, "uint16"), (65537, "int32")]
 )
@@ -468,6 +507,12 @@ def test_prepare_writes_all_or_nothing_and_never_over_something_else(
         f"corpus.source = {tmp_path / 'store'}: an incomplete token store: it has no manifest.json; run prepare again"
     )
     assert problem in refused("train", "--corpus.source", tmp_path / "store")
+    (tmp_path / "begun").mkdir()  # a store whose first shard is not written yet
+    (tmp_path / "store" / ".preparing").rename(tmp_path / "begun" / ".preparing")
+    assert f"corpus.source = {tmp_path / 'begun'}: an incomplete token store: " in refused(
+        "train", "--corpus.source", tmp_path / "begun"
+    )
+    (tmp_path / "begun" / ".preparing").rename(tmp_path / "store" / ".preparing")
     for name in (".tokens-00000.bin.12-34", "..preparing.12-34"):
         (tmp_path / "store" / name).write_text("left by a process that was killed")
     first = {file.name: file.read_bytes() for file in prepare(tmp_path, tmp_path / "text").iterdir()}
@@ -541,13 +586,14 @@ def test_files_of_another_trainer_that_are_wrong_are_one_error(
 
 @pytest.mark.usefixtures("several_shards")
 @pytest.mark.cluster
-def test_run_from_a_store_on_two_workers_equals_the_run_from_the_text_in_this_process(
+def test_run_from_a_store_that_goes_on_with_two_workers_equals_the_run_from_the_text_in_this_process(
     tmp_path: Path, on_cluster: None
 ) -> None:
     (tmp_path / "text").write_text(TEXT)
     store = prepare(tmp_path, tmp_path / "text")
     flags: dict[str, object] = {"train__reproducible": "true", "train__lane_groups": 2}
     expected = run(tmp_path, "a", corpus__source=tmp_path / "text", **flags)
+    run(tmp_path, "b", corpus__source=store, **{**flags, "train__max_steps": 2})
     found = run(tmp_path, "b", corpus__source=store, scale__workers=2, scale__cpus_per_worker=1, **flags)
     for name in ("weights_sha256", "validation_perplexity", "generated"):
         assert found[name] == expected[name]

@@ -13,6 +13,7 @@ from job.errors import UserError
 from job.storage import Folder
 
 MANIFEST = "manifest.json"
+MARKER = ".preparing"  # in the folder of a store that is being written: of which files and settings
 SHARD_FILE = re.compile(r"tokens-\d{5,}(-\d{5,})?\.(bin|idx)")
 FORMAT, VERSION = "lanes token store", 2
 REMEDY = "prepare the store again"

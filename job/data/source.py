@@ -19,7 +19,7 @@ import pyarrow
 from job.data.content import check_no_content_name
 from job.data.download import TIME_MACHINE_LENGTH, download_text, download_time_machine
 from job.data.file_format import is_text_name
-from job.data.manifest import MANIFEST, SHARD_FILE
+from job.data.manifest import MANIFEST, MARKER, SHARD_FILE
 from job.errors import UserError
 from job.paths import is_uri
 from job.storage import Folder
@@ -171,7 +171,7 @@ def _walk(folder: str) -> Iterator[str]:
 
 def _raise_no_text(names: list[str]) -> NoReturn:
     """Raises UserError about a folder of files, none of which is a text."""
-    if any(map(SHARD_FILE.fullmatch, names)):
+    if MARKER in names or any(map(SHARD_FILE.fullmatch, names)):
         if MANIFEST in names:
             raise UserError("a token store, not a text", "train from it, or give the text that it was made of")
         raise UserError(f"an incomplete token store: it has no {MANIFEST}", "run prepare again")

@@ -10,7 +10,7 @@ import numpy as np
 from job.config.field import format_value
 from job.config.schema import CorpusConfig, VocabularyConfig
 from job.data.indexed import format_index, smallest_dtype
-from job.data.manifest import MANIFEST, SHARD_FILE, Manifest, Shard, describe_file, format_manifest
+from job.data.manifest import MANIFEST, MARKER, SHARD_FILE, Manifest, Shard, describe_file, format_manifest
 from job.data.tokens import count_unknown, token_sha256
 from job.data.vocabulary import Vocabulary
 from job.documents import parse_record
@@ -18,7 +18,6 @@ from job.errors import UserError, report_os_error
 from job.storage import Folder
 
 LEASE_FILES = ("owner.json", "heartbeat.json")  # of the process that writes a store
-MARKER = ".preparing"  # in the folder of a store that is being written: of which files and settings
 RECEIPT = re.compile(r"\.receipt-(\d{5,})\.json")  # of a piece whose shards are written
 _FILES = re.compile(rf"{SHARD_FILE.pattern}|vocabulary\.json|tokenizer\.json")  # but the manifest
 
