@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -127,6 +128,37 @@ def test_bucket_that_stops_to_answer_is_one_error_that_names_the_file(port: int,
                 np.testing.assert_array_equal(inputs_TB, memory.read_window(0, window, range(2))[0])
         assert caught is None or "\n" not in str(caught.value)
         assert (window > 0) == (num_good > 0) and (window == num_windows - 1) == (caught is None)
+
+
+def test_run_whose_bucket_stops_to_answer_fails_with_one_line_and_resumes_with_the_same_bits(
+    port: int, tmp_path: Path, expected: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("job.data.read_ahead.BLOCK_BYTES", 64)  # two windows
+    (tmp_path / "text").write_text(TEXT)
+    ended = job("prepare", "--corpus.source", tmp_path / "text", "--corpus.store", bucket_address(port, "lost"))
+    assert ended.status == 0, ended.err
+    flags = ["--run.storage", tmp_path, "--run.name", "b", *FLAGS, "--train.checkpoint_every", 5]
+    with FaultyStore(port, itertools.repeat("")) as proxy:
+        arguments = ["train", "--corpus.source", bucket_address(proxy.server_port, "lost"), *flags]
+        read, num_read = WindowReader.read, itertools.count(1)
+
+        def read_until_lost(reader: WindowReader, epoch: int, window: int) -> object:
+            if next(num_read) == 8:
+                proxy.faults = itertools.repeat("error")
+            return read(reader, epoch, window)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(WindowReader, "read", read_until_lost)
+            ended = job(*arguments)
+        assert (ended.status, ended.err.count("\n")) == (1, 1), ended.err
+        assert "error: s3://bucket/lost/tokens-0000" in ended.err and ".bin: token ids cannot be read: " in ended.err
+        saved = re.search(r"; saved at step (5|10|15)\. Resume: the same command", ended.err)  # parts are cached
+        assert saved, ended.err
+        proxy.faults = itertools.repeat("")
+        ended = job(*arguments)
+        assert ended.status == 0, ended.err
+        assert f"resuming from step {saved[1]} of 20" in ended.out
+    assert result(tmp_path / "b")["weights_sha256"] == expected["weights_sha256"]
 
 
 def test_pair_in_a_bucket_gives_the_run_of_the_text(port: int, tmp_path: Path, expected: dict[str, object]) -> None:
