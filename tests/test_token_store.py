@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import os
 import pickle
 import re
+import resource
 import struct
 from dataclasses import replace
 from itertools import pairwise
@@ -401,6 +403,22 @@ def test_store_with_a_shard_that_may_not_be_read_is_one_error_that_names_it(
     assert problem in refused("train", *words(corpus__source=store, run__storage=tmp_path / "runs"))
 
 
+def test_stores_of_more_shards_than_a_process_may_open_files_are_read(tmp_path: Path) -> None:
+    tokens = (np.arange(600) % 3).astype(np.uint8)
+    folders = tmp_path / "a", tmp_path / "b"  # for training and for validation
+    for folder in folders:
+        folder.mkdir()
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    num_open = len(os.listdir("/dev/fd"))
+    stores = [shards_of(folder, tokens, 3, 1) for folder in folders]
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (num_open + 200, limits[1]))
+        for store in stores:
+            np.testing.assert_array_equal(store, tokens)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
 def test_worker_whose_shard_was_changed_after_the_start_fails_with_one_line_that_names_it(tmp_path: Path) -> None:
     tokens = (np.arange(100) % 3).astype(np.uint8)
     stored = shards_of(tmp_path, tokens, 3, 30)
@@ -507,12 +525,12 @@ def test_prepare_writes_all_or_nothing_and_never_over_something_else(
         f"corpus.source = {tmp_path / 'store'}: an incomplete token store: it has no manifest.json; run prepare again"
     )
     assert problem in refused("train", "--corpus.source", tmp_path / "store")
-    (tmp_path / "begun").mkdir()  # a store whose first shard is not written yet
-    (tmp_path / "store" / ".preparing").rename(tmp_path / "begun" / ".preparing")
-    assert f"corpus.source = {tmp_path / 'begun'}: an incomplete token store: " in refused(
-        "train", "--corpus.source", tmp_path / "begun"
+    (tmp_path / "started").mkdir()  # a store whose first shard is not written yet
+    (tmp_path / "store" / ".preparing").rename(tmp_path / "started" / ".preparing")
+    assert f"corpus.source = {tmp_path / 'started'}: an incomplete token store: " in refused(
+        "train", "--corpus.source", tmp_path / "started"
     )
-    (tmp_path / "begun" / ".preparing").rename(tmp_path / "store" / ".preparing")
+    (tmp_path / "started" / ".preparing").rename(tmp_path / "store" / ".preparing")
     for name in (".tokens-00000.bin.12-34", "..preparing.12-34"):
         (tmp_path / "store" / name).write_text("left by a process that was killed")
     first = {file.name: file.read_bytes() for file in prepare(tmp_path, tmp_path / "text").iterdir()}

@@ -17,7 +17,7 @@ from job.storage import Folder
 
 _BLOCK_TOKENS = 1 << 20  # that are in memory at a time
 _MAX_COUNTED_TOKENS = 1 << 24  # of a part of a shard; in a longer one <unk> are as frequent as in all of it
-_MAX_OPEN_SHARDS = 256  # each has a file descriptor
+_MAX_OPEN_SHARDS = 64  # each has a file descriptor, of which a process has 256 on macOS
 _REQUEST_BYTES, _MAX_CACHED_REQUESTS = 64 << 10, 1024  # of short reads from an object store: 64 MiB
 _REQUESTS_AT_ONCE = 8
 
