@@ -358,6 +358,18 @@ def test_trial_runner_reports_no_validation_within_an_epoch(tmp_path: Path) -> N
     assert reported == [24]
 
 
+def test_trial_runner_reports_the_validation_that_ends_a_run_within_an_epoch(tmp_path: Path) -> None:
+    """Patience ends a run after a validation, whose row precedes that of the epoch; ``read_score_rows`` has it, too."""
+    runner = TrialRunner(load_config(None, {}), Folder(str(tmp_path)), search_config())
+    for split, step in (("validation", 10), ("validation", 20), ("epoch", 20)):
+        runner._on_event(MetricsRow("attempt", {"split": split, "step": step, "epoch": 1, "perplexity": 5.0}))
+    runner.resume.release()
+    runner._on_event(CheckpointCommitted("attempt", cast(Checkpoint, SimpleNamespace(step=20))))
+    report: Any = runner.reports.get_nowait()
+    assert report["step"] == 20
+    assert runner.reports.empty()
+
+
 def test_asha_stops_a_trial_whose_metric_is_not_a_number(tmp_path: Path) -> None:
     """A comparison with NaN is false, so it was never stopped."""
     space = {"optimizer.learning_rate": {"grid": [1.0, 0.1]}}

@@ -135,6 +135,7 @@ class TrialRunner:
         self.ending = False
         self.stop_request = StopRequest()
         self.checkpoint: Checkpoint | None = None  # the last one that was committed
+        self.last_row: dict[str, Any] | None = None  # with a score, perhaps of the step after which an epoch ends early
         self.pending_rows: dict[int, dict[str, Any]] = {}  # by step; each waits for the checkpoint of its step
         self.last_epoch_step = self.last_reported_step = 0
         self.thread = threading.Thread(target=self._run, daemon=True)
@@ -199,8 +200,10 @@ class TrialRunner:
             split, step = event.row["split"], event.row["step"]
             if split == "epoch":
                 self.last_epoch_step = step
-            if split == METRIC_SPLITS[self.search.metric] and step == self.last_epoch_step:
-                self.pending_rows[step] = event.row
+            if split == METRIC_SPLITS[self.search.metric]:
+                self.last_row = event.row
+            if self.last_row and self.last_row["step"] == self.last_epoch_step:
+                self.pending_rows[step], self.last_row = self.last_row, None
         if isinstance(event, CheckpointCommitted):
             self.checkpoint = event.checkpoint
             if row := self.pending_rows.pop(event.checkpoint.step, None):
