@@ -4,6 +4,7 @@ import json
 import math
 import pickle
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -25,10 +26,12 @@ from job.data.bpe import BpeVocabulary, train_bpe
 from job.data.corpus import Corpus
 from job.data.cuts import blocks_of, cut_text, last_cut
 from job.data.dataset import build_dataset
+from job.data.text_size import TextSize, measure_targets
 from job.data.tokens import count_characters
 from job.data.vocabulary_builder import build_vocabulary
 from job.data.vocabulary_file import read_vocabulary, vocabulary_from_json
 from job.errors import UserError
+from job.inference.generate import _continuation
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 SAMPLE = "It's the time machine's time.\nOne, two – three 1234 äöü 漢字\n\n" * 3
@@ -136,6 +139,37 @@ def unigram() -> Tokenizer:
     return tokenizer
 
 
+def byte_fallback() -> Tokenizer:
+    tokens = ["<unk>", *(f"<0x{value:02X}>" for value in range(256)), "▁", "t", "h", "e", "▁t", "he", "▁the"]
+    merges = [("▁", "t"), ("h", "e"), ("▁t", "he")]
+    ids = {token: index for index, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(ids, merges, unk_token="<unk>", byte_fallback=True))
+    blank = normalizers.Replace(" ", "▁")
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), blank])
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(parts)
+    return tokenizer
+
+
+def test_vocabulary_file_whose_tokens_are_bytes_counts_the_characters_of_the_text() -> None:
+    vocabulary = vocabulary_from_json(byte_fallback().to_str().encode(), "file")
+    text = "the 漢é\n the the"
+    ids = vocabulary.encode([text])
+    assert vocabulary.decode(ids) == text
+    assert count_characters(ids[1:], vocabulary) == len(text) - len("the")
+    assert measure_targets(ids, vocabulary) == TextSize(len(text) - 3, len(text.encode()) - 3, 3)
+
+
+@pytest.mark.parametrize("make", [word_piece, unigram, byte_fallback])
+def test_decode_after_a_token_has_the_blank_before_the_first(make: Callable[[], Tokenizer]) -> None:
+    vocabulary = vocabulary_from_json(make().to_str().encode(), "file")
+    ids = [vocabulary.tokens.index(token) for token in vocabulary.tokens if "the" in token] * 3
+    assert vocabulary.decode(ids) == "the the the"
+    assert vocabulary.decode_after(ids[0], ids[1:]) == " the the"
+    assert _continuation(ids[1:], ids[0], "the", vocabulary, "") == " the the"
+    assert _continuation(ids[1:], ids[0], "", vocabulary, "") == "the the"
+
+
 @pytest.mark.parametrize("make", [word_piece, unigram])
 def test_vocabulary_file_of_other_model_has_its_unknown_token(make: Callable[[], Tokenizer]) -> None:
     tokenizer = make()
@@ -234,6 +268,14 @@ def test_vocabulary_file_that_is_damaged_reports_one_line(data: bytes, capfd: py
         vocabulary_from_json(data, "tokenizer.json")
     assert re.fullmatch(r"tokenizer\.json: (not a vocabulary|its tokenizer cannot be read: .+)", str(caught.value))
     assert capfd.readouterr().err == ""
+
+
+def test_vocabulary_file_is_read_without_standard_error(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.json").write_text(trained().json)
+    code = "import os, sys; os.close(2); from job.data.vocabulary_file import vocabulary_from_json as read\n"
+    code += "print(len(read(open(sys.argv[1], 'rb').read(), 'file')))"
+    words = [sys.executable, "-c", code, str(tmp_path / "tokenizer.json")]
+    assert subprocess.run(words, capture_output=True, check=False).stdout == b"290\n"
 
 
 def test_vocabulary_file_ignores_dropout() -> None:

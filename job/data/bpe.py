@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
@@ -27,6 +28,7 @@ _LINE_PATTERNS = {
 # How byte-level tokenizers write bytes: printable ones as characters of Latin-1, the others as characters from U+0100.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
 _OTHER = sorted({*range(256)} - {*_PRINTABLE})
+_BYTE = re.compile("<0x([0-9A-F]{2})>")  # how other tokenizers write the bytes of characters that are no tokens
 _BYTES = {chr(value): value for value in _PRINTABLE} | {chr(256 + index): value for index, value in enumerate(_OTHER)}
 
 
@@ -84,6 +86,13 @@ class BpeVocabulary(Vocabulary):
         """Returns the text of token ids; bytes that are not UTF-8 become U+FFFD."""
         return cast(str, self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
+    def decode_after(self, previous: int, ids: Sequence[int]) -> str:
+        """Returns the text of token ids after another one: with the blank that decoders remove before the first."""
+        before = self.decode([previous])
+        if self.is_byte_level or "\ufffd" in before:  # it is a byte of a character, which may be decoded with the next
+            return self.decode(ids)
+        return self.decode([previous, *ids])[len(before) :]
+
     def last_cut(self, text: str | bytes, cleaning: str = "none") -> int:
         """Returns the last position at which a text may be cut; 0 if that of this tokenizer is not known."""
         return super().last_cut(text, cleaning) if self.can_cut else 0
@@ -105,7 +114,12 @@ class BpeVocabulary(Vocabulary):
             ]
         else:  # the second of two, since decoders remove a blank before the first
             one, two = (self._tokenizer.decode_batch([[i] * n for i in range(len(self.tokens))], False) for n in (1, 2))
-            texts = [twice[len(once) :].encode() for once, twice in zip(one, two, strict=True)]
+            texts = [
+                bytes([int(match[1], 16)]) if match and once != token else twice[len(once) :].encode()
+                for token, match, once, twice in zip(
+                    self.tokens, map(_BYTE.fullmatch, self.tokens), one, two, strict=True
+                )
+            ]
         return [*texts, b"\n"][: len(self)]
 
     def unknown_tokens(self, lines: list[str]) -> list[str]:
@@ -189,7 +203,11 @@ def _report_error(problem: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _discarded_stderr() -> Iterator[None]:
     """Discards what is written to the file descriptor of standard error, as the library does when it is in error."""
-    descriptor = os.dup(2)
+    try:
+        descriptor = os.dup(2)
+    except OSError:  # it is closed
+        yield
+        return
     try:
         with open(os.devnull, "wb") as null:
             os.dup2(null.fileno(), 2)

@@ -114,6 +114,10 @@ class Vocabulary:
         text = (" " if self.kind == "word" else "").join(texts[index] for index in ids)
         return re.sub(" ?\n ?", "\n", text) if self.kind == "word" else text
 
+    def decode_after(self, previous: int, ids: Sequence[int]) -> str:
+        """Returns the text of token ids after another one; between words there is a blank, which is not included."""
+        return self.decode(ids)
+
     @property
     def unknown_id(self) -> int | None:
         """The id of ``<unk>``; None without one, as a byte vocabulary needs none."""

@@ -106,12 +106,14 @@ def generate_texts(checkpoints: Sequence[LoadedCheckpoint], config: Config) -> G
         write_state(generate_config.save_state, state, digests)
     seed = config.run.seed if generate_config.seed < 0 else generate_config.seed
     samples = _generate_samples(ensemble, state, generate_config, seed, vocabulary)
-    return Generated(prefix, [_continuation(ids, prefix, vocabulary, generate_config.stop) for ids in samples])
+    return Generated(
+        prefix, [_continuation(ids, state.token, prefix, vocabulary, generate_config.stop) for ids in samples]
+    )
 
 
-def _continuation(ids: list[int], prefix: str, vocabulary: Vocabulary, stop: str) -> str:
+def _continuation(ids: list[int], previous: int, prefix: str, vocabulary: Vocabulary, stop: str) -> str:
     """Returns the text of generated tokens up to ``stop``, with a blank if it is needed after the prefix."""
-    text = vocabulary.decode(ids)
+    text = vocabulary.decode_after(previous, ids) if prefix else vocabulary.decode(ids)
     has_blank = not prefix or prefix[-1].isspace() or not text or text[0].isspace()
     text = " " * (vocabulary.kind == "word" and not has_blank) + text
     return text.partition(stop)[0] if stop else text
