@@ -9,6 +9,7 @@ import pytest
 import torch
 from conftest import job, result
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn import functional as F
 
 from job.config.schema import BUILTIN_CELLS, ModelConfig
@@ -49,7 +50,33 @@ def minlstm(weights: dict[str, Tensor], x: Tensor, state: PlainState) -> PlainSt
     return (f / (f + i) * state[0] + i / (f + i) * positive(v),)
 
 
-PLAIN: dict[str, Plain] = {"mingru": mingru, "minlstm": minlstm}
+def lstm(weights: dict[str, Tensor], x: Tensor, h: Tensor, c: Tensor, first: int = 0) -> PlainState:
+    """The last step of each of the two: that of an LSTM, with the rows of the weights from ``first`` on."""
+    gates = x @ weights["weight_ih"][first:].T + h @ weights["weight_hh"][first:].T + weights["bias"]
+    i, f, new, o = gates.chunk(4, 1)
+    c = sigmoid(f) * c + sigmoid(i) * new.tanh()
+    return sigmoid(o) * c.tanh(), c
+
+
+def mlstm(weights: dict[str, Tensor], x: Tensor, state: PlainState) -> PlainState:
+    """Krause et al., 2016, equations 18 to 23: one step."""
+    units = state[0].shape[1]
+    m = (x @ weights["weight_ih"][:units].T) * (state[0] @ weights["weight_hh"][:units].T)
+    return lstm(weights, x, m, state[1], units)
+
+
+def mogrifier(weights: dict[str, Tensor], x: Tensor, state: PlainState) -> PlainState:
+    """Melis et al., 2020, equations 1 and 2, for five rounds: one step."""
+    h, c = state
+    x = 2 * sigmoid(h @ weights["rounds.0"].T) * x
+    h = 2 * sigmoid(x @ weights["rounds.1"].T) * h
+    x = 2 * sigmoid(h @ weights["rounds.2"].T) * x
+    h = 2 * sigmoid(x @ weights["rounds.3"].T) * h
+    x = 2 * sigmoid(h @ weights["rounds.4"].T) * x
+    return lstm(weights, x, h, c)
+
+
+PLAIN: dict[str, Plain] = {"mingru": mingru, "minlstm": minlstm, "mlstm": mlstm, "mogrifier": mogrifier}
 SIZES: dict[str, Any] = {"hidden_size": (6, 5), "num_layers": 2, "embedding_size": 5, "tied": True}
 
 
@@ -200,6 +227,26 @@ def test_gradient_of_lane_groups_is_that_of_all_lanes_with_dropout(cell: str) ->
     plain, _ = model(tokens[:-1], None)
     dropped, _ = model(tokens[:-1], None, Regularization(config, batch.mask_keys_SB))
     assert not torch.allclose(plain, dropped)
+
+
+@pytest.mark.parametrize("cell", ["mlstm", "mogrifier"])
+def test_weight_drop_is_a_model_with_masked_hidden_weights(cell: str) -> None:
+    """Logits, and gradients, which are zero where the mask is."""
+    config = ModelConfig(cell=cell, **SIZES, weight_drop=0.5)
+    model = make_model(cell)
+    inputs_TB, targets_TB = make_window(9)
+    regularization = Regularization(config, mask_keys(config, 0, 3, range(3)))
+    weights = dict(model.named_parameters())
+    hidden = [f"rnn.layers.{layer}.weight_hh" for layer in range(2)]
+    masked = {name: regularization.drop_weight(weights[name], layer) for layer, name in enumerate(hidden)}
+    assert all(0.3 < float((weight == 0).double().mean()) < 0.7 for weight in masked.values())
+    found: list[dict[str, Tensor]] = []
+    for logits_TBV in (model(inputs_TB, None, regularization)[0], functional_call(model, masked, (inputs_TB, None))[0]):
+        nats = F.cross_entropy(logits_TBV.flatten(0, 1), targets_TB.flatten())
+        gradients = torch.autograd.grad(nats, list(weights.values()))
+        found.append({"nats": nats, **dict(zip(weights, gradients, strict=True))})
+    torch.testing.assert_close(*found, rtol=1e-10, atol=1e-12)
+    assert not any(found[0][name][masked[name] == 0].any() for name in hidden)
 
 
 @pytest.mark.parametrize("cell", PLAIN)

@@ -26,7 +26,7 @@ from job.training.train_state import TrainState, build_train_state
 from job.training.train_step import EagerTrainStep
 
 LANES, STEPS = 5, 5
-SIZES: dict[str, Any] = {"rnn": 8, "gru": (8, 6), "lstm": 8, "mingru": (8, 6)}
+SIZES: dict[str, Any] = {"rnn": 8, "gru": (8, 6), "lstm": 8, "mingru": (8, 6), "mlstm": 8, "mogrifier": 8}
 REGULARIZATION: dict[str, Any] = {
     "dropout_locked": True,
     "input_dropout": 0.1,

@@ -9,7 +9,7 @@ from job.config.field import FREE, choice_field, config_field, format_value
 from job.config.section import Section
 from job.errors import UserError
 
-BUILTIN_CELLS = ("rnn", "gru", "lstm", "mingru", "minlstm")
+BUILTIN_CELLS = ("rnn", "gru", "lstm", "mingru", "minlstm", "mlstm", "mogrifier")
 SCAN_CELLS = ("mingru", "minlstm")  # without weights between hidden states
 NUM_BYTES = 256  # tokens that vocabulary.kind = bpe begins with, so that it encodes any text
 _NAME = "|[A-Za-z0-9][A-Za-z0-9._-]*"

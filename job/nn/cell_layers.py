@@ -8,11 +8,17 @@ from typing import cast
 
 from torch import Tensor, nn
 
-from job.nn.minimal import MinGRULayer, MinLSTMLayer
+from job.nn.lstm_variants import MogrifierLSTMLayer, MultiplicativeLSTMLayer, StepLayer
+from job.nn.minimal import MinGRULayer, MinimalLayer, MinLSTMLayer
 from job.nn.regularization import Regularization
 from job.nn.state import State, state_tensors
 
-LAYERS = {"mingru": MinGRULayer, "minlstm": MinLSTMLayer}
+LAYERS: dict[str, type[MinimalLayer | StepLayer]] = {
+    "mingru": MinGRULayer,
+    "minlstm": MinLSTMLayer,
+    "mlstm": MultiplicativeLSTMLayer,
+    "mogrifier": MogrifierLSTMLayer,
+}
 
 
 class CellLayers(nn.Module):

@@ -23,7 +23,7 @@ from job.nn.scan import linear_scan
 from job.nn.state import LayerState
 
 
-class _MinimalLayer(nn.Module):
+class MinimalLayer(nn.Module):
     """A layer whose hidden state is a mean, weighted by its gate, of candidates and of the state before.
 
     Args:
@@ -57,7 +57,7 @@ class _MinimalLayer(nn.Module):
         raise NotImplementedError
 
 
-class MinGRULayer(_MinimalLayer):
+class MinGRULayer(MinimalLayer):
     """A layer of minGRU: weights W_z and W_h."""
 
     num_linear = 2
@@ -66,7 +66,7 @@ class MinGRULayer(_MinimalLayer):
         return projections_TBH[0]
 
 
-class MinLSTMLayer(_MinimalLayer):
+class MinLSTMLayer(MinimalLayer):
     """A layer of minLSTM: weights W_f, W_i and W_h."""
 
     num_linear = 3

@@ -19,7 +19,10 @@ from job.training.train_state import build_train_state
 from job.training.trainer import configure_process
 
 # Weights of a layer in units of inputs times hidden units, their square, and hidden units.
-_LAYER_WEIGHTS = {"rnn": (1, 1, 2), "gru": (3, 3, 6), "lstm": (4, 4, 8), "mingru": (2, 0, 2), "minlstm": (3, 0, 3)}
+_LAYER_WEIGHTS = {
+    "rnn": (1, 1, 2), "gru": (3, 3, 6), "lstm": (4, 4, 8),
+    "mingru": (2, 0, 2), "minlstm": (3, 0, 3), "mlstm": (5, 5, 4), "mogrifier": (9, 4, 4),
+}  # fmt: skip
 _PROCESS_BYTES = 200 << 20  # of a worker without its model: Python, torch and Ray
 _NUM_MEASURED_STEPS = 3
 
