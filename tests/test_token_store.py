@@ -6,6 +6,7 @@ import os
 import pickle
 import re
 import resource
+import shutil
 import struct
 from dataclasses import replace
 from itertools import pairwise
@@ -557,12 +558,22 @@ def test_text_is_not_taken_for_tokens_because_of_other_files(tmp_path: Path, mon
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text(TEXT)
     (tmp_path / "texts" / "manifest.json").write_text('{"license": "MIT"}')
+    for copy in ("text.bin", "text.idx"):
+        shutil.copy(copy, copy.replace("text", "texts"))  # a folder of this name exists
     for source in ("text", long_name, "texts"):
         dataset = spec_of(tmp_path, source, **flags).dataset
         assert isinstance(dataset.train_tokens, np.ndarray)
         np.testing.assert_array_equal(dataset.train_tokens, expected)
     assert isinstance(spec_of(tmp_path, "text.bin", **flags).dataset.train_tokens, ShardedTokens)
     assert isinstance(spec_of(tmp_path, "embedded").dataset.train_tokens, np.ndarray)
+
+
+@pytest.mark.parametrize("name", ["a", "a.bin", "a.idx", "flat.bin"])
+def test_ids_of_another_trainer_without_vocabulary_file_are_one_error_and_no_text(tmp_path: Path, name: str) -> None:
+    write_independently(tmp_path / "a", [[[1, 2, 3] * 999]], 1)  # these bytes are characters in UTF-8, too
+    (tmp_path / "flat.bin").write_bytes(bytes([1, 0, 2, 0]) * 999)
+    found = refused("train", *words(corpus__source=tmp_path / name, run__storage=tmp_path / "runs"))
+    assert f"{name}: contains token ids, whose vocabulary is not given; set vocabulary.file" in found
 
 
 @pytest.mark.parametrize("name", ["corpus.max_tokens", "corpus.validation_fraction"])

@@ -68,7 +68,7 @@ def open_stored(
     Args:
         corpus_config: the source, and what is to agree with the store
         vocabulary_config: what is to agree with the store
-        vocabulary: of the ids in files that are no store; None: such files are not opened
+        vocabulary: of the ids in files that are no store; None: such files are an error
         reads_flat: whether a ``.bin`` file without an index contains uint16 ids, as nanoGPT writes them
         field: what gave the source, for messages
 
@@ -83,8 +83,10 @@ def open_stored(
         if is_store(path):  # a storage that cannot be reached at all is reported at once
             path = replace(path, retry=True)
             return _open_store(path, corpus_config, vocabulary_config, vocabulary)
-        shards = vocabulary and _find_files(path, len(vocabulary), reads_flat)
-        return _check_tokens(shards, vocabulary, corpus_config.cleaning) if vocabulary and shards else None
+        shards = _find_files(path, len(vocabulary or ()), reads_flat)
+        if shards and vocabulary is None:
+            raise UserError("contains token ids, whose vocabulary is not given", "set vocabulary.file")
+        return _check_tokens(shards, vocabulary, corpus_config.cleaning) if shards and vocabulary else None
 
 
 def _locate(source: str) -> Folder | None:
@@ -109,7 +111,7 @@ def _find_files(path: Folder, num_ids: int, reads_flat: bool) -> Shards | None:
     """Returns the file of ids of a pair, or of a flat file; None if it is neither."""
     stem, _, suffix = path.name.rpartition(".")
     has_suffix, folder = suffix in ("bin", "idx"), path.parent
-    if not has_suffix and folder.size(path.name) is not None:
+    if not has_suffix and folder.has(path.name):  # which is literal, and no prefix
         return None
     prefix = stem if has_suffix else path.name
     ids, index = f"{prefix}.bin", f"{prefix}.idx"
