@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pyarrow
@@ -27,8 +28,10 @@ from job.errors import UserError
 
 TEXTS = st.lists(
     st.one_of(
-        st.sampled_from(["\n", "\r\n", "\r", " ", "a", "it's", "1", "\x85", "天", "one two\n", "\n\n", "   "]),
-        st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff"), max_size=3),
+        st.sampled_from(
+            ["\n", "\r\n", "\r", " ", "a", "it's", "1", "\x85", "天", "one two\n", "\n\n", "   ", "\ufeff"]
+        ),
+        st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=3),
     ),
     max_size=15,
 ).map("".join)
@@ -121,3 +124,18 @@ def test_tokens_of_pieces_are_those_of_the_corpus_in_memory(
     assert PieceReader(pieces).has_separators() == (len(corpus.documents) > 1)
     if len(tokens):
         assert characters == corpus.num_characters
+
+
+@pytest.mark.parametrize("text", ["a\nb\ufeffc\ufeff\nd", "\ufeff\ufeffab"])
+def test_byte_order_mark_within_a_file_is_text_wherever_the_file_is_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    (tmp_path / "a.txt").write_text(text)
+    config = CorpusConfig(source=str(tmp_path / "a.txt"), cleaning="none")
+    corpus = read_corpus(config, "char")
+    vocabulary = build_vocabulary(VocabularyConfig(kind="char"), corpus)
+    for piece_bytes, window in ((1, 1), (3, 1), (4, 5), (5, 3)):
+        monkeypatch.setattr(pieces_module, "PIECE_BYTES", piece_bytes)
+        monkeypatch.setattr(pieces_module, "_WINDOW_BYTES", window)
+        tokens, _ = encode(cut(tmp_path / "a.txt", config, "char"), vocabulary)
+        np.testing.assert_array_equal(tokens, vocabulary.encode_documents(corpus.documents))

@@ -59,9 +59,9 @@ def decode_blocks(blocks: Iterable[bytes], encoding: str, position: int = 0) -> 
     """Yields text without its byte order mark, which states its encoding where there is one.
 
     Args:
-        blocks: successive parts of a file; the first has the byte order mark
-        encoding: that of a file without one
-        position: of the first block in its file, for messages
+        blocks: successive parts of a file
+        encoding: that of a file without a byte order mark
+        position: of the first block in its file; if not 0, a byte order mark there is text
 
     Raises:
         UserError: it is in another encoding, or no text
@@ -69,7 +69,7 @@ def decode_blocks(blocks: Iterable[bytes], encoding: str, position: int = 0) -> 
     head, decoder, num_characters = b"", None, 0
     for block in chain(blocks, [b""]):  # the last call of the decoder finds a character that is cut off
         if decoder is None:
-            head = block[:SAMPLE_BYTES]
+            head = b"" if position else block[:SAMPLE_BYTES]
             encoding = codecs.lookup(marked_encoding(head) or encoding).name
             decoder = codecs.getincrementaldecoder(encoding)()
         pending, _ = decoder.getstate()

@@ -217,7 +217,7 @@ def _move_to_cut(stream: BinaryIO, position: int, size: int, find_cut: Callable[
         text, _ = codecs.utf_8_decode(data, "surrogateescape", False)
         cut = find_cut(text)
         if cut or window == position:
-            cut *= text[:cut] != _BYTE_ORDER_MARK  # which is no text
+            cut *= window < position or text[:cut] != _BYTE_ORDER_MARK  # which is no text
             return position - len(data) + len(text[:cut].encode("utf-8", "surrogateescape")) if cut else 0
         window = min(8 * window, position)
     return 0
