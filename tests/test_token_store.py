@@ -568,6 +568,25 @@ def test_text_is_not_taken_for_tokens_because_of_other_files(tmp_path: Path, mon
     assert isinstance(spec_of(tmp_path, "embedded").dataset.train_tokens, np.ndarray)
 
 
+@pytest.mark.parametrize("size", [1, 50, 40_000])
+def test_large_files_of_another_trainer_are_recognized_by_samples_of_all_their_parts(
+    tmp_path: Path, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("job.data.token_store._MAX_VERIFIED_BYTES", 0)
+    monkeypatch.setattr("job.data.token_store._SAMPLE_TOKENS", 100)
+    ids = np.arange(size) % 3 + 1
+    holes = ids.copy()
+    holes[size // 2 - size // 50 : size // 2 + size // 50] = 0  # an interrupted download may leave such a hole
+    found = []
+    for array in (ids, holes, np.append(ids, 1)):
+        array.astype("<u2").tofile(tmp_path / "a.bin")
+        config = replace(CorpusConfig(), source=str(tmp_path / "a.bin"))
+        stored = open_stored(config, VocabularyConfig(), Vocabulary("char", ("<unk>", *"abc")), True)
+        assert stored
+        found.append(stored.sha256)
+    assert len(set(found)) == (3 if size > 49 else 2)
+
+
 @pytest.mark.parametrize("name", ["a", "a.bin", "a.idx", "flat.bin"])
 def test_ids_of_another_trainer_without_vocabulary_file_are_one_error_and_no_text(tmp_path: Path, name: str) -> None:
     write_independently(tmp_path / "a", [[[1, 2, 3] * 999]], 1)  # these bytes are characters in UTF-8, too

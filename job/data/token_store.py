@@ -22,7 +22,7 @@ from job.paths import is_uri
 from job.storage import Folder
 
 _MAX_VERIFIED_BYTES = 256 << 20  # of a store on a disk, whose checksums each run verifies within a second
-_SAMPLE_TOKENS = 1 << 20  # of larger files of another trainer, from both ends
+_NUM_SAMPLES, _SAMPLE_TOKENS = 128, 16 << 10  # of larger files of another trainer, evenly spaced
 # The settings that decide the tokens. Others, such as the encoding of the text, do not apply to a store.
 _FIXED = ("corpus.cleaning", "corpus.newlines", "vocabulary.kind", "vocabulary.end_of_line")
 _OPTIONAL = ("vocabulary.size", "vocabulary.min_frequency", "vocabulary.scope")
@@ -132,16 +132,22 @@ def _find_files(path: Folder, num_ids: int, reads_flat: bool) -> Shards | None:
 
 
 def _check_tokens(shards: Shards, vocabulary: Vocabulary, cleaning: str) -> StoredTokens:
-    """Reads all tokens, or the first and last of many. Raises UserError if one is not in the vocabulary."""
+    """Reads all tokens, or samples of many. Raises UserError if one is not in the vocabulary."""
     tokens = ShardedTokens.whole(shards)
     is_small = shards.folder.local_path is not None and len(tokens) * shards.dtype.itemsize <= _MAX_VERIFIED_BYTES
-    samples = [tokens] if is_small else [tokens[:_SAMPLE_TOKENS], tokens[-_SAMPLE_TOKENS:]]
+    samples = [tokens] if is_small else _read_samples(tokens)
     unknown = [sum(int(vocabulary.is_unknown(block).sum()) for block in blocks(sample)) for sample in samples]
     share = sum(unknown) / sum(map(len, samples))
     digests = [*map(token_sha256, samples)]
     sha256 = digests[0] if is_small else hashlib.sha256(f"{digests} {len(tokens)}".encode()).hexdigest()
     tokens = ShardedTokens.whole(replace(shards, unknown=(round(share * len(tokens)),)))
     return StoredTokens(tokens, vocabulary, "none" if cleaning == "auto" else cleaning, len(tokens), None, sha256)
+
+
+def _read_samples(tokens: ShardedTokens) -> list[np.ndarray]:
+    length = min(_SAMPLE_TOKENS, len(tokens))
+    starts = [number * (len(tokens) - length) // (_NUM_SAMPLES - 1) for number in range(_NUM_SAMPLES)]
+    return tokens.read_ranges([range(start, start + length) for start in starts])
 
 
 def _open_store(
