@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from job.inference.ensemble import Ensemble
 from job.inference.generate import continue_greedily
 from job.kernels import ops
 from job.kernels.build import load_library, unavailable_reason
+from job.nn import language_model
 from job.nn.language_model import LanguageModel, build_model, linear_cross_entropy
 from job.nn.regularization import Regularization, mask_keys
 from job.nn.rnn import RecurrentLayers, _flatten_weights, rnn_layer
@@ -233,6 +235,30 @@ def test_linear_cross_entropy_agrees_with_torch_in_float64(
     assert_near([nats], [expected], TOLERANCES[dtype])
     gradients = torch.autograd.grad(nats / 7, [hidden, weight, bias])
     assert_near(gradients, torch.autograd.grad(expected / 7, exact), TOLERANCES[dtype])
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES)
+def test_linear_cross_entropy_in_chunks_equals_that_of_all_rows(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disable_kernel(monkeypatch)
+    torch.manual_seed(0)
+    weight_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+    hidden, weight, bias = (
+        torch.randn(*shape, dtype=weight_dtype, requires_grad=True) for shape in [(9, 3, 45), (50, 45), (50,)]
+    )
+    targets, results = torch.randint(0, 50, (9, 3)), []
+    chunks = mock.Mock(wraps=language_model._cross_entropy_torch)
+    monkeypatch.setattr(language_model, "_cross_entropy_torch", chunks)
+    for limit in (27 * 50, 10 * 50, 1):
+        monkeypatch.setattr(language_model, "CHUNK_LOGITS", limit)
+        chunks.reset_mock()
+        with autocast(dtype):
+            nats = linear_cross_entropy(hidden, weight, bias, targets)
+        results.append([nats, *torch.autograd.grad(nats / 7, [hidden, weight, bias])])
+        assert max(call.args[3].numel() for call in chunks.mock_calls) == max(1, limit // 50)
+    for chunked in results[1:]:
+        assert_near(chunked, results[0], TOLERANCES[dtype])
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -5,10 +5,12 @@ Axes: T steps, B lanes, H hidden units, E input features, H hidden units, V toke
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from job.config.schema import BUILTIN_CELLS, ModelConfig
 from job.errors import UserError
@@ -18,6 +20,8 @@ from job.nn.custom_cell import build_custom_cell, check_state_protocol
 from job.nn.regularization import Regularization
 from job.nn.rnn import RecurrentLayers
 from job.nn.state import State, run_documents
+
+CHUNK_LOGITS = 1 << 27  # 512 MiB of float32
 
 
 class LanguageModel(nn.Module):
@@ -95,6 +99,11 @@ class LanguageModel(nn.Module):
         nats = linear_cross_entropy(dropped_TBH, weight_VH, bias_V, targets_TB)
         return regularization.add_penalty(nats, hidden_TBH, dropped_TBH, self._document_starts(tokens_TB)), state
 
+    def evaluation_nats(self, tokens_TB: Tensor, targets_TB: Tensor, state: State) -> tuple[Tensor, State]:
+        """Returns ``cross_entropy_sum`` by torch operators, where targets of -1 count nothing, and the state."""
+        hidden_TBH, state = self._hidden_states(tokens_TB, state, None)
+        return _cross_entropy_in_chunks(hidden_TBH, self.linear.weight, self.linear.bias, targets_TB), state
+
     def generate_greedy(self, first_B: Tensor, state: State, length: int) -> Tensor | None:
         """Decodes greedily in a single kernel call.
 
@@ -147,6 +156,9 @@ class LanguageModel(nn.Module):
 def linear_cross_entropy(hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_TB: Tensor) -> Tensor:
     """Returns the summed cross-entropy, in nats, of targets under a linear output layer.
 
+    The compiled kernel holds some rows of logits at a time, and their complete gradient in the compute dtype. Without
+    it there are at most CHUNK_LOGITS logits at a time; if that takes several chunks, the backward pass recomputes each.
+
     Args:
         hidden_TBH: hidden states
         weight_VH: weight of the output layer
@@ -162,8 +174,23 @@ def linear_cross_entropy(hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Tensor, 
     dtype = compute_dtype(weight_VH)
     if can_use_kernel(weight_VH, dtype):
         return fused_linear_cross_entropy(hidden_TBH.to(dtype), weight_VH, bias_V, targets_TB)
-    logits_TBV = F.linear(hidden_TBH, weight_VH, bias_V).to(weight_VH.dtype)
-    return F.cross_entropy(logits_TBV.flatten(0, 1), targets_TB.flatten(), reduction="sum")
+    return _cross_entropy_in_chunks(hidden_TBH, weight_VH, bias_V, targets_TB)
+
+
+def _cross_entropy_in_chunks(hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_TB: Tensor) -> Tensor:
+    """Returns the summed cross-entropy by torch operators, where targets of -1 count nothing."""
+    rows = max(1, CHUNK_LOGITS // len(weight_VH))
+    if targets_TB.numel() <= rows:
+        return _cross_entropy_torch(hidden_TBH, weight_VH, bias_V, targets_TB)
+    chunks = zip(hidden_TBH.flatten(0, 1).split(rows), targets_TB.flatten().split(rows), strict=True)
+    flags: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    nats = [checkpoint(_cross_entropy_torch, hidden, weight_VH, bias_V, targets, **flags) for hidden, targets in chunks]
+    return torch.stack(nats).sum()
+
+
+def _cross_entropy_torch(hidden: Tensor, weight_VH: Tensor, bias_V: Tensor, targets: Tensor) -> Tensor:
+    logits = F.linear(hidden, weight_VH, bias_V).to(weight_VH.dtype)
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-1, reduction="sum")
 
 
 def build_model(model_config: ModelConfig, vocabulary_size: int, seed: int) -> LanguageModel:

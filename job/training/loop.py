@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from job.config.schema import Config, TrainConfig
 from job.data.lanes import split_evenly
@@ -213,8 +212,8 @@ def evaluate_group(
     for window_TB in lane_windows(tokens, lanes, num_steps):
         tokens_TB = window_TB.to(device)
         with torch.autocast(device.type, autocast, enabled=autocast is not None):
-            logits_TBV, state = model(tokens_TB[:-1].clamp(min=0), state)
-        total += _cross_entropy_sum(logits_TBV, tokens_TB[1:])
+            nats, state = model.evaluation_nats(tokens_TB[:-1].clamp(min=0), tokens_TB[1:], state)
+        total += nats
     return float(total)
 
 
@@ -234,8 +233,3 @@ def lane_windows(tokens: Tokens, lanes: Sequence[range], num_steps: int) -> Iter
             row[: len(ids)] = ids
         for first in range(0, num_read, num_steps):
             yield torch.from_numpy(tokens_BT[:, first : first + num_steps + 1].T.copy())
-
-
-def _cross_entropy_sum(logits_TBV: Tensor, targets_TB: Tensor) -> Tensor:
-    logits_TBV = logits_TBV if logits_TBV.dtype == torch.float64 else logits_TBV.float()
-    return F.cross_entropy(logits_TBV.flatten(0, 1), targets_TB.flatten(), ignore_index=-1, reduction="sum")
