@@ -7,7 +7,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
@@ -102,18 +102,20 @@ def _evaluate(line: CommandLine) -> int:
     from job.data.text_size import bits_per_unit
     from job.data.vocabulary import format_unknown_share, unknown_warnings
     from job.inference.evaluate import evaluate_text
+    from job.run.text_cache import TextCache
 
     values = parse_flags(line.flags)
     if "corpus.source" in line.flags:  # another text is evaluated whole, however the training text was cut
         values.setdefault("corpus.max_tokens", 0)
     scale = ScaleConfig(workers=values.pop("scale.workers", 0), accelerator="cpu")
     checkpoints, config = _open(line.targets, values)
-    evaluate = None
+    evaluate, cache = None, TextCache(Console(sys.stderr), is_local=True)
     if scale.max_workers:
+        from job.cluster.connection import is_local
         from job.cluster.evaluate import evaluate_on_cluster
 
-        evaluate = partial(evaluate_on_cluster, scale)
-    result = evaluate_text(checkpoints, config, evaluate)
+        evaluate, cache = partial(evaluate_on_cluster, scale), replace(cache, is_local=is_local(scale))
+    result = evaluate_text(checkpoints, config, evaluate, cache.open)
     unit = "byte" if checkpoints[0].vocabulary.kind == "byte" else "character"
     nats = result.loss.nats_per_token
     if line.json:

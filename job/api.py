@@ -30,6 +30,7 @@ from job.run.plot import plot_perplexity
 from job.run.process_state import process_state_restored
 from job.run.run_dir import open_checkpoint, read_existing_run
 from job.run.signals import StopRequest
+from job.run.text_cache import TextCache
 from job.storage import Folder
 from job.training.checkpoint import LoadedCheckpoint
 
@@ -108,7 +109,8 @@ class Run:
             values.setdefault("corpus.max_tokens", 0)
         config = override_config(replace(self.config, model=self.model_config), values)
         with process_state_restored():
-            return evaluate_text([self._checkpoint], config)
+            cache = TextCache(Console(sys.stderr), is_local=True)
+            return evaluate_text([self._checkpoint], config, open_large=cache.open)
 
     @cached_property
     def _checkpoint(self) -> LoadedCheckpoint:

@@ -215,11 +215,17 @@ class Folder:
 
     @_retried
     def describe(self, name: str) -> tuple[int, str]:
-        """Returns a file's size in bytes and when it was changed. Raises FileNotFoundError if there is no such file."""
+        """Returns a file's size in bytes, and when it was changed or, where that is not known, a checksum.
+
+        Raises FileNotFoundError if there is no such file.
+        """
         file_system, path = self._location
         info = file_system.get_file_info(f"{path}/{name}")
         if info.size is None:
             raise FileNotFoundError(f"{self / name}: no such file")
+        handler = getattr(file_system, "handler", None)
+        if info.mtime is None and isinstance(handler, fs.FSSpecHandler):  # the Hugging Face hub
+            return info.size, str(handler.fs.checksum(f"{path}/{name}"))
         return info.size, str(info.mtime_ns)
 
     @_retried

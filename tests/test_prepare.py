@@ -89,7 +89,7 @@ def test_store_of_pieces_equals_the_corpus_in_memory(
         except UserError:
             with pytest.raises(UserError, match=r"contains no text|tokens; give more text"):
                 prepare_store(config, Console())
-            assert {path.name for path in (folder / "store").iterdir()} == {".lock"}
+            assert not (folder / "store").exists()
             return
         assert prepare_store(config, Console()) == 0
     found = stored(config)

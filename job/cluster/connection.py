@@ -43,6 +43,11 @@ def ray_address() -> str:
     return "" if address == "local" else address
 
 
+def is_local(scale: ScaleConfig) -> bool:
+    """Returns whether all workers are known to be on this machine."""
+    return not (ray_address() and scale.max_workers)
+
+
 def connect(scale: ScaleConfig, stack: contextlib.ExitStack, concurrent: int = 0) -> tuple[Placement, int]:
     """Uses the cluster to which this process is connected, connects to ``RAY_ADDRESS``, or starts one on this machine.
 

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 import torch
 
-from job.cluster.connection import join_cluster, node_resources, query_autoscaler, ray_address
+from job.cluster.connection import is_local, join_cluster, node_resources, query_autoscaler, ray_address
 from job.cluster.local_cluster import check_machine, create_ray_folder
 from job.cluster.node_probe import VERSIONS, NodeReport, probe, probe_nodes, storage_problem, version_problem
 from job.cluster.ray_extensions import free_resources
@@ -28,6 +28,7 @@ from job.run.estimate import checkpoint_bytes, describe_needs
 from job.run.resume_from import open_source_checkpoint
 from job.run.run_dir import check_same_text, resolve_run, resolve_storage
 from job.run.setup import build_run_spec, format_dropped_share, run_warnings
+from job.run.text_cache import TextCache
 from job.storage import Folder
 from job.training.checkpoint import list_checkpoints
 from job.training.run_spec import RunSpec
@@ -84,16 +85,17 @@ def run_checks(
         report: called with each check as it completes
     """
     table, storage = _Checks(report), resolve_storage(config.run.storage)
+    text_cache = TextCache(console, is_local(config.scale))
     table.check("versions", _describe_versions)
     resolve = cache(lambda: _resolve(config, search, default_name))
-    build_spec = cache(lambda: build_run_spec(resolve()[1], resolve()[0]))
+    build_spec = cache(lambda: build_run_spec(resolve()[1], resolve()[0], cache=text_cache))
     if table.check("name", lambda: str(resolve()[0])) and table.check(
         "text", lambda: _describe_text(build_spec(), resolve()[0])
     ):
         table.check("storage", lambda: _check_disk_space(storage, build_spec()))
         table.check("estimate", lambda: describe_needs(build_spec(), bool(ray_address())))
         if search.space.domains:
-            table.check("search", lambda: _check_search(*resolve(), search, console))
+            table.check("search", lambda: _check_search(*resolve(), search, console, text_cache))
         else:
             for warning in run_warnings(build_spec()):
                 console.warn(warning)
@@ -128,8 +130,8 @@ def _describe_text(spec: RunSpec, folder: Folder) -> str:
     return f"{source}: {tokens:,} tokens, vocabulary of {len(spec.dataset.vocabulary):,}{shares}"
 
 
-def _check_search(folder: Folder, config: Config, search: SearchConfig, console: Console) -> str:
-    check_search(config, search, folder, console)
+def _check_search(folder: Folder, config: Config, search: SearchConfig, console: Console, text_cache: TextCache) -> str:
+    check_search(config, search, folder, console, text_cache)
     return f"{search.num_trials:,} trials can start"
 
 

@@ -48,11 +48,15 @@ class RayLauncher:
     Args:
         in_trial: this process belongs to a cluster that can place the workers, as that of a search's trial
         shutdown_timeout_s: how long to wait for Ray Train to end; None: shortly, because this process ends, too
+        is_local: whether all workers are on this machine; None: only on a local cluster that this run starts
     """
 
-    def __init__(self, in_trial: bool = False, shutdown_timeout_s: float | None = None) -> None:
+    def __init__(
+        self, in_trial: bool = False, shutdown_timeout_s: float | None = None, is_local: bool | None = None
+    ) -> None:
         self.in_trial, self.shutdown_timeout_s = in_trial, shutdown_timeout_s
         self.is_connected = ray.is_initialized()
+        self.is_local = not (self.is_connected or ray_address()) if is_local is None else is_local
         self.placement: Placement | None = None
         self.fit: BackgroundTask | None = None
         self.stack = contextlib.ExitStack()

@@ -41,6 +41,7 @@ class TrialContext:
     folder: Folder  # of the search
     directory: str  # the driver's working directory, for relative paths
     event_channel: Any  # carries the request to stop
+    is_local: bool  # whether all workers are on the driver's machine
 
 
 class TrialTrainable(tune.Trainable):
@@ -78,7 +79,9 @@ class TrialTrainable(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Continues the run until its next report. Called by Ray Tune."""
         if self.runner is None:
-            self.runner = TrialRunner(self.run_config, self.run_folder, self.context.search)
+            self.runner = TrialRunner(
+                self.run_config, self.run_folder, self.context.search, is_local=self.context.is_local
+            )
             if self.stop_request.exit_code:
                 self.runner.request_stop()
         return self.runner.next_report()
@@ -128,8 +131,8 @@ def watch_until_free(run_folder: Folder, stop_request: StopRequest) -> LeaseObse
 class TrialRunner:
     """A trial's run in a thread. After each epoch's checkpoint it reports the score and pauses."""
 
-    def __init__(self, config: Config, folder: Folder, search: SearchConfig) -> None:
-        self.config, self.folder, self.search = config, folder, search
+    def __init__(self, config: Config, folder: Folder, search: SearchConfig, is_local: bool = False) -> None:
+        self.config, self.folder, self.search, self.is_local = config, folder, search, is_local
         self.reports: queue.SimpleQueue[dict[str, Any] | BaseException] = queue.SimpleQueue()
         self.resume = threading.Semaphore(0)
         self.ending = False
@@ -179,7 +182,8 @@ class TrialRunner:
 
     def _train(self) -> dict[str, str]:
         """Runs the training to its end, and returns the trial's state with a reason if it failed."""
-        launcher = RayLauncher(in_trial=True) if self.config.scale.max_workers else LocalLauncher()
+        uses_workers = self.config.scale.max_workers > 0
+        launcher = RayLauncher(in_trial=True, is_local=self.is_local) if uses_workers else LocalLauncher()
         try:
             observer = watch_until_free(self.folder, self.stop_request)
             if self.stop_request.exit_code:

@@ -18,7 +18,7 @@ from functools import partial
 from ray import tune
 from ray.tune.experiment import Trial as RayTrial
 
-from job.cluster.connection import BackgroundTask, connect
+from job.cluster.connection import BackgroundTask, connect, is_local
 from job.cluster.launcher import check_placement, create_event_channel
 from job.cluster.local_cluster import check_processes, disconnect
 from job.cluster.ray_extensions import HEAD_NODE_RESOURCE
@@ -37,6 +37,7 @@ from job.paths import cache_notice
 from job.run.lease import Lease, acquire_lease, wait_until_expired
 from job.run.run_dir import SEARCH_FILE
 from job.run.signals import StopRequest
+from job.run.text_cache import TextCache
 from job.tuning.exchange import EXCHANGE_FOLDER
 from job.tuning.optuna_sampler import OptunaSampler, import_optuna
 from job.tuning.report import banner, show_progress
@@ -68,7 +69,8 @@ def run_search(config: Config, search: SearchConfig, default_name: str, console:
         return 0
     folder = replace(folder, retry=True)
     observer = wait_until_expired(folder, console.print)
-    base = check_search(config, search, folder, console)  # the first Ctrl-C ends it: nothing has been started
+    cache = TextCache(console, is_local(config.scale))
+    base = check_search(config, search, folder, console, cache)  # the first Ctrl-C ends it: nothing has been started
     folder.check_writable()
     stop_request = StopRequest()
     with stop_request.installed():
@@ -134,7 +136,9 @@ def _run_trials(
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # the callback reports what matters
     callback = TrialCallback(trials, MAX_TRIAL_FAILURES)
     event_channel = create_event_channel()
-    context = TrialContext(trials.base, trials.search, trials.folder, os.getcwd(), event_channel)
+    context = TrialContext(
+        trials.base, trials.search, trials.folder, os.getcwd(), event_channel, is_local(trials.base.scale)
+    )
     waiting = WaitingNotice(placement, console)
     deadline = time.monotonic() + (60 * trials.search.minutes or math.inf)
     with (

@@ -9,7 +9,7 @@ import numpy as np
 from job.config.schema import CorpusConfig, VocabularyConfig
 from job.data.corpus import Corpus, read_corpus
 from job.data.text_size import TextSize, measure_targets
-from job.data.token_store import StoredTokens, open_stored
+from job.data.token_store import OpenText, StoredTokens, open_stored
 from job.data.tokens import Tokens, count_unknown, token_sha256
 from job.data.vocabulary import Vocabulary
 from job.data.vocabulary_builder import build_vocabulary
@@ -73,21 +73,26 @@ def map_dataset(stored: StoredTokens, corpus_config: CorpusConfig) -> Dataset:
     return Dataset(tokens[:split], tokens[split:], stored.vocabulary, metadata)
 
 
-def add_validation_text(dataset: Dataset, corpus_config: CorpusConfig, vocabulary_config: VocabularyConfig) -> Dataset:
+def add_validation_text(
+    dataset: Dataset, corpus_config: CorpusConfig, vocabulary_config: VocabularyConfig, open_large: OpenText | None
+) -> Dataset:
     """Returns the dataset with the text of ``corpus.validation_source``, in the vocabulary of the training text.
 
     Args:
         dataset: without a validation text
         corpus_config: the source; its cleaning is that of the training text
         vocabulary_config: what is to agree with a token store
+        open_large: opens a text that is too large for the memory; None: read a text of any size into memory
 
     Raises:
         UserError: the text cannot be read, or it is a store of another vocabulary
     """
     vocabulary, field = dataset.vocabulary, "corpus.validation_source"
-    corpus_config = replace(corpus_config, source=corpus_config.validation_source, validation_source="")
+    corpus_config = replace(corpus_config, source=corpus_config.validation_source, validation_source="", max_tokens=0)
     reads_flat = vocabulary.kind != "byte"
     stored = open_stored(corpus_config, vocabulary_config, vocabulary, reads_flat, field)
+    if open_large and not stored:
+        stored = open_large(corpus_config, vocabulary_config, vocabulary, field)
     tokens: Tokens
     if stored:
         tokens, sha256 = stored.tokens, stored.sha256

@@ -162,7 +162,7 @@ class PieceReader:
             span = self.pieces.spans[index]
             file = self.pieces.files[span.file]
             origin = error_origin(file.name) if len(self.pieces.files) > 1 else nullcontext()
-            source = error_origin(f"corpus.source = {self.format.corpus_config.source}")
+            source = error_origin(f"{self.format.field} = {self.format.corpus_config.source}")
             with source, origin, file.open(self.pieces.sizes[span.file]) as stream:
                 for text in self._read_span(span, stream):
                     if text.text or text.is_document:

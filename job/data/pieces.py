@@ -52,12 +52,14 @@ class TextFormat:
         vocabulary_kind: char, byte, word or bpe
         has_separator: whether the vocabulary can separate documents; if not, they are joined by newlines
         find_cut: returns the last position at which a text may be cut, as ``last_cut`` does
+        field: what gave the source, for messages
     """
 
     corpus_config: CorpusConfig
     vocabulary_kind: str
     has_separator: bool
     find_cut: Callable[[str | bytes], int]
+    field: str = "corpus.source"
 
     @property
     def is_raw(self) -> bool:

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,9 @@ class StoredTokens:
         if is_local and num_tokens * self.tokens.dtype.itemsize <= _MAX_VERIFIED_BYTES:
             return token_sha256(self.tokens[:num_tokens])
         return hashlib.sha256(f"{self.sha256} {num_tokens}".encode()).hexdigest()
+
+
+OpenText = Callable[[CorpusConfig, VocabularyConfig, Vocabulary | None, str], StoredTokens | None]  # as open_stored
 
 
 def open_stored(

@@ -11,7 +11,7 @@ from job.config.schema import Config, EvaluateConfig
 from job.data.corpus import Corpus, read_corpus
 from job.data.lanes import split_evenly
 from job.data.text_size import TextSize, measure_targets
-from job.data.token_store import StoredTokens, open_stored
+from job.data.token_store import OpenText, StoredTokens, open_stored
 from job.data.tokens import Tokens, count_characters, count_unknown
 from job.data.vocabulary import END_OF_LINE, Vocabulary
 from job.distributed.tree_reduce import tree_sum
@@ -56,14 +56,16 @@ class Evaluation:
 
 
 def evaluate_text(
-    checkpoints: Sequence[LoadedCheckpoint], config: Config, evaluate: "Evaluate | None" = None
-) -> Evaluation:
+    checkpoints: Sequence[LoadedCheckpoint], config: Config, evaluate: "Evaluate | None" = None,
+    open_large: OpenText | None = None,
+) -> Evaluation:  # fmt: skip
     """Evaluates models on a text: each token but the first is a target once.
 
     Args:
         checkpoints: of one model, or of several whose mean of probabilities is evaluated
         config: its sections ``corpus`` and ``evaluate``, and the cell of ``model`` as the user gave it
         evaluate: computes the loss; None: in this process
+        open_large: opens a text that is too large for the memory; None: read a text of any size into memory
 
     Raises:
         UserError: the text cannot be read, or has fewer than two tokens, a checkpoint
@@ -72,6 +74,8 @@ def evaluate_text(
     check_same_vocabulary(checkpoints)
     vocabulary, corpus_config = checkpoints[0].vocabulary, config.corpus
     stored = open_stored(corpus_config, config.vocabulary, vocabulary, reads_flat=False)
+    if open_large and not stored:
+        stored = open_large(corpus_config, config.vocabulary, vocabulary, "corpus.source")
     all_tokens: Tokens
     if stored:
         all_tokens, count = stored.tokens, partial(_stored_characters, stored)

@@ -47,6 +47,7 @@ from job.run.run_dir import (
 )
 from job.run.setup import MAX_DROPPED_SHARE, build_run_spec, format_dropped_share, run_warnings
 from job.run.signals import StopRequest
+from job.run.text_cache import TextCache
 from job.storage import Folder
 from job.training.checkpoint import find_latest_valid, list_checkpoints, weights_sha256
 from job.training.events import CheckpointCommitted, Event, EventSink, Finished
@@ -75,7 +76,13 @@ class RunOutcome:
 
 
 class Launcher(Protocol):
-    """Starts a run's workers: in this process, or by Ray on a cluster."""
+    """Starts a run's workers: in this process, or by Ray on a cluster.
+
+    Attributes:
+        is_local: whether all workers are known to be on this machine, before ``connect``
+    """
+
+    is_local: bool
 
     def connect(self, spec: RunSpec, console: Console) -> None:
         """Makes sure that the workers can be placed. Raises UserError if not; nothing has been written by then."""
@@ -129,7 +136,7 @@ def run_training(
     with driver_log() as log, stop_request.installed():
         stop_request.can_save = False
         with suppress(KeyboardInterrupt):
-            spec = build_run_spec(config, folder, content)
+            spec = build_run_spec(config, folder, content, TextCache(console, launcher.is_local))
             check_same_text(list_checkpoints(spec.checkpoints)[0], spec.dataset)
             source = open_source_checkpoint(spec.config, spec.dataset, folder)
             folder.check_writable()

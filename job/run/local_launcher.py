@@ -20,6 +20,8 @@ from job.training.trainer import train
 class LocalLauncher:
     """The launcher for ``scale.workers = 0``."""
 
+    is_local = True
+
     def connect(self, spec: RunSpec, console: Console) -> None:
         """Raises UserError if this machine lacks the cores or the memory, or a GPU that the configuration requires."""
         config = spec.config

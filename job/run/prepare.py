@@ -10,9 +10,10 @@ from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import partial, reduce
 from itertools import accumulate, chain
+from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
-from job.config.schema import Config
+from job.config.schema import Config, CorpusConfig, VocabularyConfig
 from job.console import Console, format_duration
 from job.data.corpus import find_corpus, no_text
 from job.data.dataset import num_train
@@ -41,7 +42,7 @@ from job.data.vocabulary_builder import counted_vocabulary, train_vocabulary
 from job.data.vocabulary_file import find_vocabulary, read_vocabulary, read_vocabulary_file
 from job.errors import RunFailed, UserError, error_origin, report_os_error
 from job.paths import check_no_credentials
-from job.run.lease import acquire_lease, wait_until_expired
+from job.run.lease import LOCK_FILE, acquire_lease, wait_until_expired
 from job.run.signals import StopRequest
 from job.storage import Folder
 
@@ -84,38 +85,49 @@ def prepare_store(
     stop_request.can_save = False  # each finished piece is saved at once
     with stop_request.installed():
         try:
-            preparation = _Preparation(config, console)
+            check_no_store(config.corpus.store)
+            given = read_vocabulary(config.vocabulary) if config.vocabulary.file else None
+            preparation = Preparation(config.corpus, config.vocabulary, given, console)
             uses_cluster = open_tasks and len(preparation.pieces) > 1  # of a single piece there is nothing to share
             with open_tasks() if open_tasks and uses_cluster else nullcontext(run_in_process) as run_tasks:
-                console.print(preparation.run(run_tasks))
+                console.print(preparation.run(config.corpus.store, run_tasks))
         except KeyboardInterrupt:
             console.print("interrupted; the same command continues")
             return stop_request.exit_code or 130
     return 0
 
 
-class _Preparation:
+class Preparation:
     """One store that is prepared. Reads and writes nothing of the store until it runs.
 
-    Raises UserError if the corpus has no files, or ``corpus.store`` is in use.
+    Raises UserError if the corpus has no files.
+
+    Args:
+        corpus_config: the source, its format and its cleaning
+        vocabulary_config: of the vocabulary that is built
+        given: a vocabulary that exists; None: build one
+        console: shows the progress
+        field: what gave the source, for messages
     """
 
-    def __init__(self, config: Config, console: Console) -> None:
-        self.folder = replace(check_no_store(config.corpus.store), retry=True)
-        self.console, self.vocabulary_config = console, config.vocabulary
-        self.given = read_vocabulary(config.vocabulary) if config.vocabulary.file else None
-        check_no_credentials("corpus.source", config.corpus.source)
-        with error_origin(f"corpus.source = {config.corpus.source}"):
-            self.corpus_config, files = find_corpus(config.corpus)
-            self.described = _describe(files)
+    def __init__(
+        self, corpus_config: CorpusConfig, vocabulary_config: VocabularyConfig, given: Vocabulary | None,
+        console: Console, field: str = "corpus.source",
+    ) -> None:  # fmt: skip
+        self.console, self.vocabulary_config, self.given, self.field = console, vocabulary_config, given, field
+        check_no_credentials(field, corpus_config.source)
+        with error_origin(f"{field} = {corpus_config.source}"):
+            self.corpus_config, files = find_corpus(corpus_config)
+            self.described = describe_files(files)
             self.pieces = cut_files(files, [size for size, _ in self.described], self._text_format())
 
     def _text_format(self) -> TextFormat:
         kind, cleaning, given = self.vocabulary_config.kind, self.corpus_config.cleaning, self.given
         find_cut = partial(given.last_cut, cleaning=cleaning) if given else default_cut(kind, cleaning)
-        return TextFormat(self.corpus_config, kind, given is None or given.has_separator, find_cut)
+        return TextFormat(self.corpus_config, kind, given is None or given.has_separator, find_cut, self.field)
 
-    def _identity(self) -> dict[str, Any]:
+    @property
+    def identity(self) -> dict[str, Any]:
         """Returns all that decides the bytes of the store."""
         settings = store_settings(self.corpus_config, self.vocabulary_config)
         names = [file.name for file in self.pieces.files]
@@ -125,16 +137,33 @@ class _Preparation:
         del settings["corpus.store"]
         return {"settings": settings, "input": input_digest.hexdigest(), "piece_bytes": PIECE_BYTES}
 
-    def run(self, run_tasks: RunTasks) -> str:
-        """Writes the store; returns a description of it."""
-        self.run_tasks = run_tasks
-        observer = wait_until_expired(self.folder, self.console.print, "this store", "corpus.store")
+    def run(self, store: str, run_tasks: RunTasks) -> str:
+        """Writes the store; returns a description of it.
+
+        Args:
+            store: the store's folder
+            run_tasks: encodes the pieces
+
+        Raises:
+            UserError: the corpus cannot be read, or the folder is in use or cannot be written
+        """
+        self.run_tasks, folder = run_tasks, replace(check_no_store(store), retry=True)
+        existed = folder.exists()
         try:
-            lease = acquire_lease(self.folder, observer)
+            return self._run_with_lease(folder)
+        except UserError:
+            if not existed and folder.local_path:
+                _remove_unused(folder.local_path)
+            raise
+
+    def _run_with_lease(self, folder: Folder) -> str:
+        observer = wait_until_expired(folder, self.console.print, "this store", "corpus.store")
+        try:
+            lease = acquire_lease(folder, observer)
         except RunFailed as error:
             raise UserError(f"corpus.store = {error.problem}", "grant write access or free space there") from None
         with lease:
-            check_no_store(self.corpus_config.store)  # another process may have finished it meanwhile
+            check_no_store(folder.address)  # another process may have finished it meanwhile
             try:
                 return self._write(lease.folder)
             except UserError:
@@ -145,7 +174,7 @@ class _Preparation:
 
     def _write(self, folder: Folder) -> str:
         with report_os_error(f"corpus.store = {folder}: cannot be written"):
-            done = read_receipts(folder) if start_store(folder, self._identity()) else {}
+            done = read_receipts(folder) if start_store(folder, self.identity) else {}
             vocabulary = self._vocabulary(folder)
         tasks = [task for task in self._limited_tasks(vocabulary) if task[0] not in done]
         encode = partial(encode_piece, self.pieces, vocabulary, folder)
@@ -162,12 +191,12 @@ class _Preparation:
     def _check_text(self, encoded: list[EncodedPiece]) -> None:
         """Raises UserError if there are too few tokens, or the files were changed while they were read."""
         num_tokens = sum(shard.tokens for piece in encoded for shard in piece.shards)
-        with error_origin(f"corpus.source = {self.corpus_config.source}"):
+        with error_origin(f"{self.field} = {self.corpus_config.source}"):
             if not any(piece.characters for piece in encoded):
                 raise no_text(self.corpus_config.cleaning)
             if num_tokens < 2:
                 raise UserError(f"{num_tokens} tokens", "give more text")
-            if _describe(self.pieces.files) != self.described:
+            if describe_files(self.pieces.files) != self.described:
                 raise UserError("its files were changed while they were read", "start it again")
 
     def _finish(self, folder: Folder, vocabulary: Vocabulary, encoded: list[EncodedPiece]) -> str:
@@ -239,7 +268,15 @@ class _Preparation:
                 self.console.progress(f"{verb} {share:.0%}  {done / seconds / 1e6:,.1f} MB/s  {left} left")
 
 
-def _describe(files: Sequence[SourceFile]) -> list[tuple[int, str]]:
+def _remove_unused(path: Path) -> None:
+    """Removes the folder of a store of which nothing was written."""
+    with suppress(OSError):
+        if [file.name for file in path.iterdir()] == [LOCK_FILE]:
+            (path / LOCK_FILE).unlink()
+            path.rmdir()
+
+
+def describe_files(files: Sequence[SourceFile]) -> list[tuple[int, str]]:
     """Returns the size of each file, and what identifies its content."""
     with ThreadPoolExecutor(_FILES_AT_ONCE) as threads:
         return [*threads.map(SourceFile.describe, files)]

@@ -9,7 +9,7 @@ from job.data.content import Content
 from job.data.corpus import Corpus, read_corpus
 from job.data.dataset import Dataset, add_validation_text, build_dataset, map_dataset
 from job.data.stream import Stream
-from job.data.token_store import open_stored
+from job.data.token_store import StoredTokens, open_stored
 from job.data.vocabulary import Vocabulary, unknown_warnings
 from job.data.vocabulary_file import find_vocabulary, read_vocabulary, read_vocabulary_file
 from job.errors import UserError, error_origin, report_os_error
@@ -17,6 +17,7 @@ from job.inference.prefix import prefix_warnings, resolve_prefix
 from job.nn.language_model import build_model, check_shapes, check_tied, place_by_token, reference_state_dict
 from job.run.estimate import check_weights
 from job.run.run_dir import open_checkpoint
+from job.run.text_cache import TextCache
 from job.storage import Folder
 from job.training.checkpoint import list_checkpoints
 from job.training.run_spec import RunSpec
@@ -26,13 +27,16 @@ MAX_DROPPED_SHARE = 0.01  # of the tokens, in an epoch, without a notice at the 
 MAX_MEAN_WORD_LENGTH = 12  # characters; of languages that separate words by blanks
 
 
-def build_run_spec(config: Config, folder: Folder, content: Content | None = None) -> RunSpec:
+def build_run_spec(
+    config: Config, folder: Folder, content: Content | None = None, cache: TextCache | None = None
+) -> RunSpec:
     """Reads the corpus, builds the dataset, and checks all that can be checked without a cluster.
 
     Args:
         config: as the user gave it
         folder: the run's folder; nothing is written to it
         content: the text or token ids that ``corpus.source`` names, if they are in no file
+        cache: opens large texts; None: read texts of any size into memory
 
     Returns:
         The input of all workers; its configuration has ``corpus.source``, ``corpus.cleaning`` and ``generate.prefix``
@@ -42,15 +46,14 @@ def build_run_spec(config: Config, folder: Folder, content: Content | None = Non
         UserError: the corpus, the sizes or the initial weights cannot be used as configured
     """
     vocabulary = read_vocabulary(config.vocabulary) if config.vocabulary.file else None
-    reads_flat = config.vocabulary.kind != "byte"  # whose .bin files may contain anything
-    if content is None and (stored := open_stored(config.corpus, config.vocabulary, vocabulary, reads_flat)):
+    if content is None and (stored := _open_tokens(config, vocabulary, cache)):
         config = replace(config, corpus=replace(config.corpus, cleaning=stored.cleaning))
         corpus, dataset = None, map_dataset(stored, config.corpus)
     else:
         corpus, config = _read_corpus(config, vocabulary, content)
         dataset = build_dataset(corpus, config.corpus, config.vocabulary)
     if config.corpus.validation_source:
-        dataset = add_validation_text(dataset, config.corpus, config.vocabulary)
+        dataset = add_validation_text(dataset, config.corpus, config.vocabulary, cache.open if cache else None)
     _check_sizes(dataset, config, corpus)
     _check_separator(config, dataset.vocabulary)
     prefix = resolve_prefix(config.generate.prefix, config.corpus, dataset)
@@ -70,6 +73,16 @@ def format_dropped_share(spec: RunSpec, min_share: float = 0.0) -> str:
     """Returns the share of the training tokens that an epoch does not use, after a comma; empty up to ``min_share``."""
     share = Stream(spec.dataset.train_tokens, spec.config.stream, spec.config.run.seed).dropped_share
     return f", {100 * share:.2g}% not used in an epoch" if share > min_share else ""
+
+
+def _open_tokens(config: Config, vocabulary: Vocabulary | None, cache: TextCache | None) -> StoredTokens | None:
+    """Returns the tokens of a store, or of a large text; None for a small text."""
+    reads_flat = config.vocabulary.kind != "byte"  # whose .bin files may contain anything
+    stored = open_stored(config.corpus, config.vocabulary, vocabulary, reads_flat)
+    if stored or not cache:
+        return stored
+    config.vocabulary.check_can_build()
+    return cache.open(config.corpus, config.vocabulary, vocabulary)
 
 
 def _read_corpus(config: Config, vocabulary: Vocabulary | None, content: Content | None) -> tuple[Corpus, Config]:

@@ -20,6 +20,7 @@ from job.run.run_dir import (
     with_resolved_fields,
 )
 from job.run.setup import build_run_spec, run_warnings
+from job.run.text_cache import TextCache
 from job.storage import Folder
 from job.training.checkpoint import list_checkpoints
 from job.tuning.rungs import check_scheduler
@@ -58,7 +59,9 @@ def resolve_search(config: Config, search: SearchConfig, default_name: str) -> t
     return folder, config
 
 
-def check_search(base: Config, search: SearchConfig, folder: Folder, console: Console) -> Config:
+def check_search(
+    base: Config, search: SearchConfig, folder: Folder, console: Console, cache: TextCache | None = None
+) -> Config:
     """Returns the configuration with its corpus resolved, once every trial is known to be able to start.
 
     The text and the model are built for the configuration itself and for each endpoint of each field. All
@@ -71,7 +74,7 @@ def check_search(base: Config, search: SearchConfig, folder: Folder, console: Co
         raise UserError("search.space: is empty", 'write lines such as "model.dropout" = { uniform = [0, 0.5] } in it')
     if "corpus.validation_fraction" not in search.space.domains:
         _check_metric(base, search)
-    spec = build_run_spec(base, folder)
+    spec = build_run_spec(base, folder, cache=cache)
     for warning in run_warnings(spec):
         console.warn(warning)
     base = replace(spec.config, generate=base.generate)  # a trial with another vocabulary has another prefix
@@ -79,7 +82,7 @@ def check_search(base: Config, search: SearchConfig, folder: Folder, console: Co
         check_same_text(list_checkpoints(trial_folder(folder, 0) / "checkpoints")[0], spec.dataset)
     source = open_source_checkpoint(spec.config, spec.dataset, trial_folder(folder, 0))
     for count, endpoint in enumerate(search.space.endpoints, 1):
-        _check_params(base, search, endpoint, source, folder)
+        _check_params(base, search, endpoint, source, folder, cache)
         if count % 10 == 0:
             console.progress(f"checked {count:,} of {len(search.space.endpoints):,} values in search.space")
     for number in range(search.num_trials):
@@ -90,8 +93,9 @@ def check_search(base: Config, search: SearchConfig, folder: Folder, console: Co
 
 
 def _check_params(
-    base: Config, search: SearchConfig, params: Params, source: SourceCheckpoint | None, folder: Folder | None = None
-) -> None:
+    base: Config, search: SearchConfig, params: Params, source: SourceCheckpoint | None, folder: Folder | None = None,
+    cache: TextCache | None = None,
+) -> None:  # fmt: skip
     """Raises UserError if there can be no run with these parameters; builds the text and model if given a folder."""
     try:
         config = override_config(base, params)
@@ -99,7 +103,7 @@ def _check_params(
         if source:
             source.check(config)
         if folder and _setup_inputs(config) != _setup_inputs(base):
-            build_run_spec(config, folder)
+            build_run_spec(config, folder, cache=cache)
     except UserError as error:
         values = ", ".join(f"{name} = {format_value(value)}" for name, value in params.items())
         raise UserError(f"search.space, at {values}: {error.problem}", error.remedy) from None
