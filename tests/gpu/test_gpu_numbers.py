@@ -20,8 +20,9 @@ from test_rnn import SEPARATOR, documents_alone, window_of_documents
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from job.config.schema import BUILTIN_CELLS, ModelConfig, OptimizerConfig
+from job.config.schema import BUILTIN_CELLS, SCAN_CELLS, ModelConfig, OptimizerConfig
 from job.distributed.gradient_sync import AllReduceGradients, Batch, LossModule, assign_lanes
+from job.nn.cell_layers import CellLayers
 from job.nn.language_model import LanguageModel, build_model
 from job.nn.regularization import Regularization, mask_keys
 from job.nn.rnn import _rnn_layer_cudnn, _rnn_layer_torch
@@ -115,6 +116,9 @@ def plain_loss(
             names = [name for name, _ in module.named_parameters()]
             x_TBE, state = torch.func.functional_call(module, dict(zip(names, weights, strict=True)), (x_TBE,))
             last_states.append(state if isinstance(state, tuple) else (state,))
+    elif isinstance(model.rnn, CellLayers):  # in float64, whose numbers test_cell_layers.py compares with formulas
+        x_TBE, state = model.rnn(x_TBE, None, regularization, None)
+        last_states.append(tuple(state_tensors(state)))
     else:
         x_TBE, state = model.rnn(x_TBE, None)
         last_states.append(state)
@@ -148,7 +152,7 @@ def test_step_on_gpu_agrees_with_plain_modules_in_float64(
     rates: dict[str, Any] = {"dropout": 0.3} if num_layers > 1 else {}
     if num_layers > 1 and sizes.embedding:
         rates |= {"input_dropout": 0.2, "embedding_dropout": 0.1}
-    if num_layers > 1 and cell in BUILTIN_CELLS:
+    if num_layers > 1 and cell in {*BUILTIN_CELLS} - {*SCAN_CELLS}:
         rates |= {"weight_drop": 0.2}
     config = ModelConfig(
         cell=cell, hidden_size=sizes.units, num_layers=num_layers, embedding_size=sizes.embedding,
@@ -177,7 +181,9 @@ def test_step_on_gpu_agrees_with_plain_modules_in_float64(
         for net in (model, exact)
     )
     assert len(expected) > 3
-    assert_near(found, expected, numbers.tolerance)
+    # The derivative of their candidates jumps at zero, and rounded products may be on its other side.
+    jumps = 2 if cell in SCAN_CELLS and numbers.autocast is not None else 1
+    assert_near(found, expected, jumps * numbers.tolerance)
 
 
 @pytest.mark.parametrize("numbers", ["fp64", "fp32", "bf16"], indirect=True)
@@ -251,7 +257,7 @@ def test_cudnn_layer_equals_torch_operator_with_converted_weights(
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("cell", BUILTIN_CELLS)
+@pytest.mark.parametrize("cell", NN_CELLS)
 def test_graph_with_converted_weights_equals_eager_step(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The layer of a GPU in a captured step, with a recorded list of torch operations in the place of the graph."""
     disable_kernel(monkeypatch)
