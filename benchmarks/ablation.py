@@ -2,9 +2,9 @@
 
     python -m benchmarks.ablation --corpus TEXT [--results FILE] [--kind word] [--only NAME …] [--seeds N]
 
-Each technique is added to a model without any, and removed from a model with all of them. The model is an LSTM of
-2 × 256 units on the first 200,000 tokens of the text, which it passes a dozen times, so that it overfits without
-regularization. A row takes one to three minutes on one core. Its result is a line of the file, and rows that are there
+Each technique is added to a model without any, and removed from a model with all of them; other cells take the place of
+the LSTM at equal numbers of weights. The model is an LSTM of 2 × 256 units on the first 200,000 tokens of the text, which
+it passes a dozen times, so that it overfits without regularization. A row takes one to three minutes on one core. Its result is a line of the file, and rows that are there
 are not run again; a run that was interrupted is resumed.
 """
 
@@ -20,6 +20,8 @@ from typing import Any
 
 from benchmarks import measure
 from job import train
+from job.config.schema import BUILTIN_CELLS, ModelConfig
+from job.run.estimate import count_weights
 
 NONE = "none"
 BASE: dict[str, Any] = {
@@ -40,18 +42,34 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "weight decay": {"optimizer.weight_decay": 0.3},
     "weight decay of matrices": {"optimizer.weight_decay": 0.3, "optimizer.decay_scope": "matrices"},
 }
+CELLS = [cell for cell in BUILTIN_CELLS if cell != BASE["model.cell"]]
 ALTERNATIVES = {"dropout", "weight decay"}  # the row after each is a variant of it, and is part of all
 
 
+def equal_size(cell: str, num_tokens: int = 65) -> int:
+    """The hidden size, a multiple of 8, with which a model of a cell has about as many weights as ``BASE``.
+
+    By default with the characters of tiny Shakespeare.
+    """
+    base = {name.removeprefix("model."): value for name, value in BASE.items() if name.startswith("model.")}
+
+    def num_weights(cell: str, hidden_size: int) -> int:
+        return count_weights(ModelConfig(**{**base, "cell": cell, "hidden_size": hidden_size}), num_tokens)
+
+    expected = num_weights(base["cell"], base["hidden_size"])
+    return min(range(8, 2048, 8), key=lambda size: abs(num_weights(cell, size) - expected))
+
+
 def rows() -> dict[str, dict[str, Any]]:
-    """The fields of each row: none, one technique, all of them, all but one."""
+    """The fields of each row: none, one technique, all of them, all but one; cells of as many weights as the LSTM."""
     parts = {name: fields for name, fields in TECHNIQUES.items() if name not in ALTERNATIVES}
 
     def together(names: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         return {name: value for fields in names.values() for name, value in fields.items()}
 
     without = {f"all but {name}": together({key: parts[key] for key in parts if key != name}) for name in parts}
-    return {NONE: {}, **TECHNIQUES, "all": together(parts), **without}
+    cells = {f"cell {cell}": {"model.cell": cell, "model.hidden_size": equal_size(cell)} for cell in CELLS}
+    return {NONE: {}, **TECHNIQUES, "all": together(parts), **without, **cells}
 
 
 def run_row(name: str, fields: dict[str, Any], seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
