@@ -3,9 +3,9 @@
     python -m benchmarks.ablation --corpus TEXT [--results FILE] [--kind word] [--only NAME …] [--seeds N]
 
 Each technique is added to a model without any, and removed from a model with all of them; other cells take the place of
-the LSTM at equal numbers of weights. The model is an LSTM of 2 × 256 units on the first 200,000 tokens of the text, which
-it passes a dozen times, so that it overfits without regularization. A row takes one to three minutes on one core. Its result is a line of the file, and rows that are there
-are not run again; a run that was interrupted is resumed.
+the LSTM at equal numbers of weights. The model is an LSTM of 2 × 256 units on the first 200,000 tokens of the text,
+which it passes a dozen times, so that it overfits without regularization. A row takes one to three minutes on one core.
+Its result is a line of the file, and rows that are there are not run again; a run that was interrupted is resumed.
 """
 
 import argparse

@@ -31,23 +31,18 @@ def sigmoid(x: Tensor) -> Tensor:
     return 1 / (1 + torch.exp(-x))
 
 
-def positive(x: Tensor) -> Tensor:
-    """g of Feng et al., listing 6."""
-    return torch.where(x >= 0, x + 0.5, sigmoid(x))
-
-
 def mingru(weights: dict[str, Tensor], x: Tensor, state: PlainState) -> PlainState:
     """Feng et al., 2024, section 3.1: one step."""
     k, v = (x @ weights["linear.weight"].T + weights["linear.bias"]).chunk(2, 1)
     z = sigmoid(k)
-    return ((1 - z) * state[0] + z * positive(v),)
+    return ((1 - z) * state[0] + z * v,)
 
 
 def minlstm(weights: dict[str, Tensor], x: Tensor, state: PlainState) -> PlainState:
     """Feng et al., 2024, section 3.2: one step, with the sum of the gates normalized to one."""
     f, i, v = (x @ weights["linear.weight"].T + weights["linear.bias"]).chunk(3, 1)
     f, i = sigmoid(f), sigmoid(i)
-    return (f / (f + i) * state[0] + i / (f + i) * positive(v),)
+    return (f / (f + i) * state[0] + i / (f + i) * v,)
 
 
 def lstm(weights: dict[str, Tensor], x: Tensor, h: Tensor, c: Tensor, first: int = 0) -> PlainState:
