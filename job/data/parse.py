@@ -118,11 +118,15 @@ def parse_json_lines(blocks: Iterable[str], field: str) -> Iterator[str]:
 
 
 def _split_lines(blocks: Iterable[str]) -> Iterator[str]:
-    rest = ""
+    parts: list[str] = []  # of a line, joined once: it may be very long
     for block in blocks:
-        *lines, rest = (rest + block).split("\n")
-        yield from lines
-    yield rest
+        *lines, rest = block.split("\n")
+        if lines:
+            yield "".join([*parts, lines[0]])
+            yield from lines[1:]
+            parts.clear()
+        parts.append(rest)
+    yield "".join(parts)
 
 
 def _document(line: str, field: str) -> str:
