@@ -178,8 +178,12 @@ def test_generate_from_the_average_of_a_run_without_one_is_refused(prose: Path, 
 
 
 @pytest.mark.slow
-def test_run_from_a_checkpoint_without_an_average_starts_it_there(prose: Path, tmp_path: Path) -> None:
-    assert job("train", *flags(prose, tmp_path, "--train.max_steps", 9)).status == 0
+@pytest.mark.parametrize("averaging", ["none", "ema"])
+def test_run_from_a_checkpoint_without_an_average_of_its_kind_starts_it_there(
+    averaging: str, prose: Path, tmp_path: Path
+) -> None:
+    source = flags(prose, tmp_path, "--train.max_steps", 9, "--optimizer.averaging", averaging)
+    assert job("train", *source).status == 0
     more = ["--run.name", "next", "--run.resume_from", tmp_path / "run", "--optimizer.averaging", "mean"]
     more += ["--optimizer.average_start", 2, "--train.checkpoint_every", 1, "--train.keep_checkpoints", 9]
     assert job("train", *flags(prose, tmp_path, *more, "--train.max_steps", 12)).status == 0

@@ -34,7 +34,7 @@ class ResumePoint:
     checkpoint: Checkpoint
     weights: dict[str, Tensor]
     optimizer: dict[str, Tensor]
-    average: dict[str, Tensor]  # empty without an average
+    average: dict[str, Tensor]  # empty without an average, or if it is not of the kind of the run
     progress: Progress
     precision: str
 
@@ -56,7 +56,7 @@ def agree_on_resume_point(spec: RunSpec, world: World) -> tuple[ResumePoint | No
     timeout = timedelta(seconds=CHECKPOINT_SCAN_TIMEOUT_S)
     group = dist.new_group(backend="gloo", timeout=timeout) if dist.is_initialized() else None
     checkpoints, corrupt = _list_on_rank_0(spec, world, group)
-    resume_point, skipped = load_latest(checkpoints, corrupt, lambda checkpoint: _load(checkpoint, world, group))
+    resume_point, skipped = load_latest(checkpoints, corrupt, lambda checkpoint: _load(checkpoint, spec, world, group))
     if skipped and not resume_point:
         raise UserError(f"{spec.checkpoints}: no valid checkpoint: {skipped[0]}", "remove the folder to start over")
     precision = resume_point.precision if resume_point else spec.config.train.precision
@@ -79,7 +79,7 @@ def _list_on_rank_0(
     ]
 
 
-def _load(checkpoint: Checkpoint, world: World, group: dist.ProcessGroup | None) -> ResumePoint:
+def _load(checkpoint: Checkpoint, spec: RunSpec, world: World, group: dist.ProcessGroup | None) -> ResumePoint:
     """Loads a checkpoint on all workers; raises CorruptCheckpoint on all if a file is not valid."""
     if world.rank and not checkpoint.path.has(MANIFEST):
         raise RuntimeError(f"{checkpoint.path}: worker {world.rank} does not see it; do all nodes mount this storage?")
@@ -93,7 +93,9 @@ def _load(checkpoint: Checkpoint, world: World, group: dist.ProcessGroup | None)
         verify_checkpoint(checkpoint, lanes_files[world.rank :: world.size])
         if world.rank == 0:
             loaded = load_checkpoint(checkpoint)
-            weights, average = loaded.weights, loaded.average
+            weights = loaded.weights
+            if loaded.config.optimizer.averaging == spec.config.optimizer.averaging:
+                average = loaded.average
             optimizer, _ = read_checkpoint_file(checkpoint, "optimizer.safetensors", read_tensors)
     except CorruptCheckpoint as error:
         reason = error.reason

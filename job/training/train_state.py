@@ -98,7 +98,9 @@ def build_train_state(
     if resume_point:
         if not 0 <= resume_point.progress.window <= stream.partition(resume_point.progress.epoch).num_windows:
             raise CorruptCheckpoint(resume_point.checkpoint.path, "its window is not one of the text")
-        train_state.progress = replace(resume_point.progress, restarts=resume_point.progress.restarts + 1)
+        progress = resume_point.progress
+        averaged_steps = progress.averaged_steps if resume_point.average else 0
+        train_state.progress = replace(progress, restarts=progress.restarts + 1, averaged_steps=averaged_steps)
         lane_state = load_lane_state(resume_point.checkpoint, assignment.lanes)
         train_state.lane_state = map_state(lambda tensor: tensor.to(device), lane_state)
     return train_state
