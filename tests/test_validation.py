@@ -19,6 +19,7 @@ from job.config.config_file import load_config
 from job.console import Console
 from job.distributed.context import World
 from job.distributed.gradient_sync import ControlFlags
+from job.errors import UserError
 from job.run.driver import run_training
 from job.run.local_launcher import LocalLauncher
 from job.run.setup import build_run_spec
@@ -273,6 +274,18 @@ def test_validation_source_that_cannot_be_used_is_one_line(
     assert problem in ended.err
     assert ended.err.count("\n") == 1
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("name", ["absent.txt", "absent/*.txt", "file:absent.txt"])
+def test_validation_source_that_is_missing_is_reported_before_the_vocabulary_is_built(
+    prose: Path, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("job.run.setup.build_dataset", lambda *_: pytest.fail("too late"))
+    source = f"file://{tmp_path}/{name[5:]}" if name.startswith("file:") else str(tmp_path / name)
+    flags = split_text(prose, tmp_path) | {"corpus__validation_source": source}
+    config = load_config(None, {flag: str(value) for flag, value in config_flags(prose, **flags).items()})
+    with pytest.raises(UserError, match=r"corpus\.validation_source = .*: no (such )?file"):
+        build_run_spec(config, Folder(str(tmp_path / "run")))
 
 
 def test_run_whose_validation_text_was_changed_is_not_resumed(prose: Path, tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from job.data.content import check_no_content_name
 from job.data.download import TIME_MACHINE_LENGTH, download_text, download_time_machine
 from job.data.file_format import is_text_name
 from job.data.manifest import MANIFEST, MARKER, SHARD_FILE
-from job.errors import UserError
-from job.paths import is_uri
+from job.errors import UserError, error_origin
+from job.paths import check_no_credentials, is_uri
 from job.storage import Folder
 
 BUILT_IN = ("auto", "time-machine", "embedded")  # never paths, even if there are files of these names
@@ -112,6 +112,28 @@ def find_files(source: str) -> tuple[str, list[SourceFile]]:
     if source.startswith(("http://", "https://")):
         return source, [SourceFile(urlsplit(source).path, partial(download_text, source))]
     return source, _find_in_storage(source) if is_uri(source) else _find_on_disk(source)
+
+
+def check_source_exists(source: str, field: str) -> None:
+    """Raises UserError if a text or tokens are missing that will be read later; nothing is requested by http.
+
+    Args:
+        source: as ``corpus.source``
+        field: what gave the source, for messages
+    """
+    if source in BUILT_IN or source.startswith(("http://", "https://")):
+        return
+    with error_origin(f"{field} = {source}"), _report_storage_error():
+        check_no_credentials(field, source)
+        if is_uri(source):
+            path = Folder.resolve(source)
+            found = path.exists() or path.parent.has(f"{path.name}.bin")
+        else:
+            found = any(os.path.exists(os.path.expanduser(source) + suffix) for suffix in ("", ".bin"))
+        if not found:
+            files = find_files(source)[1]  # raises if it is a glob
+            if not glob.has_magic(source):
+                files[0].read()  # raises
 
 
 def _in_memory(source: str, data: bytes) -> SourceFile:

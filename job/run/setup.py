@@ -8,6 +8,7 @@ from job.config.schema import Config
 from job.data.content import Content
 from job.data.corpus import Corpus, read_corpus
 from job.data.dataset import Dataset, add_validation_text, build_dataset, map_dataset
+from job.data.source import check_source_exists
 from job.data.stream import Stream
 from job.data.token_store import StoredTokens, open_stored
 from job.data.vocabulary import Vocabulary, unknown_warnings
@@ -45,6 +46,8 @@ def build_run_spec(
     Raises:
         UserError: the corpus, the sizes or the initial weights cannot be used as configured
     """
+    if config.corpus.validation_source:  # it is read after the vocabulary is built, which may take long
+        check_source_exists(config.corpus.validation_source, "corpus.validation_source")
     vocabulary = read_vocabulary(config.vocabulary) if config.vocabulary.file else None
     if content is None and (stored := _open_tokens(config, vocabulary, cache)):
         config = replace(config, corpus=replace(config.corpus, cleaning=stored.cleaning))
