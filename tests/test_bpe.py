@@ -278,6 +278,13 @@ def test_vocabulary_file_is_read_without_standard_error(tmp_path: Path) -> None:
     assert subprocess.run(words, capture_output=True, check=False).stdout == b"290\n"
 
 
+@pytest.mark.parametrize("value", [-1, 2.5, True])
+def test_vocabulary_file_ignores_fields_that_are_not_those_of_its_model(value: object) -> None:
+    content = json.loads(trained().json)
+    content["model"]["unk_id"] = value  # of Unigram only
+    assert vocabulary_from_json(json.dumps(content).encode(), "file") == trained()
+
+
 def test_vocabulary_file_ignores_dropout() -> None:
     vocabulary = vocabulary_from_json(changed(dropout=0.9), "file")
     assert vocabulary.encode([SAMPLE] * 2).tolist() == trained().encode([SAMPLE] * 2).tolist()

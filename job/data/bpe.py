@@ -168,10 +168,10 @@ def tokenizer_from_json(data: bytes) -> BpeVocabulary:
         ValueError: it is damaged, or its ids are not successive
         UserError: the tokenizers library is not installed, or cannot read it
     """
-    content = parse_json(data)
-    model, added = content["model"], content.get("added_tokens", [])
     with _report_error("its tokenizer cannot be read"), _discarded_stderr():
         tokenizer = _load(data.decode())
+    content = parse_json(tokenizer.to_str())  # only what the library uses
+    model, added = content["model"], content["added_tokens"]
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     tokens = tuple(sorted(vocabulary, key=vocabulary.__getitem__))
     if not 0 < len(tokens) <= _MAX_TOKENS or [vocabulary[token] for token in tokens] != [*range(len(tokens))]:
