@@ -3,6 +3,7 @@
 import bz2
 import codecs
 import gzip
+import io
 import json
 import lzma
 import math
@@ -22,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job.config.schema import Config, CorpusConfig, VocabularyConfig
-from job.data.compression import FREE_BYTES, decompress
+from job.data.compression import BLOCK_BYTES, FREE_BYTES, compression, decompress, decompress_stream
 from job.data.corpus import Corpus, read_corpus
 from job.data.dataset import build_dataset
 from job.data.parse import parse_file
@@ -137,6 +138,17 @@ def test_decompress_of_several_streams_returns_all(data: bytes, cuts: list[int])
     parts = [data[start:stop] for start, stop in zip(bounds, [*bounds[1:], len(data)], strict=True)]
     for compress in list(COMPRESSIONS.values())[1:]:
         assert decompress(b"".join(map(compress, parts))) == data
+
+
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
+def test_decompress_stream_of_empty_and_short_streams_yields_full_blocks(suffix: str) -> None:
+    compress, contents = COMPRESSIONS[suffix], [b"", b"\xff", b"", b"\xfe" + bytes(BLOCK_BYTES), b"", bytes(5)]
+    data = b"".join(map(compress, contents))
+    method = compression(data)
+    assert method
+    blocks = [*decompress_stream(io.BytesIO(data), method, len(data))]
+    assert b"".join(blocks) == b"".join(contents)
+    assert [*map(len, blocks)] == [BLOCK_BYTES, 7]  # so that the first has a whole byte order mark, and none is empty
 
 
 @pytest.mark.parametrize("suffix", list(COMPRESSIONS)[1:])

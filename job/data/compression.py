@@ -1,10 +1,12 @@
 """Decompresses files that are recognized by their first bytes, block by block and up to a limit."""
 
+import bz2
 import io
 import lzma
 import re
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, BinaryIO
 
 import pyarrow
 
@@ -19,6 +21,10 @@ _FORMATS = {
     "xz": re.compile(rb"\xfd7zXZ\0"),
 }
 SIGNATURE_BYTES = 10  # the longest
+_DECOMPRESSORS: dict[str, Callable[[], Any]] = {
+    "bz2": bz2.BZ2Decompressor,
+    "xz": partial(lzma.LZMADecompressor, lzma.FORMAT_XZ),
+}
 
 
 def expansion_limit(num_bytes: int) -> int:
@@ -53,7 +59,8 @@ def decompress_stream(stream: BinaryIO, name: str, num_bytes: int) -> Iterator[b
         UserError: as ``decompress``
     """
     length, limit = 0, expansion_limit(num_bytes)
-    for block in _decompress_xz(stream) if name == "xz" else _decompress(stream, name):
+    decompress_blocks = _decompress_streams if name in _DECOMPRESSORS else _decompress
+    for block in decompress_blocks(stream, name):
         length += len(block)
         if length > limit:
             raise UserError(
@@ -68,26 +75,34 @@ def _decompress(stream: BinaryIO, name: str) -> Iterator[bytes]:
     try:
         while block := content.read(BLOCK_BYTES):
             yield block
-    except OSError as error:
+    except (OSError, pyarrow.ArrowException) as error:
         raise _corrupt(name, source.tell(), error) from None
 
 
-def _decompress_xz(stream: BinaryIO) -> Iterator[bytes]:
-    """Decompresses each stream of a file; ``lzma.open`` would ignore what follows the first that is damaged."""
-    data = stream.read(BLOCK_BYTES)
+def _decompress_streams(file: BinaryIO, name: str) -> Iterator[bytes]:
+    """Decompresses each stream of a file to blocks of ``BLOCK_BYTES``, whatever the sizes of the streams.
+
+    ``lzma.open`` would ignore what follows a first stream that is damaged, and pyarrow fails at an empty one of bz2.
+    """
+    data, content = file.read(BLOCK_BYTES), bytearray()
     while data:
-        decompressor, position = lzma.LZMADecompressor(lzma.FORMAT_XZ), stream.tell() - len(data)
+        decompressor = _DECOMPRESSORS[name]()
         try:
             while not decompressor.eof:
-                yield decompressor.decompress(data, BLOCK_BYTES)
-                data = stream.read(BLOCK_BYTES) if decompressor.needs_input else b""
+                content += decompressor.decompress(data, BLOCK_BYTES - len(content))
+                if len(content) == BLOCK_BYTES:
+                    yield bytes(content)
+                    content.clear()
+                data = file.read(BLOCK_BYTES) if decompressor.needs_input else b""
                 if decompressor.needs_input and not data:
                     raise EOFError("Truncated compressed stream")
-        except (lzma.LZMAError, EOFError) as error:
-            raise _corrupt("xz", position, error) from None
+        except (lzma.LZMAError, OSError, EOFError) as error:
+            raise _corrupt(name, file.tell(), error) from None
         data = decompressor.unused_data.lstrip(b"\0")  # streams may be padded
-        while not data and (block := stream.read(BLOCK_BYTES)):
+        while not data and (block := file.read(BLOCK_BYTES)):
             data = block.lstrip(b"\0")
+    if content:
+        yield bytes(content)
 
 
 def _corrupt(name: str, position: int, error: Exception) -> UserError:
