@@ -103,7 +103,7 @@ def test_train_that_resets_on_two_workers_equals_one(documents: Path, tmp_path: 
 
 @pytest.mark.parametrize("cell", [*BUILTIN_CELLS, "cells:DecayCell"])
 def test_gradients_of_lane_groups_that_reset_add_up_to_those_of_all_lanes(cell: str) -> None:
-    model = build_model(ModelConfig(cell=cell, hidden_size=32), SEPARATOR + 1, 0)
+    model = build_model(ModelConfig(cell=cell, hidden_size=32), SEPARATOR + 1, 3)
     model.reset_token = SEPARATOR
     tokens = torch.randint(0, SEPARATOR + 1, (14, 7), generator=torch.Generator().manual_seed(0))
     batch = Batch(tokens[:-1], tokens[1:], torch.zeros(3), torch.zeros(0, 7, dtype=torch.int32))
@@ -135,7 +135,7 @@ def nats_alone(model: LanguageModel, tokens: np.ndarray) -> float:
 @torch.no_grad()
 @pytest.mark.parametrize("cell", [*BUILTIN_CELLS, "cells:DecayCell"])
 def test_evaluate_lanes_that_reset_is_the_sum_over_documents(cell: str) -> None:
-    model = build_model(ModelConfig(cell=cell, hidden_size=32), SEPARATOR + 1, 0).double()
+    model = build_model(ModelConfig(cell=cell, hidden_size=32), SEPARATOR + 1, 3).double()
     tokens = np.random.default_rng(0).integers(0, SEPARATOR + 1, 150).astype(np.uint8)
     expected = nats_alone(model, tokens)
     assert evaluate_lanes(model, tokens, [range(1)], 1, 7)[0] != pytest.approx(expected, rel=1e-6)
@@ -172,7 +172,7 @@ def test_evaluate_and_generate_follow_the_checkpoint(reset_run: Path, documents:
 @pytest.mark.parametrize("cell", ["lstm", "minlstm", "cells:DecayCell"])
 def test_generated_separator_resets_the_state(cell: str) -> None:
     """What follows a separator is the same whatever was before it."""
-    model = build_model(ModelConfig(cell=cell, hidden_size=32), SEPARATOR + 1, 0)
+    model = build_model(ModelConfig(cell=cell, hidden_size=32), SEPARATOR + 1, 3)
     model.reset_token = SEPARATOR
     for weight in model.parameters():
         weight.data *= 4
