@@ -25,7 +25,7 @@ def open_hub(path: str) -> FileSystem:
     try:
         library = importlib.import_module("huggingface_hub")
     except ImportError:
-        raise UserError(f"{SCHEME}{path}: huggingface_hub is not installed", "pip install huggingface_hub") from None
+        raise UserError("huggingface_hub is not installed", "pip install huggingface_hub") from None
     library.logging.set_verbosity_error()  # each retry would be a line on standard error
     hub = library.HfFileSystem(skip_instance_cache=True)  # a cached one has listings as old as the process
     for delay in (*_RETRY_DELAYS_S, None):
@@ -35,7 +35,7 @@ def open_hub(path: str) -> FileSystem:
         if delay is None or isinstance(error, FileNotFoundError | PermissionError):
             break
         time.sleep(delay)
-    raise UserError(f"{SCHEME}{path}: {error}", "check the name and the network; for a private data set set HF_TOKEN")
+    raise UserError(str(error), "check the name and the network; for a private data set set HF_TOKEN")
 
 
 def _check(hub: Any, path: str) -> Exception | None:

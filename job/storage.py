@@ -22,7 +22,7 @@ import pyarrow
 from fsspec.implementations.arrow import ArrowFSWrapper
 from pyarrow import fs
 
-from job.errors import UserError, report_os_error
+from job.errors import UserError, error_origin, report_os_error
 from job.hub import SCHEME, hub_error, open_hub
 from job.paths import check_no_credentials, escape_dollars, is_uri
 
@@ -97,8 +97,12 @@ class Folder:
     before_change: Callable[[], None] | None = field(default=None, compare=False, repr=False)
 
     @classmethod
-    def resolve(cls, source: str) -> "Folder":
+    def resolve(cls, source: str, is_named: bool = False) -> "Folder":
         """Returns the folder of a path or URI; a relative path becomes absolute.
+
+        Args:
+            source: the path or URI
+            is_named: whether the caller adds it to the message of an error
 
         Raises:
             UserError: if the URI contains credentials or cannot be opened
@@ -110,7 +114,8 @@ class Folder:
             return cls(path)
         check_no_credentials("storage", source)
         address = quote(source.rstrip("/"), safe=_URI_CHARACTERS)
-        return cls(address, location=_open_location(address))
+        with contextlib.nullcontext() if is_named else error_origin(address):
+            return cls(address, location=_open_location(address))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "before_change": None}
@@ -126,7 +131,8 @@ class Folder:
 
     @cached_property
     def _location(self) -> tuple[fs.FileSystem, str]:
-        return self.location or _open_location(self.address)
+        with error_origin(self.address):
+            return self.location or _open_location(self.address)
 
     @property
     def name(self) -> str:
@@ -376,12 +382,13 @@ def _open_location(address: str) -> tuple[fs.FileSystem, str]:
     try:
         file_system, path = fs.FileSystem.from_uri(address)
     except (pyarrow.ArrowInvalid, pyarrow.ArrowNotImplementedError, ValueError) as error:
-        raise UserError(f"{address}: not a URI that pyarrow supports: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0].removesuffix(f": {address}")
+        raise UserError(f"not a URI that pyarrow supports: {reason}") from None
     except OSError as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{address}: cannot be reached: {reason}", "check region, credentials and network") from None
+        raise UserError(f"cannot be reached: {reason}", "check region, credentials and network") from None
     if "\0" in path:  # written as %00
-        raise UserError(f"{address}: contains a NUL character")
+        raise UserError("contains a NUL character")
     return file_system, path
 
 

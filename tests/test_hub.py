@@ -113,10 +113,10 @@ def test_hub_that_refuses_is_an_error_of_one_line(
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("me/none", "hf://datasets/me/none: the hub answers 401 Unauthorized; check the name"),
+        ("me/none", "the hub answers 401 Unauthorized; check the name"),
         ("me/set/none.txt", "hf://datasets/me/set/none.txt: no such file"),
         ("me/set/*.csv", "no file matches"),
-        ("me", "hf://datasets/me: Invalid HF URI"),
+        ("me", "Invalid HF URI"),
     ],
 )
 def test_source_of_hub_that_is_missing_is_an_error(hub: Hub, source: str, message: str) -> None:
@@ -172,5 +172,5 @@ def test_hub_of_the_environment_that_does_not_answer_is_an_error_of_one_line(tmp
             [sys.executable, "-c", script], env={**os.environ, **variables, "HOME": str(tmp_path)}, cwd=ROOT,
             capture_output=True, text=True, check=False,
         )  # fmt: skip
-    assert "UserError: hf://datasets/me/a: the hub cannot be read: " in ended.stderr.splitlines()[-1]
+    assert "UserError: the hub cannot be read: " in ended.stderr.splitlines()[-1]
     assert "refused" in ended.stderr and TOKEN not in ended.stderr

@@ -93,6 +93,9 @@ def test_store_of_pieces_equals_the_corpus_in_memory(
             return
         assert prepare_store(config, Console()) == 0
     found = stored(config)
+    content = json.loads((folder / "store" / "manifest.json").read_text())["content"]
+    separators = int((tokens[:-1] == len(vocabulary) - 1).sum()) if vocabulary.has_separator else 0
+    assert content["documents"] == separators + 1
     assert found.vocabulary == vocabulary
     np.testing.assert_array_equal(np.asarray(found.tokens), tokens)
     assert found.num_characters == corpus.num_characters

@@ -86,7 +86,8 @@ def test_train_on_storage_without_deletion_starts_no_training(
             raise OSError("AWS Error ACCESS_DENIED during DeleteObject operation")
 
     store.fail = fail
-    monkeypatch.setattr(storage, "_open_location", lambda address: (store, "bucket/runs"))
+    opened = storage._open_location
+    monkeypatch.setattr(storage, "_open_location", lambda a: (store, "bucket/runs") if "s3:" in a else opened(a))
     ended = job("train", "--corpus.source", prose, "--run.storage", "s3://b/runs", "--scale.workers", 0)
     assert (ended.status, ended.err.count("\n")) == (2, 1)
     assert "files cannot be deleted: AWS Error ACCESS_DENIED" in ended.err

@@ -93,13 +93,13 @@ def describe_file(*parts: bytes | memoryview) -> tuple[int, str]:
     return size, digest.hexdigest()
 
 
-def format_manifest(manifest: Manifest) -> bytes:
+def format_manifest(manifest: Manifest, num_documents: int) -> bytes:
     """Returns the content of ``manifest.json``."""
     content = {
         "format": FORMAT,
         "version": VERSION,
         "tokens": sum(shard.tokens for shard in manifest.shards),
-        "documents": sum(shard.documents for shard in manifest.shards),
+        "documents": num_documents,
         "token_sha256": manifest.token_sha256,
         **asdict(manifest),
         "dtype": manifest.dtype.name,

@@ -215,7 +215,7 @@ def _read_from_disk(path: str) -> bytes:
 def _find_in_storage(uri: str) -> list[SourceFile]:
     """Returns the files that a URI names, that its folder contains, or that match its glob (of ``*`` and ``**``)."""
     with _report_storage_error():
-        path = Folder.resolve(uri)
+        path = Folder.resolve(uri, is_named=True)
         if path.local_path is not None:
             return _find_on_disk(str(path.local_path))
         folder, pattern = path.parent, path.name

@@ -93,8 +93,18 @@ def write_manifest(folder: Folder, shards: list[Shard], vocabulary: Vocabulary, 
     settings = store_settings(info.corpus, info.vocabulary)
     dtype, files = smallest_dtype(len(vocabulary)), {vocabulary.file_name: describe_file(data)}
     manifest = Manifest(info.characters, info.target_characters, dtype, settings, tuple(shards), files)
-    folder.write(MANIFEST, format_manifest(manifest))
+    folder.write(MANIFEST, format_manifest(manifest, _count_documents(folder, shards, vocabulary)))
     finish_store(folder)
+
+
+def _count_documents(folder: Folder, shards: list[Shard], vocabulary: Vocabulary) -> int:
+    """Returns the number of documents; one that successive shards share counts once."""
+    dtype = smallest_dtype(len(vocabulary)).newbyteorder("<")
+    last_ids = (folder.read_block(shard.ids, -dtype.itemsize, dtype.itemsize) for shard in shards[:-1])
+    num_shared = sum(
+        not vocabulary.has_separator or int(np.frombuffer(data, dtype)[0]) != len(vocabulary) - 1 for data in last_ids
+    )
+    return sum(shard.documents for shard in shards) - num_shared
 
 
 def start_store(folder: Folder, identity: dict[str, Any]) -> bool:

@@ -99,7 +99,7 @@ def _locate(source: str) -> Folder | None:
         return None
     if not is_uri(source):
         return Folder(str(Path(os.path.expanduser(source)).absolute()))
-    return Folder.resolve(source)
+    return Folder.resolve(source, is_named=True)
 
 
 def is_store(path: Folder) -> bool:
