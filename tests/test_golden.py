@@ -2,6 +2,9 @@
 
 ``tests/golden/63eb800`` was recorded by ``tests/record_golden.py`` from commit 63eb800. Losses agree to 1e-9 in
 float64 on every machine, and bit for bit where processor, compiler and libraries are those of the recording.
+
+The values of ``fp32`` were recorded again when the output layer's kernel began to serve models of 8 hidden units, whose
+loss had been computed by torch: the losses changed by at most two parts in 10 million.
 """
 
 import json

@@ -191,7 +191,7 @@ def train_as_worker(rank: int, port: int, device: torch.device, results: Any) ->
     world = World(rank, 2, device, 1, "a")
     trained = [train_on(world, small_config(reproducible)) for reproducible in (True, False)]
     patch, in_one_call = pytest.MonkeyPatch(), partial(AllReduceGradients, in_one_call=True)
-    patch.setattr("job.training.train_state.AllReduceGradients", lambda *arguments, **_: in_one_call(*arguments))
+    patch.setattr("job.training.train_state.AllReduceGradients", lambda *arguments: in_one_call(*arguments[:3]))
     trained.append(train_on(world, small_config(False)))
     if rank == 0:
         results.put(trained)
