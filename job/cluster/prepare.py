@@ -62,7 +62,7 @@ def _run_tasks(function: Callable[[int, int | None], Result], tasks: Sequence[Ta
     rows = [{"piece": piece, "num_tokens": num_tokens} for piece, num_tokens in tasks]
     dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
     for row in dataset.map(partial(_run_task, function), num_cpus=1).iter_rows():
-        value = ray.cloudpickle.loads(row["value"])
+        value = ray.cloudpickle.loads(row["value"])  # of a task of this cluster, never of a file
         if isinstance(value, UserError):
             raise value
         yield value
