@@ -41,9 +41,12 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "tied weights": {"model.tied": True},
     "weight decay": {"optimizer.weight_decay": 0.3},
     "weight decay of matrices": {"optimizer.weight_decay": 0.3, "optimizer.decay_scope": "matrices"},
+    "mean of weights": {"optimizer.averaging": "mean"},
+    "EMA of weights": {"optimizer.averaging": "ema", "optimizer.ema_decay": 0.995},
 }
 CELLS = [cell for cell in BUILTIN_CELLS if cell != BASE["model.cell"]]
-ALTERNATIVES = {"dropout", "weight decay"}  # the row after each is a variant of it, and is part of all
+# The row after each is a variant of it, and is part of all.
+ALTERNATIVES = {"dropout", "weight decay", "mean of weights"}
 
 
 def equal_size(cell: str, num_tokens: int = 65) -> int:

@@ -1,4 +1,4 @@
-"""Shows in one command what a GPU must show: ``scripts/gpu-run [--device cpu] [--quick] [--output DIR]``.
+"""Shows in one command what a GPU must show: ``scripts/gpu-run [--device cpu] [--quick] [--only PART …]``.
 
 Runs the GPU tests, the GPU benchmarks and a training of tiny Shakespeare, each in a process with a time limit, and
 writes ``gpu-report.json`` and ``gpu-report.md`` after each of them. Uses a bundle of ``scripts/gpu-bundle`` for
@@ -242,9 +242,9 @@ PARTS = [
 TOTAL_SECONDS, QUICK_TOTAL_SECONDS = 570.0, 175.0
 
 
-def run_parts(session: Session, report: Report, deadline: float) -> None:
-    """Runs all parts until the deadline and writes the report after each."""
-    for name, seconds, quick_seconds, run_part in PARTS:
+def run_parts(session: Session, report: Report, names: list[str], deadline: float) -> None:
+    """Runs the parts of these names until the deadline and writes the report after each."""
+    for name, seconds, quick_seconds, run_part in (part for part in PARTS if part[0] in names):
         limit = min(quick_seconds if session.quick else seconds, deadline - time.monotonic())
         print(f"{name}: at most {limit:.0f} s", flush=True)
         facts = run_part(session, limit) if limit >= 20 else {"status": "not run", "reason": "no time left"}
@@ -285,6 +285,8 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="small sizes, as always on a CPU: checks the programs")
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu-report", metavar="DIR")
     parser.add_argument("--bundle", type=Path, default=BUNDLE, metavar="FILE")
+    names = [name for name, *_ in PARTS]
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="PART", help=", ".join(names))
     args, start = parser.parse_args(), time.monotonic()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
@@ -296,7 +298,7 @@ def main() -> None:
             report = Report(args.output, session.quick, packages, described)
         except OSError as error:
             refuse(f"--output {args.output}: {error.strerror}")
-        run_parts(session, report, start + (QUICK_TOTAL_SECONDS if session.quick else TOTAL_SECONDS))
+        run_parts(session, report, args.only, start + (QUICK_TOTAL_SECONDS if session.quick else TOTAL_SECONDS))
         report.finish()
     print(f"report {args.output / 'gpu-report.md'}")
     sys.exit(report.exit_status)
