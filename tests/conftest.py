@@ -293,6 +293,18 @@ def _wait_for_ray_train(request: pytest.FixtureRequest, monkeypatch: pytest.Monk
         monkeypatch.setattr("job.cluster.launcher.SHUTDOWN_TIMEOUT_S", 60.0)
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Headless Chromium, a ``playwright.sync_api.Browser``.
+
+    Not for the session: playwright's event loop runs in this thread until it is closed, where other tests start loops.
+    """
+    from browser import launch_chromium
+
+    with launch_chromium() as chromium:
+        yield chromium
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[str]:
     """The address of a Ray cluster of one node with eight CPUs. Its workers can import the tests' modules."""
