@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from job import __main__ as command_line
 from job import cluster as _cluster  # noqa: F401  sets the environment that Ray reads when it is imported
 from job.config.search_space import SearchConfig, SearchSpace
+from job.kernels.build import load_library, unavailable_reason
 
 # Ray's processes need a token, and a machine on which Ray has never run has no ~/.ray/auth_token.
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -284,6 +285,16 @@ def trace(request: pytest.FixtureRequest, tmp_path: Path) -> Trace:
 def disable_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Makes the model use torch's operators, as on a machine without a compiler."""
     monkeypatch.setattr("job.kernels.ops.supports_dtype", lambda dtype: False)
+
+
+@pytest.fixture(params=["kernel", "torch"])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Runs a test with the kernel and without it."""
+    if request.param == "torch":
+        disable_kernel(monkeypatch)
+    elif load_library() is None:
+        pytest.skip(f"no kernel: {unavailable_reason()}")
+    return request.param
 
 
 @pytest.fixture(autouse=True)

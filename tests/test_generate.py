@@ -179,13 +179,13 @@ def test_generate_texts_with_stop_computes_no_more_than_needed(
     loaded: list[LoadedCheckpoint], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []
-    logits = Ensemble.logits
+    step = Ensemble.step
 
     def count(*arguments: Any) -> Any:
         calls.append(arguments)
-        return logits(*arguments)
+        return step(*arguments)
 
-    monkeypatch.setattr(Ensemble, "logits", count)
+    monkeypatch.setattr(Ensemble, "step", count)
     generate(loaded[:1], stop="t", length=10_000)
     assert len(calls) < 1000
 

@@ -16,7 +16,6 @@ from job.errors import UserError
 from job.inference.ensemble import Ensemble
 from job.inference.generate import continue_greedily
 from job.kernels import ops
-from job.kernels.build import load_library, unavailable_reason
 from job.nn import language_model
 from job.nn.language_model import LanguageModel, build_model, linear_cross_entropy
 from job.nn.regularization import Regularization, mask_keys
@@ -28,16 +27,6 @@ CELLS = {"RNN_TANH": nn.RNN, "GRU": nn.GRU, "LSTM": nn.LSTM}
 SIZES = [(1, 1, 1, 3), (5, 3, 7, 4), (17, 1, 6, 9), (33, 3, 1, 28), (257, 9, 3, 10), (64, 35, 5, 70)]  # H, B, T, V
 # Relative to each tensor's norm, or to 0.1 if that is larger, for sums of a few numbers that cancel. A bf16 has 2^-9.
 TOLERANCES = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 3e-2}
-
-
-@pytest.fixture(params=["kernel", "torch"])
-def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Runs a test with the kernel and without it."""
-    if request.param == "torch":
-        disable_kernel(monkeypatch)
-    elif load_library() is None:
-        pytest.skip(f"no kernel: {unavailable_reason()}")
-    return request.param
 
 
 def autocast(dtype: torch.dtype | None) -> torch.autocast:

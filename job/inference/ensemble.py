@@ -11,6 +11,7 @@ from torch import Tensor
 
 from job.data.tokens import Tokens
 from job.errors import UserError
+from job.inference.decoder import Decoder
 from job.nn.language_model import LanguageModel
 from job.nn.state import State
 from job.training.checkpoint import LoadedCheckpoint
@@ -40,10 +41,11 @@ class Ensemble:
     """
 
     def __init__(self, models: Sequence[LanguageModel], forbidden: int | None = None) -> None:
-        self.models, self.forbidden = [model.eval() for model in models], forbidden
+        self.models, self.forbidden = list(models), forbidden
         if len(models) == 1 and forbidden is not None:  # so that the kernel of greedy decoding needs not know it
             bias = models[0].linear.bias  # copied, since the checkpoint's weights must not change
             bias.data = bias.data.index_fill(0, torch.tensor(forbidden), -math.inf)
+        self.decoders = list(map(Decoder, models))
 
     @property
     def vocabulary_size(self) -> int:
@@ -56,20 +58,27 @@ class Ensemble:
         return [model.advance(tokens_TB, state) for model, state in zip(self.models, states, strict=True)]
 
     @torch.no_grad()
-    def logits(self, tokens_TB: Tensor, states: Sequence[State]) -> tuple[Tensor, list[State]]:
-        """Returns logits (T, B, V) and the states after a window; those of several models are log-probabilities."""
-        pairs = [model(tokens_TB, state) for model, state in zip(self.models, states, strict=True)]
+    def step(self, tokens_B: Tensor, states: Sequence[State]) -> tuple[Tensor, list[State]]:
+        """Returns logits (B, V) and the states after a token of each lane, as ``Decoder.step`` of each model.
+
+        Those of several models are the logarithms of the mean of their probabilities.
+
+        Args:
+            tokens_B: token ids, int64
+            states: of each model before the token
+        """
+        pairs = [decoder.step(tokens_B, state) for decoder, state in zip(self.decoders, states, strict=True)]
         logits, new_states = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         if len(logits) == 1:
             return logits[0], new_states
-        mean_TBV = mean_log_probabilities([logits_TBV.double().log_softmax(2) for logits_TBV in logits])
+        mean_BV = mean_log_probabilities([logits_BV.double().log_softmax(1) for logits_BV in logits])
         if self.forbidden is not None:
-            mean_TBV[:, :, self.forbidden] = -math.inf
-        return mean_TBV, new_states
+            mean_BV[:, self.forbidden] = -math.inf
+        return mean_BV, new_states
 
     def generate_greedy(self, first_B: Tensor, states: Sequence[State], length: int) -> Tensor | None:
-        """Decodes greedily as ``LanguageModel.generate_greedy``; returns None for several models."""
-        return self.models[0].generate_greedy(first_B, states[0], length) if len(self.models) == 1 else None
+        """Decodes greedily as ``Decoder.generate_greedy``; returns None for several models."""
+        return self.decoders[0].generate_greedy(first_B, states[0], length) if len(self.decoders) == 1 else None
 
 
 @torch.no_grad()

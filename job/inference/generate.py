@@ -21,7 +21,7 @@ from job.nn.language_model import LanguageModel, build_model_with_weights
 from job.nn.state import State, cat_states
 from job.training.checkpoint import LoadedCheckpoint, weights_sha256
 
-BATCH_LANES = 8  # that are sampled at a time; always as many, so that the last bits of a sample do not depend on others
+BATCH_LANES = 64  # that are sampled at a time
 BLOCK_TOKENS = 1024  # of a prefix, per call of the model
 STOP_INTERVAL = 32  # tokens between two searches for generate.stop
 NO_CUSTOM_CELL = ModelConfig()
@@ -144,13 +144,14 @@ def _generate_samples(
     if not generate_config.temperature:
         return [continue_greedily(ensemble, first_1, state.states, length)[:, 0].tolist()]
     samples: list[list[int]] = []
-    states_B, first_B = [cat_states([lane] * BATCH_LANES) for lane in state.states], first_1.expand(BATCH_LANES)
     for first in range(0, generate_config.num_samples, BATCH_LANES):
         numbers = range(first, min(first + BATCH_LANES, generate_config.num_samples))
+        states_B = [cat_states([lane] * len(numbers)) for lane in state.states]
         generators = [sample_generator(seed, number) for number in numbers]
         has_ended = StopCondition(vocabulary, generate_config.stop, len(numbers))
+        first_B = first_1.expand(len(numbers))
         tokens_TB = continue_randomly(ensemble, first_B, states_B, generate_config, generators, has_ended)
-        samples += tokens_TB[:, : len(numbers)].T.tolist()
+        samples += tokens_TB.T.tolist()
     return samples
 
 
@@ -169,11 +170,10 @@ def continue_greedily(ensemble: Ensemble, first_B: Tensor, states: list[State], 
     greedy_TB = ensemble.generate_greedy(first_B, states, length)
     if greedy_TB is not None:
         return greedy_TB
-    tokens_TB, inputs_TB = first_B.new_empty(length, len(first_B)), first_B[None]
+    tokens_TB, inputs_B = first_B.new_empty(length, len(first_B)), first_B
     for step in range(length):
-        logits_TBV, states = ensemble.logits(inputs_TB, states)
-        tokens_TB[step] = logits_TBV[-1].argmax(1)
-        inputs_TB = tokens_TB[step : step + 1]
+        logits_BV, states = ensemble.step(inputs_B, states)
+        inputs_B = torch.argmax(logits_BV, 1, out=tokens_TB[step])
     return tokens_TB
 
 
@@ -192,14 +192,13 @@ def continue_randomly(
 
     Args:
         generate_config: number of tokens, and how they are chosen
-        generators: of the first lanes; the others are only computed, and are given the token 0
+        generators: of each lane
         has_ended: whether fewer tokens are enough
     """
-    tokens_TB, inputs_TB = first_B.new_zeros(generate_config.length, len(first_B)), first_B[None]
+    tokens_TB, inputs_B = first_B.new_empty(generate_config.length, len(first_B)), first_B
     for step in range(len(tokens_TB)):
-        logits_TBV, states = ensemble.logits(inputs_TB, states)
-        tokens_TB[step, : len(generators)] = sample_tokens(logits_TBV[-1], generate_config, generators)
-        inputs_TB = tokens_TB[step : step + 1]
+        logits_BV, states = ensemble.step(inputs_B, states)
+        tokens_TB[step] = inputs_B = sample_tokens(logits_BV, generate_config, generators)
         if (step + 1) % STOP_INTERVAL == 0 and has_ended(tokens_TB[: step + 1]):
             return tokens_TB[: step + 1]
     return tokens_TB

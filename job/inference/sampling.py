@@ -21,8 +21,8 @@ def sample_generator(seed: int, number: int) -> torch.Generator:
 
 
 def sample_tokens(logits_BV: Tensor, generate_config: GenerateConfig, generators: Sequence[torch.Generator]) -> Tensor:
-    """Returns a random token of each of the first lanes, one for each generator."""
-    probabilities_BV = token_probabilities(logits_BV[: len(generators)], generate_config)
+    """Returns a random token of each lane by its generator, (B,)."""
+    probabilities_BV = token_probabilities(logits_BV, generate_config)
     tokens = [
         torch.multinomial(probabilities_V[None], 1, generator=generator)[0]
         for probabilities_V, generator in zip(probabilities_BV, generators, strict=True)

@@ -1,0 +1,79 @@
+"""Steps of a decoder: equal to the model's, and with the same bits for any lanes that are advanced together."""
+
+import pytest
+import torch
+
+from job.config.schema import ModelConfig
+from job.inference.decoder import Decoder
+from job.inference.ensemble import Ensemble
+from job.nn.language_model import LanguageModel, build_model
+from job.nn.state import State, cat_states, slice_state
+
+SIZES: list[dict[str, object]] = [
+    {"hidden_size": 37},
+    {"hidden_size": 64, "num_layers": 2, "embedding_size": 7},
+    {"hidden_size": [20, 33, 15], "num_layers": 3, "embedding_size": 15, "tied": True},
+]
+CELLS = ["rnn", "gru", "lstm", "mlstm", "mogrifier", "mingru", "minlstm"]
+V = 29
+
+
+def random_model(cell: str, sizes: dict[str, object], seed: int = 0) -> LanguageModel:
+    """A model whose weights are large enough that lanes differ."""
+    model = build_model(ModelConfig(cell=cell, **sizes), V, seed)  # type: ignore[arg-type]
+    for weight in model.parameters():
+        weight.data *= 2
+    return model
+
+
+def random_tokens(*shape: int) -> torch.Tensor:
+    return torch.randint(0, V, shape, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_decoder_step_equals_the_model(
+    implementation: str, cell: str, sizes: dict[str, object], dtype: torch.dtype
+) -> None:
+    model = random_model(cell, sizes).to(dtype)
+    model.reset_token = 3
+    decoder, tokens_TB = Decoder(model), random_tokens(9, 70)
+    found: State = None
+    expected: State = None
+    for tokens_B in tokens_TB:
+        with torch.no_grad():
+            expected_logits, expected = model(tokens_B[None], expected)
+        logits_BV, found = decoder.step(tokens_B, found)
+        torch.testing.assert_close(logits_BV, expected_logits[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("models", [1, 2])
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("cell", [*CELLS, "cells:DecayCell"])
+def test_ensemble_step_of_lanes_has_the_bits_of_each_lane_alone(
+    implementation: str, cell: str, sizes: dict[str, object], models: int
+) -> None:
+    if cell == "cells:DecayCell":
+        sizes = {"hidden_size": 37}
+    ensemble = Ensemble([random_model(cell, sizes, seed) for seed in range(models)], 0)
+    tokens_TB = random_tokens(5, 67)
+    states = ensemble.advance(tokens_TB[:2], [None] * models)
+    alone = [[slice_state(state, lane, 1) for state in states] for lane in range(67)]
+    for tokens_B, count in zip(tokens_TB[2:], (67, 13, 1), strict=True):
+        order = torch.randperm(67, generator=torch.Generator().manual_seed(count))[:count].tolist()
+        together = [cat_states([alone[lane][number] for lane in order]) for number in range(models)]
+        logits_BV, _ = ensemble.step(tokens_B[order], together)
+        for row, lane in enumerate(order):
+            logits_1V, after = ensemble.step(tokens_B[lane : lane + 1], alone[lane])
+            assert torch.equal(logits_1V[0], logits_BV[row])
+            alone[lane] = after
+
+
+def test_decoder_step_leaves_the_state_before_it_as_it_was(implementation: str) -> None:
+    model = random_model("lstm", {"hidden_size": 32})
+    state = model.advance(random_tokens(3, 4), None)
+    copies = [tensor.clone() for tensor in state or ()]
+    Decoder(model).step(random_tokens(4), state)
+    assert all(map(torch.equal, state or (), copies))
