@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -182,12 +182,13 @@ def test_cuda_graph_train_step_runs_eagerly_if_capture_fails() -> None:
     assert nats == [stats.nats for stats in eager_stats]
 
 
-def fake_model(cell: str = "rnn", reset_token: int | None = None, **weight: Any) -> Any:
+def fake_model(cell: str = "rnn", reset_token: int | None = None, tails: Sequence[object] = (), **weight: Any) -> Any:
     weight = {"is_cuda": True, "dtype": torch.float32} | weight
     return SimpleNamespace(
         linear=SimpleNamespace(weight=SimpleNamespace(**weight)),
         has_custom_cell=cell not in BUILTIN_CELLS,
         reset_token=reset_token,
+        tails=tails,
     )
 
 
@@ -198,8 +199,11 @@ def test_supports_cuda_graph_only_for_uniform_steps_of_one_gpu(monkeypatch: pyte
     assert not supports_cuda_graph(fake_model(reset_token=3), 1)
     assert not supports_cuda_graph(fake_model(dtype=torch.float64), 1)
     assert not supports_cuda_graph(fake_model(is_cuda=False), 1)
+    with pytest.warns(UserWarning, match="no CUDA graph.*model.softmax = adaptive"):
+        assert not supports_cuda_graph(fake_model(tails=["tail"]), 1)
     monkeypatch.setenv(GRAPH_ENV_VAR, "off")
     assert not supports_cuda_graph(fake_model(), 1)
+    assert not supports_cuda_graph(fake_model(tails=["tail"]), 1)  # without a warning
 
 
 def test_capture_graph_restores_stream_if_capture_fails(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from job.nn.state import State, cat_states, slice_state
 SIZES: list[dict[str, object]] = [
     {"hidden_size": 37},
     {"hidden_size": 64, "num_layers": 2, "embedding_size": 7},
+    {"hidden_size": 64, "softmax": "adaptive", "adaptive_cutoffs": [5, 12]},
     {"hidden_size": [20, 33, 15], "num_layers": 3, "embedding_size": 15, "tied": True},
 ]
 CELLS = ["rnn", "gru", "lstm", "mlstm", "mogrifier", "mingru", "minlstm"]

@@ -15,7 +15,8 @@ from torch import nn
 from job.config.schema import ModelConfig
 from job.kernels import abi, build
 from job.kernels.build import load_library, unavailable_reason
-from job.nn.language_model import build_model, linear_cross_entropy
+from job.nn.cross_entropy import linear_cross_entropy
+from job.nn.language_model import build_model
 from job.nn.rnn import rnn_layer
 
 CELLS = {"RNN_TANH": nn.RNN, "GRU": nn.GRU, "LSTM": nn.LSTM}

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import itertools
 from dataclasses import replace
 from typing import Any
 
@@ -42,7 +43,8 @@ BY_LAYER: dict[str, dict[str, Any]] = {
     "sizes, all": {**TECHNIQUES["all"], "hidden_size": (8, 33, 6)},
     "sizes, tied": {"hidden_size": (8, 33, 6), "tied": True},
 }
-TIED = {"tied": True, "embedding_size": 8}
+TIED: dict[str, Any] = {"tied": True, "embedding_size": 8}
+ADAPTIVE: dict[str, Any] = {"softmax": "adaptive", "adaptive_cutoffs": (4, 9)}
 MODULES = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 
 
@@ -143,7 +145,9 @@ def test_regularized_gradient_equals_plain_formulation(
 
 @pytest.mark.parametrize("cell", ["lstm", "torch.nn:GRU"])
 @pytest.mark.parametrize(
-    "options", [*TECHNIQUES.values(), TIED, *BY_LAYER.values()], ids=[*TECHNIQUES, "tied", *BY_LAYER]
+    "options",
+    [*TECHNIQUES.values(), TIED, ADAPTIVE, *BY_LAYER.values()],
+    ids=[*TECHNIQUES, "tied", "adaptive", *BY_LAYER],
 )
 def test_regularized_gradient_is_the_sum_over_any_workers_and_lane_groups(options: dict[str, Any], cell: str) -> None:
     if cell not in MODULES:
@@ -168,9 +172,9 @@ def test_regularization_changes_the_model_only_in_training(options: dict[str, An
     assert torch.equal(*results)
 
 
-def gradients_of_worker(rank: int, reproducible: bool, world_size: int) -> list[Tensor]:
+def gradients_of_worker(rank: int, reproducible: bool, world_size: int, output: dict[str, Any]) -> list[Tensor]:
     """The statistics and gradients of two steps of a model with all techniques, one after the other."""
-    config = ModelConfig(cell="lstm", **{**SIZES, **TECHNIQUES["all"], **TIED})
+    config = ModelConfig(cell="lstm", **{**SIZES, **TECHNIQUES["all"], **output})
     model = build_model(config, TOKENS, seed=1).double()
     assignment = assign_lanes(LANES, 3 if reproducible else 0, rank, world_size)
     loss_module = LossModule(model, LANES * STEPS, config)
@@ -184,9 +188,9 @@ def gradients_of_worker(rank: int, reproducible: bool, world_size: int) -> list[
 
 def compare_with_one_worker(rank: int, port: int) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    for reproducible in (False, True):
-        alone = gradients_of_worker(0, reproducible, 1)
-        together = gradients_of_worker(rank, reproducible, 2)
+    for reproducible, output in itertools.product((False, True), (TIED, ADAPTIVE)):
+        alone = gradients_of_worker(0, reproducible, 1, output)
+        together = gradients_of_worker(rank, reproducible, 2, output)
         for expected, found in zip(alone, together, strict=True):
             if reproducible:
                 assert torch.equal(found, expected)

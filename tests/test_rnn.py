@@ -16,8 +16,9 @@ from job.errors import UserError
 from job.inference.ensemble import Ensemble
 from job.inference.generate import continue_greedily
 from job.kernels import ops
-from job.nn import language_model
-from job.nn.language_model import LanguageModel, build_model, linear_cross_entropy
+from job.nn import cross_entropy
+from job.nn.cross_entropy import linear_cross_entropy
+from job.nn.language_model import LanguageModel, build_model
 from job.nn.regularization import Regularization, mask_keys
 from job.nn.rnn import RecurrentLayers, _flatten_weights, rnn_layer
 from job.nn.rnn_fallback import gru_layer, tanh_layer
@@ -237,10 +238,10 @@ def test_linear_cross_entropy_in_chunks_equals_that_of_all_rows(
         torch.randn(*shape, dtype=weight_dtype, requires_grad=True) for shape in [(9, 3, 45), (50, 45), (50,)]
     )
     targets, results = torch.randint(0, 50, (9, 3)), []
-    chunks = mock.Mock(wraps=language_model._cross_entropy_torch)
-    monkeypatch.setattr(language_model, "_cross_entropy_torch", chunks)
+    chunks = mock.Mock(wraps=cross_entropy._cross_entropy_torch)
+    monkeypatch.setattr(cross_entropy, "_cross_entropy_torch", chunks)
     for limit in (27 * 50, 10 * 50, 1):
-        monkeypatch.setattr(language_model, "CHUNK_LOGITS", limit)
+        monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", limit)
         chunks.reset_mock()
         with autocast(dtype):
             nats = linear_cross_entropy(hidden, weight, bias, targets)

@@ -142,6 +142,13 @@ class ModelConfig(Section):
     num_layers: int = config_field(1, "number of recurrent layers", ge=1, le=1000)
     embedding_size: int = config_field(0, "embedding size; 0: one-hot input", ge=0)
     tied: bool = config_field(False, "the output layer has the weights of the embedding")
+    softmax: str = choice_field(
+        "output layer", full="a logit for each token", adaptive="clusters of rare tokens, for large vocabularies"
+    )
+    adaptive_cutoffs: str | tuple[int, ...] = config_field(
+        "auto", "first token id of each cluster of the adaptive softmax", ge=1, pattern="auto",
+        form='"auto" (a twentieth and a quarter of the vocabulary), or a list of rising integers',
+    )  # fmt: skip
     dropout: float = config_field(0.0, "dropout between layers and before the output", ge=0, lt=1, is_mutable=True)
     dropout_locked: bool = config_field(
         False, "the same dropout mask at all steps of a window (variational); false: one for each step", is_mutable=True
@@ -180,6 +187,7 @@ class ModelConfig(Section):
         if self.tied and self.embedding_size != self.layer_sizes[-1]:
             problem = f"model.tied = true: model.embedding_size = {self.embedding_size} and"
             raise UserError(f"{problem} model.hidden_size = {format_value(self.hidden_size)} differ", "make them equal")
+        self._check_softmax()
         if isinstance(self.hidden_size, tuple) and self.cell not in BUILTIN_CELLS:
             problem = f"model.hidden_size = {format_value(self.hidden_size)}: model.cell = {self.cell} takes an integer"
             raise UserError(problem, "give one")
@@ -190,6 +198,19 @@ class ModelConfig(Section):
             if self.cell in SCAN_CELLS:
                 problem = f"model.weight_drop = {self.weight_drop}: model.cell = {self.cell} has no hidden weights"
             raise UserError(problem, "leave it out")
+
+    def _check_softmax(self) -> None:
+        """Raises UserError if fields contradict ``softmax``, or cutoffs do not rise."""
+        cutoffs = self.adaptive_cutoffs
+        if self.softmax == "adaptive" and self.tied:
+            problem = "model.tied = true: model.softmax = adaptive has no weight for each token"
+            raise UserError(problem, "set one of them only")
+        if isinstance(cutoffs, tuple):
+            setting = f"model.adaptive_cutoffs = {format_value(cutoffs)}"
+            if self.softmax == "full":
+                raise UserError(f"{setting}: model.softmax = full has no clusters", "leave it out")
+            if not cutoffs or list(cutoffs) != sorted(set(cutoffs)):
+                raise UserError(f"{setting}: must be one or more rising integers")
 
     @property
     def layer_sizes(self) -> tuple[int, ...]:
@@ -438,6 +459,10 @@ class Config:
         if self.vocabulary.end_of_line and self.vocabulary.kind != "word":
             problem = f"vocabulary.end_of_line = true: vocabulary.kind = {self.vocabulary.kind} has newlines already"
             raise UserError(problem, "leave it out, or set vocabulary.kind = word")
+        if self.model.softmax == "adaptive" and self.vocabulary.kind in ("byte", "bpe"):
+            kind = f"vocabulary.kind = {self.vocabulary.kind}"
+            problem = f"model.softmax = adaptive: the ids of {kind} are not ordered by frequency"
+            raise UserError(problem, "set vocabulary.kind = word, or leave it out")
         if isinstance(offset, tuple) and len(offset) < self.train.epochs:
             problem = f"stream.offset has {len(offset)} entries for train.epochs = {self.train.epochs}"
             raise UserError(problem, "give one for each epoch")

@@ -50,7 +50,7 @@ class Ensemble:
     @property
     def vocabulary_size(self) -> int:
         """The number of tokens V."""
-        return self.models[0].linear.out_features
+        return self.models[0].vocabulary_size
 
     @torch.no_grad()
     def advance(self, tokens_TB: Tensor, states: Sequence[State]) -> list[State]:

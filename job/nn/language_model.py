@@ -5,27 +5,28 @@ Axes: T steps, B lanes, H hidden units, E input features, H hidden units, V toke
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 
 from job.config.schema import BUILTIN_CELLS, ModelConfig
 from job.errors import UserError
-from job.kernels.ops import VECTOR_WIDTH, can_use_kernel, compute_dtype, fused_linear_cross_entropy, generate_greedy
+from job.kernels.ops import VECTOR_WIDTH, can_use_kernel, generate_greedy
+from job.nn.adaptive_softmax import Tails, head_size, resolve_cutoffs
 from job.nn.cell_layers import LAYERS, CellLayers
+from job.nn.cross_entropy import chunked_cross_entropy, linear_cross_entropy
 from job.nn.custom_cell import build_custom_cell, check_state_protocol
 from job.nn.regularization import Regularization
 from job.nn.rnn import RecurrentLayers
 from job.nn.state import State, run_documents
 
-CHUNK_LOGITS = 1 << 27  # 512 MiB of float32
-
 
 class LanguageModel(nn.Module):
-    """An embedding (or one-hot inputs), recurrent layers ``rnn``, and an output layer ``linear``."""
+    """An embedding (or one-hot inputs), recurrent layers ``rnn``, and an output layer ``linear``.
+
+    With ``model.softmax = adaptive`` the output layer is the head of an adaptive softmax, and ``tails`` are the others.
+    """
 
     def __init__(self, model_config: ModelConfig, vocabulary_size: int) -> None:
         super().__init__()
@@ -39,7 +40,10 @@ class LanguageModel(nn.Module):
             self.rnn = CellLayers(model_config.cell, input_size, layer_sizes)
         else:
             self.rnn = build_custom_cell(model_config, input_size)
-        self.linear = nn.Linear(layer_sizes[-1], vocabulary_size)
+        cutoffs = resolve_cutoffs(model_config, vocabulary_size)
+        self.linear = nn.Linear(layer_sizes[-1], head_size(cutoffs, vocabulary_size))
+        self.tails = Tails(cutoffs, vocabulary_size, layer_sizes[-1])
+        self.vocabulary_size = vocabulary_size
         self.reset_token: int | None = None  # before which the state of a lane is taken to be zero
         self.is_tied = model_config.tied
         if self.is_tied:  # between those of torch's embedding, 1, and of its output layer, which learns very slowly
@@ -75,10 +79,11 @@ class LanguageModel(nn.Module):
             regularization: this step's; None disables it
 
         Returns:
-            Logits (T, B, V) and the state after the window.
+            Logits (T, B, V), which are log-probabilities if the softmax is adaptive, and the state after the window.
         """
         hidden_TBH, state = self._hidden_states(tokens_TB, state, regularization)
-        return self.linear(hidden_TBH if regularization is None else regularization.drop_outputs(hidden_TBH)), state
+        dropped_TBH = hidden_TBH if regularization is None else regularization.drop_outputs(hidden_TBH)
+        return self.tails.log_probabilities(self.linear, dropped_TBH), state
 
     def advance(self, tokens_TB: Tensor, state: State) -> State:
         """Returns the state after a window without computing logits; the arguments are those of ``forward``."""
@@ -92,17 +97,16 @@ class LanguageModel(nn.Module):
         The other arguments are those of ``forward``.
         """
         hidden_TBH, state = self._hidden_states(tokens_TB, state, regularization)
-        weight_VH, bias_V = self.linear.weight, self.linear.bias
+        dropped_TBH = hidden_TBH if regularization is None else regularization.drop_outputs(hidden_TBH)
+        nats = self.tails.cross_entropy_sum(self.linear, dropped_TBH, targets_TB, linear_cross_entropy)
         if regularization is None:
-            return linear_cross_entropy(hidden_TBH, weight_VH, bias_V, targets_TB), state
-        dropped_TBH = regularization.drop_outputs(hidden_TBH)
-        nats = linear_cross_entropy(dropped_TBH, weight_VH, bias_V, targets_TB)
+            return nats, state
         return regularization.add_penalty(nats, hidden_TBH, dropped_TBH, self._document_starts(tokens_TB)), state
 
     def evaluation_nats(self, tokens_TB: Tensor, targets_TB: Tensor, state: State) -> tuple[Tensor, State]:
         """Returns ``cross_entropy_sum`` by torch operators, where targets of -1 count nothing, and the state."""
         hidden_TBH, state = self._hidden_states(tokens_TB, state, None)
-        return _cross_entropy_in_chunks(hidden_TBH, self.linear.weight, self.linear.bias, targets_TB), state
+        return self.tails.cross_entropy_sum(self.linear, hidden_TBH, targets_TB, chunked_cross_entropy), state
 
     def generate_greedy(self, first_B: Tensor, state: State, length: int) -> Tensor | None:
         """Decodes greedily in a single kernel call.
@@ -116,7 +120,7 @@ class LanguageModel(nn.Module):
             Tokens (length, B), or None if the kernel does not support this model or device.
         """
         rnn, weight_VH = self.rnn, self.linear.weight
-        if not isinstance(rnn, RecurrentLayers) or not rnn.is_uniform or rnn.hidden_size % VECTOR_WIDTH:
+        if not isinstance(rnn, RecurrentLayers) or not rnn.is_uniform or rnn.hidden_size % VECTOR_WIDTH or self.tails:
             return None
         if not can_use_kernel(weight_VH, weight_VH.dtype):
             return None
@@ -139,11 +143,11 @@ class LanguageModel(nn.Module):
     def _features(self, tokens_TB: Tensor, regularization: Regularization | None) -> Tensor:
         """Returns the features (T, B, E) that the first layer reads."""
         if self.embedding is None:
-            return F.one_hot(tokens_TB, self.linear.out_features).to(self.linear.weight.dtype)
+            return F.one_hot(tokens_TB, self.vocabulary_size).to(self.linear.weight.dtype)
         features_TBE: Tensor = self.embedding(tokens_TB)
         if regularization is None:
             return features_TBE
-        return regularization.drop_inputs(features_TBE, tokens_TB, self.linear.out_features)
+        return regularization.drop_inputs(features_TBE, tokens_TB, self.vocabulary_size)
 
     def _document_starts(self, tokens_TB: Tensor) -> Tensor | None:
         """Returns whether the state before each token is taken to be zero (T, B); None if it never is."""
@@ -151,46 +155,6 @@ class LanguageModel(nn.Module):
             return None
         starts_TB = tokens_TB == self.reset_token
         return starts_TB if starts_TB.any() else None
-
-
-def linear_cross_entropy(hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_TB: Tensor) -> Tensor:
-    """Returns the summed cross-entropy, in nats, of targets under a linear output layer.
-
-    The compiled kernel holds some rows of logits at a time, and their complete gradient in the compute dtype. Without
-    it there are at most CHUNK_LOGITS logits at a time; if that takes several chunks, the backward pass recomputes each.
-
-    Args:
-        hidden_TBH: hidden states
-        weight_VH: weight of the output layer
-        bias_V: bias of the output layer
-        targets_TB: token ids, int64
-
-    Returns:
-        A scalar of the weight's dtype. Autocast affects only the matrix product.
-
-    Raises:
-        IndexError: a target is not in the vocabulary (compiled kernel only)
-    """
-    dtype = compute_dtype(weight_VH)
-    if can_use_kernel(weight_VH, dtype):
-        return fused_linear_cross_entropy(hidden_TBH.to(dtype), weight_VH, bias_V, targets_TB)
-    return _cross_entropy_in_chunks(hidden_TBH, weight_VH, bias_V, targets_TB)
-
-
-def _cross_entropy_in_chunks(hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_TB: Tensor) -> Tensor:
-    """Returns the summed cross-entropy by torch operators, where targets of -1 count nothing."""
-    rows = max(1, CHUNK_LOGITS // len(weight_VH))
-    if targets_TB.numel() <= rows:
-        return _cross_entropy_torch(hidden_TBH, weight_VH, bias_V, targets_TB)
-    chunks = zip(hidden_TBH.flatten(0, 1).split(rows), targets_TB.flatten().split(rows), strict=True)
-    flags: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
-    nats = [checkpoint(_cross_entropy_torch, hidden, weight_VH, bias_V, targets, **flags) for hidden, targets in chunks]
-    return torch.stack(nats).sum()
-
-
-def _cross_entropy_torch(hidden: Tensor, weight_VH: Tensor, bias_V: Tensor, targets: Tensor) -> Tensor:
-    logits = F.linear(hidden, weight_VH, bias_V).to(weight_VH.dtype)
-    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), ignore_index=-1, reduction="sum")
 
 
 def build_model(model_config: ModelConfig, vocabulary_size: int, seed: int) -> LanguageModel:

@@ -12,6 +12,7 @@ from job.data.stream import Stream
 from job.distributed.context import World, available_cpus, device_name, machine_memory, resolve_precision
 from job.distributed.gradient_sync import ControlFlags
 from job.errors import UserError
+from job.nn.adaptive_softmax import head_size, resolve_cutoffs, tail_sizes
 from job.nn.language_model import reference_state_dict
 from job.training.loop import train_steps
 from job.training.run_spec import RunSpec
@@ -33,8 +34,12 @@ def count_weights(model_config: ModelConfig, vocabulary_size: int) -> int:
     input_sizes = (embedding or vocabulary_size, *sizes[:-1])
     a, b, c = _LAYER_WEIGHTS.get(model_config.cell, (0, 0, 0))
     recurrent = sum(hidden * (a * inputs + b * hidden + c) for inputs, hidden in zip(input_sizes, sizes, strict=True))
-    per_token = (0 if model_config.tied else embedding) + sizes[-1] + 1
-    return recurrent + vocabulary_size * per_token
+    cutoffs = resolve_cutoffs(model_config, vocabulary_size)
+    output = head_size(cutoffs, vocabulary_size) * (sizes[-1] + 1) + sum(
+        num_features * (sizes[-1] + len(cluster)) + len(cluster)
+        for cluster, num_features in tail_sizes(cutoffs, vocabulary_size, sizes[-1])
+    )
+    return recurrent + output + (0 if model_config.tied else vocabulary_size * embedding)
 
 
 def worker_bytes(config: Config, num_weights: int) -> int:

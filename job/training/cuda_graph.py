@@ -21,6 +21,7 @@ from job.training.train_step import EagerTrainStep, TrainStep
 
 GRAPH_ENV_VAR = "LANES_GRAPH"  # "off" disables the capture, "workers" captures the steps of several workers, too
 WARMUP_STEPS = 3  # steps before the capture, in which libraries finish autotuning and allocate their workspaces
+NO_GRAPH = "no CUDA graph, each step is launched operation by operation"
 
 Replay = Callable[[], None]
 Capture = Callable[[Callable[[], Tensor]], tuple[Tensor, Replay]]
@@ -29,16 +30,20 @@ Capture = Callable[[Callable[[], Tensor]], tuple[Tensor, Replay]]
 def supports_cuda_graph(model: LanguageModel, world_size: int) -> bool:
     """Whether each step is the same work of a single GPU, or of several with NCCL if that is enabled.
 
-    NCCL's operations can be captured, but this has not run on several GPUs yet.
+    NCCL's operations can be captured, but this has not run on several GPUs yet. The steps of an adaptive softmax are
+    not the same work: the number of rows of each cluster depends on the targets.
     """
     weight, setting = model.linear.weight, os.environ.get(GRAPH_ENV_VAR)
     # The learning rate on the GPU is a float32, which would round that of a run in float64.
     is_uniform = (
         not model.has_custom_cell and model.reset_token is None and weight.is_cuda and weight.dtype == torch.float32
     )
-    return is_uniform and (
+    is_supported = is_uniform and (
         setting != "off" if world_size == 1 else setting == "workers" and dist.get_backend() == "nccl"
     )
+    if is_supported and model.tails:
+        warnings.warn(f"{NO_GRAPH}: the steps of model.softmax = adaptive differ", stacklevel=2)
+    return is_supported and not model.tails
 
 
 def capture_graph(step: Callable[[], Tensor]) -> tuple[Tensor, Replay]:
@@ -105,7 +110,7 @@ class CudaGraphTrainStep:
             stats, replay = self.capture(step)
         except RuntimeError as error:  # no operation has run yet
             reason = error.__context__ or error
-            warnings.warn(f"no CUDA graph, each step is launched operation by operation: {reason}", stacklevel=2)
+            warnings.warn(f"{NO_GRAPH}: {reason}", stacklevel=2)
             return self.eager_step
         return replay_step
 
