@@ -1,11 +1,13 @@
 """Experiments on tiny Shakespeare: what models and ensembles reach on its last tenth, in nats per character.
 
-    python -m benchmarks.shakespeare TEXT [--results FILE] [--only NAME …] [--seeds N] [--parallel N]
+    python -m benchmarks.shakespeare TEXT [--results FILE] [--only NAME …] [--seeds N] [--parallel N] [--together RUN …]
+    python -m benchmarks.shakespeare --plot FILE.png --results FILE …
 
 Each experiment is a training with a recipe of its own, once per seed. Its best checkpoint is evaluated with the state
-carried in 32 lanes, and with a fresh state every 256 characters, which is what the windows of nanoGPT see. Then the
-seeds of an experiment together as an ensemble. Each result is a line of the file, with its validation curve; what is
-there is not run again, and a training that was interrupted is resumed. Prints a table of all results in the file.
+carried in 32 lanes, and with a fresh state every 256 characters, which is what the windows of nanoGPT see. Each result
+is a line of the file, with its validation curve; what is there is not run again, and a training that was interrupted is
+resumed. ``--together`` evaluates runs (combined-1 is the experiment "combined" with seed 1) as one ensemble. Prints a
+table of all results in the file. ``--plot`` draws the validation curves of result files over time.
 """
 
 import argparse
@@ -19,6 +21,8 @@ from pathlib import Path
 from threading import Lock
 from typing import Any
 
+import matplotlib.pyplot as plt
+
 from benchmarks import measure
 
 CONTEXT = 256  # characters of nanoGPT's windows
@@ -28,7 +32,7 @@ BASE: dict[str, Any] = {
     "model.num_layers": 2, "model.hidden_size": 768, "model.embedding_size": 128, "model.dropout": 0.6,
     "optimizer.name": "adamw", "optimizer.learning_rate": 3e-3, "optimizer.schedule": "cosine",
     "optimizer.warmup_steps": 100, "optimizer.grad_clip_norm": 1.0, "optimizer.weight_decay": 1.0,
-    "optimizer.decay_scope": "matrices", "optimizer.averaging": "ema", "train.epochs": 20,
+    "optimizer.decay_scope": "matrices", "optimizer.averaging": "ema", "train.epochs": 16,
     "train.keep_checkpoints": 1, "train.checkpoint_every": "600s", "generate.length": 0,
 }  # fmt: skip
 EXPERIMENTS: dict[str, dict[str, Any]] = {
@@ -45,7 +49,11 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
     "GRU": {"model.cell": "gru", "model.hidden_size": 888},
     "wide": {"model.hidden_size": 1024},
     "long windows": {"stream.batch_size": 64, "stream.num_steps": 100},
-}
+    "combined": {
+        "model.hidden_size": 1024, "model.dropout": 0.5, "optimizer.weight_decay": 0.3, "train.epochs": 36,
+    },
+}  # fmt: skip
+ANCHORS = {"nanoGPT, 10.7 M weights, A100": 1.4697, "nanoGPT's recipe for CPUs": 1.8857}  # as published; fresh state
 
 
 class Results:
@@ -83,12 +91,16 @@ def call(verb: str, words: list[str], log: Path) -> str:
     return output
 
 
+def run_name(experiment: str, seed: int) -> str:
+    return f"{experiment}-{seed}".replace(" ", "-")
+
+
 def train(name: str, seed: int, text: str, storage: Path, threads: int) -> dict[str, Any]:
     """Trains an experiment with a seed, or resumes it, and evaluates its best checkpoint."""
-    run_name, started = f"{name}-{seed}".replace(" ", "-"), time.time()
-    run = {"corpus.source": text, "run.seed": seed, "run.name": run_name, "run.storage": storage, "scale.workers": 0}
+    folder, started = storage / run_name(name, seed), time.time()
+    log = folder.with_suffix(".log")
+    run = {"corpus.source": text, "run.seed": seed, "run.name": folder.name, "run.storage": storage, "scale.workers": 0}
     fields = {**BASE, **EXPERIMENTS[name], **run, "scale.cpus_per_worker": threads}
-    folder, log = storage / run_name, storage / f"{run_name}.log"
     call("train", flags(fields), log)
     result = json.loads((folder / "result.json").read_text())
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -117,50 +129,66 @@ def evaluate(checkpoints: list[Path], text: str, log: Path) -> dict[str, float]:
     return found
 
 
-def evaluate_ensemble(name: str, results: Results, text: str, storage: Path) -> None:
-    """Evaluates all seeds of an experiment together."""
-    rows = [row for row in results.rows if row["experiment"] == name and "checkpoint" in row]
-    if len(rows) > 1 and not results.find(experiment=name, models=len(rows)):
-        checkpoints = [Path(row["checkpoint"]) for row in rows]
-        losses = evaluate(checkpoints, text, storage / f"{name}.log")
-        results.add({"experiment": name, "models": len(rows), **losses})
+def evaluate_together(names: list[str], results: Results, text: str, storage: Path) -> None:
+    """Evaluates runs that are in the results as one ensemble."""
+    checkpoints = {run_name(row["experiment"], row["seed"]): row["checkpoint"] for row in results.rows if "seed" in row}
+    if not results.find(models=names):
+        losses = evaluate([Path(checkpoints[name]) for name in names], text, storage / "ensemble.log")
+        results.add({"models": names, **losses})
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:
     """Prints nats per character of each model and ensemble."""
-    print(f"{'':<28}{'carried':>9}{'fresh':>9}{'lanes':>9}{'epoch':>7}{'seconds':>9}")
+    print(f"{'':<28}{'carried':>9}{'fresh':>9}{'epoch':>7}{'seconds':>9}")
     for row in rows:
-        label = f"{row['experiment']} × {row['models']}" if "models" in row else f"{row['experiment']} {row['seed']}"
-        single = f"{row['best']:9.4f}{row['epoch']:7}{row['seconds']:9.0f}" if "best" in row else ""
+        label = f"{len(row['models'])} models" if "models" in row else f"{row['experiment']} {row['seed']}"
+        single = f"{row['epoch']:7}{row['seconds']:9.0f}" if "seed" in row else "  " + " ".join(row["models"])
         print(f"{label:<28}{row['carried']:9.4f}{row['fresh']:9.4f}{single}")
+
+
+def plot(paths: list[Path], output: Path) -> None:
+    """Draws validation losses over the seconds since the command, one curve for each run of the files."""
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    for path, color in zip(paths, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False):
+        for index, row in enumerate(row for row in Results(path).rows if "curve" in row):
+            seconds, nats = zip(*((point["seconds"], point["nats"]) for point in row["curve"]), strict=True)
+            axes.plot(seconds, nats, color=color, alpha=0.8, linewidth=1.2, label=path.stem if index == 0 else None)
+    for label, anchor in ANCHORS.items():
+        axes.axhline(anchor, color="gray", linestyle="--", linewidth=1)
+        axes.annotate(label, (0.99, anchor), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="gray")
+    axes.set(xscale="log", ylim=(1.35, 2.0), xlabel="seconds", ylabel="validation loss, nats per character")
+    axes.legend(loc="upper center", frameon=False)
+    figure.savefig(output, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("text", help="tiny Shakespeare, a file")
-    parser.add_argument("--results", type=Path, default=Path("runs/shakespeare.jsonl"), metavar="FILE")
-    parser.add_argument("--only", nargs="+", choices=EXPERIMENTS, default=list(EXPERIMENTS), metavar="NAME")
+    parser.add_argument("text", nargs="?", help="tiny Shakespeare, a file")
+    parser.add_argument("--results", type=Path, nargs="+", default=[Path("runs/shakespeare.jsonl")], metavar="FILE")
+    parser.add_argument("--only", nargs="*", choices=EXPERIMENTS, default=list(EXPERIMENTS), metavar="NAME")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--parallel", type=int, default=1, help="trainings at a time")
     parser.add_argument("--threads", type=int, default=2, help="of each")
+    parser.add_argument("--together", nargs="+", default=[], metavar="RUN")
+    parser.add_argument("--plot", type=Path, metavar="FILE")
     arguments = parser.parse_args()
-    results = Results(arguments.results)
-    storage = arguments.results.with_suffix(".runs")
+    if arguments.plot:
+        plot(arguments.results, arguments.plot)
+        return
+    if not arguments.text:
+        parser.error("the text is missing")
+    results, storage = Results(arguments.results[0]), arguments.results[0].with_suffix(".runs")
     storage.mkdir(exist_ok=True)
-    missing = [
-        (name, seed)
-        for seed in range(arguments.seeds)
-        for name in arguments.only
-        if not results.find(experiment=name, seed=seed)
-    ]
+    experiments = [(name, seed) for seed in range(arguments.seeds) for name in arguments.only]
+    missing = [(name, seed) for name, seed in experiments if not results.find(experiment=name, seed=seed)]
     with ThreadPoolExecutor(arguments.parallel) as pool:
 
         def run(experiment: tuple[str, int]) -> None:
             results.add(train(*experiment, arguments.text, storage, arguments.threads))
 
         list(pool.map(run, missing))
-    for name in arguments.only:
-        evaluate_ensemble(name, results, arguments.text, storage)
+    if arguments.together:
+        evaluate_together(arguments.together, results, arguments.text, storage)
     print(measure.machine())
     print_table(results.rows)
 
