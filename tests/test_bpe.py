@@ -31,7 +31,7 @@ from job.data.tokens import count_characters
 from job.data.vocabulary_builder import build_vocabulary
 from job.data.vocabulary_file import read_vocabulary, vocabulary_from_json
 from job.errors import UserError
-from job.inference.generate import _continuation
+from job.inference.generate import continuation_text
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"]))
 SAMPLE = "It's the time machine's time.\nOne, two – three 1234 äöü 漢字\n\n" * 3
@@ -166,8 +166,8 @@ def test_decode_after_a_token_has_the_blank_before_the_first(make: Callable[[], 
     ids = [vocabulary.tokens.index(token) for token in vocabulary.tokens if "the" in token] * 3
     assert vocabulary.decode(ids) == "the the the"
     assert vocabulary.decode_after(ids[0], ids[1:]) == " the the"
-    assert _continuation(ids[1:], ids[0], "the", vocabulary, "") == " the the"
-    assert _continuation(ids[1:], ids[0], "", vocabulary, "") == "the the"
+    assert continuation_text(ids[1:], ids[0], "the", vocabulary, "") == " the the"
+    assert continuation_text(ids[1:], ids[0], "", vocabulary, "") == "the the"
 
 
 @pytest.mark.parametrize("make", [word_piece, unigram])

@@ -16,8 +16,9 @@ from pyarrow import fs
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from job.config.config_file import load_config
-from job.run.metrics import METRICS_FILE, SEGMENTS, TAIL_BYTES, MetricsLog, read_rows
+from job.run.metrics import METRICS_FILE, SEGMENTS, MetricsLog, read_rows
 from job.run.plot import plot_perplexity
+from job.run.row_file import TAIL_BYTES
 from job.storage import Folder
 from job.tuning.results import _write_tensorboard
 from job.tuning.trials import Trial, Trials, read_score_rows

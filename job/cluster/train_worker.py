@@ -16,6 +16,7 @@ from ray.train.torch import get_device
 from job.distributed.collectives import broadcast_json
 from job.distributed.context import World
 from job.distributed.gradient_sync import ControlFlags
+from job.inference.training_samples import generate_samples
 from job.training.events import Crashed, Event
 from job.training.run_spec import RunSpec
 from job.training.trainer import train
@@ -85,7 +86,7 @@ def train_worker(task: dict[str, Any]) -> None:
         attempt = broadcast_json(uuid.uuid4().hex[:8])  # drawn by rank 0
         world = World(rank, world_size, worker_device(), task["threads"], attempt)
         spec: RunSpec = ray.get(task["spec"])
-        train(spec, world, link)
+        train(spec, world, link, generate_samples)
     except Exception as error:
         link.post(Crashed(attempt, f"worker {rank} of {world_size} failed: {one_line(error)}"))
         raise

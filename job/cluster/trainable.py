@@ -190,9 +190,8 @@ class TrialRunner:
                 return {"state": "interrupted"}
             acquire_lease(self.folder, observer).release()  # removes that of a dead actor
             with open(os.devnull, "w") as null:
-                outcome = run_training(
-                    self.config, "", Console(null), launcher, self.stop_request, self._on_event, retry=True
-                )
+                arguments = self.config, "", Console(null), launcher, self.stop_request, self._on_event
+                outcome = run_training(*arguments, retry=True, in_trial=True)
         except Diverged as error:
             return {"state": "diverged", "reason": error.problem}
         except (UnrecoverableError, UserError) as error:

@@ -299,6 +299,9 @@ class TrainConfig(Section):
         0, "interval between validations, in addition to that after each epoch; 0: none", "steps", ge=0,
         on_resume="may change if nothing is decided by validations", is_free_in_new_run=True,
     )  # fmt: skip
+    sample_every: int = config_field(
+        0, "interval between samples of text; 0: an epoch, or more if it is short", "steps", ge=0, on_resume=FREE
+    )
     checkpoint_every: str | int = config_field(
         "30s", "interval between checkpoints", ge=1, pattern=r"(?=.*[1-9])[0-9]{1,99}(\.[0-9]{1,99})?s", on_resume=FREE,
         form='steps (200) or seconds ("30s"), above 0',

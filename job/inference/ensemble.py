@@ -44,7 +44,7 @@ class Ensemble:
         self.models, self.forbidden = list(models), forbidden
         if len(models) == 1 and forbidden is not None:  # so that the kernel of greedy decoding needs not know it
             bias = models[0].linear.bias  # copied, since the checkpoint's weights must not change
-            bias.data = bias.data.index_fill(0, torch.tensor(forbidden), -math.inf)
+            bias.data = bias.data.index_fill(0, torch.tensor(forbidden, device=bias.device), -math.inf)
         self.decoders = list(map(Decoder, models))
 
     @property

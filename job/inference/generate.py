@@ -107,11 +107,11 @@ def generate_texts(checkpoints: Sequence[LoadedCheckpoint], config: Config) -> G
     seed = config.run.seed if generate_config.seed < 0 else generate_config.seed
     samples = _generate_samples(ensemble, state, generate_config, seed, vocabulary)
     return Generated(
-        prefix, [_continuation(ids, state.token, prefix, vocabulary, generate_config.stop) for ids in samples]
+        prefix, [continuation_text(ids, state.token, prefix, vocabulary, generate_config.stop) for ids in samples]
     )
 
 
-def _continuation(ids: list[int], previous: int, prefix: str, vocabulary: Vocabulary, stop: str) -> str:
+def continuation_text(ids: list[int], previous: int, prefix: str, vocabulary: Vocabulary, stop: str) -> str:
     """Returns the text of generated tokens up to ``stop``, with a blank if it is needed after the prefix."""
     text = vocabulary.decode_after(previous, ids) if prefix else vocabulary.decode(ids)
     has_blank = not prefix or prefix[-1].isspace() or not text or text[0].isspace()
@@ -130,9 +130,10 @@ def read_tokens(ensemble: Ensemble, ids: np.ndarray, saved: SavedState | None = 
     """
     states: list[State] = [None] * len(ensemble.models) if saved is None else saved.states
     ids = ids if saved is None else np.concatenate([[saved.token], ids])
+    device = ensemble.models[0].linear.weight.device
     for start in range(0, len(ids) - 1, BLOCK_TOKENS):
         block = ids[start : min(start + BLOCK_TOKENS, len(ids) - 1)]
-        states = ensemble.advance(torch.from_numpy(block.astype(np.int64))[:, None], states)
+        states = ensemble.advance(torch.from_numpy(block.astype(np.int64))[:, None].to(device), states)
     return SavedState(states, int(ids[-1]))
 
 

@@ -22,12 +22,12 @@ def sample_generator(seed: int, number: int) -> torch.Generator:
 
 def sample_tokens(logits_BV: Tensor, generate_config: GenerateConfig, generators: Sequence[torch.Generator]) -> Tensor:
     """Returns a random token of each lane by its generator, (B,)."""
-    probabilities_BV = token_probabilities(logits_BV, generate_config)
+    probabilities_BV = token_probabilities(logits_BV.cpu(), generate_config)  # as the generators
     tokens = [
         torch.multinomial(probabilities_V[None], 1, generator=generator)[0]
         for probabilities_V, generator in zip(probabilities_BV, generators, strict=True)
     ]
-    return torch.cat(tokens)
+    return torch.cat(tokens).to(logits_BV.device)
 
 
 def token_probabilities(logits_BV: Tensor, generate_config: GenerateConfig) -> Tensor:

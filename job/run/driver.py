@@ -26,7 +26,7 @@ from job.errors import RunFailed, UserError
 from job.inference.generate import generate_text
 from job.paths import cache_notice
 from job.run.driver_log import DriverLog, driver_log
-from job.run.lease import acquire_lease, wait_until_expired
+from job.run.lease import Lease, acquire_lease, wait_until_expired
 from job.run.metrics import read_rows
 from job.run.plot import plot_perplexity, to_png
 from job.run.recorder import Recorder
@@ -56,6 +56,7 @@ from job.training.progress import finite_or_none, perplexity
 from job.training.run_spec import RunSpec
 
 _logger = logging.getLogger(__name__)
+_HYPERPARAMETERS = ("vocabulary", "stream", "model", "optimizer", "train")  # sections
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,7 @@ def run_training(
     retry: bool = False,
     content: Content | None = None,
     in_python: bool = False,
+    in_trial: bool = False,
 ) -> RunOutcome:
     """Trains a run, or resumes it if it exists.
 
@@ -121,6 +123,7 @@ def run_training(
         retry: retry failed requests to an object store from the first on, because it is known to be reachable
         content: the text or token ids that ``corpus.source`` names, if they are in no file
         in_python: the caller is a program, whose messages name a call instead of a command
+        in_trial: the run belongs to a search: it samples no text and is not tracked
 
     Raises:
         UserError: the input is invalid; nothing was started
@@ -137,6 +140,7 @@ def run_training(
         stop_request.can_save = False
         with suppress(KeyboardInterrupt):
             spec = build_run_spec(config, folder, content, TextCache(console, launcher.is_local))
+            spec = replace(spec, in_trial=in_trial)
             check_same_text(list_checkpoints(spec.checkpoints)[0], spec.dataset)
             source = open_source_checkpoint(spec.config, spec.dataset, folder)
             folder.check_writable()
@@ -148,7 +152,7 @@ def run_training(
             launcher.connect(spec, console)
             with (
                 acquire_lease(folder, observer) as lease,
-                closing(Recorder(spec.config, lease, console, partial(_handle_event, log, on_event))) as recorder,
+                closing(_recorder(spec, lease, console, partial(_handle_event, log, on_event))) as recorder,
                 log.opened(lease, recorder.status.attempts),
             ):
                 if observer.owner:
@@ -172,6 +176,17 @@ def _announce(spec: RunSpec, source: SourceCheckpoint | None, requested_source: 
         console.print(f"from {source.checkpoint.path}, {f'changed: {changes}' if changes else 'nothing changed'}")
     for warning in run_warnings(spec):
         console.warn(warning)
+
+
+def _recorder(spec: RunSpec, lease: Lease, console: Console, on_event: EventSink) -> Recorder:
+    """Returns the run's recorder; of a trial, the search shows the hyperparameters."""
+    values = {} if spec.in_trial else spec.config.values()
+    hyperparameters = {name: value for name, value in values.items() if _is_hyperparameter(name)}
+    return Recorder(spec.config, lease, console, on_event, hyperparameters)
+
+
+def _is_hyperparameter(name: str) -> bool:
+    return name.partition(".")[0] in _HYPERPARAMETERS and not FIELDS[name].is_path
 
 
 def _handle_event(log: DriverLog, on_event: EventSink | None, event: Event) -> None:

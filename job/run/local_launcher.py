@@ -9,6 +9,7 @@ from job.console import Console
 from job.distributed.context import World, available_cpus, release_freed_memory
 from job.distributed.gradient_sync import ControlFlags
 from job.errors import RunFailed, UserError
+from job.inference.training_samples import generate_samples
 from job.run.estimate import check_workers
 from job.run.recorder import Recorder
 from job.run.signals import StopRequest
@@ -37,7 +38,7 @@ class LocalLauncher:
         device = torch.device("cuda" if torch.cuda.is_available() and scale.accelerator != "cpu" else "cpu")
         world = World(0, 1, device, scale.cpus_per_worker or available_cpus(), uuid.uuid4().hex[:8])
         try:
-            train(spec, world, _LocalLink(recorder, stop_request))
+            train(spec, world, _LocalLink(recorder, stop_request), generate_samples)
         except RunFailed:
             raise
         except Exception as error:

@@ -1,5 +1,8 @@
 """Records what workers report: metrics, committed checkpoints, and the run's status."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from job.config.schema import Config
 from job.console import Console
 from job.errors import RunFailed
@@ -18,6 +21,7 @@ from job.training.events import (
     MetricsRow,
     PartWritten,
     ProgressUpdate,
+    Sampled,
     Started,
     WorkerGroupEnded,
 )
@@ -30,10 +34,17 @@ class Recorder:
     checkpoint survive any crash.
     """
 
-    def __init__(self, config: Config, lease: Lease, console: Console, on_event: EventSink | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        lease: Lease,
+        console: Console,
+        on_event: EventSink | None = None,
+        hyperparameters: Mapping[str, Any] | None = None,
+    ) -> None:
         self.folder, self.lease = lease.folder, lease
         self.status = RunStatus(config, console)
-        self.metrics = MetricsLog(self.folder)
+        self.metrics = MetricsLog(self.folder, hyperparameters)
         self.committer = CheckpointCommitter(self.folder / "checkpoints", config.train.keep_checkpoints)
         self.on_event = on_event or (lambda _: None)
 
@@ -58,10 +69,8 @@ class Recorder:
         match event:
             case Started():
                 self._start(event)
-            case MetricsRow():
-                self.lease.check_if_stale()
-                self.metrics.append(event.row)
-                self.status.show_row(event.row)
+            case MetricsRow() | Sampled():
+                self._append(event)
             case PartWritten():
                 if self.committer.add(event.receipt):
                     self._commit(event)
@@ -86,6 +95,14 @@ class Recorder:
         for corrupt in event.skipped_checkpoints:
             self.status.console.warn(f"{corrupt}; the one before it is used")
         self.status.print_start()
+
+    def _append(self, event: MetricsRow | Sampled) -> None:
+        self.lease.check_if_stale()
+        if isinstance(event, MetricsRow):
+            self.metrics.append(event.row)
+            self.status.show_row(event.row)
+        else:
+            self.metrics.append_samples(event.rows)
 
     def _commit(self, event: PartWritten) -> None:
         self.metrics.sync()

@@ -48,6 +48,13 @@ class MetricsRow(Event):
 
 
 @dataclass(frozen=True)
+class Sampled(Event):
+    """Rows for ``samples.jsonl``: texts that the weights of a step generate."""
+
+    rows: tuple[dict[str, Any], ...]
+
+
+@dataclass(frozen=True)
 class PartWritten(Event):
     """A worker has written its part of a checkpoint."""
 

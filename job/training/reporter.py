@@ -1,10 +1,12 @@
 """Metrics and progress of a worker group, posted by rank 0."""
 
 import time
+from collections.abc import Callable
+from typing import Any
 
 from job.data.text_size import bits_per_unit
 from job.distributed.context import World
-from job.training.events import Event, EventSink, MetricsRow, ProgressUpdate
+from job.training.events import Event, EventSink, MetricsRow, ProgressUpdate, Sampled
 from job.training.loop import StepResult
 from job.training.progress import LossSum, finite_or_none, perplexity
 from job.training.run_spec import RunSpec
@@ -73,13 +75,23 @@ class Reporter:
 
         ``raw`` is that of the weights themselves if they are averaged.
         """
-        for speed in (self.report_speed, self.progress_speed, self.epoch_speed):
-            speed.exclude(seconds)
+        self._exclude(seconds)
         more = bits_per_unit(loss.nats, self.dataset.validation_size) if self.world.rank == 0 else {}
         if raw:
             more = {"nats_raw": raw.nats_per_token, **more}
         finite = {name: finite_or_none(value) for name, value in more.items()}
         self._post_row("validation", epoch, loss, loss.tokens / seconds, **finite)
+
+    def report_samples(self, sampler: Callable[[RunSpec, TrainState], list[dict[str, Any]]], spec: RunSpec) -> None:
+        """Samples text and reports it."""
+        started_at = time.monotonic()
+        self.post(Sampled(self.world.attempt, tuple(sampler(spec, self.train_state))))
+        self._exclude(time.monotonic() - started_at)
+
+    def _exclude(self, seconds: float) -> None:
+        """Leaves seconds that were not spent training out of all speeds."""
+        for speed in (self.report_speed, self.progress_speed, self.epoch_speed):
+            speed.exclude(seconds)
 
     def _post_row(self, split: str, epoch: int, loss: LossSum, tokens_per_second: float, **more: float | None) -> None:
         row = {

@@ -15,3 +15,4 @@ class RunSpec:
     dataset: Dataset
     checkpoints: Folder
     init: bytes | None  # content of model.init: a safetensors file with the initial weights
+    in_trial: bool = False  # it belongs to a search, whose trials sample no text and are not tracked

@@ -2,8 +2,9 @@
 
 import copy
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -25,6 +26,7 @@ from job.training.progress import Progress
 from job.training.reporter import Reporter
 from job.training.resume import agree_on_resume_point
 from job.training.run_spec import RunSpec
+from job.training.sample_schedule import is_sample_due
 from job.training.train_state import TrainState, build_train_state
 from job.training.validation import is_validation_due, record_validation, validate
 
@@ -33,6 +35,9 @@ OUT_OF_MEMORY_REMEDY = (
     "resume on more scale.workers with a GPU each or with a larger train.accumulate, or start another run with a "
     "smaller stream.batch_size, stream.num_steps or model.hidden_size"
 )
+
+
+Sampler = Callable[[RunSpec, TrainState], list[dict[str, Any]]]
 
 
 class DriverLink(Protocol):
@@ -48,13 +53,14 @@ class DriverLink(Protocol):
         """Whether a node is about to be removed; all workers call it at the same step."""
 
 
-def train(spec: RunSpec, world: World, link: DriverLink) -> None:
+def train(spec: RunSpec, world: World, link: DriverLink, sampler: Sampler | None = None) -> None:
     """Trains this worker's lanes until the run is done, is stopped, or fails, and posts that as an event.
 
     Args:
         spec: the run, the same on all workers
         world: this worker's place among them; with more than one, torch's default process group must be initialized
         link: the connection to the driver
+        sampler: returns rows of ``samples.jsonl``, leaving the training state as it is; rank 0 calls it
 
     Raises:
         Exception: whatever is unexpected, so that the workers are restarted
@@ -69,7 +75,8 @@ def train(spec: RunSpec, world: World, link: DriverLink) -> None:
         writer = CheckpointWriter(spec, world, link.post)
         reporter = Reporter(world, link.post, train_state, spec)
         reporter.post(_started(spec, world, train_state, skipped_checkpoints, describe_missing_kernel(implementations)))
-        Trainer(spec, world, link, train_state, writer, reporter).run()
+        sampler = None if world.rank or spec.in_trial else sampler
+        Trainer(spec, world, link, train_state, writer, reporter, sampler).run()
     except UnrecoverableError as error:
         link.post(Failed(world.attempt, error))
     except UserError as error:
@@ -120,6 +127,7 @@ class Trainer:
     train_state: TrainState
     writer: CheckpointWriter
     reporter: Reporter
+    sampler: Sampler | None = None  # of rank 0, unless no text is sampled
     saved_at: float = field(default_factory=time.monotonic)  # or started at, by the monotonic clock
     preemption_polled_at: float = field(default_factory=time.monotonic)
 
@@ -160,6 +168,8 @@ class Trainer:
         for step in train_steps(self.train_state, self.spec.config, self._control_flags):
             stopped = step.stats.flags.stop
             self.reporter.report_step(step)
+            if self.sampler and is_sample_due(self.train_state, self.spec.config.train, ends_epoch=step.ends_epoch):
+                self.reporter.report_samples(self.sampler, self.spec)
             if step.ends_run or step.ends_epoch:
                 break
             is_due = is_validation_due(self.progress, self.spec.config.train)
