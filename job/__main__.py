@@ -134,6 +134,23 @@ def _evaluate(line: CommandLine) -> int:
     return 0
 
 
+def _export(line: CommandLine) -> int:
+    """Write a trained model for other programs, as an ONNX file or for the Hugging Face hub."""
+    from job.export.export import FORMATS, check_export, export_model
+
+    for name, remedy in {"format": f"one of {', '.join(FORMATS)}", "output": "the folder to create"}.items():
+        if name not in line.flags:
+            raise UserError(f"--{name} is missing", f"give {remedy}")
+    file_format, output = line.flags.pop("format"), line.flags.pop("output")
+    folder = check_export(file_format, output)
+    checkpoints, config = _open(line.targets, parse_flags(line.flags))
+    if len(checkpoints) > 1:
+        raise UserError(f"{line.target}: is a search with {len(checkpoints)} runs", "give one of them")
+    files = export_model(checkpoints[0], config, file_format, folder)
+    Console().print(f"step {checkpoints[0].checkpoint.step:,} in {output}: {', '.join(files)}")
+    return 0
+
+
 def _open(targets: Sequence[str], values: ConfigValues) -> tuple[list[Any], Config]:
     """Returns the LoadedCheckpoints that a verb needs, and the configuration of the first, overridden by values.
 
@@ -254,6 +271,12 @@ VERBS = {
         ),
         JSON_FLAG,
         takes_several=True,
+    ),
+    "export": Verb(
+        _export,
+        "RUN|CHECKPOINT",
+        ("model.cell", "evaluate.weights"),
+        {"format": "onnx (a step of the model) or hub (weights and a model card)", "output": "the folder to create"},
     ),
     "doctor": Verb(
         _doctor, "[CONFIG.toml]", tuple(SECTIONS), {"address": "a running Ray cluster: HOST:PORT", **JSON_FLAG}

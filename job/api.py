@@ -19,6 +19,7 @@ from job.config.toml import ConfigValues, override_config, parse_sections
 from job.console import Console
 from job.data.content import check_content, content_name
 from job.errors import UserError, error_origin, report_os_error
+from job.export.export import check_export, export_model
 from job.inference.evaluate import Evaluation, evaluate_text
 from job.inference.generate import NO_CUSTOM_CELL, generate_texts
 from job.inference.prefix import prefix_values, prefix_warnings
@@ -111,6 +112,23 @@ class Run:
         with process_state_restored():
             cache = TextCache(Console(sys.stderr), is_local=True)
             return evaluate_text([self._checkpoint], config, open_large=cache.open)
+
+    def export(self, file_format: str, output: "str | os.PathLike[str]", weights: str = "auto") -> None:
+        """Writes the model as a folder for other programs, as the verb export does.
+
+        Args:
+            file_format: onnx or hub
+            output: a folder, new or empty
+            weights: auto, raw or average, as ``evaluate.weights``
+
+        Raises:
+            UserError: the folder is not empty or cannot be written, a library is not installed, or onnx does not
+                support the model
+        """
+        folder = check_export(file_format, _expand_path("output", output, "give a new folder"))
+        config = override_config(replace(self.config, model=self.model_config), {"evaluate.weights": weights})
+        with process_state_restored():
+            export_model(self._checkpoint, config, file_format, folder)
 
     @cached_property
     def _checkpoint(self) -> LoadedCheckpoint:

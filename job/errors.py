@@ -1,7 +1,9 @@
 """Errors, by who can fix them."""
 
 import contextlib
+import importlib
 from collections.abc import Iterator
+from typing import Any
 
 
 class _Problem(Exception):
@@ -54,3 +56,16 @@ def report_os_error(problem: str, remedy: str = "") -> Iterator[None]:
     except OSError as error:
         reason, *_ = (error.strerror or str(error) or type(error).__name__).splitlines()
         raise UserError(f"{problem}: {reason}", remedy) from None
+
+
+def import_optional(package: str, needed_for: str) -> Any:
+    """Returns the module of an optional dependency. Raises UserError if it is not installed.
+
+    Args:
+        package: its name
+        needed_for: a setting and its value, for the message
+    """
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise UserError(f"{needed_for}: {package} is not installed", f"pip install {package}") from None

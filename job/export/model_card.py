@@ -1,0 +1,85 @@
+"""The model card of an exported model: ``README.md`` as the Hugging Face Hub reads it, without a licence."""
+
+import html
+import json
+import re
+
+from torch import Tensor
+
+from job.config.schema import BUILTIN_CELLS
+from job.console import escape_controls, format_count
+from job.paths import is_uri
+from job.training.checkpoint import LoadedCheckpoint
+from job.training.progress import perplexity
+
+_PUNCTUATION = re.compile(r"([!-/:-@\[-`{-~])")  # of ASCII, all of which Markdown takes literally after a backslash
+_KINDS = {"char": "characters", "byte": "bytes", "word": "words", "bpe": "byte pairs"}
+_CARD = """\
+---
+# license: choose one of https://huggingface.co/docs/hub/repositories-licenses
+library_name: lanes
+pipeline_tag: text-generation
+tags: {tags}
+---
+# {name}
+
+A recurrent language model of {kind}. `config.json` describes the model and `{vocabulary}` its tokens. Where the cell
+is that of torch's `nn.RNN`, `nn.GRU` or `nn.LSTM`, the weights in `model.safetensors` have its names under `rnn.`.
+
+| | |
+| --- | --- |
+{rows}
+"""
+_SAMPLE = "\n## Sample\n\n<pre>{}</pre>\n"  # HTML, in which Markdown is not read before the closing tag
+
+
+def escape_markdown(text: str) -> str:
+    """Returns a text as it is shown literally within a line of Markdown."""
+    return _PUNCTUATION.sub(r"\\\1", " ".join(escape_controls(text).split()))
+
+
+def model_card(loaded: LoadedCheckpoint, name: str, weights: str, sample: str | None) -> str:
+    """Returns the model card of a checkpoint.
+
+    Args:
+        loaded: the checkpoint
+        name: of the run
+        weights: ``average`` or ``raw``
+        sample: a text that the model generated; None: there is none
+    """
+    cell = loaded.config.model.cell
+    rows = (f"| {meaning} | {escape_markdown(value)} |" for meaning, value in describe(loaded, weights).items())
+    card = _CARD.format(
+        tags=json.dumps(["recurrent-neural-network", cell if cell in BUILTIN_CELLS else "custom-cell"]),
+        name=escape_markdown(name),
+        kind=_KINDS[loaded.vocabulary.kind],
+        vocabulary=loaded.vocabulary.file_name,
+        rows="\n".join(rows),
+    )
+    return card if sample is None else card + _SAMPLE.format(html.escape(escape_controls(sample)))
+
+
+def _count_weights(loaded: LoadedCheckpoint) -> int:
+    is_stored_twice = loaded.config.model.tied and loaded.weights["embedding.weight"].numel()
+    return sum(map(Tensor.numel, loaded.weights.values())) - is_stored_twice
+
+
+def describe(loaded: LoadedCheckpoint, weights: str) -> dict[str, str]:
+    """Returns what the card's table shows: the model, the training, and its figures."""
+    model, progress, source = loaded.config.model, loaded.progress, loaded.config.corpus.source
+    rows = {
+        "cell": model.cell,
+        "hidden units": " + ".join(map(str, model.layer_sizes)),
+        "embedding": str(model.embedding_size or "one-hot") + ", tied" * model.tied,
+        "weights": f"{_count_weights(loaded):,}",
+        "tokens of the vocabulary": f"{len(loaded.vocabulary):,}",
+        "text": source if is_uri(source) else source.rstrip("/").rpartition("/")[2],  # no folders of this machine
+        "training": f"{progress.epoch:,} epochs, {progress.step:,} steps, {format_count(progress.tokens)} tokens",
+        "weights are": "the average over the steps" if weights == "average" else "those of the last step",
+    }
+    if progress.last_epoch_nats is not None:
+        rows["training perplexity"] = f"{perplexity(progress.last_epoch_nats):.4g}"
+    nats = loaded.checkpoint.validation_nats if weights == "average" or not loaded.average else None
+    if nats is not None:
+        rows["validation perplexity"] = f"{perplexity(nats):.4g}"
+    return rows
