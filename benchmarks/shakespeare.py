@@ -7,7 +7,7 @@ Each experiment is a training with a recipe of its own, once per seed. Its best 
 carried in 32 lanes, and with a fresh state every 256 characters, which is what the windows of nanoGPT see. Each result
 is a line of the file, with its validation curve; what is there is not run again, and a training that was interrupted is
 resumed. ``--together`` evaluates runs (combined-1 is the experiment "combined" with seed 1) as one ensemble. Prints a
-table of all results in the file. ``--plot`` draws the validation curves of result files over time.
+table of all results in the file. ``--plot`` draws the validation curves of the files' experiments over time.
 """
 
 import argparse
@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
@@ -146,18 +147,24 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         print(f"{label:<28}{row['carried']:9.4f}{row['fresh']:9.4f}{single}")
 
 
-def plot(paths: list[Path], output: Path) -> None:
-    """Draws validation losses over the seconds since the command, one curve for each run of the files."""
+def plot(paths: list[Path], names: list[str], output: Path) -> None:
+    """Draws validation losses over the seconds since the command, a color for each experiment of the files."""
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for path, color in zip(paths, plt.rcParams["axes.prop_cycle"].by_key()["color"], strict=False):
-        for index, row in enumerate(row for row in Results(path).rows if "curve" in row):
-            seconds, nats = zip(*((point["seconds"], point["nats"]) for point in row["curve"]), strict=True)
-            axes.plot(seconds, nats, color=color, alpha=0.8, linewidth=1.2, label=path.stem if index == 0 else None)
+    curves = defaultdict(list)
+    for path in paths:
+        for row in Results(path).rows:
+            if row.get("experiment") in names:
+                curves[f"{path.stem}: {row['experiment']}"].append(row["curve"])
+    for (label, runs), color in zip(curves.items(), plt.get_cmap("tab10").colors, strict=False):
+        for number, curve in enumerate(runs):
+            seconds, nats = [point["seconds"] for point in curve], [point["nats"] for point in curve]
+            axes.plot(seconds, nats, color=color, linewidth=1.5, label="_" if number else label)
     for label, anchor in ANCHORS.items():
         axes.axhline(anchor, color="gray", linestyle="--", linewidth=1)
-        axes.annotate(label, (0.99, anchor), xycoords=("axes fraction", "data"), ha="right", va="bottom", color="gray")
+        axes.annotate(label, (0.01, anchor), xycoords=("axes fraction", "data"), va="bottom", color="gray")
     axes.set(xscale="log", ylim=(1.35, 2.0), xlabel="seconds", ylabel="validation loss, nats per character")
-    axes.legend(loc="upper center", frameon=False)
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.legend(loc="upper right", frameon=False)
     figure.savefig(output, dpi=120)
 
 
@@ -173,7 +180,7 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE")
     arguments = parser.parse_args()
     if arguments.plot:
-        plot(arguments.results, arguments.plot)
+        plot(arguments.results, arguments.only, arguments.plot)
         return
     if not arguments.text:
         parser.error("the text is missing")
