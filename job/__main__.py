@@ -17,7 +17,7 @@ from job.config.schema import SECTIONS, Config, ModelConfig, RunConfig, ScaleCon
 from job.config.section import unknown_name
 from job.config.toml import FILE_SECTIONS, ConfigValues, check_field, override_config, parse_flags
 from job.console import NO_BREAK, Console, escape_controls, format_json, program
-from job.errors import RunFailed, UserError, error_origin, report_os_error
+from job.errors import RunFailed, UserError, error_origin, import_optional, report_os_error
 from job.paths import check_no_credentials, expand_path, mask_credentials
 
 
@@ -151,6 +151,21 @@ def _export(line: CommandLine) -> int:
     return 0
 
 
+def _serve(line: CommandLine) -> int:
+    """Serve trained models over HTTP, with a page to try them, until Ctrl-C."""
+    for package in ("fastapi", "uvicorn"):
+        import_optional(package, "serve")
+    from job.serving import server
+
+    host, port = line.flags.pop("host", server.DEFAULT_HOST), line.flags.pop("port", server.DEFAULT_PORT)
+    token = server.read_token(os.environ, host)
+    with server.listen(host, port) as listener:
+        models = server.load_models(*_open(line.targets, parse_flags(line.flags)))
+        address, names = server.page_address(host, listener), ", ".join(model.name for model in models)
+        Console().print(f"serving {names} at {address}")
+        return server.run_server(server.build_server(models, host, token), listener)
+
+
 def _open(targets: Sequence[str], values: ConfigValues) -> tuple[list[Any], Config]:
     """Returns the LoadedCheckpoints that a verb needs, and the configuration of the first, overridden by values.
 
@@ -277,6 +292,13 @@ VERBS = {
         "RUN|CHECKPOINT",
         ("model.cell", "evaluate.weights"),
         {"format": "onnx (a step of the model) or hub (weights and a model card)", "output": "the folder to create"},
+    ),
+    "serve": Verb(
+        _serve,
+        "RUN|CHECKPOINT|SEARCH …",
+        ("model.cell", "evaluate.weights"),
+        {"host": "address to listen on (default: 127.0.0.1)", "port": "port; 0: any free one (default: 8000)"},
+        takes_several=True,
     ),
     "doctor": Verb(
         _doctor, "[CONFIG.toml]", tuple(SECTIONS), {"address": "a running Ray cluster: HOST:PORT", **JSON_FLAG}

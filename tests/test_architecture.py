@@ -19,6 +19,7 @@ LAYERS = [
     "training",
     "inference",
     "export",
+    "serving",
     "run",
     "tuning",
     "cluster",

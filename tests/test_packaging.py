@@ -108,7 +108,11 @@ def test_oldest_constraints_are_the_lower_bounds_of_the_dependencies() -> None:
         Requirement,
         [
             *project["dependencies"],
-            *(line for name in ("bpe", "export", "hf", "optuna") for line in project["optional-dependencies"][name]),
+            *(
+                line
+                for name in ("bpe", "export", "hf", "optuna", "serve")
+                for line in project["optional-dependencies"][name]
+            ),
         ],
     )
     promised = {

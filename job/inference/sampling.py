@@ -23,11 +23,16 @@ def sample_generator(seed: int, number: int) -> torch.Generator:
 def sample_tokens(logits_BV: Tensor, generate_config: GenerateConfig, generators: Sequence[torch.Generator]) -> Tensor:
     """Returns a random token of each lane by its generator, (B,)."""
     probabilities_BV = token_probabilities(logits_BV.cpu(), generate_config)  # as the generators
+    return draw_tokens(probabilities_BV, generators).to(logits_BV.device)
+
+
+def draw_tokens(probabilities_BV: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Returns a random token of each lane by its generator, (B,), of probabilities up to a factor."""
     tokens = [
         torch.multinomial(probabilities_V[None], 1, generator=generator)[0]
         for probabilities_V, generator in zip(probabilities_BV, generators, strict=True)
     ]
-    return torch.cat(tokens).to(logits_BV.device)
+    return torch.cat(tokens)
 
 
 def token_probabilities(logits_BV: Tensor, generate_config: GenerateConfig) -> Tensor:

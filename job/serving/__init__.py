@@ -1,0 +1,1 @@
+"""Serving of models over HTTP, and the page to try them."""
