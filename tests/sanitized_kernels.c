@@ -143,7 +143,7 @@ static void run_linear(int is_bf16, int out_is_bf16, int transposed, index_t row
 
 static void run_weight_gradient(int is_bf16, index_t rows, index_t left_columns, index_t left_stride, index_t columns,
                                 index_t out_columns) {
-    WeightGradientArgs args = {is_bf16, rows, left_columns, left_stride, columns, out_columns, 1};
+    WeightGradientArgs args = {is_bf16, 0, rows, left_columns, left_stride, columns, out_columns, 1};
     args.left = numbers(is_bf16, rows * left_stride);
     args.right = numbers(is_bf16, rows * columns);
     args.scale = 0.5;
@@ -172,18 +172,24 @@ static void run_segment_sum(int is_bf16, index_t rows, index_t columns, index_t 
 
 static void run_loss(int is_bf16, index_t rows, index_t units, index_t vocabulary_size, int full) {
     index_t columns = (vocabulary_size + 31) / 32 * 32, padded_units = (units + 31) / 32 * 32;
-    index_t bytes = rows * columns * (is_bf16 ? 2 : 4);
-    LossArgs args = {is_bf16, rows, units, vocabulary_size, padded_units, columns, 1};
+    LossArgs args = {is_bf16, rows, units, vocabulary_size, padded_units, columns, 1}, expected = args;
     args.hidden = numbers(is_bf16, rows * padded_units);
     args.weight = numbers(0, vocabulary_size * units);
     args.bias = numbers(0, vocabulary_size);
     args.targets = tokens(rows, vocabulary_size);
-    float *expected = NULL;
     for (int i = 0; i < 4; i++) {
-        args.num_threads = THREADS[i], args.nats = buffer(rows * 4), args.dlogits = full ? buffer(bytes) : NULL;
+        args.num_threads = THREADS[i], args.nats = buffer(rows * 4);
+        if (full) {
+            args.dhidden = calloc(rows * padded_units, 4), buffers[num_buffers++] = args.dhidden;
+            args.dweight = buffer(columns * units * 4), args.dbias = buffer(columns * 4);
+        }
         check(linear_cross_entropy(&args) == OK, "linear_cross_entropy");
-        expected = expected ? expected : args.nats;
-        check(!memcmp(expected, args.nats, rows * 4), "linear_cross_entropy on several threads");
+        expected = i ? expected : args;
+        check(!memcmp(expected.nats, args.nats, rows * 4), "losses on several threads");
+        if (!full) continue;
+        check(!memcmp(expected.dhidden, args.dhidden, rows * padded_units * 4), "dhidden on several threads");
+        check(!memcmp(expected.dweight, args.dweight, columns * units * 4), "dweight on several threads");
+        check(!memcmp(expected.dbias, args.dbias, columns * 4), "dbias on several threads");
     }
     CHECK_OUT_OF_MEMORY(linear_cross_entropy(&args))
     ((int64_t *)args.targets)[rows - 1] = -1;
@@ -261,7 +267,7 @@ static void run_kernels(int is_bf16) {
     run_segment_sum(is_bf16, 77, 96, 32, 32, 1);
     for (index_t vocabulary_size = 1; vocabulary_size < 100; vocabulary_size = vocabulary_size * 3 + 1) {
         run_loss(is_bf16, 1, 32, vocabulary_size, 1);
-        run_loss(is_bf16, 131, 96, vocabulary_size, vocabulary_size % 2);
+        run_loss(is_bf16, 261, 96, vocabulary_size, vocabulary_size % 2); /* several blocks of rows */
         run_loss(is_bf16, 9, 75, vocabulary_size, 1);
         for (index_t cell = RNN; cell <= LSTM && !is_bf16; cell++) {
             run_decoder(cell, 1, 1, 32, vocabulary_size);

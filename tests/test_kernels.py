@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT, not_none
 from torch import nn
+from torch.nn import functional as F
 
 from job.config.schema import ModelConfig
 from job.kernels import abi, build
@@ -61,6 +62,28 @@ def test_weight_gradients_are_bitwise_equal_on_any_number_of_threads() -> None:
         gradients.append(torch.autograd.grad(nats, list(model.parameters())))
     for other in gradients[1:]:
         assert all(torch.equal(a, b) for a, b in zip(gradients[0], other, strict=True))
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_output_layer_in_blocks_of_rows_agrees_with_float64_on_any_number_of_threads(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    rows, units, tokens = 261, 45, 33_001  # three blocks
+    hidden, weight, bias = (torch.randn(*shape) for shape in ((1, rows, units), (tokens, units), (tokens,)))
+    targets = torch.randint(0, tokens, (1, rows))
+    rounded = [x.to(dtype).float().requires_grad_() for x in (hidden, weight, bias)]  # so that little else is rounded
+    exact = [x.detach().double().requires_grad_() for x in rounded]
+    expected = F.cross_entropy(F.linear(*exact)[0], targets[0], reduction="sum")
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+            nats = linear_cross_entropy(rounded[0], rounded[1], rounded[2], targets)
+        results.append([nats, *torch.autograd.grad(nats / 7, rounded)])
+        assert all(map(torch.equal, results[0], results[-1])), threads
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for result, value in zip(results[0], [expected, *torch.autograd.grad(expected / 7, exact)], strict=True):
+        assert (result - value).abs().max() <= tolerance * value.abs().max()
 
 
 @needs_kernel

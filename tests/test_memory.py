@@ -15,6 +15,8 @@ from job.data.vocabulary import Vocabulary
 from job.distributed.context import World
 from job.inference.ensemble import Ensemble
 from job.inference.generate import continue_greedily, load_model, read_tokens
+from job.kernels.build import load_library, unavailable_reason
+from job.nn.cross_entropy import linear_cross_entropy
 from job.nn.language_model import LanguageModel, build_model
 from job.run.run_dir import open_checkpoint
 from job.storage import Folder
@@ -155,3 +157,11 @@ def test_read_tokens_of_a_long_prefix_takes_the_memory_of_a_short_one() -> None:
     ids = np.zeros(200_000, np.int32)
     read_tokens(ensemble, ids[:5000])
     assert peak_growth(lambda: read_tokens(ensemble, ids)) < 20 << 20
+
+
+@pytest.mark.skipif(load_library() is None, reason=f"no kernel: {unavailable_reason()}")
+def test_output_layer_kernel_with_many_tokens_holds_a_block_of_logits() -> None:
+    """All logits, or their gradient, would take 360 MB."""
+    hidden, weight = torch.ones(1, 3000, 32, requires_grad=True), torch.ones(30_000, 32, requires_grad=True)
+    bias, targets = torch.zeros(30_000, requires_grad=True), torch.zeros(1, 3000, dtype=torch.int64)
+    assert peak_growth(lambda: linear_cross_entropy(hidden, weight, bias, targets).backward()) < 100 << 20  # type: ignore[no-untyped-call]

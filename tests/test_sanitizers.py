@@ -13,6 +13,7 @@ from conftest import ROOT, not_none
 COMPILER = shutil.which("gcc")
 KERNELS = ROOT / "job" / "kernels"
 FLAGS = ["-O1", "-g", "-std=gnu11", "-fno-strict-aliasing", "-pthread", "-Daligned_alloc=failing_aligned_alloc"]
+FLAGS.append("-DMAX_LOGITS=1")  # so that a few rows are several blocks
 MEMORY = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 THREADS = ["-fsanitize=thread"]
 PORTABLE = ["-march=x86-64"] if platform.machine() == "x86_64" else []
@@ -42,6 +43,7 @@ def test_kernels_on_many_shapes_raise_no_sanitizer_report(
     ("file", "right", "wrong", "sanitizers", "report"),
     [
         ("linear.c", "r < args->rows; r++", "r <= args->rows; r++", MEMORY, "heap-buffer-overflow"),
+        ("loss.c", "j < first + count; j += WIDTH", "j <= first + count; j += WIDTH", MEMORY, "heap-buffer-overflow"),
         ("decode.c", "    free(logits);\n", "", MEMORY, "detected memory leaks"),
         ("vector.h", "aligned(4)", "aligned(64)", MEMORY, "misaligned address"),
         ("collectives.c", "memory_order_release", "memory_order_relaxed", THREADS, "data race"),

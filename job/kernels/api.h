@@ -51,7 +51,7 @@ typedef struct {
 
 int linear(const LinearArgs *args);
 
-/* The cross-entropy of an output layer, for each row. */
+/* The cross-entropy of an output layer, for each row, and the gradients of the sum. */
 typedef struct {
     index_t is_bf16, rows, units, vocabulary_size; /* units: H, any number */
     index_t padded_units, columns, num_threads;    /* H and V, rounded up to multiples of 32 */
@@ -60,15 +60,17 @@ typedef struct {
     const float *bias;                             /* (V) */
     const int64_t *targets;                        /* (R) */
     float *nats;                                   /* (R): the result */
-    void *dlogits;                                 /* (R, columns): gradient of the sum of all; NULL if not needed */
+    float *dhidden; /* (R, padded_units), of which the first are written: the gradients of the sum of all losses, */
+    float *dweight; /* (columns, H) */
+    float *dbias;   /* (columns); all three are NULL if they are not needed */
 } LossArgs;
 
 int linear_cross_entropy(const LossArgs *args);
 
-/* out (left_columns, out_columns) = scale * left[:, :left_columns]^T times right[:, :out_columns], of which the rows have
-   `columns`: out_columns rounded up to a multiple of 32. */
+/* out (left_columns, out_columns) = scale * (the previous `out`, if `accumulate`, + left[:, :left_columns]^T times right[:, :out_columns]),
+   of which the rows have `columns`: out_columns rounded up to a multiple of 32. */
 typedef struct {
-    index_t is_bf16, rows, left_columns, left_stride, columns, out_columns, num_threads;
+    index_t is_bf16, accumulate, rows, left_columns, left_stride, columns, out_columns, num_threads;
     const void *left;  /* (rows, left_stride) */
     const void *right; /* (rows, columns) */
     float *out;

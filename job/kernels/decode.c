@@ -11,9 +11,9 @@ typedef struct {
     packed_product input; /* of an upper layer; its left factor is the layer below */
 } layer_state;
 
-static uint32_t *pack_weight(const float *weight, index_t columns, index_t inner) {
+static uint32_t *packed_weight(const float *weight, index_t columns, index_t inner) {
     uint32_t *packed = alloc_floats((columns + PANEL - 1) / PANEL * PANEL * inner);
-    if (packed) pack_columns(0, packed, weight, columns, inner, inner, NULL);
+    if (packed) pack_columns(0, packed, weight, columns, inner, inner);
     return packed;
 }
 
@@ -56,17 +56,18 @@ int generate_greedy(const DecoderArgs *args) {
     const RnnArgs *last = &args->layers[args->num_layers - 1].rnn;
     index_t H = last->units, B = last->lanes, G = num_gates(last->cell) * H, V = args->vocabulary_size;
     index_t columns = (V + PANEL - 1) / PANEL * PANEL;
-    packed_product output = {(float *)last->hidden + B * H, pack_weight(args->weight, V, H), args->bias, H, columns, 1};
+    packed_product output = {
+        (float *)last->hidden + B * H, packed_weight(args->weight, V, H), args->bias, H, H, columns, 1};
     float *logits = alloc_floats(B * columns);
     layer_state *layers = calloc(args->num_layers, sizeof *layers);
     int failed = !output.packed || !logits || !layers;
     for (index_t i = 0; i < args->num_layers && !failed; i++) {
         const DecoderLayer *layer = &args->layers[i];
         layers[i].rnn = layer->rnn;
-        failed |= !(layers[i].packed_recurrent = pack_weight(layer->rnn.weight, G, H));
+        failed |= !(layers[i].packed_recurrent = packed_weight(layer->rnn.weight, G, H));
         if (i) {
             const float *below = (const float *)layers[i - 1].rnn.hidden + B * H;
-            layers[i].input = (packed_product){below, pack_weight(layer->weight, G, H), layer->bias, H, G, 1};
+            layers[i].input = (packed_product){below, packed_weight(layer->weight, G, H), layer->bias, H, H, G, 1};
             failed |= !layers[i].input.packed;
         }
     }

@@ -6,6 +6,8 @@
 
 #include "threads.h"
 
+enum { LEFT_COLUMNS = 4 * PANEL }; /* of a weight gradient, packed at a time */
+
 typedef struct {
     packed_product product;
     int is_bf16, out_is_bf16;
@@ -28,39 +30,63 @@ static void linear_rows(const void *argument, index_t first, index_t count) {
     }
 }
 
+static void pack_slice(const void *argument, index_t first, index_t count) {
+    packing p = *(const packing *)argument;
+    if (p.transposed) {
+        p.packed += first * p.depth, p.weight += first * p.stride;
+        p.rows = p.rows - first < count ? p.rows - first : count;
+        if (p.is_bf16)
+            pack_columns(1, p.packed, p.weight, p.rows, p.stride, p.depth);
+        else
+            pack_columns(0, p.packed, p.weight, p.rows, p.stride, p.depth);
+    } else if (p.is_bf16)
+        pack_rows(1, 0, p.packed, p.weight, p.stride, p.rows, p.columns, p.depth, first, count);
+    else
+        pack_rows(0, 0, p.packed, p.weight, p.stride, p.rows, p.columns, p.depth, first, count);
+}
+
+void pack_weight(const packing *packing, index_t num_threads) {
+    enum { MIN_WORDS = 1 << 16 }; /* in less time than they take, a thread does not start */
+    index_t total = packing->transposed ? packing->columns : packing->depth;
+    index_t chunk = MIN_WORDS / (packing->columns * packing->depth / total) / PANEL * PANEL;
+    parallel_for(pack_slice, packing, total, chunk > PANEL ? chunk : PANEL, num_threads);
+}
+
 int linear(const LinearArgs *args) {
     index_t inner = args->inner, columns = args->columns, depth = args->is_bf16 ? inner / 2 : inner;
-    uint32_t *packed = alloc_floats(depth * columns), *scratch = alloc_floats(depth * PANEL);
-    int failed = !packed || !scratch;
-    if (!failed) {
-        if (args->transposed && args->is_bf16)
-            pack_columns(1, packed, args->weight, columns, args->weight_columns, depth, scratch);
-        else if (args->transposed)
-            pack_columns(0, packed, args->weight, columns, args->weight_columns, depth, scratch);
-        else if (args->is_bf16)
-            pack_rows(1, 0, packed, args->weight, args->weight_columns, args->weight_rows, columns, depth);
-        else
-            pack_rows(0, 0, packed, args->weight, args->weight_columns, args->weight_rows, columns, depth);
-        packed_product product = {args->left, packed, args->bias, depth, columns, args->scale};
-        linear_task task = {product, (int)args->is_bf16, (int)args->out_is_bf16, args->out};
-        parallel_for(linear_rows, &task, args->rows, TILE_ROWS, args->num_threads);
-    }
+    uint32_t *packed = alloc_floats(depth * columns);
+    if (!packed) return OUT_OF_MEMORY;
+    packing packing = {(int)args->is_bf16,
+                       (int)args->transposed,
+                       args->weight,
+                       args->weight_rows,
+                       args->weight_columns,
+                       depth,
+                       columns,
+                       packed};
+    pack_weight(&packing, args->num_threads);
+    packed_product product = {args->left, packed, args->bias, depth, depth, columns, args->scale};
+    linear_task task = {product, (int)args->is_bf16, (int)args->out_is_bf16, args->out};
+    parallel_for(linear_rows, &task, args->rows, TILE_ROWS, args->num_threads);
     free(packed);
-    free(scratch);
-    return failed ? OUT_OF_MEMORY : OK;
+    return OK;
 }
 
 /* Multiplies a panel of each factor; writes the columns that `out` has, `stride` apart. */
 INLINE void gradient_panel(int is_bf16, const uint32_t *a, const uint32_t *b, index_t depth, float *out,
                            index_t columns, index_t stride, int accumulate) {
     float sums[PANEL * PANEL] __attribute__((aligned(64)));
+    for (index_t i = 0; i < PANEL; i++) /* what the next panel adds to */
+        for (index_t j = PANEL; j < 2 * PANEL; j += WIDTH) __builtin_prefetch(out + i * stride + j, 1);
     if (columns >= PANEL) {
-        gemm_panel(is_bf16, PANEL, a, 1, PANEL, b, depth, out, stride, accumulate);
+        gemm_panel(is_bf16, PANEL, PANEL, a, 1, PANEL, b, depth, out, stride, accumulate);
         return;
     }
-    for (index_t i = 0; i < PANEL && accumulate; i++) memcpy(sums + i * PANEL, out + i * stride, columns * sizeof *out);
-    gemm_panel(is_bf16, PANEL, a, 1, PANEL, b, depth, sums, PANEL, accumulate);
-    for (index_t i = 0; i < PANEL; i++) memcpy(out + i * stride, sums + i * PANEL, columns * sizeof *out);
+    for (index_t i = 0; i < PANEL * PANEL && accumulate; i += WIDTH)
+        store(0, sums, i, load_some(out + i / PANEL * stride, i % PANEL, columns - i % PANEL));
+    gemm_panel(is_bf16, PANEL, columns, a, 1, PANEL, b, depth, sums, PANEL, accumulate);
+    for (index_t i = 0; i < PANEL * PANEL; i += WIDTH)
+        store_some(out + i / PANEL * stride, i % PANEL, load(0, sums, i), columns - i % PANEL);
 }
 
 typedef struct {
@@ -68,25 +94,32 @@ typedef struct {
     atomic_int *failed; /* set if a thread has no memory */
 } gradient_task;
 
-INLINE void gradient_rows(int is_bf16, const WeightGradientArgs *args, atomic_int *failed, index_t first,
-                          index_t count) {
-    index_t step = is_bf16 ? 2 : 1, N = args->columns, stride = args->out_columns;
-    uint32_t *a = alloc_floats(count * BLOCK_DEPTH), *b = alloc_floats(N * BLOCK_DEPTH);
-    if (a && b)
-        for (index_t r = 0; r < args->rows; r += BLOCK_DEPTH * step) {
-            index_t rows = args->rows - r < BLOCK_DEPTH * step ? args->rows - r : BLOCK_DEPTH * step;
-            index_t depth = (rows + step - 1) / step;
-            pack_rows(is_bf16, is_bf16, a, offset_ptr(is_bf16, args->left, r * args->left_stride + first),
-                      args->left_stride, rows, count, depth);
-            pack_rows(is_bf16, is_bf16, b, offset_ptr(is_bf16, args->right, r * N), N, rows, N, depth);
+/* Adds the products of a block of rows to `out`, whose rows are completed one after the other. */
+INLINE void gradient_block(int is_bf16, const WeightGradientArgs *args, index_t row, index_t first, index_t count,
+                           uint32_t *a, uint32_t *b) {
+    index_t step = is_bf16 ? 2 : 1, N = args->columns, stride = args->out_columns, left_stride = args->left_stride;
+    index_t rows = args->rows - row < BLOCK_DEPTH * step ? args->rows - row : BLOCK_DEPTH * step;
+    index_t depth = (rows + step - 1) / step;
+    pack_rows(is_bf16, is_bf16, b, offset_ptr(is_bf16, args->right, row * N), N, rows, N, depth, 0, depth);
+    for (index_t group = 0; group < count; group += LEFT_COLUMNS) {
+        index_t columns = count - group < LEFT_COLUMNS ? count - group : LEFT_COLUMNS;
+        pack_rows(is_bf16, is_bf16, a, offset_ptr(is_bf16, args->left, row * left_stride + first + group), left_stride,
+                  rows, columns, depth, 0, depth);
+        for (index_t m = 0; m < columns; m += PANEL)
             for (index_t n = 0; n < stride; n += PANEL)
-                for (index_t m = 0; m < count; m += PANEL)
-                    gradient_panel(is_bf16, a + m * depth, b + n * depth, depth, args->out + (first + m) * stride + n,
-                                   stride - n, stride, r > 0);
-        }
-    else
-        *failed = 1;
-    for (index_t i = first * stride; args->scale != 1 && i < (first + count) * stride; i += WIDTH)
+                gradient_panel(is_bf16, a + m * depth, b + n * depth, depth,
+                               args->out + (first + group + m) * stride + n, stride - n, stride,
+                               row > 0 || args->accumulate);
+    }
+}
+
+INLINE void gradient_rows(int is_bf16, const gradient_task *task, index_t first, index_t count) {
+    const WeightGradientArgs *args = task->args;
+    uint32_t *a = alloc_floats(LEFT_COLUMNS * BLOCK_DEPTH), *b = alloc_floats(args->columns * BLOCK_DEPTH);
+    if (!a || !b) *task->failed = 1;
+    for (index_t row = 0; a && b && row < args->rows; row += BLOCK_DEPTH * (is_bf16 ? 2 : 1))
+        gradient_block(is_bf16, args, row, first, count, a, b);
+    for (index_t i = first * args->out_columns; args->scale != 1 && i < (first + count) * args->out_columns; i += WIDTH)
         store(0, args->out, i, args->scale * load(0, args->out, i));
     free(a);
     free(b);
@@ -95,9 +128,9 @@ INLINE void gradient_rows(int is_bf16, const WeightGradientArgs *args, atomic_in
 static void gradient_work(const void *argument, index_t first, index_t count) {
     const gradient_task *task = argument;
     if (task->args->is_bf16)
-        gradient_rows(1, task->args, task->failed, first, count);
+        gradient_rows(1, task, first, count);
     else
-        gradient_rows(0, task->args, task->failed, first, count);
+        gradient_rows(0, task, first, count);
 }
 
 int weight_gradient(const WeightGradientArgs *args) {

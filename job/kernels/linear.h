@@ -6,10 +6,10 @@
 #include "gemm.h"
 
 typedef struct {
-    const void *left;       /* (rows, depth words) */
-    const uint32_t *packed; /* the right factor */
-    const float *bias;      /* (columns), or NULL */
-    index_t depth, columns; /* columns: a multiple of PANEL */
+    const void *left;                    /* (rows, left_stride words) */
+    const uint32_t *packed;              /* the right factor */
+    const float *bias;                   /* (columns), or NULL */
+    index_t left_stride, depth, columns; /* columns: a multiple of PANEL */
     float scale;
 } packed_product;
 
@@ -19,8 +19,11 @@ INLINE void product_rows(int is_bf16, int out_is_bf16, const packed_product *p, 
     float sums[BLOCK_ROWS * PANEL] __attribute__((aligned(64))), scale = p->scale;
     index_t N = p->columns, depth = p->depth;
     for (index_t n = 0; n < N; n += PANEL) {
-        gemm_panel(is_bf16, count, (const uint32_t *)p->left + first * depth, depth, 1, p->packed + n * depth, depth,
-                   sums, PANEL, 0);
+        for (index_t i = 0; i < count; i++)
+            for (index_t j = n; j < n + PANEL; j += WIDTH)
+                __builtin_prefetch(offset_ptr(out_is_bf16, out, i * N + j), 1);
+        gemm_panel(is_bf16, count, PANEL, (const uint32_t *)p->left + first * p->left_stride, p->left_stride, 1,
+                   p->packed + n * depth, depth, sums, PANEL, 0);
         vec bias_left = {}, bias_right = {};
         if (p->bias) bias_left = load(0, p->bias, n), bias_right = load(0, p->bias, n + WIDTH);
         for (index_t i = 0; i < count; i++) {
@@ -29,5 +32,16 @@ INLINE void product_rows(int is_bf16, int out_is_bf16, const packed_product *p, 
         }
     }
 }
+
+/* A weight of floats (rows, stride), as the right factor (depth words, columns) of a product, or transposed. What it lacks
+   is zero. */
+typedef struct {
+    int is_bf16, transposed;
+    const float *weight;
+    index_t rows, stride, depth, columns;
+    uint32_t *packed;
+} packing;
+
+void pack_weight(const packing *packing, index_t num_threads);
 
 #endif

@@ -224,33 +224,36 @@ class _FusedRnn(torch.autograd.Function):
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):
+    """The gradients of the sum are computed with it, so that none of all logits is kept; they are scaled later."""
+
     @staticmethod
     def forward(
         ctx: Any, needs_grad: bool, hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_TB: Tensor
     ) -> Tensor:
         (vocabulary_size, units), rows = weight_VH.shape, targets_TB.numel()
         columns = vocabulary_size + -vocabulary_size % VECTOR_WIDTH
-        nats_R = torch.empty(rows)
-        dlogits = hidden_TBH.new_empty(rows, columns) if needs_grad else None
+        padded_TBH, nats_R = pad_vectors(hidden_TBH).contiguous(), torch.empty(rows)
+        dhidden_TBH = dweight = dbias = None
+        if needs_grad:
+            dhidden_TBH, dweight = torch.empty(padded_TBH.shape), torch.empty(columns, units)
+            dbias = torch.empty(columns)
+            ctx.gradients = dhidden_TBH[..., :units], dweight[:vocabulary_size], dbias[:vocabulary_size]
         _call(
             "linear_cross_entropy", is_bf16=_is_bf16(hidden_TBH), rows=rows, units=units,
-            padded_units=hidden_TBH.shape[2], columns=columns, vocabulary_size=vocabulary_size,
-            num_threads=torch.get_num_threads(), hidden=hidden_TBH, weight=weight_VH, bias=bias_V, targets=targets_TB,
-            nats=nats_R, dlogits=dlogits,
+            padded_units=padded_TBH.shape[2], columns=columns, vocabulary_size=vocabulary_size,
+            num_threads=torch.get_num_threads(), hidden=padded_TBH, weight=weight_VH, bias=bias_V, targets=targets_TB,
+            nats=nats_R, dhidden=dhidden_TBH, dweight=dweight, dbias=dbias,
         )  # fmt: skip
-        if needs_grad:
-            ctx.save_for_backward(hidden_TBH, weight_VH, dlogits)
+        ctx.dtype = hidden_TBH.dtype
         return nats_R.sum()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dnats: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_TBH, weight_VH, dlogits = ctx.saved_tensors
-        vocabulary_size, columns, scale = len(weight_VH), dlogits.shape[1], float(dnats)
-        dhidden = _linear(dlogits, weight_VH, torch.empty_like(hidden_TBH), scale=scale)
-        dweight = _weight_gradient(dlogits, hidden_TBH, columns, weight_VH.shape[1], scale)[:vocabulary_size]
-        dbias = _segment_sum(dlogits, columns, NO_COLUMNS, scale=scale)[0, :vocabulary_size]
-        return None, dhidden, dweight, dbias, None
+        gradients, ctx.gradients = ctx.gradients, None  # scaling overwrites them
+        assert gradients is not None, "the kernel's backward pass can run once only"
+        dhidden_TBH, dweight_VH, dbias_V = (gradient.mul_(float(dnats)) for gradient in gradients)
+        return None, dhidden_TBH.to(ctx.dtype), dweight_VH, dbias_V, None
 
 
 def fused_rnn(
@@ -288,7 +291,7 @@ def fused_rnn(
 
 
 def fused_linear_cross_entropy(hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_TB: Tensor) -> Tensor:
-    """The summed cross-entropy of an output layer, whose logits never exist all at once.
+    """The summed cross-entropy of an output layer, of which neither all logits nor their gradients exist at once.
 
     Products are in the dtype of ``hidden_TBH`` (float32 or bfloat16), all else is in float32.
 
@@ -298,8 +301,8 @@ def fused_linear_cross_entropy(hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Te
     """
     if hidden_TBH.shape != (*targets_TB.shape, weight_VH.shape[1]):
         raise ValueError(f"hidden states {tuple(hidden_TBH.shape)} do not match targets {tuple(targets_TB.shape)}")
-    hidden_TBH, targets_TB = pad_vectors(hidden_TBH).contiguous(), targets_TB.contiguous()
-    return _FusedLinearCrossEntropy.apply(torch.is_grad_enabled(), hidden_TBH, weight_VH, bias_V, targets_TB)
+    needs_grad = torch.is_grad_enabled()
+    return _FusedLinearCrossEntropy.apply(needs_grad, hidden_TBH, weight_VH, bias_V, targets_TB.contiguous())
 
 
 def write_dropout_keys(seed: int, step: int, layer: int, first_lane: int, keys_B: Tensor) -> bool:

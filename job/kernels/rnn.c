@@ -3,7 +3,7 @@
 #include "rnn.h"
 
 #include "cells.h"
-#include "gemm.h"
+#include "linear.h"
 #include "threads.h"
 
 /* Sets the sums of those of `count` lanes from `row` on to zero whose state before the step is. */
@@ -22,8 +22,8 @@ INLINE void forward(enum cell cell, int is_bf16, const rnn_task *task, index_t f
             index_t row = t * a->lanes + first;
             const void *previous = offset_ptr(is_bf16, a->hidden, row * H);
             for (index_t gate = 0; gate < num_gates(cell); gate++) {
-                gemm_panel(is_bf16, count, previous, depth, 1, packed + (gate * H + j) * depth, depth, sums[gate],
-                           PANEL, 0);
+                gemm_panel(is_bf16, count, PANEL, previous, depth, 1, packed + (gate * H + j) * depth, depth,
+                           sums[gate], PANEL, 0);
                 clear_starts(a, sums[gate], row, count);
             }
             for (index_t lane = 0; lane < count; lane++)
@@ -56,7 +56,7 @@ INLINE void backward(enum cell cell, int is_bf16, const rnn_task *task, index_t 
             const void *next_dgates = offset_ptr(is_bf16, a->dgates, (row + a->lanes) * saved);
             if (t >= 0) prefetch_backward(cell, is_bf16, a, row, count, j);
             if (t < a->steps - 1) {
-                gemm_panel(is_bf16, count, next_dgates, stride, 1, packed + j * depth, depth, sums, PANEL, 0);
+                gemm_panel(is_bf16, count, PANEL, next_dgates, stride, 1, packed + j * depth, depth, sums, PANEL, 0);
                 clear_starts(a, sums, row + a->lanes, count);
             } else
                 memset(sums, 0, count * PANEL * sizeof *sums);
@@ -94,29 +94,22 @@ int rnn_forward(const RnnArgs *args) {
     index_t H = args->units, columns = num_gates(args->cell) * H;
     for (index_t i = 0; args->tokens && i < args->steps * args->lanes; i++)
         if (args->tokens[i] < 0 || args->tokens[i] >= args->table_rows) return INVALID_TOKEN;
-    uint32_t *scratch = alloc_floats(H * PANEL), *packed = alloc_floats(columns * H);
-    int failed = !packed || !scratch;
-    if (!failed) {
-        if (args->is_bf16)
-            pack_columns(1, packed, args->weight, columns, H, H / 2, scratch);
-        else
-            pack_columns(0, packed, args->weight, columns, H, H, scratch);
-        rnn_task task = {args, packed};
-        parallel_for(rnn_forward_lanes, &task, args->lanes, TILE_ROWS, args->num_threads);
-    }
+    uint32_t *packed = alloc_floats(columns * H);
+    if (!packed) return OUT_OF_MEMORY;
+    packing packing = {args->is_bf16, 1, args->weight, columns, H, args->is_bf16 ? H / 2 : H, columns, packed};
+    pack_weight(&packing, args->num_threads);
+    rnn_task task = {args, packed};
+    parallel_for(rnn_forward_lanes, &task, args->lanes, TILE_ROWS, args->num_threads);
     free(packed);
-    free(scratch);
-    return failed ? OUT_OF_MEMORY : OK;
+    return OK;
 }
 
 int rnn_backward(const RnnArgs *args) {
     index_t H = args->units, rows = num_gates(args->cell) * H;
     uint32_t *packed = alloc_floats(rows * H);
     if (!packed) return OUT_OF_MEMORY;
-    if (args->is_bf16)
-        pack_rows(1, 0, packed, args->weight, H, rows, H, rows / 2);
-    else
-        pack_rows(0, 0, packed, args->weight, H, rows, H, rows);
+    packing packing = {args->is_bf16, 0, args->weight, rows, H, args->is_bf16 ? rows / 2 : rows, H, packed};
+    pack_weight(&packing, args->num_threads);
     rnn_task task = {args, packed};
     parallel_for(rnn_backward_lanes, &task, args->lanes, TILE_ROWS, args->num_threads);
     free(packed);

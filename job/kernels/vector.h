@@ -45,7 +45,12 @@ INLINE vec load(int is_bf16, const void *array, index_t index) {
 INLINE vec load_some(const float *array, index_t index, index_t count) {
     if (count >= WIDTH) return load(0, array, index);
     vec x = {};
+    if (count <= 0) return x;
+#ifdef __AVX512F__
+    x = (vec)_mm512_maskz_loadu_ps((__mmask16)((1 << count) - 1), array + index);
+#else
     for (index_t v = 0; v < count; v++) x[v] = array[index + v];
+#endif
     return x;
 }
 
@@ -57,6 +62,18 @@ INLINE void store(int is_bf16, void *array, index_t index, vec x) {
     }
 #endif
     *(vec *)((float *)array + index) = x;
+}
+
+/* Stores the first `count` of WIDTH floats. */
+INLINE void store_some(float *array, index_t index, vec x, index_t count) {
+    if (count >= WIDTH)
+        store(0, array, index, x);
+    else if (count > 0)
+#ifdef __AVX512F__
+        _mm512_mask_storeu_ps(array + index, (__mmask16)((1 << count) - 1), (__m512)x);
+#else
+        for (index_t v = 0; v < count; v++) array[index + v] = x[v];
+#endif
 }
 
 INLINE const void *offset_ptr(int is_bf16, const void *array, index_t count) {

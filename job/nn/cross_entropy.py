@@ -18,8 +18,8 @@ CHUNK_LOGITS = 1 << 27  # 512 MiB of float32
 def linear_cross_entropy(hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_TB: Tensor) -> Tensor:
     """Returns the summed cross-entropy, in nats, of targets under a linear output layer.
 
-    The compiled kernel holds some rows of logits at a time, and their complete gradient in the compute dtype. Without
-    it there are at most CHUNK_LOGITS logits at a time; if that takes several chunks, the backward pass recomputes each.
+    The compiled kernel holds the logits and gradients of some rows at a time. Without it there are at most CHUNK_LOGITS
+    logits at a time; if that takes several chunks, the backward pass recomputes each.
 
     Args:
         hidden_TBH: hidden states
