@@ -45,7 +45,15 @@ def lively_model(model_config: ModelConfig, num_tokens: int = 9) -> LanguageMode
 
 
 @pytest.mark.parametrize("reset_token", [None, 10])
-@pytest.mark.parametrize("inputs", [{}, {"embedding_size": 12}, {"embedding_size": 9, "tied": True}])
+@pytest.mark.parametrize(
+    "inputs",
+    [
+        {},
+        {"embedding_size": 12},
+        {"embedding_size": 9, "tied": True},
+        {"softmax": "adaptive", "adaptive_cutoffs": (3, 8)},
+    ],
+)
 @pytest.mark.parametrize("cell", BUILTIN_CELLS)
 def test_graph_of_cell_computes_logits_of_model(cell: str, inputs: dict[str, Any], reset_token: int | None) -> None:
     config = ModelConfig(cell=cell, hidden_size=(7, 9), num_layers=2, **inputs)

@@ -16,6 +16,7 @@ from job.export.model_card import model_card
 from job.export.onnx_graph import state_sizes
 from job.export.onnx_model import check_can_export, import_onnx, onnx_file
 from job.inference.generate import generate_text, load_model
+from job.nn.adaptive_softmax import resolve_cutoffs
 from job.paths import expand_path, is_uri
 from job.storage import Folder
 from job.training.checkpoint import FileContents, LoadedCheckpoint
@@ -97,6 +98,7 @@ def _describe(loaded: LoadedCheckpoint, config: Config) -> dict[str, Any]:
         "hidden_size": model.layer_sizes,
         "embedding_size": model.embedding_size,
         "tied": model.tied,
+        "adaptive_cutoffs": resolve_cutoffs(model, len(vocabulary)),
         "vocabulary_size": len(vocabulary),
         "vocabulary": vocabulary.file_name,
         "cleaning": loaded.config.corpus.cleaning,

@@ -2,7 +2,8 @@
 
 Each built-in cell is a function of a few operators. The weights have the names that they have in a checkpoint. A
 variable that holds a value of the graph holds its name, with the axes of the value: B lanes, E input features, H hidden
-units, G gates times hidden units, V tokens of the vocabulary.
+units, G gates times hidden units, V tokens of the vocabulary, K tokens and clusters of the head of an adaptive softmax,
+F features and N tokens of one of its tails.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from job.config.schema import ModelConfig
+from job.nn.adaptive_softmax import resolve_cutoffs
 
 OPSET, IR_VERSION = 17, 8  # of 2022, so that old versions of runtimes read the file
 LANES = "batch"  # the name of the free axis
@@ -25,9 +27,11 @@ class Graph:
 
     Args:
         onnx: the library
+        weights: those of the model, by name
     """
 
     onnx: Any
+    weights: dict[str, Tensor]
     nodes: list[Any] = field(default_factory=list)
     constants: dict[str, Any] = field(default_factory=dict)
 
@@ -72,9 +76,17 @@ class Graph:
         self.add("Split", value, constant, outputs=names, axis=axis)
         return names
 
-    def linear(self, value_BE: str, weight_GE: str, bias_G: str | None = None) -> str:
+    def weight(self, name: str) -> str:
+        """Returns a weight of the model, in float32."""
+        return name if name in self.constants else self.constant(name, self.weights[name].detach().float().numpy())
+
+    def linear(self, value_BE: str, weight_GE: str, *bias_G: str) -> str:
         """Adds the value (B, G) of a linear layer."""
-        return self.add("Gemm", value_BE, weight_GE, *([bias_G] if bias_G else []), transB=1)
+        return self.add("Gemm", value_BE, weight_GE, *bias_G, transB=1)
+
+    def layer(self, value_BE: str, name: str) -> str:
+        """Adds the value of a linear layer of this name."""
+        return self.linear(value_BE, self.weight(f"{name}.weight"), self.weight(f"{name}.bias"))
 
 
 @dataclass(frozen=True)
@@ -83,32 +95,25 @@ class LayerGraph:
 
     Args:
         graph: to which nodes are added
-        weights: those of the model, by name
         pattern: the name of a weight of this layer, with ``{}`` for the part that is the same in all layers
         units: number of hidden units H
     """
 
     graph: Graph
-    weights: dict[str, Tensor]
     pattern: str
     units: int
 
     def weight(self, name: str) -> str:
         """Returns a weight of the layer."""
-        return weight(self.graph, self.weights, self.pattern.format(name))
+        return self.graph.weight(self.pattern.format(name))
 
-    def linear(self, value_BE: str, name: str, bias: str | None = None) -> str:
-        """Returns the value of a linear layer with a weight of this one."""
-        return self.graph.linear(value_BE, self.weight(name), bias and self.weight(bias))
+    def linear(self, value_BE: str, *names: str) -> str:
+        """Adds the product with a weight of the layer, and its bias if that is named, too."""
+        return self.graph.linear(value_BE, *map(self.weight, names))
 
     def gates(self, value_BG: str, count: int) -> list[str]:
         """Returns the part (B, H) of each gate."""
         return self.graph.split(value_BG, [self.units] * count)
-
-
-def weight(graph: Graph, weights: dict[str, Tensor], name: str) -> str:
-    """Adds a weight to the constants of a graph, in float32; returns its name."""
-    return name if name in graph.constants else graph.constant(name, weights[name].detach().float().numpy())
 
 
 # --- one step of each cell ---
@@ -171,7 +176,7 @@ def _mlstm(layer: LayerGraph, x_BE: str, h_BH: str, c_BH: str) -> tuple[str, str
 
 def _mogrifier(layer: LayerGraph, x_BE: str, h_BH: str, c_BH: str) -> tuple[str, str]:
     graph, scaled = layer.graph, [x_BE, h_BH]
-    rounds = sum(name.startswith(layer.pattern.format("rounds.")) for name in layer.weights)
+    rounds = sum(name.startswith(layer.pattern.format("rounds.")) for name in graph.weights)
     for index in range(rounds):
         gate = graph.sigmoid(layer.linear(scaled[(index + 1) % 2], f"rounds.{index}"))
         scaled[index % 2] = graph.product(graph.sum(gate, gate), scaled[index % 2])
@@ -224,28 +229,43 @@ def build_graph(
         vocabulary_size: number of tokens V
         reset_token: before which the state of a lane is taken to be zero; None: none
     """
-    graph, cell, sizes = Graph(onnx), CELLS[model_config.cell], state_sizes(model_config)
+    graph, cell, sizes = Graph(onnx, weights), CELLS[model_config.cell], state_sizes(model_config)
     read_states = _reset_states(graph, sizes, reset_token)
-    hidden_BH = _features(graph, model_config, weights, vocabulary_size)
+    hidden_BH = _features(graph, model_config, vocabulary_size)
     for index, units in enumerate(model_config.layer_sizes):
-        layer = LayerGraph(graph, weights, cell.pattern.format(layer=index), units)
+        layer = LayerGraph(graph, cell.pattern.format(layer=index), units)
         names = [f"{name}_{index}" for name in cell.state]
         new_states = cell.step(layer, hidden_BH, *(read_states[name] for name in names))
         for name, new_state in zip(names, new_states, strict=True):
             graph.add("Identity", new_state, outputs=[f"new_{name}"])
         hidden_BH = new_states[0]
-    output = [weight(graph, weights, name) for name in ("linear.weight", "linear.bias")]
-    graph.add("Gemm", hidden_BH, *output, outputs=["logits"], transB=1)
+    graph.add("Identity", _logits(graph, model_config, hidden_BH, vocabulary_size), outputs=["logits"])
     return _model(graph, sizes, vocabulary_size)
 
 
-def _features(graph: Graph, model_config: ModelConfig, weights: dict[str, Tensor], vocabulary_size: int) -> str:
+def _features(graph: Graph, model_config: ModelConfig, vocabulary_size: int) -> str:
     """Adds the features (B, E) that the first layer reads."""
     if model_config.embedding_size:
-        table_VE = weight(graph, weights, "linear.weight" if model_config.tied else "embedding.weight")
+        table_VE = graph.weight("linear.weight" if model_config.tied else "embedding.weight")
         return graph.add("Gather", table_VE, "tokens")
     depth = graph.constant("vocabulary_size", np.array(vocabulary_size))
     return graph.add("OneHot", "tokens", depth, graph.constant("off_on", np.array([0, 1], np.float32)))
+
+
+def _logits(graph: Graph, model_config: ModelConfig, hidden_BH: str, vocabulary_size: int) -> str:
+    """Adds the logits (B, V); those of an adaptive softmax are log-probabilities."""
+
+    head_BK = graph.layer(hidden_BH, "linear")
+    cutoffs = resolve_cutoffs(model_config, vocabulary_size)
+    if not cutoffs:
+        return head_BK
+    log_BK = graph.add("LogSoftmax", head_BK, axis=1)
+    frequent, *clusters = graph.split(log_BK, [cutoffs[0], *[1] * len(cutoffs)])
+    for number, cluster_B1 in enumerate(clusters):
+        features_BF = graph.linear(hidden_BH, graph.weight(f"tails.{number}.projection.weight"))
+        log_BN = graph.add("LogSoftmax", graph.layer(features_BF, f"tails.{number}.linear"), axis=1)
+        frequent = graph.add("Concat", frequent, graph.sum(log_BN, cluster_B1), axis=1)
+    return frequent
 
 
 def _reset_states(graph: Graph, sizes: dict[str, int], reset_token: int | None) -> dict[str, str]:

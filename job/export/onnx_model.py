@@ -43,11 +43,11 @@ def onnx_file(model: LanguageModel, model_config: ModelConfig) -> bytes:
             other values than the model
     """
     onnx, onnxruntime = import_onnx()
-    weights, vocabulary_size = model.state_dict(), model.linear.out_features
+    weights = model.state_dict()
     size = sum(4 * weight.numel() for weight in weights.values())
     if size > MAX_BYTES:
         raise UserError(f"--format onnx: the weights have {size:,} bytes, more than an ONNX file holds", "use hub")
-    data: bytes = build_graph(onnx, model_config, weights, vocabulary_size, model.reset_token).SerializeToString()
+    data: bytes = build_graph(onnx, model_config, weights, model.vocabulary_size, model.reset_token).SerializeToString()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1  # threads of its own would wait for work by spinning
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
@@ -64,9 +64,9 @@ def _compare(session: Any, model: LanguageModel, sizes: dict[str, int]) -> float
 
     Each step begins with the state of the model, so that differences do not grow from step to step.
     """
-    vocabulary_size, differences = model.linear.out_features, []
-    tokens_TB = torch.randint(vocabulary_size, CHECK_SHAPE, generator=torch.Generator().manual_seed(0))
-    tokens_TB[len(tokens_TB) // 2] = vocabulary_size - 1  # the separator, if there is one
+    differences = []
+    tokens_TB = torch.randint(model.vocabulary_size, CHECK_SHAPE, generator=torch.Generator().manual_seed(0))
+    tokens_TB[len(tokens_TB) // 2] = model.vocabulary_size - 1  # the separator, if there is one
     state: State = None
     tensors = [torch.zeros(tokens_TB.shape[1], size) for size in sizes.values()]
     for tokens_B in tokens_TB:
