@@ -121,6 +121,7 @@ def autoscaled() -> Iterator[RayNodes]:
     nodes.close()
 
 
+@pytest.mark.long
 def test_train_with_more_workers_than_autoscaler_can_add_is_refused_train(
     autoscaled: RayNodes, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -130,6 +131,7 @@ def test_train_with_more_workers_than_autoscaler_can_add_is_refused_train(
     assert "can never place more than 3 workers of 1 CPU each" in ended.err
 
 
+@pytest.mark.long
 def test_train_waits_for_autoscaled_node(
     autoscaled: RayNodes, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -144,6 +146,7 @@ def test_train_waits_for_autoscaled_node(
     wait_until(lambda: autoscaled.num_raylets() == 1, 120, "the added node is not removed")
 
 
+@pytest.mark.long
 def test_doctor_on_cluster_checks_nodes_and_workers(
     autoscaled: RayNodes, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

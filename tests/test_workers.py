@@ -181,7 +181,8 @@ def test_own_cluster_is_closed_to_others_and_an_interrupt_saves_and_leaves_nothi
     assert f"resuming from step {steps:,}" in again.out
 
 
-@pytest.mark.parametrize("name", ["gcs_server", pytest.param("raylet", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["gcs_server", "raylet"])
 def test_train_whose_cluster_dies_fails_with_what_was_saved(prose: Path, tmp_path: Path, name: str) -> None:
     """Ray itself would end the driver without an error, after up to a minute."""
     mark = uuid.uuid4().hex
@@ -224,7 +225,7 @@ def test_run_that_a_dead_head_or_another_kernel_ends_resumes_with_the_same_resul
     run_chaos(flags, 400, ["no kernel", "kill GCS"], 5, "reproducible", tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_workers_that_always_die_fail_the_run(
     prose: Path, tmp_path: Path, on_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
