@@ -39,12 +39,14 @@ def _train(line: CommandLine) -> int:
     """Train a model, or resume a run."""
     from job.api import select_launcher
     from job.config.config_file import load_config
+    from job.report.write import report_run
     from job.run.driver import print_result, run_training
 
     config, console = load_config(line.target, line.flags), Console()
     outcome = run_training(config, Path(line.target or "run").stem, console, select_launcher(config))
     if outcome.result:
         print_result(outcome, console)
+    report_run(outcome, console)
     return outcome.exit_code
 
 
@@ -235,6 +237,18 @@ def _runs(line: CommandLine) -> int:
     return 0
 
 
+def _report(line: CommandLine) -> int:
+    """Write a page that shows runs next to each other: curves, figures, samples, and the loss of each token."""
+    from job.report.write import write_report
+
+    if not line.targets:
+        raise UserError("the folder of a run or search is missing", "give one, such as runs/seed-1")
+    output = line.flags.get("output")
+    path = write_report(line.targets, None if output is None else expand_path(output), Console(sys.stderr))
+    Console().print(path, wrap=False)
+    return 0
+
+
 @dataclass(frozen=True)
 class Verb:
     """A verb of the command line.
@@ -304,6 +318,13 @@ VERBS = {
         _doctor, "[CONFIG.toml]", tuple(SECTIONS), {"address": "a running Ray cluster: HOST:PORT", **JSON_FLAG}
     ),
     "runs": Verb(_runs, "[STORAGE]", (), JSON_FLAG),
+    "report": Verb(
+        _report,
+        "RUN|SEARCH …",
+        (),
+        {"output": "the file to write (default: report.html in the folder of the first run)"},
+        takes_several=True,
+    ),
 }
 
 

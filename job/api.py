@@ -24,6 +24,7 @@ from job.inference.evaluate import Evaluation, evaluate_text
 from job.inference.generate import NO_CUSTOM_CELL, generate_texts
 from job.inference.prefix import prefix_values, prefix_warnings
 from job.paths import expand_path
+from job.report.write import report_run
 from job.run.driver import Launcher, run_training
 from job.run.local_launcher import LocalLauncher
 from job.run.metrics import read_rows
@@ -182,6 +183,7 @@ def train(
         outcome = run_training(
             resolved, default_name, Console(), launcher, stop_request, content=content, in_python=True
         )
+        report_run(outcome, Console())
     if stop_request.exit_code or outcome.result is None:
         raise KeyboardInterrupt if stop_request.exit_code in (0, 128 + SIGINT) else SystemExit(stop_request.exit_code)
     return Run(outcome.folder, outcome.config, outcome.result, outcome.config.model)

@@ -22,6 +22,7 @@ LAYERS = [
     "serving",
     "run",
     "tuning",
+    "report",
     "cluster",
 ]
 ENTRY_POINTS = {"__main__.py", "api.py"}  # the top: they import from all layers, and Ray only if it is needed

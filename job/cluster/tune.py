@@ -34,6 +34,7 @@ from job.config.toml import config_to_toml
 from job.console import Console
 from job.errors import RunFailed, UserError
 from job.paths import cache_notice
+from job.report.write import report_search
 from job.run.lease import Lease, acquire_lease, wait_until_expired
 from job.run.run_dir import SEARCH_FILE
 from job.run.signals import StopRequest
@@ -90,11 +91,12 @@ def run_search(config: Config, search: SearchConfig, default_name: str, console:
                     _run_trials(trials, placement, lease, stop_request, console)
                 if stop_request.exit_code:
                     console.print(f"stopped; the same command resumes {folder}")
-                    return stop_request.exit_code
-                trials = load_trials(lease.folder, base, search)  # as the files state
-                write_results(trials)
-                print_results(trials, console)
-                return 0
+                else:
+                    trials = load_trials(lease.folder, base, search)  # as the files state
+                    write_results(trials)
+                    print_results(trials, console)
+                report_search(trials, console)
+                return stop_request.exit_code
             except OSError as error:
                 raise RunFailed(f"{folder}: cannot be read or written: {error.strerror or error}", RESUME) from None
             except UserError as error:

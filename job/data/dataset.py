@@ -44,9 +44,14 @@ class Dataset:
         return measure_targets(self.validation_tokens, self.vocabulary)
 
 
-def build_dataset(corpus: Corpus, corpus_config: CorpusConfig, vocabulary_config: VocabularyConfig) -> Dataset:
-    """Builds the vocabulary, encodes the corpus, and splits off the validation part."""
-    vocabulary, tokens = encode_corpus(corpus, corpus_config, vocabulary_config)
+def build_dataset(
+    corpus: Corpus, corpus_config: CorpusConfig, vocabulary_config: VocabularyConfig, known: Vocabulary | None = None
+) -> Dataset:
+    """Builds the vocabulary unless it is known, encodes the corpus, and splits off the validation part."""
+    if known:
+        vocabulary, tokens = known, known.encode_documents(corpus.documents)[: corpus_config.max_tokens or None]
+    else:
+        vocabulary, tokens = encode_corpus(corpus, corpus_config, vocabulary_config)
     metadata = _metadata(corpus.source, corpus.num_characters, len(tokens), token_sha256(tokens))
     split = num_train(len(tokens), corpus_config)
     return Dataset(tokens[:split], tokens[split:], vocabulary, metadata)

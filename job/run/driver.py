@@ -68,12 +68,14 @@ class RunOutcome:
         config: its configuration, complete
         result: the content of ``result.json``; None if the run was stopped
         exit_code: of the command: 0, or 128 + the number of the signal that stopped the run
+        dataset: what was trained on; None if nothing was trained, as the run had been finished before
     """
 
     folder: Folder
     config: Config
     result: dict[str, Any] | None
     exit_code: int = 0
+    dataset: Dataset | None = None
 
 
 class Launcher(Protocol):
@@ -158,7 +160,7 @@ def run_training(
                 if observer.owner:
                     _logger.warning("took the run over from %s", observer.describe_owner())
                 result = _run(launcher, spec, source, recorder, stop_request, in_python)
-                return RunOutcome(folder, spec.config, result, 0 if result else stop_request.exit_code)
+                return RunOutcome(folder, spec.config, result, 0 if result else stop_request.exit_code, spec.dataset)
 
 
 def _announce(spec: RunSpec, source: SourceCheckpoint | None, requested_source: str, console: Console) -> None:

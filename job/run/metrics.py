@@ -11,7 +11,7 @@ from typing import Any
 
 from tensorboardX.event_file_writer import EventsWriter
 
-from job.run.row_file import RowFile, remove_later_files
+from job.run.row_file import RowFile, first_steps, remove_later_files
 from job.run.samples import SAMPLES
 from job.run.tensorboard import add_hyperparameters, add_row, add_sample, create_events
 from job.storage import Folder
@@ -143,3 +143,11 @@ def read_rows(folder: Folder) -> Iterator[dict[str, Any]]:
 def read_last_rows(folder: Folder) -> dict[str, dict[str, Any]]:
     """Returns the last row of each split that the ends of the last two files have; raises as ``read_rows``."""
     return METRICS.read_last(folder)
+
+
+def restart_steps(folder: Folder) -> list[int]:
+    """Returns the steps of the first rows of all worker groups but the first one.
+
+    Each group starts an events file. Empty for an object store, where a full segment starts one, too.
+    """
+    return [] if folder.local_path is None else [*first_steps(folder / TENSORBOARD).values()][1:]

@@ -96,10 +96,15 @@ class RowFile:
 
 def remove_later_files(folder: Folder, step: int) -> None:
     """Removes the segments or events files whose first row is after a step."""
-    for name in folder.names():
-        match = _GROWING_FILE.fullmatch(name)
-        if match and int(match[1]) > step:
+    for name, first_step in first_steps(folder).items():
+        if first_step > step:
             folder.remove(name)
+
+
+def first_steps(folder: Folder) -> dict[str, int]:
+    """Returns the step of the first row of each segment or events file, in the order of their names."""
+    matches = {name: _GROWING_FILE.fullmatch(name) for name in folder.names()}
+    return {name: int(match[1]) for name, match in matches.items() if match}
 
 
 def _read_lines(folder: Folder, name: str) -> Iterator[bytes]:

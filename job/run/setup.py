@@ -1,6 +1,7 @@
 """Builds the RunSpec of a configuration: reads and checks text, vocabulary, tokens and initial weights."""
 
 from dataclasses import replace
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -46,23 +47,56 @@ def build_run_spec(
     Raises:
         UserError: the corpus, the sizes or the initial weights cannot be used as configured
     """
-    if config.corpus.validation_source:  # it is read after the vocabulary is built, which may take long
-        check_source_exists(config.corpus.validation_source, "corpus.validation_source")
-    vocabulary = read_vocabulary(config.vocabulary) if config.vocabulary.file else None
-    if content is None and (stored := _open_tokens(config, vocabulary, cache)):
-        config = replace(config, corpus=replace(config.corpus, cleaning=stored.cleaning))
-        corpus, dataset = None, map_dataset(stored, config.corpus)
-    else:
-        corpus, config = _read_corpus(config, vocabulary, content)
-        dataset = build_dataset(corpus, config.corpus, config.vocabulary)
-    if config.corpus.validation_source:
-        dataset = add_validation_text(dataset, config.corpus, config.vocabulary, cache.open if cache else None)
+    dataset, config, corpus = read_dataset(config, content, cache)
     _check_sizes(dataset, config, corpus)
     _check_separator(config, dataset.vocabulary)
     prefix = resolve_prefix(config.generate.prefix, config.corpus, dataset)
     config = replace(config, generate=replace(config.generate, prefix=prefix))
     checkpoints = folder / "checkpoints"
     return RunSpec(config, dataset, checkpoints, _read_init(config, dataset.vocabulary, checkpoints))
+
+
+class RunText(NamedTuple):
+    """The text of a run.
+
+    Args:
+        dataset: its tokens
+        config: the configuration with the source and its cleaning resolved
+        corpus: the text itself; None if it is stored as tokens
+    """
+
+    dataset: Dataset
+    config: Config
+    corpus: Corpus | None
+
+
+def read_dataset(
+    config: Config, content: Content | None = None, cache: TextCache | None = None, known: Vocabulary | None = None
+) -> RunText:
+    """Reads the texts of a run.
+
+    Args:
+        config: the run's
+        content: the text or token ids that ``corpus.source`` names, if they are in no file
+        cache: opens large texts; None: read texts of any size into memory
+        known: the vocabulary of a run that exists; None: build or read it
+
+    Raises:
+        UserError: a text or the vocabulary cannot be read, or a text cannot be used as configured
+    """
+    if config.corpus.validation_source:  # it is read after the vocabulary is built, which may take long
+        check_source_exists(config.corpus.validation_source, "corpus.validation_source")
+    vocabulary = known or read_vocabulary(config.vocabulary) if config.vocabulary.file else None
+    corpus = None
+    if content is None and (stored := _open_tokens(config, vocabulary, cache)):
+        config = replace(config, corpus=replace(config.corpus, cleaning=stored.cleaning))
+        dataset = map_dataset(stored, config.corpus)
+    else:
+        corpus, config = _read_corpus(config, known or vocabulary, content)
+        dataset = build_dataset(corpus, config.corpus, config.vocabulary, known)
+    if config.corpus.validation_source:
+        dataset = add_validation_text(dataset, config.corpus, config.vocabulary, cache.open if cache else None)
+    return RunText(dataset, config, corpus)
 
 
 def run_warnings(spec: RunSpec) -> list[str]:
