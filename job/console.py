@@ -1,6 +1,7 @@
 """Terminal output of a run: a line redrawn in place on a TTY, plain lines elsewhere."""
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -14,11 +15,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TextIO
+from unicodedata import east_asian_width
 
 NO_BREAK = "\xa0"  # a space at which textwrap does not break a line
 _CONTROLS = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
 _logger = logging.getLogger(__name__)
 LARGEST_COUNT = 10**300  # that a float can hold, rounded
+BAR_WIDTH = 20
 PLAIN_INTERVAL_S = 10.0  # seconds between two lines of progress if the stream is no terminal
 
 
@@ -51,15 +54,19 @@ class Console:
         self._write(f"{self._clear_sequence()}{text}\n")
         self.num_drawn = 0
 
-    def progress(self, text: str) -> None:
+    def progress(self, text: str, share: float = 0.0, sample: str = "") -> None:
         """Shows progress: redrawn in place on a terminal, elsewhere a line every ``PLAIN_INTERVAL_S``.
 
         Args:
             text: one line; a terminal that is too narrow breaks it between fields, which two spaces separate
+            share: what is done, 0 to 1, which a terminal shows as a bar
+            sample: a text that a terminal shows on a line of its own; empty: none
         """
         if self.is_tty:
-            fields = text.replace(" ", NO_BREAK).replace(2 * NO_BREAK, "  ")
-            self.redraw([line.replace(NO_BREAK, " ") for line in _wrap(fields)])
+            done = round(BAR_WIDTH * min(max(share, 0.0), 1.0))
+            fields = f"[{'#' * done:-<{BAR_WIDTH}}]  {text}".replace(" ", NO_BREAK).replace(2 * NO_BREAK, "  ")
+            lines = [line.replace(NO_BREAK, " ") for line in _wrap(fields)]
+            self.redraw([sample.replace("\n", "\\n").replace("\t", "\\t")] * bool(sample) + lines)
         elif time.monotonic() - self.last_plain_at >= PLAIN_INTERVAL_S:
             self.last_plain_at = time.monotonic()
             self._print_line(text)
@@ -69,7 +76,7 @@ class Console:
         width, height = shutil.get_terminal_size()
         if len(lines) >= height:
             lines = [*lines[: height - 2], lines[-1]]
-        text = "\n".join(escape_controls(line)[: width - 1] for line in lines)
+        text = "\n".join(_cut(escape_controls(line), width - 1) for line in lines)
         self._write(f"{self._clear_sequence()}{text}")
         self.num_drawn = len(lines)
 
@@ -97,6 +104,12 @@ def _wrap(text: str) -> list[str]:
     width = max(1, shutil.get_terminal_size().columns - 1)
     wrapper = textwrap.TextWrapper(width, break_long_words=False, break_on_hyphens=False)
     return wrapper.wrap(text) or [""]
+
+
+def _cut(text: str, width: int) -> str:
+    """Returns the beginning of a text that takes at most ``width`` columns of a terminal."""
+    columns = itertools.accumulate(2 if east_asian_width(character) in "WF" else 1 for character in text)
+    return text[: sum(column <= width for column in columns)]
 
 
 def escape_controls(text: str) -> str:

@@ -3,6 +3,7 @@
 import io
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,3 +172,56 @@ def test_error_message_with_content_of_a_file_shows_control_characters_escaped(t
 )
 def test_format_bytes(count: int, text: str) -> None:
     assert format_bytes(count).endswith(text)
+
+
+def draw_progress(monkeypatch: pytest.MonkeyPatch, sample: str, columns: int = 100, **started: Any) -> Terminal:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    terminal = Terminal()
+    status = RunStatus(load_config(None, {}), Console(terminal))
+    status.started = replace(Started("attempt", 0, 0, 2, "cpu", "fp32", 1000, 400, ()), **started)
+    status.show_samples([{"prefix": "the", "continuation": sample}] * bool(sample))
+    status.show_progress(1, 100, 2.1, 250_000.0)
+    return terminal
+
+
+def test_show_progress_on_a_terminal_draws_a_bar_and_the_last_sample_on_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sample, bar = draw_progress(monkeypatch, " end\nnext\ttab\x1b[2J").lines
+    assert sample == r"the end\nnext\ttab\x1b[2J"
+    assert bar.startswith("[#####---------------]  epoch 1/50  step 100/400  perplexity 8.17  250,000 tokens/s  ")
+    (bar,) = draw_progress(monkeypatch, "").lines
+    assert bar.startswith("[#####")
+
+
+@pytest.mark.parametrize("sample", ["word " * 50, "中文" * 100, "é" * 300, "\x1b" * 200])
+def test_show_progress_cuts_a_sample_to_the_columns_of_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, sample: str
+) -> None:
+    drawn, _ = draw_progress(monkeypatch, sample).lines
+    columns = sum(2 if character in "中文" else 1 for character in drawn)
+    assert 97 <= columns <= 99
+
+
+def test_progress_elsewhere_has_neither_bar_nor_sample() -> None:
+    stream = io.StringIO()
+    Console(stream).progress("epoch 1/50", 0.5, "a sample")
+    assert stream.getvalue() == "epoch 1/50\n"
+
+
+@pytest.mark.parametrize(
+    ("device", "precision", "share"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", "7.58% of peak"),  # 6 · 1e8 · 250,000 / (2 · 989e12)
+        ("NVIDIA H100 PCIe", "bf16", "9.92% of peak"),
+        ("Tesla T4", "fp32", "926% of peak"),
+        ("Tesla T4", "bf16", ""),
+        ("cpu (x86_64)", "fp32", ""),
+    ],
+)
+def test_show_progress_has_the_share_of_peak_of_known_gpus(
+    monkeypatch: pytest.MonkeyPatch, device: str, precision: str, share: str
+) -> None:
+    numbers = {"device": device, "precision": precision, "num_multiplied": 10**8}
+    (bar,) = draw_progress(monkeypatch, "", 200, **numbers).lines
+    assert ("of peak" in bar, share in bar) == (bool(share), True)

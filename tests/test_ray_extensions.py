@@ -49,6 +49,7 @@ SIGNATURES = {
     "ray._private.services:resolve_ip_for_localhost": "host",
     "ray._private.worker:_global_node": None,
     "ray._private.node:Node.dead_processes": "self",
+    "ray._private.node:Node.webui_url": None,
     "ray._private.ray_constants:PROCESS_TYPE_GCS_SERVER": None,
     "ray._private.ray_constants:PROCESS_TYPE_RAYLET": None,
     "ray._raylet:AuthenticationTokenLoader.instance": None,
@@ -89,6 +90,7 @@ INTERNAL_ATTRIBUTES = {
     "train_run_context",
     "_trial_state",
     "run_metadata",
+    "webui_url",
     "_count_possible_workers",
     "_initialize_and_run_controller",
 }

@@ -20,6 +20,7 @@ from job.cluster.ray_extensions import (
     NodeAddressTorchConfig,
     WorkerGroupFailureCallback,
     cancel_autoscaler_request,
+    dashboard_address,
     ended_processes,
 )
 from job.cluster.resources import Placement, cluster_placement
@@ -73,6 +74,8 @@ class RayLauncher:
             self.placement, _ = connect(config.scale, self.stack)
             cells = [] if config.model.cell_class else [config.model.cell]
             check_placement(self.placement, console, config.run.storage, *cells, is_connected=self.is_connected)
+            if address := dashboard_address():
+                console.print(f"Ray dashboard: {address}")
         _set_ray_timeouts(config)
         # Ray prints pages of advice whenever a worker dies. The events have what matters.
         devnull = self.stack.enter_context(open(os.devnull, "w"))  # noqa: SIM115

@@ -128,6 +128,17 @@ def ended_processes() -> list[str]:
     return [name for name, _ in node.dead_processes() if name in ESSENTIAL_PROCESSES] if node else []
 
 
+def dashboard_address() -> str:
+    """Returns the address of the dashboard of the cluster to which this process is connected; empty without one.
+
+    ``ray.init`` returns it only when it connects, and a program may have called that.
+
+    Source: _private/node.py
+    """
+    node = ray_worker._global_node
+    return f"http://{node.webui_url}" if node and node.webui_url else ""
+
+
 @contextlib.contextmanager
 def _environment(**values: str) -> Iterator[None]:
     """Sets environment variables within the block."""

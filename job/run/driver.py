@@ -8,6 +8,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from platform import python_version
+from shutil import which
 from socket import gethostname
 from typing import Any, Protocol
 
@@ -27,7 +28,7 @@ from job.inference.generate import generate_text
 from job.paths import cache_notice
 from job.run.driver_log import DriverLog, driver_log
 from job.run.lease import Lease, acquire_lease, wait_until_expired
-from job.run.metrics import read_rows
+from job.run.metrics import TENSORBOARD, read_rows
 from job.run.plot import plot_perplexity, to_png
 from job.run.recorder import Recorder
 from job.run.resume_from import (
@@ -150,6 +151,8 @@ def run_training(
         if stop_request.exit_code:
             return RunOutcome(folder, config, None, stop_request.exit_code)
         _announce(spec, source, config.corpus.source, console)
+        if folder.local_path and which("tensorboard"):
+            console.print(f"TensorBoard: tensorboard --logdir {(folder / TENSORBOARD).shell_quoted}", wrap=False)
         with closing(launcher):
             launcher.connect(spec, console)
             with (

@@ -103,6 +103,7 @@ class Recorder:
             self.status.show_row(event.row)
         else:
             self.metrics.append_samples(event.rows)
+            self.status.show_samples(event.rows)
 
     def _commit(self, event: PartWritten) -> None:
         self.metrics.sync()

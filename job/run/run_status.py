@@ -1,11 +1,13 @@
 """Whether a run's workers are running and whether the run has ended; shows its progress on the console."""
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from job.config.schema import Config
 from job.console import LARGEST_COUNT, Console, format_count, format_duration
 from job.errors import UnrecoverableError
+from job.run.peak import share_of_peak
 from job.training.events import Event, Finished, Started
 from job.training.progress import perplexity
 
@@ -24,6 +26,7 @@ class RunStatus:
         self.failed: UnrecoverableError | None = None
         self.has_workers = False
         self.failure_reported = False  # by one of the current workers
+        self.last_sample = ""
         self.consecutive_failures = 0  # of worker groups, without a checkpoint in between
 
     def is_stale(self, event: Event) -> bool:
@@ -82,6 +85,10 @@ class RunStatus:
             label = "validation " if row["split"] == "validation" else ""
             self.show_progress(row["epoch"], row["step"], row["nats"], row["tokens_per_second"], label)
 
+    def show_samples(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Shows the last of some samples with the progress from now on."""
+        self.last_sample = "".join(row["prefix"] + row["continuation"] for row in rows[-1:]) or self.last_sample
+
     def show_progress(self, epoch: int, step: int, nats: float, tokens_per_second: float, label: str = "") -> None:
         """Shows where the run is, and the time that is left at this speed."""
         assert self.started
@@ -90,9 +97,13 @@ class RunStatus:
         seconds_left = tokens_left / max(tokens_per_second, 1.0)
         value = perplexity(nats)
         value_text = f"{value:.2f}" if value < 1e6 else f"{value:.3g}"
+        share = share_of_peak(self.started, tokens_per_second)
+        peak_text = "" if share is None or label else f"{100 * share:.3g}% of peak  "
         self.console.progress(
             f"epoch {format_count(epoch)}/{format_count(self.config.train.epochs)}  "
             f"step {format_count(step)}/{format_count(self.started.total_steps)}  "
             f"{label}perplexity {value_text}  {format_count(round(tokens_per_second))} tokens/s  "
-            f"{format_duration(seconds_left)} left"
+            f"{peak_text}{format_duration(seconds_left)} left",
+            min(step, LARGEST_COUNT) / max(1, min(self.started.total_steps, LARGEST_COUNT)),
+            self.last_sample,
         )

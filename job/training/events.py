@@ -28,6 +28,7 @@ class Started(Event):
     num_weights: int
     total_steps: int
     skipped_checkpoints: tuple[CorruptCheckpoint, ...]  # later than the one that was loaded
+    num_multiplied: int = 0  # weights in matrix products, each used once per token; 0: not known
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from job.config.schema import BUILTIN_CELLS, Config
 from job.distributed.context import World, device_name, raise_malloc_thresholds
 from job.distributed.gradient_sync import ControlFlags
 from job.errors import Diverged, UnrecoverableError, UserError
+from job.nn.language_model import LanguageModel
 from job.training.checkpoint import CorruptCheckpoint, checkpoint_name
 from job.training.checkpoint_writer import CheckpointWriter
 from job.training.events import Event, Failed, Finished, Started
@@ -114,7 +115,16 @@ def _started(
     num_weights = sum(map(torch.numel, train_state.model.parameters()))
     total_steps = train_state.stream.total_steps(spec.config.train)
     group = world.attempt, progress.step, progress.epoch, world.size
-    return Started(*group, device, train_state.precision.name, num_weights, total_steps, skipped)
+    num_multiplied = _count_multiplied(train_state.model)
+    return Started(*group, device, train_state.precision.name, num_weights, total_steps, skipped, num_multiplied)
+
+
+def _count_multiplied(model: LanguageModel) -> int:
+    """Returns how many weights are in matrix products: matrices, of which those that are looked up by token are not."""
+    looked_up = set() if model.embedding is None else {id(model.embedding.weight)} - {id(model.linear.weight)}
+    vocabulary_size = model.linear.out_features if model.embedding is None else 0  # of one-hot inputs
+    matrices = [parameter for parameter in model.parameters() if parameter.dim() > 1 and id(parameter) not in looked_up]
+    return sum(matrix.numel() for matrix in matrices if matrix.shape[-1] != vocabulary_size)
 
 
 @dataclass
