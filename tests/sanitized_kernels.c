@@ -12,7 +12,7 @@
 
 #include "api.h"
 
-enum { MAX_BUFFERS = 64 };
+enum { MAX_BUFFERS = 128 };
 static const index_t THREADS[] = {1, 2, 3, 7};
 static void *buffers[MAX_BUFFERS];
 static int num_buffers;
@@ -197,26 +197,58 @@ static void run_loss(int is_bf16, index_t rows, index_t units, index_t vocabular
     free_buffers();
 }
 
-static void run_decoder(index_t cell, index_t num_layers, index_t lanes, index_t units, index_t vocabulary_size) {
-    index_t G = gates_of(cell) * units, length = 5;
+/* A weight (columns, inner), packed with the padding that the decoder reads. */
+static void *packed(index_t columns, index_t inner, index_t depth) {
+    index_t bytes = (columns + 31) / 32 * 32 * depth * 4;
+    PackArgs args = {columns, inner, depth, 3, numbers(0, columns * inner), memset(buffer(bytes), 0, bytes)};
+    check(pack(&args) == OK, "pack");
+    return args.packed;
+}
+
+static void run_decoder(index_t cell, index_t num_layers, index_t lanes, index_t units, index_t embedding_size,
+                        index_t vocabulary_size) {
+    index_t length = 5, inputs = embedding_size, columns = (vocabulary_size + 31) / 32 * 32;
     DecoderLayer layers[3];
+    DecoderState states[3], initial[3];
     for (index_t i = 0; i < num_layers; i++) {
-        RnnArgs rnn = {cell, 0, 1, lanes, units, i ? lanes : vocabulary_size, 1};
-        rnn.inputs = numbers(0, rnn.table_rows * G);
-        rnn.weight = numbers(0, G * units);
-        rnn.bias = cell == GRU ? numbers(0, units) : NULL;
-        rnn.hidden = numbers(0, 2 * lanes * units);
-        rnn.carry = cell == LSTM ? numbers(0, 2 * lanes * units) : rnn.hidden;
-        layers[i] = (DecoderLayer){rnn, i ? numbers(0, G * units) : NULL, numbers(0, G)};
+        index_t H = units + i * 32, G = gates_of(cell) * H;
+        layers[i] = (DecoderLayer){.units = H, .state_units = H - 5 * i};
+        layers[i].table = inputs ? NULL : numbers(0, vocabulary_size * G);
+        layers[i].input_weight = inputs ? packed(G, inputs, inputs) : NULL;
+        layers[i].input_bias = inputs ? numbers(0, G) : NULL;
+        layers[i].hidden_weight = packed(G, H - i, H);
+        layers[i].hidden_bias = cell == GRU ? numbers(0, H) : NULL;
+        initial[i].hidden = numbers(0, lanes * layers[i].state_units);
+        initial[i].carry = cell == LSTM ? numbers(0, lanes * layers[i].state_units) : NULL;
+        inputs = H;
     }
-    DecoderArgs args = {num_layers, vocabulary_size, length, vocabulary_size - 1, layers};
-    args.weight = numbers(0, vocabulary_size * units);
-    args.bias = numbers(0, (vocabulary_size + 31) / 32 * 32);
-    args.tokens = tokens((length + 1) * lanes, vocabulary_size);
-    check(generate_greedy(&args) == OK, "generate_greedy");
-    for (index_t i = 0; i < (length + 1) * lanes; i++)
-        check(args.tokens[i] >= 0 && args.tokens[i] < vocabulary_size, "a generated token");
-    CHECK_OUT_OF_MEMORY(generate_greedy(&args))
+    DecoderArgs args = {cell, num_layers, lanes, length, embedding_size, vocabulary_size, columns, vocabulary_size - 1};
+    args.layers = layers, args.states = states;
+    args.embedding = embedding_size ? numbers(0, vocabulary_size * embedding_size) : NULL;
+    args.weight = packed(vocabulary_size, inputs - 1, inputs);
+    args.bias = numbers(0, columns);
+    int64_t *expected_tokens = NULL;
+    float *expected_logits = NULL, *expected_hidden = NULL;
+    for (int n = 0; n < 4; n++) {
+        for (index_t i = 0; i < num_layers; i++) {
+            index_t bytes = lanes * layers[i].state_units * 4;
+            states[i].hidden = copy(initial[i].hidden, bytes);
+            states[i].carry = cell == LSTM ? copy(initial[i].carry, bytes) : NULL;
+        }
+        args.num_threads = THREADS[n], args.logits = buffer(lanes * columns * 4);
+        args.tokens = tokens(length * lanes, vocabulary_size);
+        check(decode(&args) == OK, "decode");
+        for (index_t i = 0; i < length * lanes; i++)
+            check(args.tokens[i] >= 0 && args.tokens[i] < vocabulary_size, "a generated token");
+        if (!n) expected_tokens = args.tokens, expected_logits = args.logits, expected_hidden = states[0].hidden;
+        check(!memcmp(expected_tokens, args.tokens, length * lanes * 8), "tokens of several threads");
+        check(!memcmp(expected_logits, args.logits, lanes * columns * 4), "logits of several threads");
+        check(!memcmp(expected_hidden, states[0].hidden, lanes * layers[0].state_units * 4),
+              "states of several threads");
+    }
+    CHECK_OUT_OF_MEMORY(decode(&args))
+    args.tokens[lanes - 1] = vocabulary_size;
+    check(decode(&args) == INVALID_TOKEN, "a token outside the vocabulary");
     free_buffers();
 }
 
@@ -270,8 +302,9 @@ static void run_kernels(int is_bf16) {
         run_loss(is_bf16, 261, 96, vocabulary_size, vocabulary_size % 2); /* several blocks of rows */
         run_loss(is_bf16, 9, 75, vocabulary_size, 1);
         for (index_t cell = RNN; cell <= LSTM && !is_bf16; cell++) {
-            run_decoder(cell, 1, 1, 32, vocabulary_size);
-            run_decoder(cell, 3, 67, 64, vocabulary_size);
+            run_decoder(cell, 1, 1, 32, 0, vocabulary_size);
+            run_decoder(cell, 2, 67, 32, 0, vocabulary_size);
+            run_decoder(cell, 3, 135, 32, 7, vocabulary_size);
         }
     }
 }

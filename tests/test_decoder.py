@@ -1,5 +1,8 @@
 """Steps of a decoder: equal to the model's, and with the same bits for any lanes that are advanced together."""
 
+import contextlib
+from collections.abc import Iterator
+
 import pytest
 import torch
 
@@ -14,6 +17,7 @@ SIZES: list[dict[str, object]] = [
     {"hidden_size": 64, "num_layers": 2, "embedding_size": 7},
     {"hidden_size": 64, "softmax": "adaptive", "adaptive_cutoffs": [5, 12]},
     {"hidden_size": [20, 33, 15], "num_layers": 3, "embedding_size": 15, "tied": True},
+    {"hidden_size": 33, "softmax": "adaptive", "adaptive_cutoffs": [4, 9]},
 ]
 CELLS = ["rnn", "gru", "lstm", "mlstm", "mogrifier", "mingru", "minlstm"]
 V = 29
@@ -25,6 +29,16 @@ def random_model(cell: str, sizes: dict[str, object], seed: int = 0) -> Language
     for weight in model.parameters():
         weight.data *= 2
     return model
+
+
+@contextlib.contextmanager
+def torch_threads(number: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def random_tokens(*shape: int) -> torch.Tensor:
@@ -78,3 +92,21 @@ def test_decoder_step_leaves_the_state_before_it_as_it_was(implementation: str) 
     copies = [tensor.clone() for tensor in state or ()]
     Decoder(model).step(random_tokens(4), state)
     assert all(map(torch.equal, state or (), copies))
+
+
+@pytest.mark.parametrize("token", [-1, V])
+def test_decoder_step_with_a_token_outside_the_vocabulary_raises(implementation: str, token: int) -> None:
+    decoder = Decoder(random_model("gru", {"hidden_size": 32, "embedding_size": 5}))
+    with pytest.raises(IndexError):
+        decoder.step(torch.tensor([0, token]), None)
+
+
+@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
+def test_decoder_step_on_threads_has_the_bits_of_one(cell: str) -> None:
+    decoder, tokens_B = Decoder(random_model(cell, {"hidden_size": 70, "num_layers": 2})), random_tokens(67)
+    results = []
+    for threads in (1, 3):
+        with torch_threads(threads):
+            results.append(decoder.step(tokens_B, None))
+    assert torch.equal(results[0][0], results[1][0])
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=0)

@@ -181,6 +181,7 @@ def test_generated_separator_resets_the_state(cell: str) -> None:
     after_prefix = continue_greedily(ensemble, separators, ensemble.advance(prefixes, [None]), 30)
     assert torch.equal(after_prefix, continue_greedily(ensemble, separators, [None], 30))
     model.reset_token = None
+    ensemble = Ensemble([model])
     assert not torch.equal(
         after_prefix, continue_greedily(ensemble, separators, ensemble.advance(prefixes, [None]), 30)
     )

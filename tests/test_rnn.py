@@ -13,9 +13,9 @@ from torch.nn import functional as F
 
 from job.config.schema import ModelConfig
 from job.errors import UserError
+from job.inference import decoder
 from job.inference.ensemble import Ensemble
 from job.inference.generate import continue_greedily
-from job.kernels import ops
 from job.nn import cross_entropy
 from job.nn.cross_entropy import linear_cross_entropy
 from job.nn.language_model import LanguageModel, build_model
@@ -267,16 +267,22 @@ def test_linear_cross_entropy_rejects_mismatched_shapes(implementation: str) -> 
 
 
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
-@pytest.mark.parametrize(("layers", "embedding"), [(1, 0), (2, 7)])
+@pytest.mark.parametrize(("sizes", "embedding"), [((64,), 0), ((64, 64), 7), ((37,), 5), ((70, 33, 5), 0)])
 @pytest.mark.parametrize("resets", [False, True])
 def test_greedy_decoding_equals_argmax_steps(
-    implementation: str, cell: str, layers: int, embedding: int, resets: bool, monkeypatch: pytest.MonkeyPatch
+    implementation: str,
+    cell: str,
+    sizes: tuple[int, ...],
+    embedding: int,
+    resets: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    model = build_model(ModelConfig(cell=cell, num_layers=layers, embedding_size=embedding, hidden_size=64), 28, 3)
+    config = ModelConfig(cell=cell, num_layers=len(sizes), embedding_size=embedding, hidden_size=sizes)
+    model = build_model(config, 28, 3)
     for name, weight in model.named_parameters():
         weight.data *= 2 if "weight_hh" in name else 8  # so that many tokens are generated
     prefixes = torch.randint(0, 28, (5, 7), generator=torch.Generator().manual_seed(0))
-    monkeypatch.setattr(ops, "GREEDY_CHUNK", 7)
+    monkeypatch.setattr(decoder, "GREEDY_CHUNK", 7)
 
     def generate(prefixes_NB: torch.Tensor) -> torch.Tensor:
         ensemble = Ensemble([model])

@@ -44,7 +44,7 @@ def test_kernels_on_many_shapes_raise_no_sanitizer_report(
     [
         ("linear.c", "r < args->rows; r++", "r <= args->rows; r++", MEMORY, "heap-buffer-overflow"),
         ("loss.c", "j < first + count; j += WIDTH", "j <= first + count; j += WIDTH", MEMORY, "heap-buffer-overflow"),
-        ("decode.c", "    free(logits);\n", "", MEMORY, "detected memory leaks"),
+        ("decode.c", "    free(memory);\n", "", MEMORY, "detected memory leaks"),
         ("vector.h", "aligned(4)", "aligned(64)", MEMORY, "misaligned address"),
         ("collectives.c", "memory_order_release", "memory_order_relaxed", THREADS, "data race"),
         ("linear.c", "atomic_int", "int", THREADS, "data race"),

@@ -91,24 +91,47 @@ typedef struct {
 
 int segment_sum(const SegmentSumArgs *args);
 
-/* A layer of the greedy decoder, float only. Its rnn has one step; above the first layer rnn.inputs is scratch. */
+/* Packs a weight (columns, inner) of floats for `decode`, padded with zeros to `depth`. */
 typedef struct {
-    RnnArgs rnn;         /* hidden and carry are updated */
-    const float *weight; /* (G, H): input projection of an upper layer */
-    const float *bias;   /* (G) */
+    index_t columns, inner, depth, num_threads;
+    const float *weight;
+    void *packed; /* (columns rounded up to a multiple of 32, depth), of which the last columns may not be written */
+} PackArgs;
+
+int pack(const PackArgs *args);
+
+/* A layer of a decoder. `table` is used in a first layer of one-hot inputs, in its place the next two elsewhere. */
+typedef struct {
+    index_t units, state_units; /* H, and its value before it was rounded up to a multiple of 32 */
+    const float *table;         /* (V, G): input projection of each token; NULL if there is none */
+    const void *input_weight;   /* packed (G, embedding_size or H of the layer below) */
+    const float *input_bias;    /* (G) */
+    const void *hidden_weight;  /* packed (G, H) */
+    const float *hidden_bias;   /* (H): as RnnArgs.bias */
 } DecoderLayer;
 
-/* Greedy decoding: each step's most likely token is the input of the next step. */
+/* The state of a layer's lanes, replaced by that after the last step. */
 typedef struct {
-    index_t num_layers, vocabulary_size, length;
-    index_t reset_token; /* before which the state is taken to be zero; -1 if there is none */
+    float *hidden; /* (B, state_units) */
+    float *carry;  /* (B, state_units): of an LSTM */
+} DecoderState;
+
+/* Steps of a model, float only. Each step's most likely token is the input of the next step. Threads share no lane. */
+typedef struct {
+    index_t cell, num_layers, lanes, length, embedding_size; /* 0: one-hot */
+    index_t vocabulary_size, columns; /* V, and rounded up to a multiple of 32; 0: no logits, for a single step */
+    index_t reset_token;              /* before which the state is taken to be zero; -1 if there is none */
+    index_t num_threads;
     const DecoderLayer *layers;
-    const float *weight; /* (V, H): output layer */
-    const float *bias;   /* (V rounded up to a multiple of 32) */
-    int64_t *tokens;     /* (length + 1, B); the first are the input */
+    const DecoderState *states; /* of each layer */
+    const float *embedding;     /* (V, embedding_size) */
+    const void *weight;         /* packed (V, H): output layer */
+    const float *bias;          /* (columns) */
+    int64_t *tokens;            /* (length, B): the first are read, the others written */
+    float *logits;              /* (B, columns): of the last step */
 } DecoderArgs;
 
-int generate_greedy(const DecoderArgs *args);
+int decode(const DecoderArgs *args);
 
 /* Keys of the dropout masks of one layer and step. */
 typedef struct {

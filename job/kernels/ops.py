@@ -5,12 +5,13 @@ V tokens. E and H are multiples of VECTOR_WIDTH where nothing else is said: the 
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import Linear, RNNBase
+from torch.nn import Linear
 from torch.nn import functional as F
 
 from job.kernels.abi import FUNCTIONS, STRUCTS
@@ -20,7 +21,6 @@ StateTensors = tuple[Tensor, ...]
 Weights = list[Tensor]  # of one layer, in torch's order
 
 VECTOR_WIDTH = 32
-GREEDY_CHUNK = 1000  # tokens per call of the decoder, between which Python handles signals
 CELL_CODES = {"RNN_TANH": 0, "GRU": 1, "LSTM": 2}
 INVALID_TOKEN = 2  # enum status of api.h
 NO_COLUMNS = range(0)
@@ -353,49 +353,90 @@ def fused_dropout(x_TBH: Tensor, probability: float, keys_B: Tensor, is_locked: 
     return _FusedDropout.apply(x_TBH, probability, keys_B.contiguous(), is_locked)
 
 
-@torch.no_grad()
-def generate_greedy(
-    rnn: RNNBase,
-    embedding_VE: Tensor | None,
-    head: Linear,
-    state: StateTensors,
-    first_B: Tensor,
-    length: int,
-    reset_token: int | None = None,
-) -> Tensor:
-    """Greedy decoding in float32, many steps per kernel call.
+def pad_gates(weight: Tensor, hidden_size: int) -> Tensor:
+    """Pads each gate of a weight or bias (G, …) with zeros to a multiple of VECTOR_WIDTH units."""
+    widths = (0, 0) * (weight.dim() - 1) + (0, -hidden_size % VECTOR_WIDTH)
+    return F.pad(weight.unflatten(0, (-1, hidden_size)), widths).flatten(0, 1)
+
+
+def _pack(weight: Tensor, depth: int) -> Tensor:
+    """Returns a copy of a weight (columns, inner) as ``decode`` reads it, padded with zeros."""
+    (columns, inner), weight = weight.shape, weight.contiguous()
+    packed = torch.zeros(columns + -columns % VECTOR_WIDTH, depth)
+    num_threads = torch.get_num_threads()
+    _call("pack", columns=columns, inner=inner, depth=depth, num_threads=num_threads, weight=weight, packed=packed)
+    return packed
+
+
+def _pack_layer(cell: str, weights: Sequence[Tensor], inputs: int) -> Any:
+    """Returns a DecoderLayer with the weights of a layer of ``inputs`` input features; 0: one-hot."""
+    units = weights[1].shape[1]
+    weight_GE, weight_GH, *biases = (pad_gates(weight, units) for weight in weights)
+    bias_G, bias_H = combine_biases(cell, *biases)
+    padded = units + -units % VECTOR_WIDTH
+    fields = {"units": padded, "state_units": units, "hidden_weight": _pack(weight_GH, padded), "hidden_bias": bias_H}
+    if not inputs:
+        return STRUCTS["DecoderLayer"](table=_token_projection(weight_GE, None, bias_G), **fields)
+    return STRUCTS["DecoderLayer"](input_weight=_pack(weight_GE, inputs), input_bias=bias_G, **fields)
+
+
+class PackedModel:
+    """The weights of a model of recurrent layers, packed once for steps of one token in float32.
 
     Args:
-        rnn: the recurrent layers, of mode ``RNN_TANH``, ``GRU`` or ``LSTM``
+        cell: ``RNN_TANH``, ``GRU`` or ``LSTM``
+        vocabulary_size: number of tokens V
         embedding_VE: the tokens' features; None: one-hot
-        head: the output layer (V, H)
-        state: tensors (L, B, H), before ``first_B``
-        first_B: the first input of each lane
-        length: number of tokens to generate
+        layers: the weights of each layer
+        output: the output layer (V, H); None: ``decode`` computes states only
         reset_token: the token before which the state is taken to be zero, if there is one
-
-    Returns:
-        The tokens (length, B) after ``first_B``.
     """
-    lanes, (vocabulary_size, units) = len(first_B), head.weight.shape
-    tokens = torch.empty(length + 1, lanes, dtype=torch.int64)
-    tokens[0] = first_B
-    bias_V = F.pad(head.bias, (0, -vocabulary_size % VECTOR_WIDTH))
-    decoder_layers = []
-    for number, (weight_GE, weight_GH, *biases) in enumerate(rnn.all_weights):
-        bias_G, bias_H = combine_biases(rnn.mode, *biases)
-        inputs = torch.empty(lanes, len(bias_G)) if number else _token_projection(weight_GE, embedding_VE, bias_G)
-        hidden, carry = (torch.stack([part[number]] * 2).contiguous() for part in (state[0], state[-1]))
-        step = STRUCTS["RnnArgs"](
-            cell=CELL_CODES[rnn.mode], steps=1, lanes=lanes, units=units, table_rows=len(inputs), num_threads=1,
-            inputs=inputs, weight=weight_GH, bias=bias_H, hidden=hidden, carry=carry if rnn.mode == "LSTM" else hidden,
-        )  # fmt: skip
-        decoder_layers.append(STRUCTS["DecoderLayer"](rnn=step, weight=weight_GE, bias=bias_G))
-    for start in range(0, length, GREEDY_CHUNK):
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        cell: str,
+        vocabulary_size: int,
+        embedding_VE: Tensor | None,
+        layers: Sequence[Sequence[Tensor]],
+        output: Linear | None,
+        reset_token: int | None,
+    ) -> None:
+        embedding_size = 0 if embedding_VE is None else embedding_VE.shape[1]
+        self._layers, inputs = [], embedding_size
+        for weights in layers:
+            self._layers.append(_pack_layer(cell, weights, inputs))
+            inputs = self._layers[-1].units
+        self._fields: dict[str, Any] = {
+            "cell": CELL_CODES[cell], "num_layers": len(layers), "embedding_size": embedding_size,
+            "vocabulary_size": vocabulary_size, "columns": 0, "reset_token": -1 if reset_token is None else reset_token,
+            "layers": (STRUCTS["DecoderLayer"] * len(layers))(*self._layers),
+            "embedding": None if embedding_VE is None else embedding_VE.contiguous(),
+        }  # fmt: skip
+        if output is not None:
+            bias_V = pad_vectors(output.bias)
+            self._fields |= {"columns": len(bias_V), "weight": _pack(output.weight, inputs), "bias": bias_V}
+
+    def decode(self, tokens_TB: Tensor, states: Sequence[StateTensors]) -> Tensor:
+        """Decodes greedily, each lane by itself: the bits of its results do not depend on the others.
+
+        Args:
+            tokens_TB: the first are the input, and the later ones are written
+            states: h and, for an LSTM, c of each layer, each (B, H) in float32; replaced by those after the last step
+
+        Returns:
+            The logits (B, V) of the last step.
+
+        Raises:
+            IndexError: if one of the first tokens is not in the vocabulary
+        """
+        length, lanes = tokens_TB.shape
+        layer_states = [
+            STRUCTS["DecoderState"](**dict(zip(("hidden", "carry"), state, strict=False))) for state in states
+        ]
+        logits = torch.empty(lanes, self._fields["columns"])
         _call(
-            "generate_greedy", num_layers=rnn.num_layers, vocabulary_size=vocabulary_size, tokens=tokens[start:],
-            length=min(GREEDY_CHUNK, length - start), weight=head.weight, bias=bias_V,
-            layers=(STRUCTS["DecoderLayer"] * rnn.num_layers)(*decoder_layers),
-            reset_token=-1 if reset_token is None else reset_token,
+            "decode", **self._fields, lanes=lanes, length=length, tokens=tokens_TB, logits=logits,
+            states=(STRUCTS["DecoderState"] * len(states))(*layer_states), num_threads=torch.get_num_threads(),
         )  # fmt: skip
-    return tokens[1:]
+        return logits[:, : self._fields["vocabulary_size"]]

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from job.config.schema import BUILTIN_CELLS, ModelConfig
 from job.errors import UserError
-from job.kernels.ops import VECTOR_WIDTH, can_use_kernel, generate_greedy
 from job.nn.adaptive_softmax import Tails, head_size, resolve_cutoffs
 from job.nn.cell_layers import LAYERS, CellLayers
 from job.nn.cross_entropy import chunked_cross_entropy, linear_cross_entropy
@@ -65,7 +64,8 @@ class LanguageModel(nn.Module):
         return not isinstance(self.rnn, RecurrentLayers | CellLayers)
 
     @property
-    def _embedding_weight(self) -> Tensor | None:
+    def embedding_weight(self) -> Tensor | None:
+        """The features of each token (V, E); None: one-hot."""
         return None if self.embedding is None else self.embedding.weight
 
     def forward(
@@ -108,25 +108,6 @@ class LanguageModel(nn.Module):
         hidden_TBH, state = self._hidden_states(tokens_TB, state, None)
         return self.tails.cross_entropy_sum(self.linear, hidden_TBH, targets_TB, chunked_cross_entropy), state
 
-    def generate_greedy(self, first_B: Tensor, state: State, length: int) -> Tensor | None:
-        """Decodes greedily in a single kernel call.
-
-        Args:
-            first_B: each lane's first input token
-            state: the lanes' state before that token
-            length: number of tokens to generate
-
-        Returns:
-            Tokens (length, B), or None if the kernel does not support this model or device.
-        """
-        rnn, weight_VH = self.rnn, self.linear.weight
-        if not isinstance(rnn, RecurrentLayers) or not rnn.is_uniform or rnn.hidden_size % VECTOR_WIDTH or self.tails:
-            return None
-        if not can_use_kernel(weight_VH, weight_VH.dtype):
-            return None
-        state_LBH = rnn.state_tensors(state, len(first_B))
-        return generate_greedy(rnn, self._embedding_weight, self.linear, state_LBH, first_B, length, self.reset_token)
-
     def _hidden_states(
         self, tokens_TB: Tensor, state: State, regularization: Regularization | None
     ) -> tuple[Tensor, State]:
@@ -134,7 +115,7 @@ class LanguageModel(nn.Module):
         if isinstance(self.rnn, RecurrentLayers):
             needs_features = regularization is not None and regularization.needs_features
             inputs = self._features(tokens_TB, regularization) if needs_features else tokens_TB
-            return self.rnn(inputs, state, regularization, self._embedding_weight, starts_TB)
+            return self.rnn(inputs, state, regularization, self.embedding_weight, starts_TB)
         features_TBE = self._features(tokens_TB, regularization)
         if isinstance(self.rnn, CellLayers):
             return self.rnn(features_TBE, state, regularization, starts_TB)

@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from job.kernels.ops import VECTOR_WIDTH, can_use_kernel, combine_biases, compute_dtype, fused_rnn, pad_vectors
+from job.kernels.ops import (
+    VECTOR_WIDTH,
+    can_use_kernel,
+    combine_biases,
+    compute_dtype,
+    fused_rnn,
+    pad_gates,
+    pad_vectors,
+)
 from job.nn.regularization import Regularization
 from job.nn.rnn_fallback import gru_layer, tanh_layer
 from job.nn.state import LayerState, State, run_documents, state_tensors
@@ -63,7 +71,7 @@ class RecurrentLayers(nn.RNNBase):
         Returns:
             The last layer's hidden states (T, B, H) and the state after the window.
         """
-        layer_states = self._split_state(self.state_tensors(state, inputs.shape[1]))
+        layer_states = self.split_state(self.state_tensors(state, inputs.shape[1]))
         outputs, last_states = inputs, []
         for layer, (weight_GE, weight_GH, *biases) in enumerate(self.all_weights):
             hidden_weight_GH: Tensor = weight_GH
@@ -82,8 +90,8 @@ class RecurrentLayers(nn.RNNBase):
         shapes = [(layers, num_lanes, size) for layers, size in units] * (2 if self.mode == "LSTM" else 1)
         return state_tensors(state, shapes, cast(Tensor, self.weight_hh_l0))
 
-    def _split_state(self, tensors: tuple[Tensor, ...]) -> list[LayerState]:
-        """Returns the state of each layer."""
+    def split_state(self, tensors: tuple[Tensor, ...]) -> list[LayerState]:
+        """Returns the state of each layer, views of the ``state_tensors``."""
         if self.is_uniform:
             return [tuple(tensor[layer] for tensor in tensors) for layer in range(self.num_layers)]
         return [tuple(tensor[0] for tensor in tensors[layer :: self.num_layers]) for layer in range(self.num_layers)]
@@ -93,8 +101,12 @@ class RecurrentLayers(nn.RNNBase):
         parts = list(zip(*layer_states, strict=True))
         if not self.is_uniform:
             return tuple(tensor[None] for part in parts for tensor in part)
-        stacked = tuple(map(torch.stack, parts))
-        return stacked if self.mode == "LSTM" else stacked[0]
+        return self.as_state(tuple(map(torch.stack, parts)))
+
+    @staticmethod
+    def as_state(tensors: tuple[Tensor, ...]) -> State:
+        """Returns ``state_tensors`` as the state of which they are."""
+        return tensors if len(tensors) > 1 else tensors[0]
 
 
 def rnn_layer(
@@ -152,7 +164,7 @@ def _rnn_layer_kernel(
     hidden_size = weights[1].shape[1]
     padding = -hidden_size % VECTOR_WIDTH
     if padding:  # the kernel works on whole vectors; the padded units stay zero
-        weights = [_pad_gates(weight, hidden_size, padding) for weight in weights]
+        weights = [pad_gates(weight, hidden_size) for weight in weights]
         weights[1] = F.pad(weights[1], (0, padding))
         state = tuple(F.pad(tensor, (0, padding)) for tensor in state)
     if inputs.is_floating_point():
@@ -163,12 +175,6 @@ def _rnn_layer_kernel(
     if padding:
         hidden_TBH, last_state = hidden_TBH[..., :hidden_size], tuple(tensor[:, :hidden_size] for tensor in last_state)
     return hidden_TBH, last_state
-
-
-def _pad_gates(weight: Tensor, hidden_size: int, padding: int) -> Tensor:
-    """Pads each gate of a weight or bias (G, …) with zeros for additional units."""
-    widths = (0, 0) * (weight.dim() - 1) + (0, padding)
-    return F.pad(weight.unflatten(0, (-1, hidden_size)), widths).flatten(0, 1)
 
 
 def _rnn_layer_fallback(
