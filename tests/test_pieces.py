@@ -139,3 +139,15 @@ def test_byte_order_mark_within_a_file_is_text_wherever_the_file_is_cut(
         monkeypatch.setattr(pieces_module, "_WINDOW_BYTES", window)
         tokens, _ = encode(cut(tmp_path / "a.txt", config, "char"), vocabulary)
         np.testing.assert_array_equal(tokens, vocabulary.encode_documents(corpus.documents))
+
+
+def test_compressed_parquet_on_a_full_disk_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(**_: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    (tmp_path / "a.parquet.gz").write_bytes(gzip.compress(parquet(["one", "two"])))
+    pieces = cut(tmp_path / "a.parquet.gz", CorpusConfig(source="a.parquet.gz", cleaning="none"), "char")
+    assert [line for part in PieceReader(pieces).read(0) for line in part.lines] == ["one", "two"]
+    monkeypatch.setattr("tempfile.TemporaryFile", fail)
+    with pytest.raises(UserError, match=r"gz: cannot be decompressed: No space left on device; set XDG_CACHE_HOME"):
+        list(PieceReader(pieces).read(0))

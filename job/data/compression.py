@@ -4,13 +4,16 @@ import bz2
 import io
 import lzma
 import re
-from collections.abc import Callable, Iterator
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, BinaryIO
 
 import pyarrow
 
-from job.errors import UserError
+from job.errors import UserError, report_os_error
+from job.paths import cache_folder
 
 MAX_EXPANSION, FREE_BYTES = 100, 16 << 20  # compressed data may become that many times as long, and as much longer
 BLOCK_BYTES = 1 << 20
@@ -67,6 +70,21 @@ def decompress_stream(stream: BinaryIO, name: str, num_bytes: int) -> Iterator[b
                 f"larger than {limit:,} bytes after decompression with {name}", "give the decompressed file"
             )
         yield block
+
+
+def write_temporary_file(blocks: Iterable[bytes]) -> BinaryIO:
+    """Returns a file of these blocks in the folder of caches, which is removed when it is closed.
+
+    Raises:
+        UserError: it cannot be written
+    """
+    with report_os_error("cannot be decompressed", "set XDG_CACHE_HOME to a folder with more space"):
+        with ExitStack() as stack:
+            file: BinaryIO = stack.enter_context(tempfile.TemporaryFile(dir=cache_folder()))
+            file.writelines(blocks)
+            file.flush()
+            stack.pop_all()
+        return file
 
 
 def _decompress(stream: BinaryIO, name: str) -> Iterator[bytes]:

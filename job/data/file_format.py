@@ -54,6 +54,11 @@ def is_text_name(name: str) -> bool:
     return base_name(name).endswith((*TEXT_SUFFIXES, *JSON_LINES_SUFFIXES, PARQUET_SUFFIX))
 
 
+def is_compressed_name(name: str) -> bool:
+    """Returns whether a file of this name is compressed as a whole, or contains compressed columns."""
+    return name.lower().endswith((*COMPRESSION_SUFFIXES, PARQUET_SUFFIX))
+
+
 def has_format_name(name: str) -> bool:
     """Returns whether a name states another format than the plain bytes of a file."""
     return name.lower().endswith((*COMPRESSION_SUFFIXES, *JSON_LINES_SUFFIXES, PARQUET_SUFFIX))

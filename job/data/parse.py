@@ -169,7 +169,8 @@ def parse_parquet(file: BinaryIO, file_bytes: int, field: str, row_groups: range
     try:
         source = pyarrow.PythonFile(file, "r")
         _check_column(pyarrow.parquet.ParquetFile(source).schema_arrow, field)
-        table = pyarrow.parquet.ParquetFile(source, read_dictionary=[field], buffer_size=BLOCK_BYTES)
+        options = {"buffer_size": BLOCK_BYTES, "pre_buffer": False}  # which would read all row groups at once
+        table = pyarrow.parquet.ParquetFile(source, read_dictionary=[field], **options)
         for batch in table.iter_batches(_BATCH_ROWS, row_groups and [*row_groups], [field]):
             column = batch.column(field)
             lengths = pyarrow.compute.binary_length(column.dictionary).take(column.indices)

@@ -1,13 +1,12 @@
 """Reads a piece of a corpus as parts of cleaned documents, in bounded memory: the same text as of the whole corpus."""
 
-import io
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any, BinaryIO, cast
 
-from job.data.compression import BLOCK_BYTES, SIGNATURE_BYTES, compression, decompress_stream
+from job.data.compression import BLOCK_BYTES, SIGNATURE_BYTES, compression, decompress_stream, write_temporary_file
 from job.data.corpus import clean_text, has_token
 from job.data.cuts import cut_text
 from job.data.file_format import PARQUET_SIGNATURE, is_json_lines, is_parquet
@@ -186,14 +185,25 @@ class PieceReader:
             stream.seek(0)
             blocks = decompress_stream(stream, method, size)
             head = next(blocks, b"")
-            if is_parquet(name, b"") or head.startswith(PARQUET_SIGNATURE):
-                content = head + b"".join(blocks)
-                if is_parquet(name, content):
-                    return self._documents(span, parse_parquet(io.BytesIO(content), len(content), field))
-                head = content
             blocks = chain([head], blocks)
+            if is_parquet(name, b"") or head.startswith(PARQUET_SIGNATURE):
+                return self._read_compressed_parquet(span, name, blocks)
+        return self._read_text(span, name, start, blocks)
+
+    def _read_compressed_parquet(self, span: Span, name: str, blocks: Iterable[bytes]) -> Iterator[_Text]:
+        """Reads what may be Parquet, whose end is read first, so that it is decompressed on a disk."""
+        with write_temporary_file(blocks) as file:
+            size = file.tell()
+            if is_stored_parquet(name, file, size):
+                field = self.format.corpus_config.text_field
+                yield from self._documents(span, parse_parquet(file, size, field))
+            else:
+                yield from self._read_text(span, name, 0, _read_blocks(file, 0, size))
+
+    def _read_text(self, span: Span, name: str, start: int, blocks: Iterable[bytes]) -> Iterator[_Text]:
         if is_json_lines(name):
             origin = error_origin(f"from byte {start:,}") if start else nullcontext()
+            field = self.format.corpus_config.text_field
             documents = parse_json_lines(decode_blocks(blocks, self._encoding(start), start), field)
             return self._documents(span, _with_origin(documents, origin))
         if self.format.is_raw:

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import pyarrow
 
 from job.data.content import check_no_content_name
-from job.data.download import TIME_MACHINE_LENGTH, download_text, download_time_machine
+from job.data.download import TIME_MACHINE_LENGTH, download_file, download_time_machine
 from job.data.file_format import is_text_name
 from job.data.manifest import MANIFEST, MARKER, SHARD_FILE
 from job.errors import UserError, error_origin
@@ -37,14 +37,19 @@ class SourceFile:
         name: its path, by which its format is recognized; for messages
         read: returns its bytes; raises UserError if it cannot be read
         place: its folder and its name there; None: it is not in storage, or may not be read twice
+        url: its address on the web, with the digest of its content; each process that reads it has it in its cache
     """
 
     name: str
     read: Callable[[], bytes]
     place: tuple[Folder, str] | None = None
+    url: str = ""
 
     def describe(self) -> tuple[int, str]:
         """Returns its size in bytes, and what identifies its content: when it was changed, or the content's digest."""
+        if self.url:
+            path, digest = download_file(self.url)
+            return path.stat().st_size, digest
         if self.place is None:
             data = self.read()
             return len(data), hashlib.sha256(data).hexdigest()
@@ -61,6 +66,8 @@ class SourceFile:
         Raises:
             UserError: it cannot be read, now or later
         """
+        if self.url:
+            return open(download_file(self.url)[0], "rb")
         if self.place is None:
             return io.BytesIO(self.read())
         return io.BufferedReader(_StoredFile(*self.place, num_bytes), _BUFFER_BYTES)
@@ -110,7 +117,7 @@ def find_files(source: str) -> tuple[str, list[SourceFile]]:
         return source, [_in_memory(source, _embedded_text())]
     check_no_content_name(source)
     if source.startswith(("http://", "https://")):
-        return source, [SourceFile(urlsplit(source).path, partial(download_text, source))]
+        return source, [_download(source)]
     return source, _find_in_storage(source) if is_uri(source) else _find_on_disk(source)
 
 
@@ -138,6 +145,17 @@ def check_source_exists(source: str, field: str) -> None:
 
 def _in_memory(source: str, data: bytes) -> SourceFile:
     return SourceFile(source, lambda: data)
+
+
+def _download(url: str) -> SourceFile:
+    """Downloads a file. Other processes that read it download it, too, if they do not share the cache."""
+    _, digest = download_file(url)
+    url = f"{url.partition('#')[0]}#sha256={digest}"
+    return SourceFile(urlsplit(url).path, partial(_read_download, url), url=url)
+
+
+def _read_download(url: str) -> bytes:
+    return download_file(url)[0].read_bytes()
 
 
 def _time_machine_or_embedded() -> tuple[str, list[SourceFile]]:

@@ -9,11 +9,13 @@ import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from operator import mul
 from pathlib import Path
 from typing import Any
 
 from job.config.schema import CorpusConfig, VocabularyConfig
 from job.console import Console, format_bytes, program
+from job.data.file_format import is_compressed_name
 from job.data.manifest import MANIFEST, VERSION
 from job.data.source import BUILT_IN, SourceFile, find_files
 from job.data.token_store import StoredTokens, open_stored
@@ -25,6 +27,7 @@ from job.run.prepare import Preparation, describe_files, run_in_process
 from job.storage import Folder
 
 MAX_TEXT_BYTES = 64 << 20  # of the files of a text that is read into memory
+_EXPANSION = 4  # of compressed files and Parquet, about, when they are read
 MAX_SENT_BYTES = 1 << 30  # of one whose tokens are sent to other machines
 _MAX_UNUSED_S = 30 * 24 * 3600.0  # after which a store is removed
 _LOCK, _DIGEST = ".text-cache.lock", ".tokens.sha256"  # in the folder of a store
@@ -109,12 +112,15 @@ class TextCache:
 
 
 def _count_bytes(source: str, field: str) -> int:
-    """Returns the bytes of the files that a source names; of those that are not in storage, 0."""
+    """Returns about how many bytes of text a source contains; 0 if it is neither in storage nor on the web."""
     if source in BUILT_IN:
         return 0
     with error_origin(f"{field} = {source}"):
         _, files = find_files(source)
-        return sum(size for size, _ in describe_files([file for file in files if file.place]))
+        files = [file for file in files if file.place or file.url]
+        sizes = (size for size, _ in describe_files(files))
+        factors = (_EXPANSION if is_compressed_name(file.name) else 1 for file in files)
+        return sum(map(mul, sizes, factors))
 
 
 def _settings_of_tokens(corpus_config: CorpusConfig, vocabulary_config: VocabularyConfig) -> CorpusConfig:
