@@ -24,7 +24,7 @@ from job.inference.evaluate import Evaluation, evaluate_text
 from job.inference.generate import NO_CUSTOM_CELL, generate_texts
 from job.inference.prefix import prefix_values, prefix_warnings
 from job.paths import expand_path
-from job.report.write import report_run
+from job.report.write import report_run, write_report
 from job.run.driver import Launcher, run_training
 from job.run.local_launcher import LocalLauncher
 from job.run.metrics import read_rows
@@ -130,6 +130,23 @@ class Run:
         config = override_config(replace(self.config, model=self.model_config), {"evaluate.weights": weights})
         with process_state_restored():
             export_model(self._checkpoint, config, file_format, folder)
+
+    def report(self, *others: "Run | str | os.PathLike[str]", output: "str | os.PathLike[str] | None" = None) -> str:
+        """Writes a page that shows this run next to others, as the verb report does, and returns its path.
+
+        Args:
+            others: runs, or the folders of runs and searches
+            output: the file; None: ``report.html`` in the folder of this run
+
+        Raises:
+            UserError: a folder contains no run with metrics, the file cannot be written, or the plotting library is
+                not installed
+        """
+        folders = (run.folder if isinstance(run, Run) else run for run in (self, *others))
+        targets = [_expand_path("others", folder, "give a run or its folder") for folder in folders]
+        file = None if output is None else _expand_path("output", output, "give a file, such as report.html")
+        with process_state_restored():
+            return write_report(targets, file, Console(sys.stderr))
 
     @cached_property
     def _checkpoint(self) -> LoadedCheckpoint:

@@ -1,7 +1,9 @@
-"""The example notebook, executed in a kernel."""
+"""The notebooks, executed in a kernel."""
 
 import os
+import re
 import tempfile
+from ast import literal_eval
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from conftest import ROOT
 from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 
-NOTEBOOK = ROOT / "examples" / "time_machine.ipynb"
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 BEFORE = """
 import os, signal, sys
 import job
@@ -44,7 +46,7 @@ assert interrupted
 assert process() == state_before
 resumed = job.train(**arguments, run={"name": "interrupted"})
 assert resumed.result["restarts"] == 1
-assert resumed.result["weights_sha256"] == local.result["weights_sha256"]
+assert resumed.result["weights_sha256"] == own.result["weights_sha256"]
 """
 
 
@@ -65,26 +67,43 @@ def outputs(cell: Any) -> list[Any]:
     return [output for output in cell.outputs if output.output_type in ("execute_result", "display_data")]
 
 
-def test_notebook_is_stored_without_outputs() -> None:
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
+def execute(name: str, kernel: AsyncKernelManager, folder: Path, before: str = "", after: str = "") -> list[Any]:
+    """Executes a notebook with few epochs and with code before and after it; returns what its cells show."""
+    notebook = nbformat.read(ROOT / "notebooks" / f"{name}.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    code[0].source, replaced = re.subn(r"epochs = \d+", "epochs = 2", code[0].source)
+    assert replaced == 1
+    notebook.cells = [nbformat.v4.new_code_cell(source) for source in (before, *(cell.source for cell in code), after)]
+    NotebookClient(notebook, km=kernel, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+    return [output.data for cell in notebook.cells for output in outputs(cell)]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+def test_notebook_is_stored_without_outputs(path: Path) -> None:
+    notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     assert all(cell.outputs == [] and cell.execution_count is None for cell in notebook.cells if "outputs" in cell)
 
 
+@pytest.mark.slow
+def test_notebook_of_book_trains_plots_and_generates(tmp_path: Path, kernel: AsyncKernelManager) -> None:
+    run, plot, greedy, sampled = execute("time_machine", kernel, tmp_path)
+    assert run["text/plain"].startswith("Run('runs/time-machine', perplexity=")
+    assert "image/png" in plot
+    assert greedy["text/plain"].startswith("'time traveller") and sampled["text/plain"].startswith("'time traveller")
+    assert (tmp_path / "runs" / "time-machine" / "result.json").exists()
+
+
 @pytest.mark.cluster
-def test_notebook_executes_alone_and_with_workers_and_stays_as_it_was(
+@pytest.mark.long
+def test_notebook_of_own_cell_compares_it_and_leaves_process_as_it_was(
     tmp_path: Path, kernel: AsyncKernelManager
 ) -> None:
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    before, after = nbformat.v4.new_code_cell(BEFORE), nbformat.v4.new_code_cell(AFTER)
-    notebook.cells = [before, *notebook.cells, after]
-    client = NotebookClient(notebook, km=kernel, timeout=300, resources={"metadata": {"path": str(tmp_path)}})
-    client.execute()
-    shown = [output.data for cell in notebook.cells if cell.cell_type == "code" for output in outputs(cell)]
-    assert shown[0]["text/plain"].startswith("Run('runs/run-1', perplexity=")
-    assert "image/png" in shown[1]
-    texts = [data["text/plain"] for data in shown[2:]]
-    assert texts[0].startswith("'the ")
-    assert float(texts[1]) > 1
-    assert texts[2] == "True"
-    assert texts[3].startswith("'the ")
+    compared, frame, are_equal, sample = execute("own_cell", kernel, tmp_path, BEFORE, AFTER)
+    perplexities = literal_eval(compared["text/plain"])
+    assert perplexities.keys() == {"own-cell", "lstm"} and min(perplexities.values()) > 1
+    assert 'src="comparison.html"' in frame["text/html"]
+    page = (tmp_path / "comparison.html").read_text()
+    assert "own-cell" in page and "lstm" in page
+    assert are_equal["text/plain"] == "True"
+    assert sample["text/plain"].startswith("'the ")
