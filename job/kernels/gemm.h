@@ -17,7 +17,7 @@ enum { TILE_ROWS = 8 };
 #else
 enum { TILE_ROWS = 4 };
 #endif
-enum { PANEL = 2 * WIDTH, BLOCK_DEPTH = 128, BLOCK_ROWS = 64 };
+enum { PANEL = 2 * WIDTH, BLOCK_DEPTH = 128, BLOCK_ROWS = 64, PREFETCH_ROWS = 8 };
 
 /* --- packing --- */
 
@@ -27,6 +27,8 @@ INLINE void pack_row(int is_bf16, int source_is_bf16, uint32_t *to, const void *
                      index_t count) {
     for (index_t j = 0; j < PANEL; j += WIDTH) {
         ivec *words = (ivec *)(to + j);
+        for (index_t i = is_bf16 ? 2 : 1; i > 0; i--)
+            __builtin_prefetch(offset_ptr(source_is_bf16, rows, (PREFETCH_ROWS + i) * stride + j));
 #ifdef __AVX512BF16__
         if (is_bf16) {
             ivec even = {}, odd = {};
@@ -45,16 +47,14 @@ INLINE void pack_row(int is_bf16, int source_is_bf16, uint32_t *to, const void *
 }
 
 /* Packs a matrix (rows, columns) for a product that sums over its rows: `count` words of each panel from `first` on.
-   Floats from `stride` on are zero. Goes through some rows at a time, which stay in the L2 cache. */
+   Floats from `stride` on are zero. */
 INLINE void pack_rows(int is_bf16, int source_is_bf16, uint32_t *to, const void *matrix, index_t stride, index_t rows,
                       index_t columns, index_t depth, index_t first, index_t count) {
-    index_t step = is_bf16 ? 2 : 1, end = first + count;
-    for (; first < end; first += BLOCK_ROWS)
+    index_t step = is_bf16 ? 2 : 1;
+    for (index_t k = first; k < first + count; k++)
         for (index_t j = 0; j < columns; j += PANEL)
-            for (index_t k = first; k < first + BLOCK_ROWS && k < end; k++)
-                pack_row(is_bf16, source_is_bf16, to + j * depth + k * PANEL,
-                         offset_ptr(source_is_bf16, matrix, k * step * stride + j), stride, rows - k * step,
-                         stride - j);
+            pack_row(is_bf16, source_is_bf16, to + j * depth + k * PANEL,
+                     offset_ptr(source_is_bf16, matrix, k * step * stride + j), stride, rows - k * step, stride - j);
 }
 
 /* Packs a matrix (columns, inner) of floats for a product that sums over `inner`; pads the last panel and the words up to
@@ -66,9 +66,11 @@ INLINE void pack_columns(int is_bf16, uint32_t *to, const float *matrix, index_t
     for (; columns > 0; columns -= PANEL, matrix += PANEL * inner)
         for (index_t k = 0; k < depth; k += WIDTH) {
             for (index_t j = 0; j < PANEL; j++)
-                for (index_t i = 0; i < step * WIDTH; i += WIDTH)
+                for (index_t i = 0; i < step * WIDTH; i += WIDTH) {
+                    __builtin_prefetch(matrix + (j + PANEL) * inner + step * k + i); /* for the next panel */
                     store(is_bf16, words[j], i,
                           load_some(matrix, j * inner + step * k + i, j < columns ? inner - step * k - i : 0));
+                }
             for (index_t i = 0; i < WIDTH && k + i < depth; i++, to += PANEL)
                 for (index_t j = 0; j < PANEL; j++) to[j] = words[j][i];
         }
@@ -86,11 +88,12 @@ INLINE vec fma_words(int is_bf16, uint32_t a, vec b, vec sum) {
     return sum + x * b;
 }
 
-/* sums (rows, vectors * WIDTH) = a (rows, depth) times a panel, plus the previous sums if `accumulate`; all in registers.
+/* sums (rows, vectors * WIDTH) = a (rows, depth) times a panel, plus the previous sums if `accumulate`, plus the bias if
+   it is not NULL; all in registers.
    Prefetches what follows the panel, an eighth of its size. */
 INLINE void micro_kernel(int is_bf16, const int rows, const int vectors, const uint32_t *a, index_t row_stride,
                          index_t word_stride, const uint32_t *panel, index_t depth, const uint32_t *next, float *sums,
-                         index_t stride, int accumulate) {
+                         index_t stride, int accumulate, const float *bias) {
     vec sum[TILE_ROWS][2];
     for (int i = 0; i < rows; i++)
         for (int j = 0; j < vectors; j++) sum[i][j] = accumulate ? *(vec *)(sums + i * stride + j * WIDTH) : (vec){};
@@ -103,18 +106,21 @@ INLINE void micro_kernel(int is_bf16, const int rows, const int vectors, const u
             if (vectors > 1) sum[i][1] = fma_words(is_bf16, word, right, sum[i][1]);
         }
     }
-    for (int i = 0; i < rows; i++)
-        for (int j = 0; j < vectors; j++) *(vec *)(sums + i * stride + j * WIDTH) = sum[i][j];
+    for (int j = 0; j < vectors; j++) {
+        vec x = bias ? load(0, bias, j * WIDTH) : (vec){};
+        for (int i = 0; i < rows; i++) *(vec *)(sums + i * stride + j * WIDTH) = bias ? sum[i][j] + x : sum[i][j];
+    }
 }
 
 /* The same for any number of rows and any depth, in blocks of the panel that fit the L1 cache. Columns: 1 … PANEL, of which
    WIDTH or PANEL are written. */
 INLINE void gemm_panel(int is_bf16, index_t rows, index_t columns, const void *a, index_t row_stride,
                        index_t word_stride, const uint32_t *panel, index_t depth, float *sums, index_t stride,
-                       int accumulate) {
-#define MICRO_KERNEL(rows, vectors)                                                                           \
-    micro_kernel(is_bf16, rows, vectors, words + i * row_stride, row_stride, word_stride, block, block_depth, \
-                 block + block_depth * (PANEL + i * PANEL / 8 / TILE_ROWS), sums + i * stride, stride, accumulate)
+                       int accumulate, const float *bias) {
+#define MICRO_KERNEL(rows, vectors)                                                                                \
+    micro_kernel(is_bf16, rows, vectors, words + i * row_stride, row_stride, word_stride, block, block_depth,      \
+                 block + block_depth * (PANEL + i * PANEL / 8 / TILE_ROWS), sums + i * stride, stride, accumulate, \
+                 k + BLOCK_DEPTH < depth ? NULL : bias)
     for (index_t k = 0; k < depth; k += BLOCK_DEPTH, accumulate = 1) {
         index_t block_depth = depth - k < BLOCK_DEPTH ? depth - k : BLOCK_DEPTH, i = 0;
         const uint32_t *words = (const uint32_t *)a + k * word_stride, *block = panel + k * PANEL;

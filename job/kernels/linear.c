@@ -76,15 +76,16 @@ int linear(const LinearArgs *args) {
 INLINE void gradient_panel(int is_bf16, const uint32_t *a, const uint32_t *b, index_t depth, float *out,
                            index_t columns, index_t stride, int accumulate) {
     float sums[PANEL * PANEL] __attribute__((aligned(64)));
-    for (index_t i = 0; i < PANEL; i++) /* what the next panel adds to */
-        for (index_t j = PANEL; j < 2 * PANEL; j += WIDTH) __builtin_prefetch(out + i * stride + j, 1);
+    const float *next = columns > PANEL ? out + PANEL : out + PANEL * stride + columns - stride;
+    for (index_t i = 0; i < PANEL; i++)
+        for (index_t j = 0; j < PANEL; j += WIDTH) __builtin_prefetch(next + i * stride + j, 1);
     if (columns >= PANEL) {
-        gemm_panel(is_bf16, PANEL, PANEL, a, 1, PANEL, b, depth, out, stride, accumulate);
+        gemm_panel(is_bf16, PANEL, PANEL, a, 1, PANEL, b, depth, out, stride, accumulate, NULL);
         return;
     }
     for (index_t i = 0; i < PANEL * PANEL && accumulate; i += WIDTH)
         store(0, sums, i, load_some(out + i / PANEL * stride, i % PANEL, columns - i % PANEL));
-    gemm_panel(is_bf16, PANEL, columns, a, 1, PANEL, b, depth, sums, PANEL, accumulate);
+    gemm_panel(is_bf16, PANEL, columns, a, 1, PANEL, b, depth, sums, PANEL, accumulate, NULL);
     for (index_t i = 0; i < PANEL * PANEL; i += WIDTH)
         store_some(out + i / PANEL * stride, i % PANEL, load(0, sums, i), columns - i % PANEL);
 }

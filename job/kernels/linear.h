@@ -19,11 +19,8 @@ INLINE void product_rows(int is_bf16, int out_is_bf16, const packed_product *p, 
     float sums[BLOCK_ROWS * PANEL] __attribute__((aligned(64))), scale = p->scale;
     index_t N = p->columns, depth = p->depth;
     for (index_t n = 0; n < N; n += PANEL) {
-        for (index_t i = 0; i < count; i++)
-            for (index_t j = n; j < n + PANEL; j += WIDTH)
-                __builtin_prefetch(offset_ptr(out_is_bf16, out, i * N + j), 1);
         gemm_panel(is_bf16, count, PANEL, (const uint32_t *)p->left + first * p->left_stride, p->left_stride, 1,
-                   p->packed + n * depth, depth, sums, PANEL, 0);
+                   p->packed + n * depth, depth, sums, PANEL, 0, NULL);
         vec bias_left = {}, bias_right = {};
         if (p->bias) bias_left = load(0, p->bias, n), bias_right = load(0, p->bias, n + WIDTH);
         for (index_t i = 0; i < count; i++) {

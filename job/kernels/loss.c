@@ -47,7 +47,10 @@ INLINE void loss_block(int is_bf16, const loss_task *task, index_t first, index_
     index_t N = task->logits.columns;
     int32_t columns[WIDTH];
     for (int v = 0; v < WIDTH; v++) columns[v] = v;
-    product_rows(is_bf16, 0, &task->logits, first, count, logits);
+    const packed_product *p = &task->logits;
+    for (index_t n = 0; n < N; n += PANEL)
+        gemm_panel(is_bf16, count, PANEL, (const uint32_t *)p->left + first * p->left_stride, p->left_stride, 1,
+                   p->packed + n * p->depth, p->depth, logits + n, N, 0, p->bias + n);
     for (index_t i = 0; i < count; i++) {
         float sum, *row = logits + i * N;
         int64_t target = args->targets[first + i];
@@ -70,7 +73,7 @@ INLINE void hidden_gradient(int is_bf16, const loss_task *task, index_t first, i
         for (index_t n = 0; n < task->args->units; n += PANEL)
             gemm_panel(is_bf16, count, task->args->units - n, dlogits + k, p->left_stride, 1,
                        p->packed + n * p->depth + k * PANEL, p->depth - k < BLOCK_DEPTH ? p->depth - k : BLOCK_DEPTH,
-                       out + n, p->columns, k > 0);
+                       out + n, p->columns, k > 0, NULL);
 }
 
 static void loss_rows(const void *argument, index_t first, index_t count) {

@@ -23,7 +23,7 @@ INLINE void forward(enum cell cell, int is_bf16, const rnn_task *task, index_t f
             const void *previous = offset_ptr(is_bf16, a->hidden, row * H);
             for (index_t gate = 0; gate < num_gates(cell); gate++) {
                 gemm_panel(is_bf16, count, PANEL, previous, depth, 1, packed + (gate * H + j) * depth, depth,
-                           sums[gate], PANEL, 0);
+                           sums[gate], PANEL, 0, NULL);
                 clear_starts(a, sums[gate], row, count);
             }
             for (index_t lane = 0; lane < count; lane++)
@@ -56,7 +56,8 @@ INLINE void backward(enum cell cell, int is_bf16, const rnn_task *task, index_t 
             const void *next_dgates = offset_ptr(is_bf16, a->dgates, (row + a->lanes) * saved);
             if (t >= 0) prefetch_backward(cell, is_bf16, a, row, count, j);
             if (t < a->steps - 1) {
-                gemm_panel(is_bf16, count, PANEL, next_dgates, stride, 1, packed + j * depth, depth, sums, PANEL, 0);
+                gemm_panel(is_bf16, count, PANEL, next_dgates, stride, 1, packed + j * depth, depth, sums, PANEL, 0,
+                           NULL);
                 clear_starts(a, sums, row + a->lanes, count);
             } else
                 memset(sums, 0, count * PANEL * sizeof *sums);
