@@ -290,6 +290,8 @@ def test_page_draws_curves_and_hover_shows_step_and_perplexity(page: WatchedPage
     page.page.locator("#plot-training .nsewdrag").hover()
     hover = not_none(page.page.locator("#plot-training .hoverlayer").text_content())
     assert "step" in hover and "perplexity" in hover and "first" in hover
+    page.page.evaluate("Plotly.Fx.hover('plot-training', [{curveNumber: 1, pointNumber: 4}])")
+    assert "restart before step 5" in not_none(page.page.locator("#plot-training .hoverlayer").text_content())
     page.page.get_by_role("button", name="Tokens", exact=True).click()
     page.page.wait_for_function("document.querySelector('#plot-training .xtitle').textContent === 'tokens'")
     assert page.problems == []

@@ -19,10 +19,14 @@ _LIBRARY_FILE = "package_data/plotly.min.js"
 _COMPRESSION_LEVEL = 6  # 9 takes longer and saves 0.2%
 
 
+class NoLibrary(UserError):
+    """The package with the plotting library is not installed."""
+
+
 def check_library() -> None:
-    """Raises UserError if the package with the plotting library is not installed."""
+    """Raises NoLibrary if the package with the plotting library is not installed."""
     if not find_spec(PACKAGE):
-        raise UserError("report: the plotting library is not installed", "pip install 'lanes[report]'")
+        raise NoLibrary("report: the plotting library is not installed", "pip install 'lanes[report]'")
 
 
 def render_page(report: dict[str, Any]) -> bytes:

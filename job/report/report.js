@@ -17,6 +17,7 @@ const PLOTS = [
   { name: "tokens_per_second", title: "Tokens per second", unit: "tokens/s" },
 ].filter(({ name }) => runs.some((run) => run.curves[name]));
 const view = { axis: "step", hidden: new Set(), text: runs.findIndex((run) => run.text), samples: 0, kind: null };
+const unified = runs.length <= 6; // one box with the values of all runs, or that of the nearest curve
 let isLinking = false;
 
 // --- elements and numbers ---
@@ -39,10 +40,12 @@ function formatNumber(value) {
   return value.toLocaleString("en", digits);
 }
 
+/** Four digits, so that scores below each other can be compared. */
+const formatScore = (value) => value >= 1e6 ? value.toPrecision(4) : value.toLocaleString("en", { minimumSignificantDigits: 4, maximumSignificantDigits: 4 });
 const formatCount = (value) => value.toLocaleString("en");
 
 function formatTime(seconds) {
-  if (seconds < 60) return `${formatNumber(seconds)} s`;
+  if (seconds < 60) return `${seconds.toFixed(1)} s`;
   const minutes = Math.floor(seconds / 60);
   const two = (value) => String(value).padStart(2, "0");
   const rest = two(Math.round(seconds % 60) % 60);
@@ -72,10 +75,10 @@ function runMenu(label, indices, selected, onSelect) {
 // --- figures ---
 
 const FIGURES = [
-  { key: "perplexity", label: "Training perplexity", format: formatNumber, isScore: true },
-  { key: "validation_perplexity", label: "Validation perplexity", format: formatNumber, isScore: true },
-  { key: "best_validation_perplexity", label: "Best validation", format: formatNumber, isScore: true },
-  { key: "validation_bits_per_character", label: "Bits per character", format: formatNumber, isScore: true },
+  { key: "perplexity", label: "Training perplexity", format: formatScore, isScore: true },
+  { key: "validation_perplexity", label: "Validation perplexity", format: formatScore, isScore: true },
+  { key: "best_validation_perplexity", label: "Best validation", format: formatScore, isScore: true },
+  { key: "validation_bits_per_character", label: "Bits per character", format: formatScore, isScore: true },
   { key: "steps", label: "Steps", format: formatCount },
   { key: "epochs", label: "Epochs", format: formatCount },
   { key: "tokens", label: "Tokens", format: formatCount },
@@ -102,14 +105,14 @@ function figureTable(known) {
     [key, Math.min(...runs.map((run) => run.figures[key]).filter(isKnown))]));
   const others = known.filter(({ isScore }) => !isScore);
   const labels = (figures) => figures.map(({ label }) => [label, null]);
-  const head = [["Run", null], ["State", null], ...labels(scores), ...report.differences.map((name) => [name, "text"]), ...labels(others)];
+  const head = [["Run", null], ["State", "text"], ...labels(scores), ...report.differences.map((name) => [name, "text"]), ...labels(others)];
   const cells = (run, figures) => figures.map(({ key, format }) => {
     const value = run.figures[key];
     return element("td", { class: isKnown(value) && value === best[key] ? "best" : null }, isKnown(value) ? format(value) : "–");
   });
   const body = runs.map((run, index) => element("tr", {},
     element("th", { scope: "row" }, element("span", { class: "dot", "data-run": index }), " ", run.name),
-    element("td", {}, run.figures.trial_state ?? run.state),
+    element("td", { class: "text" }, run.figures.trial_state ?? run.state),
     ...cells(run, scores),
     ...report.differences.map((name) => element("td", { class: "text" }, run.config[name].text)),
     ...cells(run, others)));
@@ -153,26 +156,34 @@ function tracesOf(plot) {
     const curve = run.curves[plot.name];
     if (!curve || view.hidden.has(index)) return [];
     const color = colorOf(index);
+    const notes = plot.name === "training" ? eventNotes(run, curve) : {};
+    const step = unified && view.axis === "step" ? "" : "step %{customdata[0]:,}, ";
     const line = {
-      x: curve[view.axis], y: curve.value, customdata: curve.step, name: plain(run.name), type: "scatter",
+      x: curve[view.axis], y: curve.value, customdata: curve.step.map((value, point) => [value, notes[point] ?? ""]), name: plain(run.name), type: "scatter",
       mode: curve.value.length < 40 ? "lines+markers" : "lines", marker: { size: 5 },
       line: { color, width: 1.75, dash: DASHES[Math.floor(index / COLORS.dark.length) % DASHES.length] },
-      hovertemplate: `step %{customdata:,}, ${plot.unit} %{y:.5~g}<extra>${runs.length > 1 ? plain(run.name) : ""}</extra>`,
+      hovertemplate: `${step}${plot.unit} %{y:.5~g}%{customdata[1]}<extra>${runs.length > 1 ? plain(run.name) : ""}</extra>`,
     };
     return plot.name === "training" && run.events.length ? [line, eventTrace(run, curve, color)] : [line];
   });
 }
 
+const pointBefore = (curve, event) => Math.max(0, curve.step.findLastIndex((step) => step <= event.step));
+
+/** What happened at a point of a curve, by the point's index. */
+function eventNotes(run, curve) {
+  return Object.fromEntries(run.events.map((event) =>
+    [pointBefore(curve, event), `<br>${plain(event.text)} before step ${formatCount(event.step)}`]));
+}
+
 function eventTrace(run, curve, color) {
-  const nearest = (event) => curve.value[Math.max(0, curve.step.findLastIndex((step) => step <= event.step))];
   return {
-    x: run.events.map((event) => event[view.axis]), y: run.events.map(nearest), type: "scatter", mode: "markers",
-    text: run.events.map((event) => `${event.text} before step ${formatCount(event.step)}`),
+    x: run.events.map((event) => event[view.axis]), y: run.events.map((event) => curve.value[pointBefore(curve, event)]),
+    type: "scatter", mode: "markers", hoverinfo: "skip",
     marker: {
       color, size: 11, line: { color: styleOf("--surface"), width: 1.5 },
       symbol: run.events.map(({ kind }) => (kind === "restart" ? "triangle-down" : "diamond")),
     },
-    hovertemplate: `%{text}<extra>${runs.length > 1 ? plain(run.name) : ""}</extra>`,
   };
 }
 
@@ -181,13 +192,14 @@ function layoutOf(plot) {
   const axis = { gridcolor: line, zerolinecolor: line, linecolor: line, automargin: true, tickfont: { color: styleOf("--muted"), size: 11 } };
   const time = view.axis === "time";
   return {
-    margin: { l: 44, r: 8, t: isTouch ? 32 : 8, b: 36 }, showlegend: false, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    margin: { l: 44, r: 8, t: isTouch ? 32 : 8, b: 36 }, showlegend: false, paper_bgcolor: styleOf("--surface"), plot_bgcolor: styleOf("--surface"),
     font: { family: getComputedStyle(document.body).fontFamily, size: 12, color: styleOf("--ink") },
-    hovermode: runs.length > 6 ? "closest" : "x unified", hoverdistance: 40,
+    hovermode: unified ? "x unified" : "closest", hoverdistance: 40,
     hoverlabel: { bgcolor: styleOf("--surface"), bordercolor: line, font: { color: styleOf("--ink") } },
     dragmode: isTouch ? false : "zoom", shapes: shapesOf(),
     modebar: { bgcolor: "rgba(0,0,0,0)", color: styleOf("--muted"), activecolor: styleOf("--accent") },
-    xaxis: { ...axis, title: { text: time ? "seconds" : view.axis, font: { size: 11, color: styleOf("--muted") }, standoff: 4 }, nticks: 6, hoverformat: time ? ",.1f" : ",d" },
+    xaxis: { ...axis, spikecolor: styleOf("--muted"), spikethickness: 1, title: { text: time ? "seconds" : view.axis, font: { size: 11, color: styleOf("--muted") }, standoff: 4 }, nticks: 6, hoverformat: time ? ",.1f" : ",d",
+      unifiedhovertitle: { text: `<b>${time ? "%{x} seconds" : `${view.axis} %{x}`}</b>` } },
     yaxis: { ...axis, type: plot.log ? "log" : "linear", nticks: 6, rangemode: plot.log ? "normal" : "tozero", ...(plot.log ? { tickformat: "~g", dtick: logTick(plot) } : {}) },
     uirevision: view.axis,
   };
@@ -231,10 +243,12 @@ async function linkRanges(source, change) {
 
 /** Runs plotly.js, which the page contains compressed; the policy allows this script by its digest. */
 async function loadLibrary() {
-  const packed = byId("library").textContent;
-  const bytes = Uint8Array.from(atob(packed), (character) => character.charCodeAt(0));
+  const packed = atob(byId("library").textContent);
+  const bytes = new Uint8Array(packed.length);
+  for (let index = 0; index < packed.length; index += 1) bytes[index] = packed.charCodeAt(index);
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
-  document.head.append(Object.assign(document.createElement("script"), { textContent: await new Response(stream).text() }));
+  const textContent = await new Response(stream).text();
+  document.head.append(Object.assign(document.createElement("script"), { textContent }));
 }
 
 async function startCurves() {

@@ -27,6 +27,10 @@ _VALIDATION_FIGURES = ("validation_perplexity", "best_validation_perplexity", "v
 _RESULT_FIGURES = ("epochs", "steps", "tokens", "seconds", "perplexity", *_VALIDATION_FIGURES, "workers", "restarts")
 
 
+class NothingToShow(UserError):
+    """A run or a search has no metrics yet."""
+
+
 @dataclass(frozen=True)
 class ReportedRun:
     """A run of a report, and what the caller has of it already.
@@ -56,13 +60,14 @@ class ReportedRun:
             cache: opens large texts
 
         Raises:
-            UserError: the run's files cannot be read, or it has no metrics
+            NothingToShow: the run has no metrics
+            UserError: its files cannot be read
         """
         with report_os_error(f"{self.folder}: cannot be read"):
             curves, figures = read_curves(self.folder), self._figures()
             samples = _read_samples(self.folder, figures["steps"])
         if not curves["curves"]:
-            raise UserError(f"{self.folder}: has no metrics yet", "wait for the run's first report")
+            raise NothingToShow(f"{self.folder}: has no metrics yet", "wait for the run's first report")
         return {
             "name": self.name,
             "folder": mask_credentials(str(self.folder)),

@@ -9,8 +9,8 @@ from job.config.config_file import read_config_text
 from job.config.toml import search_config_from_toml
 from job.console import Console
 from job.errors import UserError, report_os_error
-from job.report.page import check_library, render_page
-from job.report.run_data import ReportedRun
+from job.report.page import NoLibrary, check_library, render_page
+from job.report.run_data import NothingToShow, ReportedRun
 from job.run.driver import RunOutcome
 from job.run.run_dir import SEARCH_FILE, ExistingRun, read_existing_run
 from job.run.text_cache import TextCache
@@ -55,7 +55,8 @@ def write_report(targets: Sequence[str], output: str | None, console: Console) -
 def report_run(outcome: RunOutcome, console: Console) -> None:
     """Writes ``report.html`` in the folder of a run that has been finished or stopped.
 
-    A failure is shown as a warning: the run itself is complete. Does nothing if no step was trained.
+    A failure is shown as a warning: the run itself is complete. Does nothing without metrics, or if nothing was
+    trained.
     """
     if outcome.dataset is None:
         return
@@ -75,17 +76,18 @@ def report_search(trials: Trials, console: Console) -> None:
 
 
 def _write_at_end(folder: Folder, find_runs: Callable[[], Iterable[ReportedRun]], console: Console) -> None:
+    path = folder / REPORT_FILE
     try:
         check_library()
-    except UserError as error:
-        return console.print(f"report: {error.remedy}")
-    folder = replace(folder, retry=False)
-    try:
         page = _render([*find_runs()], folder.name, TextCache(console, is_local=True))
-        folder.write(REPORT_FILE, page)
-        console.print(f"{'report':<11}{folder / REPORT_FILE}", wrap=False)
+        replace(folder, retry=False).write(REPORT_FILE, page)
+        console.print(f"{'report':<11}{path}", wrap=False)
+    except NoLibrary as error:
+        console.print(f"report: {error.remedy}")
+    except NothingToShow:
+        pass
     except Exception as error:  # whatever it is, it must not fail a run that is complete
-        console.warn(f"{folder / REPORT_FILE} was not written: {error}")
+        console.warn(f"{path} was not written: {error}")
 
 
 def _find_runs(folder: Folder) -> Iterator[ReportedRun]:
@@ -102,10 +104,10 @@ def _find_runs(folder: Folder) -> Iterator[ReportedRun]:
 
 
 def _trial_runs(trials: Trials) -> Iterator[ReportedRun]:
-    """Yields the best trials, the best first; the winner's text is shown. Raises UserError if none has a score."""
+    """Yields the best trials, the best first; the winner's text is shown. Raises NothingToShow if none has a score."""
     ranked = [trial for trial in trials.ranked() if trial.scores][:MAX_TRIALS]
     if not ranked:
-        raise UserError(f"{trials.folder}: no trial of this search has a result yet", "wait for the first epoch")
+        raise NothingToShow(f"{trials.folder}: no trial of this search has a result yet", "wait for the first epoch")
     metric = f"search: {display_name(trials.search.metric)}"
     for trial in ranked:
         if run := read_trial_run(trials.folder, trials.base, trials.search, trial.number):
