@@ -14,11 +14,14 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from cells import DecayCell
 from conftest import ROOT, job, result
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 from test_command_line import assert_user_error
+from tokenizers import Tokenizer
 
+from job.api import load
 from job.config.schema import BUILTIN_CELLS, ModelConfig
 from job.errors import UserError
 from job.export.model_card import escape_markdown
@@ -212,6 +215,38 @@ def test_export_writes_all_files_for_others_to_read(file_format: str, run: Path,
     assert (config["cell"], config["hidden_size"], config["suppress_tokens"]) == ("gru", [16, 16], [0])
 
 
+def continue_greedily(folder: Path, prefix: list[int]) -> list[int]:
+    """The ids that the model of an ONNX folder generates after some others."""
+    config = json.loads((folder / "config.json").read_text())
+    session, ids, length = onnxruntime.InferenceSession(folder / "model.onnx"), [*prefix], len(prefix) + LENGTH
+    state = {name: np.zeros((1, size), np.float32) for name, size in config["state"].items()}
+    for step in range(length - 1):
+        logits, *new_state = session.run(None, {"tokens": np.array([ids[step]]), **state})
+        state = dict(zip(state, new_state, strict=True))
+        logits[:, config["suppress_tokens"]] = -np.inf
+        ids += [int(logits.argmax())] * (len(ids) == step + 1)
+    return ids
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["byte", "word", "bpe"])
+def test_onnx_folder_of_vocabulary_gives_tokens_of_generate(kind: str, run: Path, tmp_path: Path) -> None:
+    flags = {"vocabulary.kind": kind, "vocabulary.size": 270 if kind == "bpe" else 0, "train.max_steps": 100}
+    trained = train(run.parent, kind, **flags, **{"model.cell": "gru", "model.hidden_size": 48})
+    assert job("export", trained, "--format", "onnx", "--output", tmp_path / "onnx").status == 0
+    expected = job("generate", trained, "--generate.prefix", PREFIX, "--generate.length", LENGTH).out.removesuffix("\n")
+    if kind == "bpe":
+        tokenizer = Tokenizer.from_file(str(tmp_path / "onnx" / "tokenizer.json"))
+        text = tokenizer.decode(continue_greedily(tmp_path / "onnx", tokenizer.encode(PREFIX).ids))
+    elif kind == "byte":
+        text = bytes(continue_greedily(tmp_path / "onnx", [*PREFIX.encode()])).decode()
+    else:
+        tokens = json.loads((tmp_path / "onnx" / "vocabulary.json").read_text())["tokens"]
+        ids = [tokens.index(word) for word in PREFIX.split()]
+        text = " ".join(tokens[index] for index in continue_greedily(tmp_path / "onnx", ids))
+    assert text == expected and len(set(text.removeprefix(PREFIX))) > 4, text
+
+
 @pytest.mark.slow
 def test_hub_folder_has_weights_of_checkpoint_and_a_valid_card_without_licence(run: Path, tmp_path: Path) -> None:
     assert job("export", run, "--format", "hub", "--output", tmp_path / "hub").status == 0
@@ -223,6 +258,8 @@ def test_hub_folder_has_weights_of_checkpoint_and_a_valid_card_without_licence(r
     assert card.data.tags == ["recurrent-neural-network", "gru"]
     assert card.data.license is None
     assert f"<pre>{result(run)['generated']}</pre>" in card.text
+    perplexity = escape_markdown(f"{result(run)['perplexity']:.4g}")
+    assert f"| training perplexity | {perplexity} |" in card.text
 
 
 @pytest.mark.slow
@@ -261,6 +298,8 @@ def test_export_of_custom_cell_writes_its_weights_and_refuses_onnx(run: Path, tm
         card = (output / "README.md").read_text()
         assert ("<pre>" in card) == has_sample
         assert "cells\\:DecayCell" in card
+    load(custom, cell=DecayCell).export("hub", tmp_path / "python")
+    assert (tmp_path / "python" / "README.md").read_text() == card
 
 
 @pytest.mark.slow

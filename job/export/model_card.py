@@ -4,8 +4,6 @@ import html
 import json
 import re
 
-from torch import Tensor
-
 from job.config.schema import BUILTIN_CELLS
 from job.console import escape_controls, format_count
 from job.paths import is_uri
@@ -59,23 +57,21 @@ def model_card(loaded: LoadedCheckpoint, name: str, weights: str, sample: str | 
     return card if sample is None else card + _SAMPLE.format(html.escape(escape_controls(sample)))
 
 
-def _count_weights(loaded: LoadedCheckpoint) -> int:
-    is_stored_twice = loaded.config.model.tied and loaded.weights["embedding.weight"].numel()
-    return sum(map(Tensor.numel, loaded.weights.values())) - is_stored_twice
-
-
 def describe(loaded: LoadedCheckpoint, weights: str) -> dict[str, str]:
     """Returns what the card's table shows: the model, the training, and its figures."""
     model, progress, source = loaded.config.model, loaded.progress, loaded.config.corpus.source
+    counts = {name: tensor.numel() for name, tensor in loaded.weights.items()}
+    if model.tied:  # stored twice
+        counts.pop("embedding.weight", None)
     rows = {
         "cell": model.cell,
         "hidden units": " + ".join(map(str, model.layer_sizes)),
         "embedding": str(model.embedding_size or "one-hot") + ", tied" * model.tied,
-        "weights": f"{_count_weights(loaded):,}",
+        "weights": f"{sum(counts.values()):,}",
         "tokens of the vocabulary": f"{len(loaded.vocabulary):,}",
         "text": source if is_uri(source) else source.rstrip("/").rpartition("/")[2],  # no folders of this machine
         "training": f"{progress.epoch:,} epochs, {progress.step:,} steps, {format_count(progress.tokens)} tokens",
-        "weights are": "the average over the steps" if weights == "average" else "those of the last step",
+        "weights are": "the average over the steps" if weights == "average" else f"those of step {progress.step:,}",
     }
     if progress.last_epoch_nats is not None:
         rows["training perplexity"] = f"{perplexity(progress.last_epoch_nats):.4g}"
