@@ -8,6 +8,7 @@ from typing import Any
 from job.config.field import FREE, choice_field, config_field, format_value
 from job.config.section import Section
 from job.errors import UserError
+from job.paths import check_no_credentials
 
 BUILTIN_CELLS = ("rnn", "gru", "lstm", "mingru", "minlstm", "mlstm", "mogrifier")
 SCAN_CELLS = ("mingru", "minlstm")  # without weights between hidden states
@@ -429,6 +430,24 @@ class EvaluateConfig(Section, on_resume=FREE):
 
 
 @dataclass(frozen=True)
+class TrackingConfig(Section, on_resume=FREE):
+    """Trackers of experiments that follow a run; the trials of a search are not tracked."""
+
+    mlflow: str = config_field("", "URI of MLflow's server or store; env: MLFLOW_TRACKING_URI; empty: none")
+    wandb: str = config_field("", "project of Weights & Biases; empty: none")
+    checkpoint: bool = config_field(True, "upload the last checkpoint of a finished run")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_no_credentials("tracking.mlflow", self.mlflow)
+
+    @property
+    def targets(self) -> dict[str, str]:
+        """The URI or the project of each tracker, by its name."""
+        return {name: target for name, target in (("mlflow", self.mlflow), ("wandb", self.wandb)) if target}
+
+
+@dataclass(frozen=True)
 class Config:
     """All sections that define a run.
 
@@ -446,6 +465,7 @@ class Config:
     scale: ScaleConfig = ScaleConfig()
     generate: GenerateConfig = GenerateConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    tracking: TrackingConfig = TrackingConfig()
 
     def __post_init__(self) -> None:
         num_lanes, scale, offset = self.stream.batch_size, self.scale, self.stream.offset

@@ -16,7 +16,7 @@ import torch
 
 from job.config.config_file import CONFIG_FILE
 from job.config.field import format_value
-from job.config.schema import BUILTIN_CELLS, FIELDS, Config
+from job.config.schema import BUILTIN_CELLS, FIELDS, Config, TrackingConfig
 from job.config.toml import config_to_toml
 from job.console import Console, format_duration, program_command
 from job.data.content import Content
@@ -49,6 +49,7 @@ from job.run.run_dir import (
 from job.run.setup import MAX_DROPPED_SHARE, build_run_spec, format_dropped_share, run_warnings
 from job.run.signals import StopRequest
 from job.run.text_cache import TextCache
+from job.run.tracker_delivery import Trackers, check_trackers
 from job.storage import Folder
 from job.training.checkpoint import find_latest_valid, list_checkpoints, weights_sha256
 from job.training.events import CheckpointCommitted, Event, EventSink, Finished
@@ -132,6 +133,7 @@ def run_training(
         UserError: the input is invalid; nothing was started
         RunFailed: the run failed; the error says what was saved
     """
+    check_trackers(config.tracking)
     folder, config, existing = resolve_run(config, default_name, retry=retry)
     if existing and existing.result and existing.is_finished(config):
         console.print(f"{folder} is finished; to train longer, raise {existing.limit_reached(config)}")
@@ -157,12 +159,15 @@ def run_training(
             launcher.connect(spec, console)
             with (
                 acquire_lease(folder, observer) as lease,
-                closing(_recorder(spec, lease, console, partial(_handle_event, log, on_event))) as recorder,
+                closing(_trackers(spec, lease, console)) as trackers,
+                closing(_recorder(spec, lease, console, partial(_handle_event, log, trackers, on_event))) as recorder,
                 log.opened(lease, recorder.status.attempts),
             ):
                 if observer.owner:
                     _logger.warning("took the run over from %s", observer.describe_owner())
                 result = _run(launcher, spec, source, recorder, stop_request, in_python)
+                if result:
+                    trackers.finish(result["checkpoint"])
                 return RunOutcome(folder, spec.config, result, 0 if result else stop_request.exit_code, spec.dataset)
 
 
@@ -194,7 +199,14 @@ def _is_hyperparameter(name: str) -> bool:
     return name.partition(".")[0] in _HYPERPARAMETERS and not FIELDS[name].is_path
 
 
-def _handle_event(log: DriverLog, on_event: EventSink | None, event: Event) -> None:
+def _trackers(spec: RunSpec, lease: Lease, console: Console) -> Trackers:
+    """Returns the run's trackers; a trial has none."""
+    config = replace(spec.config, tracking=TrackingConfig()) if spec.in_trial else spec.config
+    return Trackers(config, lease.folder, console)
+
+
+def _handle_event(log: DriverLog, trackers: Trackers, on_event: EventSink | None, event: Event) -> None:
+    trackers.handle(event)
     if isinstance(event, CheckpointCommitted):
         log.sync()
     if on_event:

@@ -1,0 +1,299 @@
+"""Trackers of experiments: what they get of a run that fails, is killed, and resumes."""
+
+import io
+import json
+import sqlite3
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, job, start_job
+from test_samples import sample_rows
+
+from job.config.config_file import load_config
+from job.console import Console
+from job.run import tracker_delivery
+from job.run.metrics import MetricsLog, read_rows
+from job.run.samples import read_samples
+from job.run.tracker import StepRecord, TrackedRun
+from job.run.tracker_delivery import Trackers
+from job.run.wandb_tracker import read_records
+from job.storage import Folder
+from job.training.checkpoint import Checkpoint
+from job.training.events import CheckpointCommitted, Event, MetricsRow, Sampled, Started
+
+
+class Server:
+    """A tracker whose runs outlive its clients. It can fail, hang, and forget what it has."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, list[int]] = {}
+        self.closed: list[bool] = []
+        self.uploads: list[list[str]] = []
+        self.knows_last_step, self.fails, self.logs = True, False, threading.Event()
+        self.logs.set()
+        self.failed = threading.Event()
+
+    def create_tracker(self, run: TrackedRun) -> "Server":
+        self.run = run
+        return self
+
+    def check(self) -> None:
+        self.logs.wait()
+        if self.fails:
+            self.failed.set()
+            raise ConnectionError("https://user:hunter2@host/?api_key=s3cret\nno route, key abcdef")
+
+    def open(self, run_id: str) -> tuple[str, int | None]:
+        self.check()
+        run_id = run_id or f"run-{len(self.steps)}"
+        steps = self.steps.setdefault(run_id, [])
+        self.current = steps
+        return run_id, max(steps, default=-1) if self.knows_last_step else None
+
+    def log(self, records: list[StepRecord]) -> None:
+        self.check()
+        for record in records:
+            assert record.metrics["train/nats"] == record.step
+            assert set(record.texts) == ({"greedy", "sampled"} if record.step % 2 else set())
+            self.current.append(record.step)
+
+    def upload(self, checkpoint: Path) -> None:
+        self.uploads.append(sorted(path.name for path in checkpoint.iterdir()))
+
+    def close(self, *, finished: bool) -> None:
+        self.closed.append(finished)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    server = Server()
+    monkeypatch.setattr(tracker_delivery, "import_module", lambda _: server)
+    monkeypatch.setattr(tracker_delivery, "RETRY_S", 0.01)
+    yield server
+    server.logs.set()
+
+
+class Driver:
+    """An attempt to train a run, whose rows are stored as those of a run."""
+
+    def __init__(self, folder: Folder, start: int, **fields: str) -> None:
+        config = load_config(None, {"run.name": "run", "tracking.wandb": "project", **fields})
+        self.output, self.log = io.StringIO(), MetricsLog(folder)
+        self.trackers = Trackers(config, folder, Console(self.output))
+        self.log.truncate(start)
+        self.handle(Started("a", start, 0, 1, "cpu", "fp32", 1, 100, ()))
+
+    def handle(self, event: Event) -> None:
+        self.trackers.handle(event)
+
+    def report(self, *steps: int) -> None:
+        for step in steps:
+            row = {"split": "train", "epoch": 1, "step": step, "tokens": step, "nats": float(step), "perplexity": 1.0}
+            row |= {"learning_rate": 0.1, "tokens_per_second": 1.0, "workers": 1, "time": 1.0}
+            self.log.append(row)
+            self.handle(MetricsRow("a", row))
+            if step % 2:
+                self.log.append_samples(sample_rows(step))
+                self.handle(Sampled("a", tuple(sample_rows(step))))
+
+    def commit(self, step: int) -> None:
+        self.log.sync()
+        checkpoint = Checkpoint(Folder("unused"), "name", step, {}, None)
+        self.handle(CheckpointCommitted("a", checkpoint))
+
+
+def test_trackers_get_each_step_once_after_restarts_of_workers_and_the_driver(server: Server, tmp_path: Path) -> None:
+    folder, start = Folder(str(tmp_path)), 0
+    for _ in range(3):
+        driver = Driver(folder, start)
+        driver.report(*range(start + 1, start + 5))
+        driver.commit(start + 3)
+        driver.handle(Started("b", start + 3, 0, 1, "cpu", "fp32", 1, 100, ()))
+        driver.log.truncate(start + 3)
+        driver.report(start + 4, start + 5)
+        driver.commit(start + 4)
+        driver.trackers.close()
+        driver.log.close()
+        start += 4
+    assert server.steps == {"run-0": list(range(1, 13))}
+    assert server.closed == [False] * 3
+    assert json.loads((tmp_path / "tracking" / "wandb.json").read_text()) == {"run": "run-0", "step": 12}
+
+
+@pytest.mark.parametrize("knows_last_step", [True, False])
+def test_trackers_deliver_what_a_killed_driver_did_not(
+    server: Server, tmp_path: Path, *, knows_last_step: bool
+) -> None:
+    folder = Folder(str(tmp_path))
+    driver = Driver(folder, 0)
+    driver.report(1, 2, 3, 4)
+    driver.commit(4)
+    driver.trackers.close()
+    if knows_last_step:  # its client had passed on less than it had confirmed
+        del server.steps["run-0"][2:]
+    driver.report(5, 6)
+    driver.log.sync()  # and it is killed after the commit of step 6
+    driver.log.close()
+    server.knows_last_step = knows_last_step
+    driver = Driver(folder, 6)
+    driver.report(7)
+    driver.commit(7)
+    driver.trackers.close()
+    driver.log.close()
+    assert server.steps == {"run-0": [1, 2, 3, 4, 5, 6, 7]}
+
+
+def test_trackers_that_fail_warn_once_without_credentials_and_get_all_later(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_API_KEY", "abcdef")
+    server.fails = True
+    driver = Driver(Folder(str(tmp_path)), 0)
+    driver.report(1, 2)
+    driver.commit(2)
+    for _ in range(3):
+        server.failed.clear()
+        assert server.failed.wait(10)
+    driver.report(3)
+    shown = driver.output.getvalue()
+    assert shown.count("\n") == 1 and shown.startswith("warning: tracking.wandb: ConnectionError: ")
+    assert not {"hunter2", "s3cret", "abcdef"} & set(
+        shown.replace("=", " ").replace("@", " ").replace(":", " ").split()
+    )
+    assert "abcdef" not in shown and "hunter2" not in shown and "s3cret" not in shown
+    server.fails = False
+    driver.commit(3)
+    driver.trackers.close()
+    driver.log.close()
+    assert server.steps == {"run-0": [1, 2, 3]}
+
+
+def test_trackers_that_hang_do_not_delay_the_run(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracker_delivery, "CLOSE_TIMEOUT_S", 0.05)
+    server.logs.clear()
+    driver = Driver(Folder(str(tmp_path)), 0)
+    driver.report(*range(1, 50))
+    driver.commit(49)
+    driver.trackers.close()
+    driver.log.close()
+    assert "has not got all" in driver.output.getvalue()
+
+
+def test_trackers_with_many_rows_read_them_from_the_run(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tracker_delivery, "MAX_ROWS", 10)
+    monkeypatch.setattr(tracker_delivery, "BATCH_STEPS", 7)
+    driver = Driver(Folder(str(tmp_path)), 0)
+    for start in range(0, 200, 40):
+        driver.report(*range(start + 1, start + 41))
+        driver.commit(start + 40)
+    assert max(len(delivery.rows) for delivery in driver.trackers.deliveries) <= 10
+    driver.trackers.close()
+    driver.log.close()
+    assert server.steps == {"run-0": list(range(1, 201))}
+
+
+@pytest.mark.parametrize("uploads", [True, False])
+def test_trackers_of_a_finished_run_upload_the_checkpoint(
+    server: Server, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, uploads: bool
+) -> None:
+    monkeypatch.setattr(Server, "log", lambda *_: None)
+    arguments = [
+        "--corpus.source", prose, "--corpus.max_tokens", 4000, "--run.storage", tmp_path, "--run.name", "run",
+        "--scale.workers", 0, "--model.hidden_size", 8, "--generate.prefix", "the", "--train.max_steps", 2,
+        "--tracking.wandb", "project", "--tracking.checkpoint", str(uploads).lower(),
+    ]  # fmt: skip
+    assert job("train", *arguments).status == 0
+    assert server.closed == [True]
+    assert [name in upload for upload in server.uploads for name in ("manifest.json", "model.safetensors")] == (
+        [True, True] if uploads else []
+    )
+    assert server.run.config["model.hidden_size"] == 8
+
+
+@pytest.mark.parametrize("name", ["mlflow", "wandb"])
+def test_train_without_the_package_of_a_tracker_names_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.setattr(tracker_delivery, "find_spec", lambda _: None)
+    ended = job("train", "--run.storage", tmp_path, f"--tracking.{name}", "x")
+    assert (ended.status, ended.err.count("\n")) == (2, 1)
+    assert f"pip install 'lanes[{name}]'" in ended.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_train_with_credentials_in_the_uri_of_a_tracker_is_refused(tmp_path: Path) -> None:
+    ended = job("train", "--run.storage", tmp_path, "--tracking.mlflow", "https://user:hunter2@host")
+    assert (ended.status, ended.err.count("\n")) == (2, 1)
+    assert "tracking.mlflow" in ended.err and "hunter2" not in ended.err
+
+
+# --- the clients themselves ---
+
+
+def wandb_steps(folder: Path) -> dict[int, list[dict[str, Any]]]:
+    """All history of a run's offline files, by step."""
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    found: dict[int, list[dict[str, Any]]] = {}
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
+        for data in read_records(path.read_bytes()):
+            record = Record.FromString(data)
+            if record.HasField("history"):
+                items = {
+                    "/".join(item.nested_key) or item.key: json.loads(item.value_json) for item in record.history.item
+                }
+                found.setdefault(record.history.step.num, []).append(items)
+    return found
+
+
+def mlflow_rows(database: Path, name: str) -> list[tuple[int, float]]:
+    """The steps and values of a metric in an MLflow store."""
+    with sqlite3.connect(database) as connection:
+        return connection.execute("SELECT step, value FROM metrics WHERE key = ? ORDER BY step", (name,)).fetchall()
+
+
+@pytest.mark.slow
+def test_mlflow_and_wandb_show_each_step_of_a_killed_and_resumed_run_once(prose: Path, tmp_path: Path) -> None:
+    folder, database = tmp_path / "run", tmp_path / "mlflow.db"
+    arguments = [
+        "--corpus.source", prose, "--run.storage", tmp_path, "--run.name", "run", "--scale.workers", 0,
+        "--model.hidden_size", 64, "--stream.batch_size", 16, "--generate.prefix", "the", "--train.epochs", 10**6,
+        "--train.log_every", 50, "--train.sample_every", 500, "--train.checkpoint_every", 200,
+        "--tracking.wandb", "project", "--tracking.mlflow", f"sqlite:///{database}",
+    ]  # fmt: skip
+    env = {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    first = start_job("train", *arguments, env=env, cwd=tmp_path)
+    files, deadline = [folder / "tracking" / f"{name}.json" for name in ("mlflow", "wandb")], time.monotonic() + 120
+    while not all(file.exists() and json.loads(file.read_text())["step"] >= 1000 for file in files):
+        assert first.poll() is None and time.monotonic() < deadline, first.communicate()
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    last = max(row["step"] for row in read_rows(Folder(str(folder))))
+    second = start_job("train", *arguments, "--train.max_steps", last + 500, env=env, cwd=tmp_path)
+    out, err = second.communicate(timeout=120)
+    assert second.returncode == 0, (out, err)
+    rows = [row for row in read_rows(Folder(str(folder))) if row["split"] == "train"]
+    assert rows[-1]["step"] // 50 == (last + 500) // 50
+    expected = [(row["step"], row["nats"]) for row in rows]
+    assert mlflow_rows(database, "train/nats") == expected
+    history = wandb_steps(folder)
+    assert {step: len(records) for step, records in history.items() if len(records) > 1} == {}
+    assert [
+        (step, items["train/nats"]) for step, (items,) in sorted(history.items()) if "train/nats" in items
+    ] == expected
+    samples = {row["step"]: row for row in read_samples(Folder(str(folder))) if row["kind"] == "sampled"}
+    shown = {step: items["samples/sampled"] for step, (items,) in history.items() if "samples/sampled" in items}
+    assert shown == {step: row["prefix"] + row["continuation"] for step, row in samples.items()}
+    with sqlite3.connect(database) as connection:
+        assert connection.execute("SELECT COUNT(*), MIN(status) FROM runs").fetchall() == [(1, "FINISHED")]
+        params = dict(connection.execute("SELECT key, value FROM params").fetchall())
+    assert params["model.hidden_size"] == "64"
