@@ -13,6 +13,7 @@ from job.config.config_file import load_config
 from job.config.schema import EvaluateConfig, ModelConfig
 from job.config.toml import config_to_toml
 from job.errors import UserError
+from job.inference import evaluate
 from job.inference.evaluate import GROUP_LANES, evaluate_tokens
 from job.inference.generate import load_model
 from job.nn.language_model import LanguageModel, build_model
@@ -83,6 +84,17 @@ def test_evaluate_tokens_of_several_models_is_the_mean_of_their_probabilities() 
         block = TOKENS[start : start + 101]
         expected -= float(torch.stack([token_nats(model, block).neg().exp() for model in models]).mean(0).log().sum())
     assert evaluate_tokens(models, TOKENS, blocks) == pytest.approx(expected, rel=1e-12)
+
+
+def test_evaluate_tokens_of_several_models_with_large_vocabulary_takes_fewer_tokens_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    models, sizes = [random_model(1), random_model(2)], []
+    expected = evaluate_tokens(models, TOKENS, EvaluateConfig(lanes=4))
+    models[1].register_forward_pre_hook(lambda _, arguments: sizes.append(arguments[0].numel()))
+    monkeypatch.setattr(evaluate, "WINDOW_LOGITS", 101 * 28)
+    assert evaluate_tokens(models, TOKENS, EvaluateConfig(lanes=4)) == pytest.approx(expected, rel=1e-12)
+    assert max(sizes) == 100
 
 
 def test_evaluate_tokens_of_a_model_twice_is_that_of_the_model() -> None:

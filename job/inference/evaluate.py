@@ -25,6 +25,7 @@ from job.training.loop import evaluate_group
 from job.training.progress import LossSum, perplexity
 
 WINDOW_TOKENS = 1024  # per call of the model; bounds the memory and does not change the result
+WINDOW_LOGITS = 1 << 24  # the same for the models of an ensemble, all of whose probabilities are computed in float64
 GROUP_LANES = 16  # that are evaluated at a time
 
 
@@ -137,10 +138,10 @@ def evaluate_groups(
 
 
 def _evaluate_group(models: Sequence[LanguageModel], tokens: Tokens, lanes: Sequence[range]) -> float:
-    num_steps = max(1, WINDOW_TOKENS // len(lanes))
     if len(models) == 1:
-        return evaluate_group(models[0], tokens, lanes, num_steps)
-    return evaluate_ensemble(models, tokens, lanes, num_steps)
+        return evaluate_group(models[0], tokens, lanes, max(1, WINDOW_TOKENS // len(lanes)))
+    window_tokens = min(WINDOW_TOKENS, WINDOW_LOGITS // models[0].vocabulary_size)
+    return evaluate_ensemble(models, tokens, lanes, max(1, window_tokens // len(lanes)))
 
 
 def count_groups(num_targets: int, evaluate_config: EvaluateConfig) -> int:
