@@ -160,6 +160,15 @@ def test_cuda_graph_train_step_equals_eager_step(cell: str, reproducible: bool, 
     torch.testing.assert_close(graph_weights, eager_weights, rtol=0, atol=0)
 
 
+def test_cuda_graph_train_step_with_logits_in_chunks_equals_eager_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = small_config(epochs=2)
+    monkeypatch.setattr("job.nn.cross_entropy.CHUNK_LOGITS", 60)
+    eager_stats, _, eager_weights, _ = train(config, use_graph=False)
+    graph_stats, _, graph_weights, num_captures = train(config, use_graph=True)
+    assert (num_captures, graph_stats) == (1, eager_stats)
+    torch.testing.assert_close(graph_weights, eager_weights, rtol=0, atol=0)
+
+
 def test_cuda_graph_train_step_runs_eagerly_if_capture_fails() -> None:
     config = small_config(epochs=2)
     eager_stats, *_ = train(config, use_graph=False)
