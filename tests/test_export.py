@@ -28,6 +28,7 @@ from job.export.model_card import escape_markdown
 from job.export.onnx_graph import build_graph, state_sizes
 from job.export.onnx_model import onnx_file
 from job.nn.language_model import LanguageModel, build_model
+from job.storage import Folder
 
 TEXT = "the time traveller came back once upon a time with his machine of light and ivory\n" * 20
 PREFIX, LENGTH = "time traveller", 50
@@ -336,6 +337,18 @@ def test_export_of_folder_without_checkpoint_is_one_line(tmp_path: Path) -> None
     ended = job("export", tmp_path / "none", "--format", "hub", "--output", tmp_path / "new")
     assert_user_error(ended, "none: neither a run with a checkpoint nor a checkpoint")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_export_of_search_with_several_runs_is_one_line(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search = tmp_path / "search"
+    search.mkdir()
+    (search / "search.toml").touch()
+    monkeypatch.setattr("job.tuning.trials.finished_checkpoints", lambda _: [Folder(str(run))] * 2)
+    ended = job("export", search, "--format", "hub", "--output", tmp_path / "new")
+    assert_user_error(ended, "search: is a search with 2 runs; give one of them")
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime"])
