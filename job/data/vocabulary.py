@@ -110,9 +110,12 @@ class Vocabulary:
         if self.kind == "byte":
             separator = SEPARATOR_TEXT.encode()
             return b"".join(separator if index > 255 else bytes([index]) for index in ids).decode(errors="replace")
-        texts = (*self.tokens, SEPARATOR_TEXT)
-        text = (" " if self.kind == "word" else "").join(texts[index] for index in ids)
+        text = (" " if self.kind == "word" else "").join(self._texts[index] for index in ids)
         return re.sub(" ?\n ?", "\n", text) if self.kind == "word" else text
+
+    @cached_property
+    def _texts(self) -> tuple[str, ...]:
+        return (*self.tokens, SEPARATOR_TEXT)
 
     def decode_after(self, previous: int, ids: Sequence[int]) -> str:
         """Returns the text of token ids after another one; between words there is a blank, which is not included."""
