@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from job.config.schema import BUILTIN_CELLS, ModelConfig
 from job.distributed.gradient_sync import AllReduceGradients, Batch, DeterministicGradients, LossModule, assign_lanes
 from job.errors import UserError
+from job.nn import scan
 from job.nn.cell_layers import LAYERS, CellLayers
 from job.nn.language_model import LanguageModel, build_model, build_model_with_weights, place_by_token
 from job.nn.regularization import Regularization, mask_keys
@@ -165,13 +166,29 @@ def test_windows_of_any_length_give_the_same_logits(cell: str) -> None:
         )
 
 
-def test_linear_scan_passes_gradcheck() -> None:
+@pytest.mark.parametrize("loop_steps", [0, 40])
+def test_linear_scan_passes_gradcheck(loop_steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the scan and by the loop."""
     torch.manual_seed(0)
+    monkeypatch.setattr(scan, "LOOP_STEPS", loop_steps)
     for steps in (1, 2, 3, 6, 9):
         decay = torch.rand(steps, 2, 3, dtype=torch.float64)
         decay[steps // 2, 0] = 0
         inputs, h0 = torch.randn(steps, 2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
         assert torch.autograd.gradcheck(linear_scan, [each.requires_grad_() for each in (decay, inputs, h0)])
+
+
+@pytest.mark.parametrize("steps", [2, 41, 64, 65])
+def test_linear_scan_equals_the_loop(steps: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    decay, inputs = torch.rand(steps, 3, 5, requires_grad=True), torch.randn(steps, 3, 5, requires_grad=True)
+    h0, weights = torch.randn(3, 5, requires_grad=True), torch.randn(steps, 3, 5)
+    found: list[list[torch.Tensor]] = []
+    for numbers in (1, 1000):  # in a step, from which on the loop is used
+        monkeypatch.setattr(scan, "LOOP_NUMBERS", numbers)
+        monkeypatch.setattr(scan, "LOOP_STEPS", 0)
+        hidden = linear_scan(decay, inputs, h0)
+        found.append([hidden, *torch.autograd.grad((hidden * weights).sum(), (decay, inputs, h0))])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("cell", ["mingru", "minlstm"])

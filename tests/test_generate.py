@@ -112,6 +112,17 @@ def test_token_probabilities_at_temperature_limits_are_greedy_and_uniform() -> N
     np.testing.assert_allclose(hot, 1 / 40, rtol=1e-12)
 
 
+@pytest.mark.parametrize("size", [2, 40, 5000])
+def test_sample_tokens_are_those_that_multinomial_draws(size: int) -> None:
+    config = GenerateConfig(temperature=1.0, top_p=0.9)
+    found, expected = ([sample_generator(4, number) for number in range(3)] for _ in range(2))
+    for seed in range(20):
+        logits = random_logits(seed, size)
+        rows = zip(token_probabilities(logits, config), expected, strict=True)
+        tokens = [int(torch.multinomial(row, 1, generator=generator)) for row, generator in rows]
+        assert sample_tokens(logits, config, found).tolist() == tokens
+
+
 def test_sample_tokens_have_the_frequencies_of_their_probabilities() -> None:
     config = GenerateConfig(temperature=0.7, top_k=5)
     logits, generator, count = random_logits(5)[:1], sample_generator(11, 3), 4_000

@@ -28,11 +28,11 @@ def sample_tokens(logits_BV: Tensor, generate_config: GenerateConfig, generators
 
 def draw_tokens(probabilities_BV: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
     """Returns a random token of each lane by its generator, (B,), of probabilities up to a factor."""
-    tokens = [
-        torch.multinomial(probabilities_V[None], 1, generator=generator)[0]
-        for probabilities_V, generator in zip(probabilities_BV, generators, strict=True)
-    ]
-    return torch.cat(tokens)
+    # The tokens that torch.multinomial draws from each row, without its checks, which take most of its time.
+    draws_BV = torch.empty_like(probabilities_BV)
+    for draws_V, generator in zip(draws_BV, generators, strict=True):
+        draws_V.exponential_(generator=generator)
+    return (probabilities_BV / draws_BV).argmax(1)
 
 
 def token_probabilities(logits_BV: Tensor, generate_config: GenerateConfig) -> Tensor:

@@ -97,13 +97,20 @@ class MogrifierLSTMLayer(StepLayer):
     def _run(self, hidden_weight: Tensor, inputs_TBE: Tensor, state: LayerState) -> tuple[Tensor, LayerState]:
         (h_BH, c_BH), dtype = (tensor[0] for tensor in state), compute_dtype(hidden_weight)
         rounds = [weight.to(dtype) for weight in self.rounds]
-        weight_GX = torch.cat([self.weight_ih, hidden_weight], 1).to(dtype)
+        # For a single step, as in generation, copying the weights would take longer than the step.
+        is_single = len(inputs_TBE) == 1 and not torch.is_grad_enabled()
+        weight_GX = None if is_single else torch.cat([self.weight_ih, hidden_weight], 1).to(dtype)
         bias_G, hidden = self.bias.to(dtype), []
         for x_BE in inputs_TBE.to(dtype).unbind():
             scaled = [x_BE, h_BH.to(dtype)]
             for index, weight in enumerate(rounds):
                 read, changed = scaled[(index + 1) % 2], scaled[index % 2]
                 scaled[index % 2] = 2 * torch.sigmoid(F.linear(read, weight)) * changed
-            h_BH, c_BH = lstm_step(F.linear(torch.cat(scaled, 1), weight_GX, bias_G), c_BH)
+            if weight_GX is None:
+                weights = self.weight_ih.to(dtype), hidden_weight.to(dtype)
+                preacts_BG = F.linear(scaled[0], weights[0], bias_G) + F.linear(scaled[1], weights[1])
+            else:
+                preacts_BG = F.linear(torch.cat(scaled, 1), weight_GX, bias_G)
+            h_BH, c_BH = lstm_step(preacts_BG, c_BH)
             hidden.append(h_BH)
         return torch.stack(hidden), (h_BH[None], c_BH[None])

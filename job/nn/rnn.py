@@ -190,6 +190,8 @@ def _rnn_layer_fallback(
     bias_G, bias_new_H = combine_biases(cell, bias_ih_G, bias_hh_G)
     if inputs.is_floating_point():
         preacts_TBG = F.linear(inputs, weight_GE, bias_G).to(dtype)
+    elif embedding_VE is None and inputs.numel() < weight_GE.shape[1]:
+        preacts_TBG = (weight_GE.t()[inputs] + bias_G).to(dtype)
     else:
         table_VG = weight_GE.t() + bias_G if embedding_VE is None else F.linear(embedding_VE, weight_GE, bias_G)
         # The sum with a transposed weight is not contiguous, and a lookup in it would be slow.
