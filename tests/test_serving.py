@@ -590,6 +590,7 @@ def test_serve_on_port_in_use_is_one_line(run: Path) -> None:
     assert "in use" in ended.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_serve_stops_at_once_with_streams_open(number: signal.Signals, status: int, run: Path) -> None:
     process = start_job("serve", run, "--port", "0")
