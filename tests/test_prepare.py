@@ -283,3 +283,12 @@ def test_prepare_on_a_full_disk_is_one_error_and_continues_when_there_is_space(
     assert prepare_store(config, Console()) == 0
     assert prepare_store(config_of(tmp_path / "texts", tmp_path / "whole"), Console()) == 0
     assert contents(tmp_path / "store") == contents(tmp_path / "whole")
+
+
+def test_prepare_into_a_store_of_an_unknown_scheme_names_the_field(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text(LINES)
+    with pytest.raises(UserError, match=r"^corpus\.store = s3x://bucket/store: not a URI that pyarrow supports"):
+        prepare_store(config_of(tmp_path / "text", "s3x://bucket/store"), Console())
+    with pytest.raises(UserError, match=r"^corpus\.store: a URI with credentials") as caught:
+        prepare_store(config_of(tmp_path / "text", "s3://key:hidden@bucket/store"), Console())
+    assert "hidden" not in str(caught.value)

@@ -14,7 +14,8 @@ from job.data.manifest import MANIFEST, MARKER, SHARD_FILE, Manifest, Shard, des
 from job.data.tokens import count_unknown, token_sha256
 from job.data.vocabulary import Vocabulary
 from job.documents import parse_record
-from job.errors import UserError, report_os_error
+from job.errors import UserError, error_origin, report_os_error
+from job.paths import check_no_credentials
 from job.storage import Folder
 
 LEASE_FILES = ("owner.json", "heartbeat.json")  # of the process that writes a store
@@ -170,7 +171,9 @@ def check_no_store(store: str) -> Folder:
     """Returns the folder ``corpus.store``. Raises UserError if it is empty, or names a folder that is in use."""
     if not store:
         raise UserError("corpus.store is empty", "give the folder to write: --corpus.store PATH")
-    folder = Folder.resolve(store)
+    check_no_credentials("corpus.store", store)
+    with error_origin(f"corpus.store = {store}"):
+        folder = Folder.resolve(store, is_named=True)
     with report_os_error(f"corpus.store = {folder}: cannot be read"):
         if folder.exists() and not folder.is_folder:
             raise UserError(f"corpus.store = {folder}: is not a folder", "choose another one")

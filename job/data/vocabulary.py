@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, repeat
 from typing import ClassVar, cast
 
 import numpy as np
@@ -75,7 +75,7 @@ class Vocabulary:
         """
         if self.kind == "word" and not (lines and isinstance(lines[0], np.ndarray)):
             words = chain.from_iterable(_split_words(cast(list[str], lines), END_OF_LINE in self._ids))
-            return np.fromiter((self._ids.get(word, UNKNOWN_ID) for word in words), np.int32)
+            return np.fromiter(map(self._ids.get, words, repeat(UNKNOWN_ID)), np.int32)
         if self.kind == "char" and lines and isinstance(lines[0], str):
             lines = ["".join(lines)]  # at once: there may be many short ones
         arrays = [self._encode_line(line) for line in lines]
