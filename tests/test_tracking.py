@@ -1,8 +1,15 @@
 """Trackers of experiments: what they get of a run that fails, is killed, and resumes."""
 
+import contextlib
+import importlib.metadata
 import io
 import json
+import os
+import signal
+import socket
 import sqlite3
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -10,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from conftest import ROOT, job, start_job
 from test_samples import sample_rows
 
@@ -260,14 +268,58 @@ def mlflow_rows(database: Path, name: str) -> list[tuple[int, float]]:
         return connection.execute("SELECT step, value FROM metrics WHERE key = ? ORDER BY step", (name,)).fetchall()
 
 
+@pytest.fixture
+def mlflow_server(tmp_path: Path) -> Iterator[str]:
+    """The address of MLflow's server, which an environment of its own runs with the store ``mlflow.db``."""
+    environment = Path(os.environ.get("LANES_MLFLOW_ENV", tmp_path / "env"))
+    if not environment.exists():
+        version = importlib.metadata.version("mlflow-skinny")
+        subprocess.run([sys.executable, "-m", "venv", environment], check=True)
+        subprocess.run([environment / "bin" / "pip", "install", "--quiet", f"mlflow=={version}"], check=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [f"{environment}/bin/mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    store = [
+        "--backend-store-uri",
+        f"sqlite:///{tmp_path}/mlflow.db",
+        "--artifacts-destination",
+        f"{tmp_path}/artifacts",
+    ]
+    with open(tmp_path / "server.log", "w") as log:
+        process = subprocess.Popen([*command, *store], stdout=log, stderr=log, start_new_session=True)
+    address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 120
+    while True:
+        with contextlib.suppress(OSError):
+            if requests.get(f"{address}/health", timeout=5).ok:
+                break
+        assert process.poll() is None and time.monotonic() < deadline, (tmp_path / "server.log").read_text()
+        time.sleep(0.2)
+    yield address
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait(30)
+
+
+@pytest.mark.long
+def test_mlflow_server_shows_each_step_of_a_killed_and_resumed_run_once(
+    prose: Path, tmp_path: Path, mlflow_server: str
+) -> None:
+    check_killed_and_resumed(prose, tmp_path, mlflow_server)
+    assert {path.name for path in (tmp_path / "artifacts").rglob("*")} >= {"model.safetensors", "000000500-greedy.txt"}
+
+
 @pytest.mark.slow
 def test_mlflow_and_wandb_show_each_step_of_a_killed_and_resumed_run_once(prose: Path, tmp_path: Path) -> None:
+    check_killed_and_resumed(prose, tmp_path, f"sqlite:///{tmp_path}/mlflow.db")
+
+
+def check_killed_and_resumed(prose: Path, tmp_path: Path, address: str) -> None:
     folder, database = tmp_path / "run", tmp_path / "mlflow.db"
     arguments = [
         "--corpus.source", prose, "--run.storage", tmp_path, "--run.name", "run", "--scale.workers", 0,
         "--model.hidden_size", 64, "--stream.batch_size", 16, "--generate.prefix", "the", "--train.epochs", 10**6,
         "--train.log_every", 50, "--train.sample_every", 500, "--train.checkpoint_every", 200,
-        "--tracking.wandb", "project", "--tracking.mlflow", f"sqlite:///{database}",
+        "--tracking.wandb", "project", "--tracking.mlflow", address,
     ]  # fmt: skip
     env = {"WANDB_MODE": "offline", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     first = start_job("train", *arguments, env=env, cwd=tmp_path)
