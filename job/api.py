@@ -3,7 +3,7 @@
 import os
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -76,11 +76,12 @@ class Run:
         """Returns the curve of the perplexity, which a notebook shows."""
         return plot_perplexity(self.metrics, self.folder.name)
 
-    def generate(self, prefix: str | None = None, **fields: Any) -> Any:
+    def generate(self, prefix: str | None = None, *, ensemble: "Sequence[Run]" = (), **fields: Any) -> Any:
         """Returns a prefix and its continuation by the model; a list of such texts if ``num_samples`` is above 1.
 
         Args:
             prefix: the text to continue; None: that of the configuration, or none after a saved state
+            ensemble: other runs; the mean of all their probabilities and this run's is used
             fields: fields of the section generate, such as ``length``, ``temperature`` and ``seed``
 
         Raises:
@@ -91,16 +92,23 @@ class Run:
         named = prefix_values(parse_sections({"generate": values}))
         config = override_config(replace(self.config, model=self.model_config), named)
         with process_state_restored():
-            generated = generate_texts([self._checkpoint], config)
+            generated = generate_texts([run._checkpoint for run in (self, *ensemble)], config)
         for warning in prefix_warnings(generated.prefix, config.corpus, self._checkpoint.vocabulary):
             warnings.warn(warning, stacklevel=2)
         return generated.texts if len(generated.texts) > 1 else generated.texts[0]
 
-    def evaluate(self, corpus: "Mapping[str, Any] | str | os.PathLike[str] | None" = None, **fields: Any) -> Evaluation:
+    def evaluate(
+        self,
+        corpus: "Mapping[str, Any] | str | os.PathLike[str] | None" = None,
+        *,
+        ensemble: "Sequence[Run]" = (),
+        **fields: Any,
+    ) -> Evaluation:
         """Returns the loss of a text under the model, as the verb evaluate computes it in this process.
 
         Args:
             corpus: its source, or fields of the section corpus; None: the text of the run
+            ensemble: other runs, as in ``generate``
             fields: fields of the section evaluate, such as ``context``
 
         Raises:
@@ -112,7 +120,7 @@ class Run:
         config = override_config(replace(self.config, model=self.model_config), values)
         with process_state_restored():
             cache = TextCache(Console(sys.stderr), is_local=True)
-            return evaluate_text([self._checkpoint], config, open_large=cache.open)
+            return evaluate_text([run._checkpoint for run in (self, *ensemble)], config, open_large=cache.open)
 
     def export(self, file_format: str, output: "str | os.PathLike[str]", weights: str = "auto") -> None:
         """Writes the model as a folder for other programs, as the verb export does.

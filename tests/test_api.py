@@ -184,7 +184,8 @@ def test_train_cell_that_cannot_be_imported_trains_and_generates(text: str, stor
 def test_evaluate_equals_the_verb(text: str, storage: str, tmp_path: Path) -> None:
     run = job.train(text=text, **small(run={"storage": storage}))
     (tmp_path / "text").write_text(text[:300])
-    for fields in ({}, {"context": 7}):
+    cases: list[dict[str, Any]] = [{}, {"context": 7}]
+    for fields in cases:
         words = [word for name, value in fields.items() for word in (f"--evaluate.{name}", value)]
         ended = command("evaluate", run.folder.address, "--corpus.source", tmp_path / "text", *words, "--json")
         found = run.evaluate(tmp_path / "text", **fields)
@@ -194,6 +195,20 @@ def test_evaluate_equals_the_verb(text: str, storage: str, tmp_path: Path) -> No
     assert run.evaluate({"source": tmp_path / "text", "max_tokens": 100}).loss.tokens == 99
     with pytest.raises(job.UserError, match=r"unknown field evaluate.contexts; did you mean evaluate.context\?"):
         run.evaluate(contexts=1)
+
+
+def test_generate_and_evaluate_of_an_ensemble_equal_the_verbs(text: str, storage: str, tmp_path: Path) -> None:
+    runs = [job.train(text=text, **small(run={"storage": storage, "name": f"seed-{n}", "seed": n})) for n in (1, 2)]
+    folders = [run.folder.address for run in runs]
+    words = ["--generate.prefix", "a man", "--generate.temperature", 1, "--generate.seed", 3]
+    ended = command("generate", *folders, *words)
+    fields: dict[str, Any] = {"temperature": 1.0, "seed": 3}
+    found = runs[0].generate("a man", ensemble=runs[1:], **fields)
+    assert found + "\n" == ended.out
+    assert found != runs[0].generate("a man", **fields)
+    (tmp_path / "text").write_text(text[:300])
+    expected = json.loads(command("evaluate", *folders, "--corpus.source", tmp_path / "text", "--json").out)
+    assert runs[0].evaluate(tmp_path / "text", ensemble=runs[1:]).perplexity == expected["perplexity"]
 
 
 def test_generate_equals_the_verb(text: str, storage: str) -> None:
