@@ -144,17 +144,15 @@ def run_training(
     with driver_log() as log, stop_request.installed():
         stop_request.can_save = False
         with suppress(KeyboardInterrupt):
-            spec = build_run_spec(config, folder, content, TextCache(console, launcher.is_local))
-            spec = replace(spec, in_trial=in_trial)
+            cache = TextCache(console, launcher.is_local)
+            spec = replace(build_run_spec(config, folder, content, cache), in_trial=in_trial)
             check_same_text(list_checkpoints(spec.checkpoints)[0], spec.dataset)
             source = open_source_checkpoint(spec.config, spec.dataset, folder)
             folder.check_writable()
         stop_request.can_save = True
         if stop_request.exit_code:
             return RunOutcome(folder, config, None, stop_request.exit_code)
-        _announce(spec, source, config.corpus.source, console)
-        if folder.local_path and which("tensorboard"):
-            console.print(f"TensorBoard: tensorboard --logdir {(folder / TENSORBOARD).shell_quoted}", wrap=False)
+        _announce(spec, source, config.corpus.source, folder, console)
         with closing(launcher):
             launcher.connect(spec, console)
             with (
@@ -166,12 +164,13 @@ def run_training(
                 if observer.owner:
                     _logger.warning("took the run over from %s", observer.describe_owner())
                 result = _run(launcher, spec, source, recorder, stop_request, in_python)
-                if result:
-                    trackers.finish(result["checkpoint"])
+                trackers.finish(result["checkpoint"] if result else "")
                 return RunOutcome(folder, spec.config, result, 0 if result else stop_request.exit_code, spec.dataset)
 
 
-def _announce(spec: RunSpec, source: SourceCheckpoint | None, requested_source: str, console: Console) -> None:
+def _announce(
+    spec: RunSpec, source: SourceCheckpoint | None, requested_source: str, folder: Folder, console: Console
+) -> None:
     """Shows what is trained on, and warnings; logs the configuration."""
     _logger.info(
         "process %d on %s, Python %s, torch %s", os.getpid(), gethostname(), python_version(), torch.__version__
@@ -184,6 +183,8 @@ def _announce(spec: RunSpec, source: SourceCheckpoint | None, requested_source: 
     if source:
         changes = describe_changes(source.record(spec.config)["changed"])
         console.print(f"from {source.checkpoint.path}, {f'changed: {changes}' if changes else 'nothing changed'}")
+    if folder.local_path and which("tensorboard"):
+        console.print(f"TensorBoard: tensorboard --logdir {(folder / TENSORBOARD).shell_quoted}", wrap=False)
     for warning in run_warnings(spec):
         console.warn(warning)
 
