@@ -1,10 +1,11 @@
 """Word models: our training steps against word_language_model's own program, and against the machine's peak.
 
-    python -m benchmarks.words CHECKOUT TEXT [--units 200 …] [--rounds N] [--threads N]
+    python -m benchmarks.words CHECKOUT TEXT [--units 200 …] [--threads 1 …] [--rounds N] [--seconds S]
 
 CHECKOUT is one of pytorch/examples, TEXT the validation part of WikiText-2. Both train an LSTM of two layers, with as
 many features as units, on the same token ids: 20 lanes, 35 steps, dropout 0.2, plain SGD, the gradient clipped. They
-take turns. The share is that of the peak of one core, by the CPU time of our process.
+take turns, each for at most 20 steps or about S seconds. The share of the peak is that of as many cores as there are
+threads: by the CPU time of our process, and by time, which means something on an idle machine only.
 """
 
 import argparse
@@ -63,23 +64,24 @@ def our_steps(tokens: np.ndarray, vocabulary_size: int, units: int) -> Iterator[
     return endless(build_train_state(spec, ONE_WORKER, "auto"), config)
 
 
-def our_seconds(steps: Iterator[object]) -> tuple[float, float]:
+def our_seconds(steps: Iterator[object], seconds: float) -> tuple[float, float]:
     """Seconds of a step: wall-clock and CPU time."""
     next(steps)
-    start = time.perf_counter(), time.process_time()
-    for _ in itertools.islice(steps, COUNTED_STEPS):
-        pass
-    return (time.perf_counter() - start[0]) / COUNTED_STEPS, (time.process_time() - start[1]) / COUNTED_STEPS
+    start, count = (time.perf_counter(), time.process_time()), 0
+    while count < COUNTED_STEPS and (count == 0 or time.perf_counter() - start[0] < seconds):
+        next(steps)
+        count += 1
+    return (time.perf_counter() - start[0]) / count, (time.process_time() - start[1]) / count
 
 
-def their_seconds(checkout: Path, text: str, units: int, threads: int) -> float:
-    """Seconds of a step by the report of the program, without its first one, after which it is stopped."""
+def their_seconds(checkout: Path, text: str, units: int, threads: int, seconds: float) -> float:
+    """Seconds of a step by the reports of the program, without the first one. Then it is stopped."""
     program = checkout.resolve() / "word_language_model" / "main.py"
     with tempfile.TemporaryDirectory() as folder:
         for part in ("train", "valid", "test"):
             Path(folder, f"{part}.txt").write_text(text)
         sizes = ("--emsize", units, "--nhid", units, "--nlayers", LAYERS, "--batch_size", LANES, "--bptt", STEPS)
-        training = ("--dropout", DROPOUT, "--clip", CLIP_NORM, "--lr", LEARNING_RATE, "--log-interval", COUNTED_STEPS)
+        training = ("--dropout", DROPOUT, "--clip", CLIP_NORM, "--lr", LEARNING_RATE, "--log-interval", 1)
         command = [sys.executable, "-u", program, "--data", folder, "--save", f"{folder}/model.pt", *sizes, *training]
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         with subprocess.Popen(
@@ -87,38 +89,48 @@ def their_seconds(checkout: Path, text: str, units: int, threads: int) -> float:
         ) as process:
             assert process.stdout is not None
             found = (re.search(r"ms/batch +([\d.]+)", line) for line in process.stdout)
-            reports = [float(match[1]) for match in itertools.islice(filter(None, found), 2)]
+            reports = (float(match[1]) / 1e3 for match in found if match)
+            next(reports)
+            counted = [next(reports)]
+            while len(counted) < COUNTED_STEPS and sum(counted) < seconds:
+                counted.append(next(reports))
             process.kill()
-    return reports[1] / 1e3
+    return statistics.mean(counted)
+
+
+def row(checkout: Path, text: str, units: int, threads: int, rounds: int, seconds: float, peak: float) -> str:
+    """Trains one size in turns with the other program; returns the row of the table."""
+    torch.set_num_threads(threads)
+    tokens, vocabulary_size = token_ids(text)
+    steps, ours, theirs, shares = our_steps(tokens, vocabulary_size, units), [], [], []
+    for _ in range(rounds):
+        wall_s, cpu_s = our_seconds(steps, seconds)
+        ours.append(LANES * STEPS / wall_s)
+        shares.append([operations(units, vocabulary_size) / peak / used_s for used_s in (cpu_s, wall_s * threads)])
+        theirs.append(LANES * STEPS / their_seconds(checkout, text, units, threads, seconds))
+    by_cpu, by_time = (statistics.median(share) for share in zip(*shares, strict=True))
+    return (
+        f"  {units:5} units, {threads} threads: ours {statistics.median(ours):8,.0f} tokens/s, "
+        f"theirs {statistics.median(theirs):8,.0f}, {measure.ratios(ours, theirs)} times; "
+        f"{by_cpu:.0%} of the peak by CPU time, {by_time:.0%} by time"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkout", type=Path)
     parser.add_argument("text", type=Path)
-    parser.add_argument("--units", type=int, nargs="+", default=[200, 256, 650])
+    parser.add_argument("--units", type=int, nargs="+", default=[200, 650, 1150, 1500])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=20)
     arguments = parser.parse_args()
     raise_malloc_thresholds()
-    torch.set_num_threads(arguments.threads)
     text = arguments.text.read_text()
-    tokens, vocabulary_size = token_ids(text)
-    fast_dtype = torch.bfloat16 if supports_dtype(torch.bfloat16) else torch.float32
-    print(f"{measure.machine()}\n{vocabulary_size:,} words, {arguments.threads} threads; tokens/s: medians", flush=True)
-    for units in arguments.units:
-        steps, ours, theirs, cpu = our_steps(tokens, vocabulary_size, units), [], [], []
-        for _ in range(arguments.rounds):
-            wall_s, cpu_s = our_seconds(steps)
-            ours.append(LANES * STEPS / wall_s)
-            cpu.append(cpu_s)
-            theirs.append(LANES * STEPS / their_seconds(arguments.checkout, text, units, arguments.threads))
-        share = operations(units, vocabulary_size) / statistics.median(cpu) / limits().of(fast_dtype)
-        print(
-            f"  {units:5} units: ours {statistics.median(ours):8,.0f}, theirs {statistics.median(theirs):8,.0f}, "
-            f"{measure.ratios(ours, theirs)} times; {share:.0%} of the peak",
-            flush=True,
-        )
+    peak = limits().of(torch.bfloat16 if supports_dtype(torch.bfloat16) else torch.float32)
+    print(f"{measure.machine()}\n{token_ids(text)[1]:,} words, peak {peak / 1e9:.0f} GFLOP/s; medians", flush=True)
+    for threads, units in itertools.product(arguments.threads, arguments.units):
+        print(row(arguments.checkout, text, units, threads, arguments.rounds, arguments.seconds, peak), flush=True)
 
 
 if __name__ == "__main__":
