@@ -21,6 +21,7 @@ from job.data import piece_encoder
 from job.data import pieces as pieces_module
 from job.data.corpus import has_token, read_corpus
 from job.data.dataset import encode_corpus
+from job.data.manifest import MARKER
 from job.data.token_store import StoredTokens, open_stored
 from job.data.tokens import count_unknown
 from job.errors import UserError
@@ -247,6 +248,44 @@ def test_prepare_of_an_interrupted_store_with_other_settings_is_refused(
     ):
         prepare_store(other, Console())
     assert contents(tmp_path / "store") == before
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("num_removed", [0, 3, None])  # None: all receipts, but not the marker
+@pytest.mark.parametrize("is_killed", [True, False])
+def test_prepare_that_ended_before_its_clean_up_is_finished_by_the_same_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], num_removed: int | None,
+    is_killed: bool,
+) -> None:  # fmt: skip
+    config, removed = config_of(written_texts(tmp_path), tmp_path / "store"), list[str]()
+    assert prepare_store(config_of(tmp_path / "texts", tmp_path / "whole"), Console()) == 0
+    described, remove = capsys.readouterr().out, Folder.remove
+
+    def end(folder: Folder, name: str) -> None:
+        is_receipt = name.startswith(".receipt")
+        if name == MARKER or (is_receipt and len(removed) == num_removed):
+            raise KeyboardInterrupt if is_killed else OSError(5, "Input/output error")
+        removed.extend([name] * is_receipt)
+        remove(folder, name)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "remove", end)
+        if is_killed:
+            assert prepare_store(config, Console()) == 130
+        else:
+            with pytest.raises(UserError, match=r"store: cannot be written: Input/output error"):
+                prepare_store(config, Console())
+    left = contents(tmp_path / "store")
+    assert {MARKER, "manifest.json"} <= set(left)
+    capsys.readouterr()
+    with pytest.raises(UserError, match=r"store: exists and contains manifest\.json; choose another folder"):
+        prepare_store(config_of(tmp_path / "texts", tmp_path / "store", vocabulary__kind="word"), Console())
+    assert contents(tmp_path / "store") == left
+    assert prepare_store(config, Console()) == 0
+    assert capsys.readouterr().out == described.replace("whole", "store")
+    assert contents(tmp_path / "store") == contents(tmp_path / "whole")
+    with pytest.raises(UserError, match="exists and contains manifest"):
+        prepare_store(config, Console())
 
 
 @pytest.mark.usefixtures("small")

@@ -119,17 +119,19 @@ def start_store(folder: Folder, identity: dict[str, Any]) -> bool:
         Whether an interrupted attempt to write the same store is continued. What one of other files left is removed.
 
     Raises:
-        UserError: an attempt to write a store of other settings was interrupted
+        UserError: an attempt to write a store of other settings was interrupted, or one of others is complete
         OSError: the folder cannot be read or written
     """
     names = folder.names()
     found = _read_marker(folder) if MARKER in names else None
+    is_same = found == json.loads(json.dumps(identity))
+    if MANIFEST in names and not is_same:
+        raise _in_use(folder, MANIFEST)
     if found and (settings := found["settings"]) != identity["settings"]:
         name = next(name for name in identity["settings"] if settings.get(name) != identity["settings"][name])
         values = (format_value(values.get(name, "")) for values in (identity["settings"], settings))
         problem = "{} = {}, and an interrupted prepare started it with {}".format(name, *values)
         raise UserError(f"corpus.store = {folder}: {problem}", "set the same, choose another folder, or remove it")
-    is_same = found == json.loads(json.dumps(identity))
     for name in names:
         base = name[1:].rpartition(".")[0]
         is_temporary = name.startswith(".") and (_is_part(base) or base in (MANIFEST, MARKER))
@@ -153,8 +155,9 @@ def _read_marker(folder: Folder) -> dict[str, Any] | None:
 
 
 def discard_store(folder: Folder) -> None:
-    """Removes all files of a store that is being written."""
-    for name in folder.names():
+    """Removes all files of a store that is being written; does nothing if it is complete."""
+    names = folder.names()
+    for name in names if MANIFEST not in names else ():
         if _is_part(name) or name == MARKER:
             folder.remove(name)
 
@@ -178,10 +181,13 @@ def check_no_store(store: str) -> Folder:
         if folder.exists() and not folder.is_folder:
             raise UserError(f"corpus.store = {folder}: is not a folder", "choose another one")
         names = folder.names()
-        is_incomplete = MARKER in names  # of an attempt that was interrupted
+        is_incomplete = MARKER in names  # of an attempt that was interrupted, even after it wrote the manifest
         others = [name for name in names if not name.startswith(".") and name not in LEASE_FILES]
-        others = [name for name in others if not (is_incomplete and _FILES.fullmatch(name))]
+        others = [name for name in others if not (is_incomplete and (_FILES.fullmatch(name) or name == MANIFEST))]
         if others:
-            problem = f"corpus.store = {folder}: exists and contains {others[0]}"
-            raise UserError(problem, "choose another folder, or remove it")
+            raise _in_use(folder, others[0])
     return folder
+
+
+def _in_use(folder: Folder, name: str) -> UserError:
+    return UserError(f"corpus.store = {folder}: exists and contains {name}", "choose another folder, or remove it")

@@ -17,6 +17,7 @@ from job.config.schema import Config, CorpusConfig, VocabularyConfig
 from job.console import Console, format_duration
 from job.data.corpus import find_corpus, no_text
 from job.data.dataset import num_train
+from job.data.manifest import MANIFEST, Shard, read_manifest
 from job.data.piece_encoder import (
     EncodedPiece,
     TokenLengths,
@@ -33,6 +34,7 @@ from job.data.store_writer import (
     StoreInfo,
     check_no_store,
     discard_store,
+    finish_store,
     start_store,
     store_settings,
     write_manifest,
@@ -176,6 +178,9 @@ class Preparation:
         with report_os_error(f"corpus.store = {folder}: cannot be written"):
             done = read_receipts(folder) if start_store(folder, self.identity) else {}
             vocabulary = self._vocabulary(folder)
+            if folder.has(MANIFEST):  # an earlier attempt ended after it had written all
+                finish_store(folder)
+                return _describe_store(folder, read_manifest(folder).shards, vocabulary)
         tasks = [task for task in self._limited_tasks(vocabulary) if task[0] not in done]
         encode = partial(encode_piece, self.pieces, vocabulary, folder)
         done |= dict(zip((piece for piece, _ in tasks), self._run("encoding", encode, tasks), strict=True))
@@ -207,7 +212,7 @@ class Preparation:
         corpus_config = replace(self.corpus_config, store="")  # so that a store has the same bytes in any folder
         info = StoreInfo(corpus_config, self.vocabulary_config, num_characters, lengths.total - lengths.first)
         write_manifest(folder, shards, vocabulary, info)
-        return f"{folder}: {sum(shard.tokens for shard in shards):,} tokens, vocabulary of {len(vocabulary):,}"
+        return _describe_store(folder, shards, vocabulary)
 
     def _vocabulary(self, folder: Folder) -> Vocabulary:
         """Returns the vocabulary that an earlier attempt has written; else makes and writes it."""
@@ -266,6 +271,10 @@ class Preparation:
             if seconds > _PROGRESS_DELAY_S and done < total:
                 share, left = done / total, format_duration(seconds * (total - done) / max(1, done))
                 self.console.progress(f"{verb} {share:.0%}  {done / seconds / 1e6:,.1f} MB/s  {left} left")
+
+
+def _describe_store(folder: Folder, shards: Iterable[Shard], vocabulary: Vocabulary) -> str:
+    return f"{folder}: {sum(shard.tokens for shard in shards):,} tokens, vocabulary of {len(vocabulary):,}"
 
 
 def _remove_unused(path: Path) -> None:
