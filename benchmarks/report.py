@@ -85,7 +85,9 @@ def measure(num_runs: int, num_rows: int) -> dict[str, Any]:
             with launch(playwright) as browser:
                 page = draw(browser, report, WINDOW)
                 times.append(float(page.evaluate("document.documentElement.dataset.drawn")) / 1000)
-                metrics = page.context.new_cdp_session(page).send("Performance.getMetrics")["metrics"]
+                session = page.context.new_cdp_session(page)
+                session.send("Performance.enable")
+                metrics = session.send("Performance.getMetrics")["metrics"]
                 cpu_times.append(next(entry["value"] for entry in metrics if entry["name"] == "ProcessTime"))
         return {
             "runs": num_runs, "rows": num_rows, "written_s": round(written_s, 1),

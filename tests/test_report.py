@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from browser import PHONE, WatchedPage, open_page
 from conftest import ROOT, Ended, job, not_none, result
 from playwright.sync_api import Browser
@@ -16,6 +17,7 @@ from job.config.schema import EvaluateConfig
 from job.data.vocabulary import Vocabulary
 from job.inference.evaluate import evaluate_tokens
 from job.inference.generate import load_model
+from job.nn.language_model import LanguageModel
 from job.report.curves import MAX_POINTS, decimate, find_events, read_curves
 from job.report.run_data import MAX_SAMPLES
 from job.report.text_losses import NUM_ALTERNATIVES, NUM_CHARACTERS, compute_losses
@@ -252,6 +254,23 @@ def test_report_of_damaged_files_shows_what_is_complete(storage: Path, tmp_path:
     assert described["curves"]["training"]["step"][:7] == list(range(1, 8))
     assert "neither a run with a checkpoint" in described["text"]["reason"]
     assert [sample["kind"] for sample in described["samples"]] == ["greedy"]
+
+
+def nan_logits(model: LanguageModel, tokens_TB: torch.Tensor, _: object) -> tuple[torch.Tensor, None]:
+    return torch.full((*tokens_TB.shape, model.linear.out_features), torch.nan), None
+
+
+def test_report_of_diverged_run_leaves_text_out(storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(storage / "first", run)
+    (run / "result.json").write_text(json.dumps({**result(run), "perplexity": float("inf")}))
+    monkeypatch.setattr(
+        LanguageModel, "forward", lambda _, tokens, state: (torch.full((len(tokens), 1, 99), torch.nan), None)
+    )
+    assert job("report", run).status == 0
+    (described,) = report_data(run / "report.html")["runs"]
+    assert "perplexity" not in described["figures"] and described["figures"]["steps"] == 8
+    assert described["text"] == {"reason": "the losses of the validation text are not finite"}
 
 
 def test_report_of_run_whose_corpus_is_gone_or_changed_leaves_text_out(prose: Path, tmp_path: Path) -> None:

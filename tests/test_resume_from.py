@@ -317,9 +317,13 @@ def test_run_from_checkpoint_in_object_store_equals_the_uninterrupted_run(source
         address = (run / "checkpoints" / last).address
         ended = train(bucket_address(port, "runs"), "b", "--run.resume_from", address)
         assert ended.status == 0, ended.err
+        assert "report.html was not written" not in ended.out and "/report.html" in ended.out
         assert run.contains(Folder.resolve(address))
         assert not run.contains(Folder.resolve(bucket_address(port, "runs/ab")))
         found = json.loads((run.parent / "b").read("result.json"))
+        ended = job("report", (run.parent / "b").address)
+        assert (ended.status, ended.out) == (0, f"{run.parent / 'b'}/report.html\n"), ended.err
+        assert (run.parent / "b").read("report.html").startswith(b"<!doctype html>")
     assert found["weights_sha256"] == result(source)["weights_sha256"]
     assert found["resumed_from"]["checkpoint"] == address
 

@@ -134,6 +134,8 @@ def test_tune_writes_results_that_train_accepts(calm: Calm, on_cluster: None) ->
     assert (folder / "sample.txt").read_text().startswith("the")
     for picture in ("curves.png", "space.png"):
         assert (folder / picture).read_bytes().startswith(b"\x89PNG")
+    assert (folder / "report.html").read_text().count('"trial_state": "finished"') == 3
+    assert not list(folder.glob("trials/*/report.html"))
     board = (folder / "tensorboard" / number / "events.out.tfevents.search").read_bytes()
     assert b"_hparams_/session_start_info" in board
     assert b"optimizer.learning_rate" in board

@@ -1,5 +1,6 @@
 """What a report shows of a run, as a value of JSON: its figures, configuration, curves, samples and losses."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,7 +83,8 @@ class ReportedRun:
     def _figures(self) -> dict[str, Any]:
         """Returns the numbers of the result; of a run without one, those of its last rows."""
         if self.run.result:
-            return {name: self.run.result.get(name) for name in _RESULT_FIGURES}
+            figures = {name: self.run.result.get(name) for name in _RESULT_FIGURES}
+            return {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
         rows = read_last_rows(self.folder)
         last = max(rows.values(), key=lambda row: row["step"], default={"step": 0})
         epoch = rows.get("epoch") or rows.get("train") or {}

@@ -23,7 +23,8 @@ from job.training.checkpoint import LoadedCheckpoint
 
 NUM_CHARACTERS = 1000
 NUM_ALTERNATIVES = 5
-WINDOW_STEPS = 64  # per call of the model; bounds the memory of the logits
+WINDOW_STEPS = 64  # per call of the model
+MAX_LOGITS = 1 << 22  # per call; bounds the memory
 
 
 def read_text_losses(
@@ -39,7 +40,8 @@ def read_text_losses(
         cache: opens large texts
 
     Raises:
-        UserError: there is no validation text, it cannot be read any more or has changed, or the cell is not known
+        UserError: there is no validation text, it cannot be read any more or has changed, the cell is not known, or a
+            loss is not finite
     """
     if not config.corpus.validation_setting:
         raise UserError("the run has no validation text", "set corpus.validation_fraction or corpus.validation_source")
@@ -63,7 +65,8 @@ def compute_losses(model: LanguageModel, vocabulary: Vocabulary, tokens: Tokens)
     texts = _texts(vocabulary, ids.tolist())
     rows: list[list[Any]] = []
     state: State = None
-    for window in (ids[start : start + WINDOW_STEPS + 1, None] for start in range(0, len(ids) - 1, WINDOW_STEPS)):
+    num_steps = max(1, min(WINDOW_STEPS, MAX_LOGITS // len(vocabulary)))
+    for window in (ids[start : start + num_steps + 1, None] for start in range(0, len(ids) - 1, num_steps)):
         losses, alternatives, state = _evaluate_window(model, window, state)
         for nats, likely in zip(losses, alternatives, strict=True):
             names = [[_text(vocabulary, token), round(value, 4)] for token, value in likely]
@@ -81,6 +84,8 @@ def _evaluate_window(
     logits_TBV, state = model(tokens_TB[:-1], state)
     log_TV = torch.log_softmax(logits_TBV[:, 0].double(), 1)
     nats_T = -log_TV.gather(1, tokens_TB[1:])[:, 0]
+    if not log_TV.isfinite().all():  # the indices of the largest are not valid then
+        raise UserError("the losses of the validation text are not finite")
     top_TK = log_TV.topk(min(NUM_ALTERNATIVES, log_TV.shape[1]))
     pairs = zip(top_TK.indices.tolist(), top_TK.values.exp().tolist(), strict=True)
     return nats_T.tolist(), [list(zip(*pair, strict=True)) for pair in pairs], state

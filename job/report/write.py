@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from job.config.config_file import read_config_text
+from job.config.schema import ModelConfig
 from job.config.toml import search_config_from_toml
 from job.console import Console
 from job.errors import UserError, report_os_error
+from job.inference.generate import NO_CUSTOM_CELL
 from job.report.page import NoLibrary, check_library, render_page
 from job.report.run_data import NothingToShow, ReportedRun
 from job.run.driver import RunOutcome
@@ -44,7 +46,7 @@ def write_report(targets: Sequence[str], output: str | None, console: Console) -
     with report_os_error(f"{file}: cannot be written"):
         if not file.name or file.is_folder:
             raise UserError(f"{file}: is a folder", "name a file in it, such as report.html")
-        if not file.parent.exists():
+        if file.parent.local_path and not file.parent.exists():  # an object store has no folders
             raise UserError(f"{file.parent}: no such folder", "create it, or choose another --output")
     page = _render(runs, ", ".join(folder.name for folder in folders), TextCache(console, is_local=True))
     with report_os_error(f"{file}: cannot be written"):
@@ -72,7 +74,7 @@ def report_run(outcome: RunOutcome, console: Console) -> None:
 
 def report_search(trials: Trials, console: Console) -> None:
     """Writes ``report.html`` in a search's folder at its end; as ``report_run``."""
-    _write_at_end(trials.folder, lambda: _trial_runs(trials), console)
+    _write_at_end(trials.folder, lambda: _trial_runs(trials, trials.base.model), console)
 
 
 def _write_at_end(folder: Folder, find_runs: Callable[[], Iterable[ReportedRun]], console: Console) -> None:
@@ -103,8 +105,16 @@ def _find_runs(folder: Folder) -> Iterator[ReportedRun]:
         raise UserError(f"{folder}: contains neither a run nor a search", "give one, such as runs/seed-1")
 
 
-def _trial_runs(trials: Trials) -> Iterator[ReportedRun]:
-    """Yields the best trials, the best first; the winner's text is shown. Raises NothingToShow if none has a score."""
+def _trial_runs(trials: Trials, model_config: ModelConfig = NO_CUSTOM_CELL) -> Iterator[ReportedRun]:
+    """Yields the best trials, the best first; the winner's text is shown.
+
+    Args:
+        trials: of the search
+        model_config: its cell as the user gave it
+
+    Raises:
+        NothingToShow: no trial has a score
+    """
     ranked = [trial for trial in trials.ranked() if trial.scores][:MAX_TRIALS]
     if not ranked:
         raise NothingToShow(f"{trials.folder}: no trial of this search has a result yet", "wait for the first epoch")
@@ -116,6 +126,7 @@ def _trial_runs(trials: Trials) -> Iterator[ReportedRun]:
                 f"{trials.folder.name}/{trial_name(trial.number)}",
                 run,
                 has_text=trial is trials.winner,
+                model_config=model_config,
                 more={"trial_state": trial.state, metric: trials.score(trial)},
             )
 
