@@ -240,6 +240,8 @@ def test_linear_cross_entropy_in_chunks_equals_that_of_all_rows(
     targets, results = torch.randint(0, 50, (9, 3)), []
     chunks = mock.Mock(wraps=cross_entropy._add_gradients)
     monkeypatch.setattr(cross_entropy, "_add_gradients", chunks)
+    evaluated = mock.Mock(wraps=cross_entropy._cross_entropy_torch)
+    monkeypatch.setattr(cross_entropy, "_cross_entropy_torch", evaluated)
     for limit in (27 * 50, 10 * 50, 1):
         monkeypatch.setattr(cross_entropy, "CHUNK_LOGITS", limit)
         chunks.reset_mock()
@@ -250,6 +252,8 @@ def test_linear_cross_entropy_in_chunks_equals_that_of_all_rows(
         assert (max(rows), sum(rows)) == (max(1, limit // 50), 27)
         with torch.no_grad(), autocast(dtype):
             assert_near([linear_cross_entropy(hidden, weight, bias, targets)], [nats], TOLERANCES[dtype])
+        assert max(call.args[3].numel() for call in evaluated.mock_calls) == max(1, limit // 50)
+        evaluated.reset_mock()
     for chunked in results[1:]:
         assert_near(chunked, results[0], TOLERANCES[dtype])
 
