@@ -188,19 +188,20 @@ def test_store_that_a_cluster_prepares_has_the_bytes_of_the_one_of_this_process(
     assert not (tmp_path / "store").exists()
 
 
-def interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **flags: object) -> Config:
-    """A store in tmp_path/store whose prepare was interrupted after some pieces."""
+def interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, final_name: str = "tokens-00003.idx", **flags: object
+) -> Config:
+    """A store in tmp_path/store whose prepare was interrupted when it wrote a file."""
     config = config_of(written_texts(tmp_path), tmp_path / "store", **flags)
 
     def interrupt(folder: Folder, name: str, *parts: bytes, write: Any = Folder.write) -> None:
-        if name == "tokens-00003.idx":
+        if name == final_name:
             raise KeyboardInterrupt
         write(folder, name, *parts)
 
     with monkeypatch.context() as patch:
         patch.setattr(Folder, "write", interrupt)
         assert prepare_store(config, Console()) == 130
-    assert ".receipt-00002.json" in contents(tmp_path / "store")
     return config
 
 
@@ -209,6 +210,7 @@ def test_prepare_that_is_interrupted_says_how_to_continue(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = interrupted(tmp_path, monkeypatch)
+    assert ".receipt-00002.json" in contents(tmp_path / "store")
     assert capsys.readouterr().out == "interrupted; the same command continues\n"
     assert not (tmp_path / "store" / "owner.json").exists()
     assert prepare_store(config, Console()) == 0
@@ -248,6 +250,17 @@ def test_prepare_of_an_interrupted_store_with_other_settings_is_refused(
     ):
         prepare_store(other, Console())
     assert contents(tmp_path / "store") == before
+
+
+@pytest.mark.usefixtures("small")
+@pytest.mark.parametrize("name", ["vocabulary.json", "tokens-00000.bin", ".receipt-00000.json"])
+def test_prepare_that_is_interrupted_before_its_first_piece_starts_again_with_other_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    interrupted(tmp_path, monkeypatch, name)
+    for store in ("store", "whole"):
+        assert prepare_store(config_of(tmp_path / "texts", tmp_path / store, vocabulary__kind="word"), Console()) == 0
+    assert contents(tmp_path / "store") == contents(tmp_path / "whole")
 
 
 @pytest.mark.usefixtures("small")

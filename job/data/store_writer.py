@@ -119,7 +119,7 @@ def start_store(folder: Folder, identity: dict[str, Any]) -> bool:
         Whether an interrupted attempt to write the same store is continued. What one of other files left is removed.
 
     Raises:
-        UserError: an attempt to write a store of other settings was interrupted, or one of others is complete
+        UserError: a store of other settings was interrupted and has finished pieces, or one of others is complete
         OSError: the folder cannot be read or written
     """
     names = folder.names()
@@ -127,7 +127,8 @@ def start_store(folder: Folder, identity: dict[str, Any]) -> bool:
     is_same = found == json.loads(json.dumps(identity))
     if MANIFEST in names and not is_same:
         raise _in_use(folder, MANIFEST)
-    if found and (settings := found["settings"]) != identity["settings"]:
+    has_receipts = any(map(RECEIPT.fullmatch, names))
+    if found and has_receipts and (settings := found["settings"]) != identity["settings"]:
         name = next(name for name in identity["settings"] if settings.get(name) != identity["settings"][name])
         values = (format_value(values.get(name, "")) for values in (identity["settings"], settings))
         problem = "{} = {}, and an interrupted prepare started it with {}".format(name, *values)
