@@ -191,6 +191,27 @@ def test_preparing_for_a_run_that_is_interrupted_continues(
     assert all(path.stat().st_mtime_ns == time for path, time in written.items())
 
 
+@pytest.mark.parametrize("name", ["owner.json", "vocabulary.json", "tokens-00001.bin", ".tokens.sha256"])
+def test_cache_on_a_full_disk_is_one_error_that_names_the_variable_of_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stores: Path, name: str
+) -> None:
+    write = Folder.write
+
+    def fill(folder: Folder, file: str, *parts: bytes) -> None:
+        if file == name:
+            raise OSError(28, "No space left on device")
+        write(folder, file, *parts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Folder, "write", fill)
+        ended = job("train", *words(corpus__source=tmp_path / "text", run__storage=tmp_path / "runs"))
+    assert ended.status == 2 and ended.err.count("\n") == 1
+    remedy = "No space left on device; free space there, or set XDG_CACHE_HOME to another folder\n"
+    assert ended.err.startswith("error: ") and ended.err.endswith(remedy)
+    assert (str(stores) in ended.err) == (name != ".tokens.sha256")
+    assert spec_of(tmp_path, tmp_path / "text").dataset.metadata
+
+
 def test_run_waits_for_another_one_that_prepares_the_same_text(tmp_path: Path, stores: Path) -> None:
     spec_of(tmp_path, tmp_path / "text")
     (store,) = stores.iterdir()

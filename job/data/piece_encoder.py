@@ -115,7 +115,7 @@ def measure_piece(pieces: Pieces, vocabulary: Vocabulary, piece: int, num_tokens
 
 
 def encode_piece(
-    pieces: Pieces, vocabulary: Vocabulary, folder: Folder, piece: int, num_tokens: int | None
+    pieces: Pieces, vocabulary: Vocabulary, folder: Folder, remedy: str, piece: int, num_tokens: int | None
 ) -> EncodedPiece:
     """Writes the tokens of a piece as shards, and then its receipt.
 
@@ -123,6 +123,7 @@ def encode_piece(
         pieces: the pieces of the corpus
         vocabulary: that of the tokens
         folder: the store's folder
+        remedy: for the message if it cannot be written
         piece: the number of the piece
         num_tokens: the largest number of tokens; None: all
 
@@ -137,7 +138,7 @@ def encode_piece(
             shards.append(write_shard(folder, shard_name(piece, len(shards)), tokens, vocabulary))
         arrays.clear()
 
-    with report_os_error(f"corpus.store = {folder}: cannot be written"):
+    with report_os_error(f"corpus.store = {folder}: cannot be written", remedy):
         for part, ids in _encode_parts(pieces, vocabulary, piece, num_tokens):
             num_characters += part.num_characters
             if len(ids):

@@ -110,13 +110,15 @@ class Preparation:
         given: a vocabulary that exists; None: build one
         console: shows the progress
         field: what gave the source, for messages
+        remedy: for the message if the store cannot be written
     """
 
     def __init__(
         self, corpus_config: CorpusConfig, vocabulary_config: VocabularyConfig, given: Vocabulary | None,
-        console: Console, field: str = "corpus.source",
+        console: Console, field: str = "corpus.source", remedy: str = "grant write access or free space there",
     ) -> None:  # fmt: skip
-        self.console, self.vocabulary_config, self.given, self.field = console, vocabulary_config, given, field
+        self.console, self.vocabulary_config, self.given = console, vocabulary_config, given
+        self.field, self.remedy = field, remedy
         check_no_credentials(field, corpus_config.source)
         with error_origin(f"{field} = {corpus_config.source}"):
             self.corpus_config, files = find_corpus(corpus_config)
@@ -163,7 +165,7 @@ class Preparation:
         try:
             lease = acquire_lease(folder, observer)
         except RunFailed as error:
-            raise UserError(f"corpus.store = {error.problem}", "grant write access or free space there") from None
+            raise UserError(f"corpus.store = {error.problem}", self.remedy) from None
         with lease:
             check_no_store(folder.address)  # another process may have finished it meanwhile
             try:
@@ -175,17 +177,17 @@ class Preparation:
                 raise
 
     def _write(self, folder: Folder) -> str:
-        with report_os_error(f"corpus.store = {folder}: cannot be written"):
+        with report_os_error(f"corpus.store = {folder}: cannot be written", self.remedy):
             done = read_receipts(folder) if start_store(folder, self.identity) else {}
             vocabulary = self._vocabulary(folder)
             if folder.has(MANIFEST):  # an earlier attempt ended after it had written all
                 finish_store(folder)
                 return _describe_store(folder, read_manifest(folder).shards, vocabulary)
         tasks = [task for task in self._limited_tasks(vocabulary) if task[0] not in done]
-        encode = partial(encode_piece, self.pieces, vocabulary, folder)
+        encode = partial(encode_piece, self.pieces, vocabulary, folder, self.remedy)
         done |= dict(zip((piece for piece, _ in tasks), self._run("encoding", encode, tasks), strict=True))
         encoded = [done[piece] for piece in range(len(self.pieces))]
-        with report_os_error(f"corpus.store = {folder}: cannot be written"):
+        with report_os_error(f"corpus.store = {folder}: cannot be written", self.remedy):
             try:
                 self._check_text(encoded)
             except UserError:

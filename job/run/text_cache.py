@@ -30,6 +30,7 @@ MAX_TEXT_BYTES = 64 << 20  # of the files of a text that is read into memory
 _EXPANSION = 4  # of compressed files and Parquet, about, when they are read
 MAX_SENT_BYTES = 1 << 30  # of one whose tokens are sent to other machines
 _MAX_UNUSED_S = 30 * 24 * 3600.0  # after which a store is removed
+_REMEDY = "free space there, or set XDG_CACHE_HOME to another folder"
 _LOCK, _DIGEST = ".text-cache.lock", ".tokens.sha256"  # in the folder of a store
 
 
@@ -74,8 +75,8 @@ class TextCache:
             command = f"{program()} prepare … --corpus.store FOLDER"
             raise UserError(problem, f"write a token store into a folder that all nodes share: {command}")
         corpus_config = _settings_of_tokens(corpus_config, vocabulary_config)
-        preparation = Preparation(corpus_config, vocabulary_config, vocabulary, self.console, field)
-        with report_os_error("the folder of caches cannot be used", "set XDG_CACHE_HOME to another folder"):
+        preparation = Preparation(corpus_config, vocabulary_config, vocabulary, self.console, field, _REMEDY)
+        with report_os_error("the folder of caches cannot be used", _REMEDY):
             folder = cache_folder() / "stores" / _digest(preparation)
             with self._locked(folder):
                 return self._open(folder, preparation, vocabulary)
