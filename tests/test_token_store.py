@@ -312,6 +312,17 @@ def test_evaluated_windows_of_a_store_equal_those_of_memory(
     assert targets.T[targets.T >= 0].tolist() == tokens[1:].tolist()  # each once
 
 
+def test_evaluation_of_a_flat_file_of_ids_equals_that_of_the_text(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text(TEXT)
+    run(tmp_path, "a", corpus__source=tmp_path / "text")
+    (ids,) = read_independently(prepare(tmp_path, tmp_path / "text") / "tokens-00000")
+    ids.astype("<u2").tofile(tmp_path / "ids.bin")
+    found, expected = (
+        job("evaluate", tmp_path / "runs" / "a", "--corpus.source", tmp_path / name) for name in ("ids.bin", "text")
+    )
+    assert (found.status, found.out) == (0, expected.out.replace("/text)", "/ids.bin)")), found.err
+
+
 @pytest.mark.parametrize("kind", ["char", "word"])
 def test_run_from_files_of_another_trainer_equals_the_run_from_the_text(tmp_path: Path, kind: str) -> None:
     (tmp_path / "text").write_text(TEXT)

@@ -74,7 +74,7 @@ def evaluate_text(
     """
     check_same_vocabulary(checkpoints)
     vocabulary, corpus_config = checkpoints[0].vocabulary, config.corpus
-    stored = open_stored(corpus_config, config.vocabulary, vocabulary, reads_flat=False)
+    stored = open_stored(corpus_config, config.vocabulary, vocabulary, reads_flat=vocabulary.kind != "byte")
     if open_large and not stored:
         stored = open_large(corpus_config, config.vocabulary, vocabulary, "corpus.source")
     all_tokens: Tokens
