@@ -294,6 +294,20 @@ def test_windows_of_a_store_equal_those_of_memory(
                     assert torch.equal(found_TB, expected_TB)  # of the same dtype, too
 
 
+def test_windows_of_a_shard_that_is_truncated_while_it_is_mapped_are_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its missing tokens were read as zeros, or, if whole pages were missing, SIGBUS ended the process."""
+    monkeypatch.setattr("job.data.read_ahead.BLOCK_BYTES", 64)
+    tokens = np.arange(4000, dtype=np.int32) % 300 + 1
+    reader = WindowReader(Stream(shards_of(tmp_path, tokens, 301, 4000), StreamConfig(2, 8, 0), 0), range(2), epochs=2)
+    reader.read(0, 0)
+    os.truncate(tmp_path / "0.bin", 100)
+    with pytest.raises(UserError, match=r"0\.bin: token ids cannot be read: has 100 bytes and not 8,000; put them"):
+        for window in range(200):
+            reader.read(0, window)
+
+
 @settings(deadline=None)
 @given(st.integers(2, 200), st.integers(1, 90), st.integers(1, 5), st.integers(1, 6), st.integers(1, 40))
 def test_evaluated_windows_of_a_store_equal_those_of_memory(

@@ -1,6 +1,8 @@
 """Token ids in memory, or in the shards of a token store, of which a process opens those that it reads."""
 
 import hashlib
+import mmap
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
@@ -88,7 +90,9 @@ class Shards:
 
     def _read(self, shard: int, start: int, length: int) -> np.ndarray:
         if self.folder.local_path is not None:
-            return self._mapped(shard)[start : start + length]
+            mapped, ids = self._mapped(shard)
+            self._check_size(mapped.size(), shard)  # to read behind the end of a file ends the process by SIGBUS
+            return ids[start : start + length]
         size = self.dtype.itemsize
         if length * size >= _REQUEST_BYTES:
             return self._ids(self._request(shard, start * size, length * size))
@@ -103,11 +107,12 @@ class Shards:
     def _mapped(self) -> Any:
         return lru_cache(_MAX_OPEN_SHARDS)(self._map)
 
-    def _map(self, shard: int) -> np.ndarray:
+    def _map(self, shard: int) -> tuple[mmap.mmap, np.ndarray]:
         assert self.folder.local_path is not None
-        file = self.folder.local_path / self.names[shard]
-        self._check_size(file.stat().st_size, shard)
-        return np.asarray(np.memmap(file, self.dtype, "r"))
+        with open(self.folder.local_path / self.names[shard], "rb") as file:
+            self._check_size(os.fstat(file.fileno()).st_size, shard)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return mapped, np.frombuffer(mapped, self.dtype)
 
     @cached_property
     def _cached_request(self) -> Any:
