@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import pickle
 import re
@@ -19,6 +20,7 @@ import torch
 from conftest import job, result
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pyarrow import fs
 
 from job.config.config_file import load_config
 from job.config.schema import CorpusConfig, StreamConfig, VocabularyConfig
@@ -292,6 +294,31 @@ def test_windows_of_a_store_equal_those_of_memory(
                 expected = memory.read_window(epoch, window, lanes)
                 for found_TB, expected_TB in zip(reader.read(epoch, window), expected, strict=True):
                     assert torch.equal(found_TB, expected_TB)  # of the same dtype, too
+
+
+def test_windows_of_many_lanes_request_each_part_of_a_bucket_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With more lanes than cached requests, each block of windows requested all parts again."""
+    for name, num_bytes in (("tokens._REQUEST_BYTES", 64), ("read_ahead.BLOCK_BYTES", 1500 * 16)):
+        monkeypatch.setattr(f"job.data.{name}", num_bytes)  # four blocks to a request
+    tokens, store, requests = np.arange(1500 * 64 + 1, dtype="<u2") % 300, fs._MockFileSystem(), list[int]()
+    store.create_dir("bucket")
+    folder = Folder("s3://bucket", location=(store, "bucket"))
+    folder.write("a.bin", tokens.tobytes())
+    read_block = Folder.read_block
+
+    def record(self: Folder, name: str, start: int, max_bytes: int) -> bytes:
+        requests.append(start)
+        return read_block(self, name, start, max_bytes)
+
+    monkeypatch.setattr(Folder, "read_block", record)
+    stored = ShardedTokens.whole(Shards(folder, ("a.bin",), (len(tokens),), (0,), tokens.dtype, 300))
+    config = StreamConfig(1500, 8, 0)
+    reader, memory = WindowReader(Stream(stored, config, 0), range(1500), epochs=1), Stream(tokens, config, 0)
+    for window in range(memory.partition(0).num_windows):
+        assert torch.equal(reader.read(0, window)[1], memory.read_window(0, window, range(1500))[1])
+    assert len(requests) == len(set(requests)) == math.ceil(tokens.nbytes / 64)
+    stored.read_rows(0, 1, 3000, 2)
+    assert stored.shards._cached_request.cache_info().maxsize == 4096
 
 
 def test_windows_of_a_shard_that_is_truncated_while_it_is_mapped_are_one_error(

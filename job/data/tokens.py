@@ -20,7 +20,8 @@ from job.storage import Folder
 _BLOCK_TOKENS = 1 << 20  # that are in memory at a time
 _MAX_COUNTED_TOKENS = 1 << 24  # of a part of a shard; in a longer one <unk> are as frequent as in all of it
 _MAX_OPEN_SHARDS = 64  # each has a file descriptor, of which a process has 256 on macOS
-_REQUEST_BYTES, _MAX_CACHED_REQUESTS = 64 << 10, 1024  # of short reads from an object store: 64 MiB
+_REQUEST_BYTES = 64 << 10  # of short reads from an object store, whose requests are cached:
+_MIN_CACHED_REQUESTS, _MAX_CACHED_REQUESTS = 1024, 4096  # two for each array that is read at a time; 64 to 256 MiB
 _REQUESTS_AT_ONCE = 8
 
 
@@ -59,6 +60,8 @@ class Shards:
             UserError: a file cannot be read, has another size, or contains what is no id of the vocabulary
         """
         parts = [part for target, start in pieces for part in self._split(target, start)]
+        if self.folder.local_path is None:
+            self._grow_cache(2 * len(pieces))  # the next part of an array may begin in one request and end in another
         if self.folder.local_path is None and len(parts) > 1:
             with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as threads:
                 list(threads.map(self._read_part, parts))
@@ -116,7 +119,12 @@ class Shards:
 
     @cached_property
     def _cached_request(self) -> Any:
-        return lru_cache(_MAX_CACHED_REQUESTS)(self._request_block)
+        return lru_cache(_MIN_CACHED_REQUESTS)(self._request_block)
+
+    def _grow_cache(self, num_requests: int) -> None:
+        size = min(num_requests, _MAX_CACHED_REQUESTS)
+        if size > self._cached_request.cache_parameters()["maxsize"]:
+            self.__dict__["_cached_request"] = lru_cache(size)(self._request_block)
 
     def _request_block(self, shard: int, number: int) -> bytes:
         start = number * _REQUEST_BYTES
