@@ -29,23 +29,22 @@ def generate_samples(spec: RunSpec, train_state: TrainState) -> list[dict[str, A
     config, progress = spec.config.generate, train_state.progress
     model = train_state.average.averaged if train_state.average else train_state.model
     generator = sample_generator(spec.config.run.seed, progress.step)
-    try:
-        continuations = _continuations(model, spec, generator)
-    except RuntimeError:  # of torch.multinomial, whose probabilities are not finite
-        return []
+    continuations = _continuations(model, spec, generator)
     row = {"step": progress.step, "epoch": progress.epoch + 1, "prefix": config.prefix[-MAX_PREFIX:]}
     row["time"] = round(time.time(), 3)
     return [{**row, "kind": kind, "continuation": text} for kind, text in continuations.items()]
 
 
 def _continuations(model: LanguageModel, spec: RunSpec, generator: torch.Generator) -> dict[str, str]:
-    """Returns a continuation of ``generate.prefix`` of each kind."""
+    """Returns a continuation of ``generate.prefix`` of each kind; none if the logits after it are not finite."""
     config, vocabulary = spec.config.generate, spec.dataset.vocabulary
     ids = encode_prefix(config.prefix, spec.config.corpus, vocabulary)[-MAX_PREFIX:]
     config = replace(config, length=min(config.length, MAX_TOKENS), temperature=config.temperature or 1.0)
     with _evaluated(model, None if config.unknown else vocabulary.unknown_id) as ensemble:
         state = read_tokens(ensemble, ids)
         first_1 = torch.tensor([state.token], device=next(model.parameters()).device)
+        if not ensemble.step(first_1, state.states)[0].amax().isfinite():
+            return {}
         has_ended = StopCondition(vocabulary, config.stop, 1)
         tokens_T1 = {
             "greedy": continue_greedily(ensemble, first_1, state.states, config.length),
