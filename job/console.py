@@ -119,14 +119,15 @@ def escape_controls(text: str) -> str:
 
 def format_json(value: Any) -> str:
     """Returns a value as JSON in ASCII, control characters escaped; numbers that are not finite become null."""
-    return json.dumps(_finite(value), indent=1).replace("\x7f", "\\u007f")
+    return json.dumps(finite_values(value), indent=1).replace("\x7f", "\\u007f")
 
 
-def _finite(value: Any) -> Any:
+def finite_values(value: Any) -> Any:
+    """Returns a value of JSON with None in place of numbers that are not finite."""
     if isinstance(value, dict):
-        return {key: _finite(inner) for key, inner in value.items()}
+        return {key: finite_values(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(inner) for inner in value]
+        return [finite_values(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -256,20 +256,21 @@ def test_report_of_damaged_files_shows_what_is_complete(storage: Path, tmp_path:
     assert [sample["kind"] for sample in described["samples"]] == ["greedy"]
 
 
-def nan_logits(model: LanguageModel, tokens_TB: torch.Tensor, _: object) -> tuple[torch.Tensor, None]:
-    return torch.full((*tokens_TB.shape, model.linear.out_features), torch.nan), None
-
-
-def test_report_of_diverged_run_leaves_text_out(storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_of_diverged_run_leaves_out_what_is_not_finite(
+    storage: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = tmp_path / "run"
     shutil.copytree(storage / "first", run)
-    (run / "result.json").write_text(json.dumps({**result(run), "perplexity": float("inf")}))
+    (run / "result.json").write_text(json.dumps({**result(run), "perplexity": float("inf"), "tokens": "?"}))
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"split": "train", "epoch": 1, "step": 9, "tokens": 1e999, "perplexity": 2.0, "time": 1.0}')
     monkeypatch.setattr(
         LanguageModel, "forward", lambda _, tokens, state: (torch.full((len(tokens), 1, 99), torch.nan), None)
     )
     assert job("report", run).status == 0
     (described,) = report_data(run / "report.html")["runs"]
-    assert "perplexity" not in described["figures"] and described["figures"]["steps"] == 8
+    assert (described["figures"]["perplexity"], described["figures"]["steps"]) == (None, 8)
+    assert described["curves"]["training"]["tokens"][-1] is None
     assert described["text"] == {"reason": "the losses of the validation text are not finite"}
 
 

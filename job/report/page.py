@@ -12,6 +12,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from job.console import finite_values
 from job.errors import UserError
 
 PACKAGE = "plotly"  # whose installed files contain plotly.js
@@ -36,7 +37,7 @@ def render_page(report: dict[str, Any]) -> bytes:
     scripts by their digests, and no requests.
 
     Args:
-        report: a value of JSON with a ``title``
+        report: a value of JSON with a ``title``; numbers that are not finite become null
     """
     library, digest = _library()
     script = _own_file("report.js")
@@ -48,7 +49,7 @@ def render_page(report: dict[str, Any]) -> bytes:
             style=_own_file("report.css"),
             script=script,
             library=library,
-            data=json.dumps(report, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c"),
+            data=json.dumps(finite_values(report), ensure_ascii=False).replace("<", "\\u003c"),
         )
         .encode(errors="replace")
     )

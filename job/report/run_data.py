@@ -1,6 +1,5 @@
 """What a report shows of a run, as a value of JSON: its figures, configuration, curves, samples and losses."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -83,8 +82,7 @@ class ReportedRun:
     def _figures(self) -> dict[str, Any]:
         """Returns the numbers of the result; of a run without one, those of its last rows."""
         if self.run.result:
-            figures = {name: self.run.result.get(name) for name in _RESULT_FIGURES}
-            return {name: value for name, value in figures.items() if value is not None and math.isfinite(value)}
+            return {name: self.run.result.get(name) for name in _RESULT_FIGURES}
         rows = read_last_rows(self.folder)
         last = max(rows.values(), key=lambda row: row["step"], default={"step": 0})
         epoch = rows.get("epoch") or rows.get("train") or {}
