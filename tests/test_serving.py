@@ -1,17 +1,20 @@
 """Serving: streams that are generated together against ``generate``, states, limits, and the HTTP API."""
 
+import asyncio
 import json
 import signal
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
+import torch
 from conftest import ROOT, job, not_none, start_job
 from test_evaluate import train
 
@@ -22,11 +25,12 @@ from job.errors import UserError
 from job.inference.generate import BLOCK_TOKENS, generate_texts
 from job.run.run_dir import open_checkpoint
 from job.serving import guard
+from job.serving.api import _continuation
 from job.serving.conversations import Conversation, Conversations, ServedModel
 from job.serving.engine import Engine
 from job.serving.guard import MAX_BODY_BYTES
 from job.serving.prefix import encode_text
-from job.serving.server import Server, build_server, listen, load_models, read_token
+from job.serving.server import Server, build_server, listen, load_models, page_address, read_token
 from job.serving.streams import MAX_UNREAD, EndEvent, Stream, TokenEvent
 from job.serving.text_stream import TextStream
 from job.storage import Folder
@@ -283,6 +287,42 @@ def test_stream_of_model_that_fails_ends_and_the_engine_continues(
         assert collector.reason(other) == "length"
 
 
+def test_streams_whose_states_do_not_fit_together_end_and_the_engine_continues(
+    models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("sizes of tensors must match")
+
+    with collecting([models["char"], models["byte"]]) as collector, monkeypatch.context() as patch:
+        patch.setattr("job.serving.streams.cat_states", fail)
+        broken = stream_of(models["char"], length=100_000)
+        collector.submit(broken)
+        assert collector.reason(broken) == "failed"
+        patch.undo()
+        patch.setattr("job.serving.streams.map_state", fail)  # by which the state of a stream leaves the others'
+        pair = [stream_of(models["char"], length=100_000), stream_of(models["byte"], length=3)]
+        for stream in pair:
+            collector.submit(stream)
+        collector.engine.cancel(pair[0])
+        assert {collector.reason(stream) for stream in pair} <= {"failed", "length"}
+        patch.undo()
+        other = stream_of(models["char"])
+        collector.submit(other)
+        assert collector.reason(other) == "length"
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "word", "bpe"])
+def test_state_of_conversation_holds_no_memory_of_the_text_before_it(kind: str, models: dict[str, ServedModel]) -> None:
+    conversation = Conversation(models[kind])
+    with collecting([models[kind]]) as collector:
+        stream = stream_of(conversation, TEXT, length=0)
+        collector.submit(stream)
+        collector.wait(stream)
+    for state in not_none(conversation.saved).states:
+        for tensor in state if isinstance(state, tuple) else (not_none(state),):
+            assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+
+
 def test_text_stream_withholds_parts_of_characters_and_of_stop() -> None:
     stream = TextStream(Vocabulary("byte", ()), None, "", "é!")
     assert [stream.push(token) for token in "aéé?".encode()] == ["a", "", "", "", "é", "é?"]
@@ -296,6 +336,15 @@ def test_text_stream_at_end_returns_what_is_not_a_character() -> None:
     data = b"\xff\xff\xc3x\xe2\x82"
     texts = [stream.push(token) for token in data] + [stream.finish()]
     assert "".join(texts) == data.decode(errors="replace")
+
+
+def test_run_that_generates_unk_is_served_with_it(checkpoints: dict[str, LoadedCheckpoint]) -> None:
+    """As ``generate`` does with the run's own configuration."""
+    for unknown in (False, True):
+        config = override_config(checkpoints["char"].config, {"generate.unknown": unknown})
+        (model,) = load_models([replace(checkpoints["char"], config=config)], Config())
+        logits_BV, _ = model.ensemble.step(torch.tensor([1]), [None])
+        assert bool(logits_BV[0, 0].isfinite()) == unknown
 
 
 # --- conversations ---
@@ -385,6 +434,23 @@ def test_generate_over_http_streams_the_text_of_generate(url: str, checkpoints: 
         assert (whole["text"], whole["tokens"]) == (text, [data for _, data in tokens])
 
 
+def test_whole_continuation_is_sent_in_parts(models: dict[str, ServedModel]) -> None:
+    """With 50 alternatives of 10,000 tokens it is too large to be kept."""
+
+    async def groups() -> AsyncIterator[list[TokenEvent | EndEvent]]:
+        for index in range(3):
+            yield [TokenEvent(index, str(index), 0.5, [(2, 0.5)])]
+        yield [EndEvent("length", "!")]
+
+    async def read() -> list[str]:
+        return [part async for part in _continuation(stream_of(models["char"]), groups())]
+
+    parts = asyncio.run(read())
+    assert len(parts) > 3
+    whole = json.loads("".join(parts))
+    assert (whole["text"], whole["reason"], [token["id"] for token in whole["tokens"]]) == ("012!", "length", [0, 1, 2])
+
+
 def test_conversation_over_http_is_carried_and_reset(url: str, checkpoints: dict[str, LoadedCheckpoint]) -> None:
     conversation = start_conversation(url)
     body = {"text": "It was", "length": 10, "stream": False}
@@ -429,6 +495,7 @@ def test_next_tokens_over_http_are_sorted_and_leave_the_state(url: str, models: 
         ({"text": "a", "tokens": [10**6]}, 422, "1000000 is not the id of a token"),
         ({"text": "a", "size": 3}, 422, "size: "),
         ({"text": "\ud800"}, 422, "text: "),
+        ({"text": "a", "a\nb\r": 3}, 422, r"a\nb\x0d: "),
         ([], 422, ""),
     ],
 )
@@ -492,6 +559,38 @@ def test_streams_beyond_the_limit_get_429_until_a_client_is_gone(served: tuple[S
     assert not server.service.has_events
 
 
+def test_next_tokens_whose_client_is_gone_free_their_place(
+    served: tuple[Server, str], models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while a long text is read."""
+    server, url = served
+    ensemble, is_reading, is_freed = models["char"].ensemble, threading.Event(), threading.Event()
+
+    def read_block(*arguments: Any) -> Any:
+        is_reading.set()
+        assert is_freed.wait(60)
+        return advance(*arguments)
+
+    advance = ensemble.advance
+    monkeypatch.setattr(ensemble, "advance", read_block)
+    conversation = start_conversation(url)
+    body = json.dumps({"text": TEXT}).encode()
+    path, port = conversation.partition("/v1/")[2], int(url.rpartition(":")[2])
+    with socket.create_connection(("127.0.0.1", port)) as client:
+        head = f"POST /v1/{path}/next HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        assert is_reading.wait(60)
+    for _ in range(1000):
+        if not server.service.has_events:
+            break
+        time.sleep(0.01)
+    was_freed = not server.service.has_events
+    is_freed.set()
+    while server.service.engine.num_streams:
+        time.sleep(0.01)
+    assert was_freed
+
+
 def test_hosts_and_origins_of_others_are_refused(url: str) -> None:
     port = url.rpartition(":")[2]
     for host in ("evil.example", f"evil.example:{port}", "127.0.0.1.evil.example", ""):
@@ -501,6 +600,18 @@ def test_hosts_and_origins_of_others_are_refused(url: str) -> None:
         assert error_of(post(f"{url}/v1/conversations", {}, headers={"Origin": origin}))[0] == 403
     assert post(f"{url}/v1/conversations", {}, headers={"Origin": url}).status_code == 201
     assert requests.get(f"{url}/v1/models", headers={"Host": f"localhost:{port}"}, timeout=60).status_code == 200
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "0:0:0:0:0:0:0:1"])
+def test_loopback_address_that_is_served_is_an_allowed_host(host: str, models: dict[str, ServedModel]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        name = page_address(host, listener).removeprefix("http://").rstrip("/")
+    server = build_server([models["char"]], host, "")
+    server.service.engine.close()
+    app = server.config.app
+    assert isinstance(app, guard.Guard)
+    for value, is_refused in ((name, False), ("localhost", False), ("127.0.0.3", True)):
+        assert bool(app._refusal({"type": "http", "path": "/", "headers": [(b"host", value.encode())]})) == is_refused
 
 
 def test_responses_have_a_strict_content_security_policy(url: str) -> None:
@@ -548,6 +659,7 @@ def test_read_token_needs_one_unless_only_this_machine_can_connect(tmp_path: Pat
     assert read_token({"LANES_SERVE_TOKEN": TOKEN}, "0.0.0.0") == TOKEN
     assert read_token({"LANES_SERVE_TOKEN_FILE": str(tmp_path / "token")}, "127.0.0.1") == TOKEN
     for environment in ({}, {"LANES_SERVE_TOKEN": ""}, {"LANES_SERVE_TOKEN": "short"},
+                        {"LANES_SERVE_TOKEN": f"{TOKEN} é"}, {"LANES_SERVE_TOKEN": f"{TOKEN}\n{TOKEN}"},
                         {"LANES_SERVE_TOKEN_FILE": str(tmp_path / "none")}):  # fmt: skip
         for host in ("0.0.0.0", "::", "gpu-7.example"):
             with pytest.raises(UserError, match="TOKEN"):
@@ -580,6 +692,13 @@ def test_serve_with_invalid_arguments_is_one_line(arguments: Sequence[str], mess
     assert (ended.status, ended.out) == (2, "")
     assert len(ended.err.splitlines()) == 1
     assert message in ended.err
+
+
+def test_serve_on_name_that_is_too_long_is_one_line(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LANES_SERVE_TOKEN", TOKEN)
+    ended = job("serve", run, "--port", "0", "--host", "a" * 70)
+    assert (ended.status, len(ended.err.splitlines())) == (2, 1)
+    assert f"--host = {'a' * 70}: is not an address or name" in ended.err
 
 
 def test_serve_on_port_in_use_is_one_line(run: Path) -> None:

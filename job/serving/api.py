@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -27,7 +27,6 @@ from job.serving.engine import Engine
 from job.serving.guard import error_response, server_sent_event
 from job.serving.prefix import encode_text
 from job.serving.schemas import (
-    Alternative,
     Continuation,
     ConversationInfo,
     ConversationRequest,
@@ -39,6 +38,7 @@ from job.serving.schemas import (
 )
 from job.serving.streams import EndEvent, Stream, TokenEvent
 
+Content = Callable[[Stream, AsyncIterator[list[TokenEvent | EndEvent]]], AsyncIterator[str]]  # of a response
 RETRY_AFTER_S = 1
 STATIC = Path(__file__).parent / "static"
 _ERRORS: dict[int | str, dict[str, Any]] = {
@@ -110,12 +110,10 @@ class Service:
 
 
 class _StreamResponse(StreamingResponse):
-    """The events of a stream, as server-sent events or as one object; a disconnect ends the stream."""
+    """The events of a stream in some form, as they come; a disconnect ends the stream."""
 
-    def __init__(self, service: Service, stream: Stream, *, as_events: bool) -> None:
+    def __init__(self, service: Service, stream: Stream, content: Content, media_type: str) -> None:
         service.start(stream)
-        content = _server_sent_events if as_events else _continuation
-        media_type = "text/event-stream" if as_events else "application/json"
         super().__init__(content(stream, service.events(stream)), media_type=media_type)
         self.finish = partial(service.finish, stream)
 
@@ -168,10 +166,24 @@ async def _server_sent_events(stream: Stream, events: AsyncIterator[list[TokenEv
 
 
 async def _continuation(stream: Stream, events: AsyncIterator[list[TokenEvent | EndEvent]]) -> AsyncIterator[str]:
-    """Yields the whole continuation as JSON once it is complete."""
-    *tokens, end = [_as_json(stream, event) for group in [group async for group in events] for event in group]
-    text = "".join(event["text"] for event in [*tokens, end])
-    yield json.dumps({"text": text, "reason": end["reason"], "tokens": tokens})
+    """Yields the whole continuation as one object, in parts: the tokens with their alternatives may be large."""
+    texts, separator = [], ""
+    yield '{"tokens": ['
+    async for group in events:
+        for event in group:
+            texts.append(event.text)
+            if isinstance(event, TokenEvent):
+                yield separator + json.dumps(_as_json(stream, event))
+                separator = ", "
+            else:
+                yield f'], "text": {json.dumps("".join(texts))}, "reason": {json.dumps(event.reason)}}}'
+
+
+async def _next_tokens(stream: Stream, events: AsyncIterator[list[TokenEvent | EndEvent]]) -> AsyncIterator[str]:
+    """Yields the alternatives of the only token as JSON."""
+    found = [event async for group in events for event in group if isinstance(event, TokenEvent)]
+    pairs = [pair for event in found for pair in event.alternatives]
+    yield json.dumps({"tokens": _alternatives(stream, pairs)})
 
 
 def build_app(service: Service) -> FastAPI:
@@ -222,19 +234,15 @@ def _add_generation(app: FastAPI, service: Service) -> None:
     async def generate(conversation_id: str, request: GenerateRequest) -> Response:
         """Read a text and continue it; ends a continuation of the same conversation that is being generated."""
         stream = await _prepare_stream(service.conversation(conversation_id), request)
-        return _StreamResponse(service, stream, as_events=request.stream)
+        if request.stream:
+            return _StreamResponse(service, stream, _server_sent_events, "text/event-stream")
+        return _StreamResponse(service, stream, _continuation, "application/json")
 
-    @app.post("/v1/conversations/{conversation_id}/next")
-    async def next_tokens(conversation_id: str, request: NextRequest) -> NextTokens:
+    @app.post("/v1/conversations/{conversation_id}/next", response_model=NextTokens)
+    async def next_tokens(conversation_id: str, request: NextRequest) -> Response:
         """Return the most likely tokens after a text; the state of the conversation stays as it is."""
         stream = await _prepare_stream(service.conversation(conversation_id), request)
-        service.start(stream)
-        try:
-            found = [event async for group in service.events(stream) for event in group]
-        finally:
-            service.finish(stream)
-        pairs = [pair for event in found if isinstance(event, TokenEvent) for pair in event.alternatives]
-        return NextTokens(tokens=[Alternative(**fields) for fields in _alternatives(stream, pairs)])
+        return _StreamResponse(service, stream, _next_tokens, "application/json")
 
 
 def _add_error_handlers(app: FastAPI) -> None:

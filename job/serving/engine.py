@@ -70,13 +70,19 @@ class Engine:
     @torch.no_grad()
     def _run(self) -> None:
         while self._wait():
-            self._end([stream for stream in self._reading + self._generating if stream.is_cancelled], "cancelled")
-            self._begin_submitted()
-            self._read()
-            for batch in self._batches.values():
-                self._step(batch)
+            try:
+                self._advance()
+            except Exception as error:  # such as no memory: the thread must not end while clients wait for it
+                self._fail(self._reading + self._generating, error)
         self._begin_submitted()
         self._end(self._reading + self._generating, "cancelled")
+
+    def _advance(self) -> None:
+        self._end([stream for stream in self._reading + self._generating if stream.is_cancelled], "cancelled")
+        self._begin_submitted()
+        self._read()
+        for batch in self._batches.values():
+            self._step(batch)
 
     def _wait(self) -> bool:
         """Returns once there is something to do; False if the engine is closed."""
@@ -121,13 +127,13 @@ class Engine:
 
     def _step(self, batch: Batch) -> None:
         streams = [stream for stream in self._generating if self._batches[stream.model] is batch]
-        batch.set_streams([stream for stream in streams if not stream.is_paused])
-        if batch.streams:
-            try:
+        try:
+            batch.set_streams([stream for stream in streams if not stream.is_paused])
+            if batch.streams:
                 batch.step()
-            except Exception as error:
-                self._fail(batch.streams, error)
-            self._report(batch.streams)
+        except Exception as error:
+            self._fail(streams, error)
+        self._report(batch.streams)
 
     def _report(self, streams: Sequence[Stream]) -> None:
         """Passes on the events of streams, and ends those that are complete."""
@@ -138,15 +144,18 @@ class Engine:
 
     def _fail(self, streams: Sequence[Stream], error: Exception) -> None:
         _logger.error("a model failed", exc_info=error)
+        for batch in self._batches.values():
+            if not {*batch.streams}.isdisjoint(streams):
+                batch.clear()  # whose states may not fit together
         self._end(list(streams), "failed")
 
     def _end(self, streams: Sequence[Stream], reason: str) -> None:
         if not streams:
             return
-        self._reading = [stream for stream in self._reading if stream not in streams]
-        self._generating = [stream for stream in self._generating if stream not in streams]
         for batch in self._batches.values():
             batch.set_streams([stream for stream in batch.streams if stream not in streams])
+        self._reading = [stream for stream in self._reading if stream not in streams]
+        self._generating = [stream for stream in self._generating if stream not in streams]
         for stream in streams:
             stream.end(reason)
         with self._condition:

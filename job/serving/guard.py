@@ -9,6 +9,8 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from job.console import escape_controls
+
 MAX_BODY_BYTES = 1 << 20
 _MAX_DISCARDED_BYTES = 1 << 26  # of a body that is too large, so that its client reads the response
 _HEADERS = {
@@ -25,8 +27,9 @@ LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 
 def error_response(status: int, message: str, headers: dict[str, str] | None = None) -> JSONResponse:
-    """Returns the JSON of an error."""
-    return JSONResponse({"error": {"status": status, "message": message}}, status, headers)
+    """Returns the JSON of an error, whose message is one line."""
+    line = escape_controls(message).replace("\n", "\\n")  # it may name what the client has sent
+    return JSONResponse({"error": {"status": status, "message": line}}, status, headers)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,8 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from job.config.schema import GenerateConfig
+
 MAX_LENGTH = 10_000  # tokens that a request may generate
 MAX_ALTERNATIVES = 50
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
@@ -50,7 +52,7 @@ class NextRequest(_Request):
 class GenerateRequest(NextRequest):
     """A text that is read after the conversation, and how it is continued, with the options of ``generate``."""
 
-    length: int = Field(200, ge=0, le=MAX_LENGTH, description="number of tokens")
+    length: int = Field(GenerateConfig.length, ge=0, le=MAX_LENGTH, description="number of tokens")
     seed: int = Field(-1, ge=-1, lt=2**63, description="seed of the sampling; -1: that of the run")
     stop: str = Field("", max_length=1000, description="text before which the continuation ends; empty: none")
     keep: bool = Field(True, description="continue the conversation with this text; false: leave its state as it is")

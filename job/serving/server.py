@@ -1,6 +1,7 @@
 """The ``serve`` verb: the models, the socket, and the server on it."""
 
 import ipaddress
+import re
 import signal
 import socket
 from collections.abc import Mapping, Sequence
@@ -21,6 +22,7 @@ from job.training.checkpoint import LoadedCheckpoint
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", "8000"
 TOKEN_ENV_VAR, TOKEN_FILE_ENV_VAR = "LANES_SERVE_TOKEN", "LANES_SERVE_TOKEN_FILE"
 _MIN_TOKEN_CHARACTERS, _MAX_TOKEN_BYTES = 16, 4096
+_CHOOSE_ANOTHER = "choose a random one: openssl rand -hex 32"
 _MAX_CONNECTIONS = 1000
 _STOP_TIMEOUT_S = 2  # for responses that are being sent when the server stops
 
@@ -52,14 +54,15 @@ def load_models(checkpoints: Sequence[LoadedCheckpoint], config: Config) -> list
     for loaded in checkpoints:
         vocabulary, model_config = loaded.vocabulary, loaded.config.model
         model = load_model(loaded, config.model, config.evaluate.weights)
-        name, number = loaded.config.run.name or "model", 1
+        name, number = (base := loaded.config.run.name or "model"), 1
         while name in models:
             number += 1
-            name = f"{loaded.config.run.name} ({number})"
+            name = f"{base} ({number})"
         description = f"{model_config.cell}, {' and '.join(map(str, model_config.layer_sizes))} units"
+        ensemble = Ensemble([model], None if loaded.config.generate.unknown else vocabulary.unknown_id)
         models[name] = ServedModel(
-            name, loaded.checkpoint.step, Ensemble([model], vocabulary.unknown_id), vocabulary, loaded.config.corpus,
-            loaded.config.run.seed, description,
+            name, loaded.checkpoint.step, ensemble, vocabulary, loaded.config.corpus, loaded.config.run.seed,
+            description,
         )  # fmt: skip
     return list(models.values())
 
@@ -84,7 +87,9 @@ def read_token(environment: Mapping[str, str], host: str) -> str:
         raise UserError(problem, f"set {TOKEN_ENV_VAR}, or {TOKEN_FILE_ENV_VAR} to the name of a file with it")
     if token is not None and len(token) < _MIN_TOKEN_CHARACTERS:
         problem = f"{origin}: has fewer than {_MIN_TOKEN_CHARACTERS} characters"
-        raise UserError(problem, "choose a random one: openssl rand -hex 32")
+        raise UserError(problem, _CHOOSE_ANOTHER)
+    if token is not None and not re.fullmatch("[!-~]+", token):  # a header cannot have the others
+        raise UserError(f"{origin}: has a character that is not a letter, digit or sign of ASCII", _CHOOSE_ANOTHER)
     return token or ""
 
 
@@ -99,9 +104,12 @@ def is_loopback(host: str) -> bool:
 def listen(host: str, port: str) -> socket.socket:
     """Returns a socket that listens on an address. Raises UserError if that is not possible."""
     number, problem = _parse_port(port), f"--host {host} --port {port}: cannot listen there"
-    with report_os_error(problem, "choose another --port (0: any free one) or --host"):
-        family, *_ = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0]
-        return socket.create_server((host, number), family=family)
+    try:
+        with report_os_error(problem, "choose another --port (0: any free one) or --host"):
+            family, *_ = socket.getaddrinfo(host, number, type=socket.SOCK_STREAM)[0]
+            return socket.create_server((host, number), family=family)
+    except UnicodeError:  # from the encoding of international names, which have a largest length
+        raise UserError(f"--host = {host}: is not an address or name", "choose another one") from None
 
 
 def _parse_port(text: str) -> int:
@@ -119,7 +127,7 @@ def build_server(models: Sequence[ServedModel], host: str, token: str) -> Server
         token: that clients need; empty: none
     """
     service = Service(models, Conversations())
-    hosts = LOOPBACK_NAMES if is_loopback(host) else None
+    hosts = LOOPBACK_NAMES | {_url_name(host)} if is_loopback(host) else None
     config = uvicorn.Config(
         Guard(build_app(service), token, hosts), http="h11", loop="asyncio", ws="none", lifespan="off",
         log_config=None, access_log=False, server_header=False, proxy_headers=False,
@@ -148,5 +156,8 @@ def run_server(server: Server, listener: socket.socket) -> int:
 
 def page_address(host: str, listener: socket.socket) -> str:
     """Returns the address of the page."""
-    name = f"[{host}]" if ":" in host else host
-    return f"http://{name}:{listener.getsockname()[1]}/"
+    return f"http://{_url_name(host)}:{listener.getsockname()[1]}/"
+
+
+def _url_name(host: str) -> str:
+    return f"[{host.lower()}]" if ":" in host else host

@@ -110,7 +110,8 @@ class Stream:
         block = self.unread[: min(BLOCK_TOKENS, len(self.unread) - 1)]
         if len(block):
             tokens_TB = torch.from_numpy(block.astype(np.int64))[:, None]
-            self.states = self.model.ensemble.advance(tokens_TB, self.states)
+            states = self.model.ensemble.advance(tokens_TB, self.states)
+            self.states = [map_state(Tensor.clone, state) for state in states]  # which may be views of the whole block
         self.unread = self.unread[len(block) :]
         return len(block)
 
@@ -152,6 +153,10 @@ class Batch:
         parts = [self._select(lanes)] * bool(lanes) + [stream.states for stream in joining]
         self.states = [cat_states(list(of_model)) for of_model in zip(*parts, strict=True)]
         self.streams = [self.streams[lane] for lane in lanes] + joining
+
+    def clear(self) -> None:
+        """Removes all streams, without their states."""
+        self.streams, self.states = [], []
 
     def _select(self, lanes: list[int]) -> list[State]:
         """Returns a copy of the states of some lanes."""
