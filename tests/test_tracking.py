@@ -41,6 +41,7 @@ class Server:
         self.steps: dict[str, list[int]] = {}
         self.closed: list[bool] = []
         self.uploads: list[list[str]] = []
+        self.refusals = 0  # of descriptions
         self.knows_last_step, self.fails, self.logs = True, False, threading.Event()
         self.logs.set()
         self.failed = threading.Event()
@@ -61,6 +62,11 @@ class Server:
         steps = self.steps.setdefault(run_id, [])
         self.current = steps
         return run_id, max(steps, default=-1) if self.knows_last_step else None
+
+    def describe(self) -> None:
+        self.refusals -= 1
+        if self.refusals >= 0:
+            raise ConnectionError("no route")
 
     def log(self, records: list[StepRecord]) -> None:
         self.check()
@@ -178,6 +184,20 @@ def test_trackers_that_fail_warn_once_without_credentials_and_get_all_later(
     driver.trackers.close()
     driver.log.close()
     assert server.steps == {"run-0": [1, 2, 3]}
+
+
+def test_trackers_that_do_not_get_the_configuration_create_no_further_run(server: Server, tmp_path: Path) -> None:
+    server.refusals = 3
+    for start in (0, 4):
+        driver = Driver(Folder(str(tmp_path)), start)
+        driver.report(*range(start + 1, start + 5))
+        driver.commit(start + 4)
+        while server.refusals >= 0:
+            time.sleep(0.01)
+        driver.trackers.close()
+        driver.log.close()
+    assert server.steps == {"run-0": [*range(1, 9)]}
+    assert server.refusals == -2  # each driver passes it on
 
 
 def test_trackers_that_hang_do_not_delay_the_run(

@@ -26,16 +26,21 @@ class MlflowTracker:
         self.client = MlflowClient(None if run.target == "env" else run.target)
 
     def open(self, run_id: str) -> tuple[str, int]:
-        """Continues the run, or creates one with the configuration as parameters."""
-        if run_id:
-            self.run_id = run_id
-            self.client.update_run(run_id, status="RUNNING")
-            return run_id, int(self.client.get_run(run_id).data.tags.get(_STEP_TAG, -1))
-        self.run_id = self.client.create_run(self._experiment(), run_name=self.run.name).info.run_id
-        params = [Param(name, format_value(value)[:_MAX_VALUE]) for name, value in self.run.config.items()]
+        """Continues the run, or creates one."""
+        if not run_id:
+            self.run_id = self.client.create_run(self._experiment(), run_name=self.run.name).info.run_id
+            return self.run_id, -1
+        self.run_id = run_id
+        self.client.update_run(run_id, status="RUNNING")
+        return run_id, int(self.client.get_run(run_id).data.tags.get(_STEP_TAG, -1))
+
+    def describe(self) -> None:
+        """Logs the configuration as parameters, which cannot be changed later."""
+        known = self.client.get_run(self.run_id).data.params
+        values = {name: value for name, value in self.run.config.items() if name not in known}
+        params = [Param(name, format_value(value)[:_MAX_VALUE]) for name, value in values.items()]
         for start in range(0, len(params), _MAX_PARAMS):
             self.client.log_batch(self.run_id, params=params[start : start + _MAX_PARAMS])
-        return self.run_id, -1
 
     def _experiment(self) -> str:
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "lanes")

@@ -48,6 +48,9 @@ class Tracker(Protocol):
             its identifier, and the last step that it has, -1 if it has none, None if that is not known
         """
 
+    def describe(self) -> None:
+        """Stores the configuration, where the run has none."""
+
     def log(self, records: list[StepRecord]) -> None:
         """Stores steps, in order."""
 

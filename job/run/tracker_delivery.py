@@ -194,7 +194,8 @@ class Delivery(threading.Thread):
         module = import_module(f"job.run.{self.tracker_name}_tracker")
         tracker: Tracker = module.create_tracker(self.run_info)
         self.run_id, last_step = tracker.open(stored["run"])
-        self._store(stored["step"] if last_step is None else last_step)
+        self._store(stored["step"] if last_step is None else last_step)  # first: if the rest fails, it is no new run
+        tracker.describe()
         self.tracker = tracker
         return tracker
 

@@ -48,6 +48,9 @@ class WandbTracker:
             return run_id, None
         return run_id, max(self.client.step - 1, *(_last_step(file) for file in files), -1)
 
+    def describe(self) -> None:
+        """Does nothing: ``open`` has passed the configuration on."""
+
     def log(self, records: list[StepRecord]) -> None:
         """Logs all that was reported of a step at once."""
         for record in records:
