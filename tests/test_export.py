@@ -333,6 +333,17 @@ def test_export_with_bad_input_is_one_line_and_writes_nothing(
     assert [path.name for path in tmp_path.rglob("*")] == ["full", "file"]
 
 
+@pytest.mark.slow
+def test_export_to_link_to_private_empty_folder_keeps_both(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "private").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to("private")
+    ended = job("export", run, "--format", "hub", "--output", tmp_path / "link")
+    assert (ended.status, ended.err) == (0, "")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "link" / "README.md").exists()
+    assert (tmp_path / "private").stat().st_mode & 0o777 == 0o700
+    assert {path.name for path in tmp_path.iterdir()} == {"private", "link"}
+
+
 def test_export_of_folder_without_checkpoint_is_one_line(tmp_path: Path) -> None:
     ended = job("export", tmp_path / "none", "--format", "hub", "--output", tmp_path / "new")
     assert_user_error(ended, "none: neither a run with a checkpoint nor a checkpoint")

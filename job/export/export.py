@@ -37,7 +37,7 @@ def check_export(file_format: str, output: str) -> Path:
     if file_format == "onnx":
         import_onnx()
     with error_origin("--output"):
-        folder = Path(expand_path(output)).absolute()
+        folder = Path(os.path.realpath(expand_path(output)))  # what a link points to is replaced, not the link
     if not output or is_uri(output):
         raise UserError(f"--output {output}: is not a local folder", "give the path of a new one")
     with report_os_error(f"--output {output}: cannot be read"):
@@ -118,6 +118,8 @@ def _new_folder(folder: Path) -> Iterator[Path]:
     missing = [parent for parent in folder.parents if not parent.exists()]
     try:
         temporary.mkdir(parents=True)
+        if folder.exists():
+            shutil.copymode(folder, temporary)  # which may be private
         yield temporary
         temporary.rename(folder)  # also in place of an empty folder
     except BaseException:
