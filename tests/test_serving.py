@@ -719,7 +719,11 @@ def test_serve_stops_at_once_with_streams_open(number: signal.Signals, status: i
     client = post(f"{start_conversation(url)}/generate", {"text": "It was", "length": 10_000}, stream=True)
     lines = client.iter_lines()
     assert next(lines) == b"event: token"
-    process.send_signal(number)
-    _, err = process.communicate(timeout=30)
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as stalled:
+        if number == signal.SIGTERM:
+            stalled.sendall(b"POST /v1/conversations HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
+            assert requests.get(f"{url}/v1/models", timeout=60).status_code == 200  # after it has been read
+        process.send_signal(number)
+        _, err = process.communicate(timeout=30)
     assert (process.returncode, err) == (status, "")
     assert b"event: end" in [*lines]

@@ -1,6 +1,7 @@
 """The ``serve`` verb: the models, the socket, and the server on it."""
 
 import ipaddress
+import logging
 import re
 import signal
 import socket
@@ -37,6 +38,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stops the server."""
         self.service.engine.close()
+        logging.getLogger("uvicorn.error").disabled = True  # of tasks that are cancelled next
         await super().shutdown(sockets)
 
 
