@@ -301,19 +301,6 @@ VERBS = {
         JSON_FLAG,
         takes_several=True,
     ),
-    "export": Verb(
-        _export,
-        "RUN|CHECKPOINT",
-        ("model.cell", "evaluate.weights"),
-        {"format": "onnx (a step of the model) or hub (weights and a model card)", "output": "the folder to create"},
-    ),
-    "serve": Verb(
-        _serve,
-        "RUN|CHECKPOINT|SEARCH …",
-        ("model.cell", "evaluate.weights"),
-        {"host": "address to listen on (default: 127.0.0.1)", "port": "port; 0: any free one (default: 8000)"},
-        takes_several=True,
-    ),
     "doctor": Verb(
         _doctor, "[CONFIG.toml]", tuple(SECTIONS), {"address": "a running Ray cluster: HOST:PORT", **JSON_FLAG}
     ),
@@ -324,6 +311,19 @@ VERBS = {
         (),
         {"output": "the file to write (default: report.html in the folder of the first run)"},
         takes_several=True,
+    ),
+    "serve": Verb(
+        _serve,
+        "RUN|CHECKPOINT|SEARCH …",
+        ("model.cell", "evaluate.weights"),
+        {"host": "address to listen on (default: 127.0.0.1)", "port": "port; 0: any free one (default: 8000)"},
+        takes_several=True,
+    ),
+    "export": Verb(
+        _export,
+        "RUN|CHECKPOINT",
+        ("model.cell", "evaluate.weights"),
+        {"format": "onnx (a step of the model) or hub (weights and a model card)", "output": "the folder to create"},
     ),
 }
 

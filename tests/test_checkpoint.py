@@ -62,7 +62,7 @@ def test_finished_run_contains_the_documented_files(run: Path) -> None:
     names = {path.name for path in run.iterdir()}
     assert names == {
         "config.toml", "metrics.jsonl", "perplexity.png", "tensorboard", "checkpoints", "sample.txt", "result.json",
-        ".lock", "driver.log",
+        ".lock", "driver.log", "samples.jsonl", "report.html",
     }  # fmt: skip
     found = result(run)
     last = run / found["checkpoint"]

@@ -33,6 +33,7 @@ class Contract:
         boolean: one of its flags for a boolean
         refused: flags of other verbs, and what is wrong with them
         has_json: whether it accepts ``--json``
+        required: flags that it needs
     """
 
     missing: str
@@ -41,11 +42,13 @@ class Contract:
     boolean: str = ""
     refused: tuple[tuple[str, str], ...] = ()
     has_json: bool = True
+    required: tuple[str, ...] = ()
 
 
 NO_JSON = ("json", "generate, evaluate, doctor, runs can use it")
 NO_ADDRESS = ("address", "doctor can use it")
 ONLY_TUNE = ("search.trials", "only tune accepts fields of [search]")
+NO_FIELDS = ("model.hidden_size", "does not accept fields of a configuration")
 BY_CHECKPOINT = ("model.hidden_size", "is fixed by the checkpoint and cannot be changed")
 CONTRACTS = {
     "train": Contract(
@@ -71,9 +74,19 @@ CONTRACTS = {
     "doctor": Contract(
         "no such configuration file", "model.hidden_size", "model.hiden_size", "train.reproducible", (ONLY_TUNE,)
     ),
-    "runs": Contract("no such folder", refused=(
-        NO_ADDRESS, ("model.hidden_size", "does not accept fields of a configuration"), ONLY_TUNE,
-    )),
+    "runs": Contract("no such folder", refused=(NO_ADDRESS, NO_FIELDS, ONLY_TUNE)),
+    "report": Contract(
+        "neither a run nor a search", refused=(NO_JSON, NO_ADDRESS, NO_FIELDS, ONLY_TUNE), has_json=False
+    ),
+    "serve": Contract(
+        "neither a run with a checkpoint nor a checkpoint", "evaluate.weights", "evaluate.weight", "",
+        (NO_JSON, NO_ADDRESS, ONLY_TUNE, BY_CHECKPOINT), has_json=False,
+    ),
+    "export": Contract(
+        "neither a run with a checkpoint nor a checkpoint", "evaluate.weights", "evaluate.weight", "",
+        (NO_JSON, NO_ADDRESS, ONLY_TUNE, BY_CHECKPOINT), has_json=False,
+        required=("--format", "hub", "--output", "no/such/output"),
+    ),
 }  # fmt: skip
 
 every_verb = pytest.mark.parametrize("verb", CONTRACTS)
@@ -173,7 +186,7 @@ def test_help_for_generate_lists_only_its_fields() -> None:
     [
         (
             [],
-            "the verb is missing; one of train, tune, prepare, generate, evaluate, doctor, runs; python -m job --help",
+            f"the verb is missing; one of {', '.join(CONTRACTS)}; python -m job --help",
         ),
         (["trian"], "unknown verb trian; did you mean train?"),
         (["--model.cell", "rnn"], "unknown verb --model.cell"),
@@ -216,8 +229,9 @@ def test_boolean_is_true_or_false(verb: str, run: Path) -> None:
 
 @every_verb
 def test_missing_file_or_folder_is_an_error(verb: str) -> None:
-    assert_error(job(verb, "no/such"), "no/such: ", CONTRACTS[verb].missing)
-    assert_error(job(verb, "file:///no/such"), "no/such: ", CONTRACTS[verb].missing)
+    contract = CONTRACTS[verb]
+    assert_error(job(verb, "no/such", *contract.required), "no/such: ", contract.missing)
+    assert_error(job(verb, "file:///no/such", *contract.required), "no/such: ", contract.missing)
 
 
 @every_verb
@@ -238,18 +252,18 @@ def test_second_file_or_folder_is_an_error_unless_the_verb_takes_several(verb: s
     ],
 )
 def test_invalid_argument_is_an_error(verb: str, words: list[str], part: str) -> None:
-    ended = job(verb, *words)
+    ended = job(verb, *words, *CONTRACTS[verb].required)
     assert_error(ended, part)
     assert "hunter2" not in ended.err
 
 
 @every_verb
 def test_debug_shows_the_traceback_of_an_error(verb: str) -> None:
-    ended = job("--debug", verb, "no/such")
+    ended = job("--debug", verb, "no/such", *CONTRACTS[verb].required)
     assert (ended.status, ended.out) == (2, "")
     assert ended.err.startswith("Traceback (most recent call last):")
     assert CONTRACTS[verb].missing in ended.err
-    assert job(verb, "no/such", "--debug") == ended
+    assert job(verb, "no/such", *CONTRACTS[verb].required, "--debug") == ended
 
 
 @with_json
@@ -289,7 +303,7 @@ def test_train_ends_with_perplexity_sample_and_paths(trained: tuple[Path, Ended]
         rf"perplexity {found['perplexity']:.4g} after 1 epochs, {found['steps']:,} steps, \d+ s on 1 worker\n\n"
         rf"    {re.escape(found['generated'])}\n\n"
         rf"curve      {run}/perplexity\.png\nmetrics    {run}/metrics\.jsonl\ncheckpoint {run}/{found['checkpoint']}\n"
-        rf"continue   \S+ -m job generate {run} --generate\.prefix '…'\n$"
+        rf"continue   \S+ -m job generate {run} --generate\.prefix '…'\nreport     {run}/report\.html\n$"
     )
     assert re.search(pattern, ended.out), ended.out
 

@@ -89,14 +89,15 @@ def run_search(config: Config, search: SearchConfig, default_name: str, console:
                 trials = load_trials(lease.folder, *scaled)
                 if trials.num_pending:
                     _run_trials(trials, placement, lease, stop_request, console)
-                if stop_request.exit_code:
+                exit_code = stop_request.exit_code  # a later interrupt finds nothing to stop
+                if exit_code:
                     console.print(f"stopped; the same command resumes {folder}")
                 else:
                     trials = load_trials(lease.folder, base, search)  # as the files state
                     write_results(trials)
                     print_results(trials, console)
                 report_search(trials, console)
-                return stop_request.exit_code
+                return exit_code
             except OSError as error:
                 raise RunFailed(f"{folder}: cannot be read or written: {error.strerror or error}", RESUME) from None
             except UserError as error:

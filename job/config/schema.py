@@ -431,7 +431,7 @@ class EvaluateConfig(Section, on_resume=FREE):
 
 @dataclass(frozen=True)
 class TrackingConfig(Section, on_resume=FREE):
-    """Trackers of experiments that follow a run; the trials of a search are not tracked."""
+    """Trackers that follow a run, but not the trials of a search."""
 
     mlflow: str = config_field("", "URI of MLflow's server or store; env: MLFLOW_TRACKING_URI; empty: none")
     wandb: str = config_field("", "project of Weights & Biases; empty: none")
