@@ -5,7 +5,7 @@ from functools import cache
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from job.config.schema import CorpusConfig, VocabularyConfig
@@ -72,10 +72,12 @@ def test_counts_of_pieces_give_the_vocabulary_of_the_whole(kind: str, text: str,
         ("word", "one two", 4),
         ("word", "one two\r", 7),
         ("word", "one", 0),
-        ("bpe", "one\ntwo three", 4),
+        ("bpe", "one\ntwo", 4),
+        ("bpe", "one\ntwo three", 7),
         ("bpe", "one\n\ntwo", 0),
         ("bpe", "one \ntwo", 0),
         ("bpe", "one\n", 0),
+        ("bpe", "one ", 0),
     ],
 )
 def test_last_cut_is_where_what_follows_changes_no_token(kind: str, text: str | bytes, cut: int) -> None:
@@ -92,3 +94,32 @@ def test_cut_text_yields_pieces_of_the_size_of_its_blocks() -> None:
 def test_cut_text_without_a_cut_yields_the_whole() -> None:
     assert list(cut_text(blocks_of("x" * 1000, 10), lambda part: last_cut(part, "bpe"))) == ["x" * 1000]
     assert not list(cut_text(blocks_of("", 10), lambda part: last_cut(part, "bpe")))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@settings(deadline=None)  # a loaded machine is slow
+@example(text="aaa 11\n1", sizes=(1, 9), max_uncut=2, stop=6)  # a place to cut that is followed by the limit
+@given(
+    text=TEXTS, sizes=st.tuples(st.integers(1, 9), st.integers(1, 9)), max_uncut=st.integers(2, 6),
+    stop=st.integers(0, 60),
+)  # fmt: skip
+def test_cut_text_without_a_place_to_cut_is_cut_by_the_text_alone(
+    kind: str, text: str, sizes: tuple[int, int], max_uncut: int, stop: int
+) -> None:
+    """Wherever the blocks end, and from any other cut on, the tokens are the same; no piece exceeds the limit."""
+    vocabulary = vocabulary_of(kind)
+    start = vocabulary.last_cut(text[:stop])
+    tokens = []
+    for texts, size in zip(((text,), (text[:start], text[start:])), sizes, strict=True):
+        pieces = [piece for part in texts for piece in cut_text(blocks_of(part, size), vocabulary.last_cut, max_uncut)]
+        assert "".join(pieces) == text
+        assert max(map(len, pieces), default=0) <= max_uncut
+        tokens.append(np.concatenate([np.empty(0, np.int32), *(vocabulary.encode([piece]) for piece in pieces)]))
+    np.testing.assert_array_equal(tokens[0], tokens[1])
+
+
+def test_encode_of_a_word_without_end_is_of_several_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("job.data.vocabulary.MAX_UNCUT", 3)
+    monkeypatch.setattr("job.data.vocabulary.BLOCK_CHARACTERS", 5)
+    config = VocabularyConfig(kind="word")
+    assert count_tokens(config, [["abcabcab abc"]]) == {"abc": 3, "ab": 1}

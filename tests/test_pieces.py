@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -151,3 +152,28 @@ def test_compressed_parquet_on_a_full_disk_is_one_error(tmp_path: Path, monkeypa
     monkeypatch.setattr("tempfile.TemporaryFile", fail)
     with pytest.raises(UserError, match=r"gz: cannot be decompressed: No space left on device; set XDG_CACHE_HOME"):
         list(PieceReader(pieces).read(0))
+
+
+@pytest.mark.parametrize("kind", ["word", "bpe"])
+def test_file_without_a_place_to_cut_is_read_once_and_in_bounded_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A text without blanks was read again by each of its pieces, which grew with the file."""
+    (tmp_path / "a.txt").write_text("x" * 400_000 + "\n\n" + "y" * 400_000)
+    for name, value in (("PIECE_BYTES", 10_000), ("_WINDOW_BYTES", 100), ("_MAX_WINDOW_BYTES", 1000)):
+        monkeypatch.setattr(pieces_module, name, value)
+    monkeypatch.setattr(piece_reader, "BLOCK_BYTES", 1000)
+    pieces = cut(tmp_path / "a.txt", CorpusConfig(source="a.txt", cleaning="none"), kind)
+    pieces = replace(pieces, text_format=replace(pieces.text_format, max_uncut=3000))
+    sizes: list[int | None] = []
+
+    class Counting(io.BufferedReader):
+        def read(self, size: int | None = -1, /) -> bytes:
+            sizes.append(size)
+            return super().read(size)
+
+    monkeypatch.setattr("io.BufferedReader", Counting)
+    parts = [line for piece in range(len(pieces)) for part in PieceReader(pieces).read(piece) for line in part.lines]
+    assert "".join(map(str, parts)) == (tmp_path / "a.txt").read_text()
+    assert max(map(len, parts)) <= 3000
+    assert sum(filter(None, sizes)) < 5 * 800_000

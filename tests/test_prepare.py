@@ -17,7 +17,7 @@ from test_pieces import files
 from job.config.config_file import load_config
 from job.config.schema import Config
 from job.console import Console
-from job.data import piece_encoder
+from job.data import piece_encoder, piece_reader
 from job.data import pieces as pieces_module
 from job.data.corpus import has_token, read_corpus
 from job.data.dataset import encode_corpus
@@ -65,10 +65,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     contents=st.lists(files(), min_size=1, max_size=4), piece_bytes=st.sampled_from([4, 20, 1000]),
     shard=st.sampled_from([1, 9, 1000]), cleaning=st.sampled_from(["none", "d2l"]), separator=st.booleans(),
     scope=st.sampled_from(["corpus", "training"]), max_tokens=st.sampled_from([0, 0, 3, 17]),
+    max_uncut=st.sampled_from([3, 5, 1000]), newlines=st.sampled_from(["keep", "normalize"]),
 )  # fmt: skip
 def test_store_of_pieces_equals_the_corpus_in_memory(
     tmp_path_factory: pytest.TempPathFactory, kind: str, contents: list[tuple[str, bytes]], piece_bytes: int,
-    shard: int, cleaning: str, separator: bool, scope: str, max_tokens: int,
+    shard: int, cleaning: str, separator: bool, scope: str, max_tokens: int, max_uncut: int, newlines: str,
 ) -> None:  # fmt: skip
     folder = tmp_path_factory.mktemp("prepare")
     (folder / "texts").mkdir()
@@ -77,11 +78,16 @@ def test_store_of_pieces_equals_the_corpus_in_memory(
     flags = {"corpus__cleaning": cleaning, "corpus__separator": separator, "corpus__max_tokens": max_tokens}
     flags |= {"vocabulary__kind": kind.split(maxsplit=1)[0], "vocabulary__end_of_line": "line" in kind}
     flags |= {"vocabulary__size": 280} if kind == "bpe" else {"vocabulary__scope": scope}
+    flags |= {} if kind == "byte" else {"corpus__newlines": newlines}
     values = {name: str(value).lower() for name, value in flags.items()}
     config = config_of(folder / "texts", folder / "store", corpus__validation_fraction=0.3, **values)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(pieces_module, "PIECE_BYTES", piece_bytes)
         patch.setattr(piece_encoder, "SHARD_CHARACTERS", shard)
+        patch.setattr(piece_reader, "BLOCK_BYTES", 3 * max_uncut)
+        patch.setattr("job.data.vocabulary.BLOCK_CHARACTERS", 2)
+        for module in ("data.bpe", "data.vocabulary", "data.vocabulary_builder", "run.prepare"):
+            patch.setattr(f"job.{module}.MAX_UNCUT", max_uncut)
         try:
             corpus = read_corpus(config.corpus, config.vocabulary.kind)
             vocabulary, tokens = encode_corpus(corpus, config.corpus, config.vocabulary)
@@ -93,6 +99,7 @@ def test_store_of_pieces_equals_the_corpus_in_memory(
             assert not (folder / "store").exists()
             return
         assert prepare_store(config, Console()) == 0
+        target_characters = count_target_characters(corpus, vocabulary, tokens[1:])
     found = stored(config)
     content = json.loads((folder / "store" / "manifest.json").read_text())["content"]
     separators = int((tokens[:-1] == len(vocabulary) - 1).sum()) if vocabulary.has_separator else 0
@@ -100,7 +107,7 @@ def test_store_of_pieces_equals_the_corpus_in_memory(
     assert found.vocabulary == vocabulary
     np.testing.assert_array_equal(np.asarray(found.tokens), tokens)
     assert found.num_characters == corpus.num_characters
-    assert found.target_characters == count_target_characters(corpus, vocabulary, tokens[1:])
+    assert found.target_characters == target_characters
     assert found.tokens.count_unknown(vocabulary) == count_unknown(tokens, vocabulary)
 
 

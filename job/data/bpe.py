@@ -7,19 +7,20 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, ClassVar, cast
 
 import numpy as np
 
-from job.data.cuts import blocks_of, cut_text
+from job.data.cuts import MAX_UNCUT, blocks_of, cut_text
 from job.data.vocabulary import SEPARATOR_TEXT, Vocabulary
 from job.documents import parse_json
 from job.errors import UserError
 
-PIECE_CHARACTERS, _BATCH_PIECES = 1 << 13, 64  # that the library encodes in one call, which bounds the memory
+PIECE_CHARACTERS, _BATCH_CHARACTERS = 1 << 13, 1 << 19  # that the library encodes in one call: bounds the memory
 _MAX_TOKENS = 1 << 24
-# Of cl100k_base and Llama 3, and of Qwen 2: each begins a part after a newline before a character that is not blank.
+# Of cl100k_base and Llama 3, and of Qwen 2. Each begins a part after a newline, and at a blank, that is between two
+# characters that are not blank.
 _LINE_PATTERNS = {
     rf"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{count}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -72,9 +73,8 @@ class BpeVocabulary(Vocabulary):
         if lines and isinstance(lines[0], np.ndarray):
             return super().encode(lines)
         blocks = (blocks_of(line, PIECE_CHARACTERS) for line in cast(list[str], lines))
-        pieces = chain.from_iterable(cut_text(line, self.last_cut) for line in blocks)
-        batches = iter(lambda: list(islice(pieces, _BATCH_PIECES)), [])
-        arrays = [self._encode_batch(batch) for batch in batches]
+        pieces = chain.from_iterable(cut_text(line, self.last_cut, self.max_uncut) for line in blocks)
+        arrays = [self._encode_batch(batch) for batch in _batches(pieces)]
         return np.concatenate(arrays) if arrays else np.empty(0, np.int32)
 
     def _encode_batch(self, pieces: Sequence[str]) -> np.ndarray:
@@ -96,6 +96,11 @@ class BpeVocabulary(Vocabulary):
     def last_cut(self, text: str | bytes, cleaning: str = "none") -> int:
         """Returns the last position at which a text may be cut; 0 if that of this tokenizer is not known."""
         return super().last_cut(text, cleaning) if self.can_cut else 0
+
+    @property
+    def max_uncut(self) -> int | None:
+        """After how many characters without a place to cut a text is cut; None if such places are not known."""
+        return MAX_UNCUT if self.can_cut else None
 
     @cached_property
     def num_characters(self) -> np.ndarray:
@@ -136,6 +141,17 @@ class BpeVocabulary(Vocabulary):
     def to_json(self) -> str:
         """Returns the content of ``tokenizer.json``."""
         return self.json
+
+
+def _batches(pieces: Iterable[str]) -> Iterator[list[str]]:
+    batch, length = list[str](), 0
+    for piece in pieces:
+        batch.append(piece)
+        length += len(piece)
+        if length >= _BATCH_CHARACTERS:
+            yield batch
+            batch, length = [], 0
+    yield batch
 
 
 def train_bpe(pieces: Iterable[str], size: int, min_frequency: int = 0, has_separator: bool = False) -> BpeVocabulary:

@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Any, BinaryIO, cast
 
 from job.data.compression import BLOCK_BYTES, SIGNATURE_BYTES, compression, decompress_stream, write_temporary_file
-from job.data.corpus import clean_text, has_token
+from job.data.corpus import NEWLINE, clean_text, has_token
 from job.data.cuts import cut_text
 from job.data.file_format import PARQUET_SIGNATURE, is_json_lines, is_parquet
 from job.data.parse import decode_blocks, parse_json_lines, parse_parquet
@@ -208,7 +208,9 @@ class PieceReader:
             return self._documents(span, _with_origin(documents, origin))
         if self.format.is_raw:
             return self._parts(span, start, blocks)
-        return self._parts(span, start, decode_blocks(blocks, self._encoding(start), start))
+        texts = decode_blocks(blocks, self._encoding(start), start)
+        is_normalized = self.format.corpus_config.newlines == "normalize" and self.format.vocabulary_kind == "bpe"
+        return self._parts(span, start, _normalize(texts) if is_normalized else texts)
 
     def _encoding(self, start: int) -> str:
         return "utf-8" if start else self.format.corpus_config.encoding
@@ -223,7 +225,8 @@ class PieceReader:
             yield _Text(span.file, text, is_start=True, is_document=is_document)
 
     def _parts(self, span: Span, start: int, blocks: Iterable[Any]) -> Iterator[_Text]:
-        for number, text in enumerate(cut_text(blocks, self.format.find_cut)):
+        max_uncut = None if self.format.corpus_config.cleaning == "d2l" else self.format.max_uncut
+        for number, text in enumerate(cut_text(blocks, self.format.find_cut, max_uncut)):
             yield _Text(span.file, text, is_start=not start and not number, is_document=False)
 
 
@@ -233,6 +236,16 @@ def _read_blocks(stream: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
         block = stream.read(min(BLOCK_BYTES, stop - start))
         yield block
         start += len(block)
+
+
+def _normalize(blocks: Iterable[str]) -> Iterator[str]:
+    """Makes all line ends ``\\n``, but for a last ``\\r``: where a text for bpe may be cut depends on them."""
+    rest = ""
+    for block in blocks:
+        text = rest + block
+        rest = "\r" * text.endswith("\r")
+        yield NEWLINE.sub("\n", text[: len(text) - len(rest)])
+    yield rest
 
 
 def _with_origin(documents: Iterator[str], origin: AbstractContextManager[None]) -> Iterator[str]:

@@ -15,13 +15,14 @@ import pyarrow.parquet
 
 from job.config.schema import CorpusConfig
 from job.data.compression import compression
-from job.data.cuts import last_cut
+from job.data.cuts import MAX_UNCUT, last_cut
 from job.data.file_format import SAMPLE_BYTES, has_format_name, is_json_lines, is_parquet, marked_encoding
 from job.data.source import SourceFile
 from job.errors import UserError, error_origin
 
 PIECE_BYTES = 32 << 20  # of the text of a piece, about
-_WINDOW_BYTES = 64 << 10  # before the end of a piece, in which it is cut; more where there is no cut
+_WINDOW_BYTES, _MAX_WINDOW_BYTES = 64 << 10, 1 << 20  # that are searched for a cut at a time, from the end of a piece
+_CONTEXT_BYTES = 16  # before a window, on which a cut may depend
 _BYTE_ORDER_MARK = "\ufeff"
 _FILES_AT_ONCE = 16  # whose sizes and formats are requested
 
@@ -53,6 +54,7 @@ class TextFormat:
         has_separator: whether the vocabulary can separate documents; if not, they are joined by newlines
         find_cut: returns the last position at which a text may be cut, as ``last_cut`` does
         field: what gave the source, for messages
+        max_uncut: as of ``cut_text``
     """
 
     corpus_config: CorpusConfig
@@ -60,6 +62,7 @@ class TextFormat:
     has_separator: bool
     find_cut: Callable[[str | bytes], int]
     field: str = "corpus.source"
+    max_uncut: int | None = MAX_UNCUT
 
     @property
     def is_raw(self) -> bool:
@@ -133,7 +136,8 @@ class Pieces:
             find_cut = _last_line_end
         if self.text_format.is_plain(name):
             return span.start, min(span.stop, size)
-        return _move_to_cut(stream, span.start, size, find_cut), _move_to_cut(stream, span.stop, size, find_cut)
+        stop = size if span.stop >= size else _find_cut(stream, range(span.start, span.stop), find_cut)
+        return (_find_cut(stream, range(span.start), find_cut) if stop else 0), stop
 
 
 def cut_files(files: list[SourceFile], sizes: list[int], text_format: TextFormat) -> Pieces:
@@ -205,23 +209,26 @@ def _last_line_end(text: str | bytes) -> int:
     return text.rfind("\n") + 1
 
 
-def _move_to_cut(stream: BinaryIO, position: int, size: int, find_cut: Callable[[str | bytes], int]) -> int:
-    """Returns the last byte up to a position at which a text in UTF-8 may be cut; 0 if there is none."""
-    if position >= size:
-        return size
-    window = min(_WINDOW_BYTES, position)
-    while position:
-        stream.seek(position - window)
-        data = stream.read(window)
-        if window < position:
+def _find_cut(stream: BinaryIO, places: range, find_cut: Callable[[str | bytes], int]) -> int:
+    """Returns the last byte up to the end of a range at which a text in UTF-8 may be cut; 0 if it is before the range.
+
+    Reads each byte once, in bounded memory: there may be no such place in a file of any size.
+    """
+    size, stop = _WINDOW_BYTES, places.stop
+    while stop > places.start:
+        window = min(size, stop - places.start)
+        start = max(0, stop - window - _CONTEXT_BYTES)
+        stream.seek(start)
+        data = stream.read(stop - start)
+        if start:
             data = data.lstrip(bytes(range(0x80, 0xC0)))  # the rest of a character
         # Bytes that are not UTF-8 stay what they are, until the text is decoded.
         text, _ = codecs.utf_8_decode(data, "surrogateescape", False)
         cut = find_cut(text)
-        if cut or window == position:
-            cut *= window < position or text[:cut] != _BYTE_ORDER_MARK  # which is no text
-            return position - len(data) + len(text[:cut].encode("utf-8", "surrogateescape")) if cut else 0
-        window = min(8 * window, position)
+        if cut and (start or text[:cut] != _BYTE_ORDER_MARK):  # which is no text
+            return stop - len(data) + len(text[:cut].encode("utf-8", "surrogateescape"))
+        stop -= window
+        size = min(8 * size, _MAX_WINDOW_BYTES)
     return 0
 
 

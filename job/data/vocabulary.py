@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain, repeat
 from typing import ClassVar, cast
 
@@ -12,7 +12,7 @@ import numpy as np
 
 from job.config.schema import CorpusConfig
 from job.data.corpus import NEWLINE
-from job.data.cuts import last_cut
+from job.data.cuts import MAX_UNCUT, blocks_of, cut_text, last_cut
 from job.errors import UserError
 
 UNKNOWN, UNKNOWN_ID = "<unk>", 0
@@ -156,6 +156,11 @@ class Vocabulary:
         """
         return None if self.kind == "word" else 1
 
+    @property
+    def max_uncut(self) -> int | None:
+        """After how many characters without a place to cut a text is cut; None if such places are not known."""
+        return MAX_UNCUT
+
     def last_cut(self, text: str | bytes, cleaning: str = "none") -> int:
         """Returns the last position at which a text may be cut, as ``job.data.cuts.last_cut``."""
         return last_cut(text, self.kind, cleaning)
@@ -189,12 +194,19 @@ def unknown_warnings(shares: dict[str, float]) -> list[str]:
 
 
 def _split_words(lines: Iterable[str], has_end_of_line: bool) -> Iterator[list[str]]:
-    """Yields the words of each line, with a token between two lines if there is one for it."""
-    if not has_end_of_line:
-        yield from (line.split() for line in lines)
-        return
-    for number, part in enumerate(chain.from_iterable(map(NEWLINE.split, lines))):
-        yield ([END_OF_LINE] if number else []) + part.split()
+    """Yields the words of lines, in lists of some, with a token between two lines if there is one for it.
+
+    One of more than ``MAX_UNCUT`` characters is several words, so that a text of any length is read in bounded memory.
+    """
+    find_cut = partial(last_cut, kind="word")
+    parts = chain.from_iterable(map(NEWLINE.split, lines)) if has_end_of_line else lines
+    for number, part in enumerate(parts):
+        if number and has_end_of_line:
+            yield [END_OF_LINE]
+        is_short = len(part) <= BLOCK_CHARACTERS
+        yield from map(
+            str.split, [part] if is_short else cut_text(blocks_of(part, BLOCK_CHARACTERS), find_cut, MAX_UNCUT)
+        )
 
 
 def split_documents(documents: Iterable[list[str]], kind: str, has_end_of_line: bool) -> Iterator[str | None]:

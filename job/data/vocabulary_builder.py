@@ -11,7 +11,7 @@ import numpy as np
 from job.config.schema import VocabularyConfig
 from job.data.bpe import PIECE_CHARACTERS, BpeVocabulary, train_bpe
 from job.data.corpus import Corpus
-from job.data.cuts import blocks_of, cut_text, last_cut
+from job.data.cuts import MAX_UNCUT, blocks_of, cut_text, last_cut
 from job.data.vocabulary import BLOCK_CHARACTERS, END_OF_LINE, UNKNOWN, Vocabulary, code_points_of, split_documents
 from job.data.vocabulary_file import read_vocabulary
 
@@ -91,6 +91,6 @@ def train_vocabulary(vocabulary_config: VocabularyConfig, pieces: Iterable[str],
         has_separator: whether there is more than one document
     """
     texts = chain.from_iterable(
-        cut_text(blocks_of(piece, PIECE_CHARACTERS), partial(last_cut, kind="bpe")) for piece in pieces
+        cut_text(blocks_of(piece, PIECE_CHARACTERS), partial(last_cut, kind="bpe"), MAX_UNCUT) for piece in pieces
     )
     return train_bpe(texts, vocabulary_config.size, vocabulary_config.min_frequency, has_separator)

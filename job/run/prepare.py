@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar, cast
 from job.config.schema import Config, CorpusConfig, VocabularyConfig
 from job.console import Console, format_duration
 from job.data.corpus import find_corpus, no_text
+from job.data.cuts import MAX_UNCUT
 from job.data.dataset import num_train
 from job.data.manifest import MANIFEST, Shard, read_manifest
 from job.data.piece_encoder import (
@@ -128,7 +129,8 @@ class Preparation:
     def _text_format(self) -> TextFormat:
         kind, cleaning, given = self.vocabulary_config.kind, self.corpus_config.cleaning, self.given
         find_cut = partial(given.last_cut, cleaning=cleaning) if given else default_cut(kind, cleaning)
-        return TextFormat(self.corpus_config, kind, given is None or given.has_separator, find_cut, self.field)
+        has_separator, max_uncut = given is None or given.has_separator, given.max_uncut if given else MAX_UNCUT
+        return TextFormat(self.corpus_config, kind, has_separator, find_cut, self.field, max_uncut)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -139,7 +141,8 @@ class Preparation:
         if self.given:
             input_digest.update(self.given.to_json().encode())
         del settings["corpus.store"]
-        return {"settings": settings, "input": input_digest.hexdigest(), "piece_bytes": PIECE_BYTES}
+        sizes = {"piece_bytes": PIECE_BYTES, "max_uncut": self.pieces.text_format.max_uncut}
+        return {"settings": settings, "input": input_digest.hexdigest(), **sizes}
 
     def run(self, store: str, run_tasks: RunTasks) -> str:
         """Writes the store; returns a description of it.
