@@ -27,6 +27,10 @@ class UserError(_Problem, ValueError):
     """
 
 
+class NonFiniteLogits(UserError):
+    """A model whose logits are NaN or infinite, of which no token is the most likely one."""
+
+
 class RunFailed(_Problem, RuntimeError):
     """A run that stopped early. The command line exits with status 1."""
 

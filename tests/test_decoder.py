@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from job.config.schema import ModelConfig
+from job.errors import NonFiniteLogits
 from job.inference.decoder import Decoder
 from job.inference.ensemble import Ensemble
+from job.inference.generate import continue_greedily
 from job.nn.language_model import LanguageModel, build_model
 from job.nn.state import State, cat_states, slice_state
 
@@ -110,3 +112,19 @@ def test_decoder_step_on_threads_has_the_bits_of_one(cell: str) -> None:
             results.append(decoder.step(tokens_B, None))
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("sizes", SIZES[1:3])
+@pytest.mark.parametrize("cell", ["gru", "mingru"])
+def test_ensemble_of_a_model_whose_logits_are_not_finite_raises(
+    implementation: str, cell: str, sizes: dict[str, object], value: float
+) -> None:
+    model = random_model(cell, sizes)
+    model.linear.bias.data[2] = value
+    for ensemble in (Ensemble([model]), Ensemble([random_model(cell, sizes), model])):
+        states: list[State] = [None] * len(ensemble.models)
+        with pytest.raises(NonFiniteLogits, match=r"largest logit is (nan|inf)"):
+            ensemble.step(random_tokens(2), states)
+        with pytest.raises(NonFiniteLogits):
+            continue_greedily(ensemble, random_tokens(2), states, 3)

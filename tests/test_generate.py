@@ -3,6 +3,7 @@
 import io
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,14 @@ from job.config.toml import override_config
 from job.data.vocabulary import UNKNOWN_ID
 from job.errors import UserError
 from job.inference.ensemble import Ensemble
-from job.inference.generate import BLOCK_TOKENS, continue_greedily, generate_texts, load_model, read_tokens
+from job.inference.generate import (
+    BLOCK_TOKENS,
+    continue_greedily,
+    generate_text,
+    generate_texts,
+    load_model,
+    read_tokens,
+)
 from job.inference.sampling import sample_generator, sample_tokens, token_probabilities
 from job.nn.language_model import LanguageModel, build_model
 from job.nn.state import State
@@ -54,6 +62,17 @@ def generate(checkpoints: Sequence[LoadedCheckpoint], **fields: Any) -> list[str
     values = {"prefix": "It was", "length": 70, "temperature": 1.0, **fields}
     config = override_config(checkpoints[0].config, {f"generate.{name}": value for name, value in values.items()})
     return generate_texts(checkpoints, config).continuations
+
+
+def test_generate_with_logits_that_are_not_finite_raises_and_the_sample_of_a_run_is_its_prefix(
+    loaded: list[LoadedCheckpoint],
+) -> None:
+    weights = {**loaded[0].weights, "linear.bias": torch.full_like(loaded[0].weights["linear.bias"], torch.nan)}
+    diverged = replace(loaded[0], weights=weights)
+    for temperature in (0, 1):
+        with pytest.raises(UserError, match="the model's largest logit is nan; use another checkpoint"):
+            generate([diverged], temperature=temperature)
+    assert generate_text(diverged, diverged.config) == diverged.config.generate.prefix
 
 
 # --- probabilities ---

@@ -3,11 +3,13 @@
 Axes: B lanes, V tokens of the vocabulary.
 """
 
+import math
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from job.errors import NonFiniteLogits
 from job.kernels.ops import PackedModel, can_use_kernel
 from job.nn.language_model import LanguageModel
 from job.nn.rnn import RecurrentLayers
@@ -38,7 +40,12 @@ class Decoder:
 
         Raises:
             IndexError: a token is not in the vocabulary
+            NonFiniteLogits: the largest logit is NaN or infinite
         """
+        logits_BV, new_state = self._step(tokens_B, state)
+        return _check_finite(logits_BV), new_state
+
+    def _step(self, tokens_B: Tensor, state: State) -> tuple[Tensor, State]:
         if self._packed is not None:
             new_state, layer_states = self._copy_state(state, len(tokens_B))
             logits_BV = self._packed.decode(tokens_B[None].contiguous(), layer_states)
@@ -61,6 +68,7 @@ class Decoder:
 
         Raises:
             IndexError: a token is not in the vocabulary
+            NonFiniteLogits: the largest logit is NaN or infinite
         """
         if self._packed is None or self._model.tails:
             return None
@@ -69,7 +77,7 @@ class Decoder:
         tokens_TB[0] = first_B
         for start in range(0, length, GREEDY_CHUNK):
             stop = min(start + GREEDY_CHUNK, length)
-            tokens_TB[stop] = self._packed.decode(tokens_TB[start:stop], layer_states).argmax(1)
+            tokens_TB[stop] = _check_finite(self._packed.decode(tokens_TB[start:stop], layer_states)).argmax(1)
         return tokens_TB[1:]
 
     def _copy_state(self, state: State, num_lanes: int) -> tuple[State, list[LayerState]]:
@@ -91,6 +99,13 @@ class Decoder:
         lane_state = map_state(lambda tensor: tensor[:, lane : lane + 1].clone(), state)
         logits_11V, lane_state = self._model(tokens_B[None, lane : lane + 1], lane_state)
         return logits_11V[0], lane_state
+
+
+def _check_finite(logits_BV: Tensor) -> Tensor:
+    largest = float(logits_BV.amax())  # NaN if one is; that of a token that is forbidden is -inf
+    if not math.isfinite(largest):
+        raise NonFiniteLogits(f"the model's largest logit is {largest}", "use another checkpoint")
+    return logits_BV
 
 
 def _pack(model: LanguageModel) -> PackedModel | None:

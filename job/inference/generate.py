@@ -12,7 +12,7 @@ from torch import Tensor
 
 from job.config.schema import BUILTIN_CELLS, Config, GenerateConfig, ModelConfig
 from job.data.vocabulary import Vocabulary
-from job.errors import UserError
+from job.errors import NonFiniteLogits, UserError
 from job.inference.ensemble import Ensemble, check_same_vocabulary
 from job.inference.prefix import encode_prefix, read_prefix
 from job.inference.sampling import sample_generator, sample_tokens
@@ -70,11 +70,16 @@ class Generated:
 def generate_text(checkpoint: LoadedCheckpoint, config: Config) -> str:
     """Returns ``generate.prefix``, as the user typed it, and one continuation: the sample of a run.
 
+    There is no continuation if the last step of training made the model's logits infinite or NaN.
+
     Raises:
         UserError: as ``generate_texts``
     """
     sample = replace(config.generate, prefix_file="", num_samples=1, save_state="", load_state="")
-    return generate_texts([checkpoint], replace(config, generate=sample)).texts[0]
+    try:
+        return generate_texts([checkpoint], replace(config, generate=sample)).texts[0]
+    except NonFiniteLogits:
+        return read_prefix(sample)
 
 
 def generate_texts(checkpoints: Sequence[LoadedCheckpoint], config: Config) -> Generated:
@@ -88,7 +93,7 @@ def generate_texts(checkpoints: Sequence[LoadedCheckpoint], config: Config) -> G
 
     Raises:
         UserError: none of the prefix's tokens is in the vocabulary, a file cannot be read or written, a checkpoint has
-            another vocabulary than the first one, or as ``load_model``
+            another vocabulary than the first one, a model's logits are not finite, or as ``load_model``
     """
     check_same_vocabulary(checkpoints)
     generate_config, vocabulary = config.generate, checkpoints[0].vocabulary

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from job.errors import NonFiniteLogits
 from job.inference.ensemble import Ensemble
 from job.inference.generate import StopCondition, continuation_text, continue_greedily, continue_randomly, read_tokens
 from job.inference.prefix import encode_prefix
@@ -29,22 +30,23 @@ def generate_samples(spec: RunSpec, train_state: TrainState) -> list[dict[str, A
     config, progress = spec.config.generate, train_state.progress
     model = train_state.average.averaged if train_state.average else train_state.model
     generator = sample_generator(spec.config.run.seed, progress.step)
-    continuations = _continuations(model, spec, generator)
+    try:
+        continuations = _continuations(model, spec, generator)
+    except NonFiniteLogits:
+        return []
     row = {"step": progress.step, "epoch": progress.epoch + 1, "prefix": config.prefix[-MAX_PREFIX:]}
     row["time"] = round(time.time(), 3)
     return [{**row, "kind": kind, "continuation": text} for kind, text in continuations.items()]
 
 
 def _continuations(model: LanguageModel, spec: RunSpec, generator: torch.Generator) -> dict[str, str]:
-    """Returns a continuation of ``generate.prefix`` of each kind; none if the logits after it are not finite."""
+    """Returns a continuation of ``generate.prefix`` of each kind."""
     config, vocabulary = spec.config.generate, spec.dataset.vocabulary
     ids = encode_prefix(config.prefix, spec.config.corpus, vocabulary)[-MAX_PREFIX:]
     config = replace(config, length=min(config.length, MAX_TOKENS), temperature=config.temperature or 1.0)
     with _evaluated(model, None if config.unknown else vocabulary.unknown_id) as ensemble:
         state = read_tokens(ensemble, ids)
         first_1 = torch.tensor([state.token], device=next(model.parameters()).device)
-        if not ensemble.step(first_1, state.states)[0].amax().isfinite():
-            return {}
         has_ended = StopCondition(vocabulary, config.stop, 1)
         tokens_T1 = {
             "greedy": continue_greedily(ensemble, first_1, state.states, config.length),
