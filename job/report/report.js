@@ -56,8 +56,8 @@ const visible = (text) => text.replace(/\n/g, "↵").replace(/\t/g, "⇥").repla
 const isDark = () => (document.documentElement.dataset.theme ?? (darkScheme.matches ? "dark" : "light")) === "dark";
 const colorOf = (index) => COLORS[isDark() ? "dark" : "light"][index % COLORS.dark.length];
 const styleOf = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-/** Plotly reads a few tags in text. */
-const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;");
+/** Plotly reads a few tags in text, and replaces %{…} in hover boxes. */
+const plain = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/%/g, "&#37;");
 
 function choice(options, selected, onSelect) {
   return Object.entries(options).map(([value, label]) =>
