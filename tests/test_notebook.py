@@ -74,7 +74,7 @@ def execute(name: str, kernel: AsyncKernelManager, folder: Path, before: str = "
     code[0].source, replaced = re.subn(r"epochs = \d+", "epochs = 2", code[0].source)
     assert replaced == 1
     notebook.cells = [nbformat.v4.new_code_cell(source) for source in (before, *(cell.source for cell in code), after)]
-    NotebookClient(notebook, km=kernel, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+    NotebookClient(notebook, km=kernel, timeout=900, resources={"metadata": {"path": str(folder)}}).execute()
     return [output.data for cell in notebook.cells for output in outputs(cell)]
 
 
