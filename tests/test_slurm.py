@@ -17,7 +17,7 @@ import pytest
 from conftest import ROOT
 
 SCRIPT = ROOT / "clusters" / "slurm.sh"
-WAIT_S = 120.0
+WAIT_S = 400.0
 pytestmark = pytest.mark.slow
 
 # Slurm: each step runs on this machine, and srun passes signals on to its task.
