@@ -50,6 +50,10 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
     "GRU": {"model.cell": "gru", "model.hidden_size": 888},
     "wide": {"model.hidden_size": 1024},
     "long windows": {"stream.batch_size": 64, "stream.num_steps": 100},
+    "recipe": {  # configs/shakespeare.toml
+        "stream.batch_size": 64, "model.hidden_size": 512, "model.embedding_size": 64, "model.dropout": 0.45,
+        "optimizer.weight_decay": 0.4, "train.epochs": 8,
+    },
     "combined": {
         "model.hidden_size": 1024, "model.dropout": 0.5, "optimizer.weight_decay": 0.3, "train.epochs": 36,
     },
