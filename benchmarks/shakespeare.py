@@ -167,7 +167,8 @@ def plot(paths: list[Path], names: list[str], output: Path) -> None:
         axes.axhline(anchor, color="gray", linestyle="--", linewidth=1)
         axes.annotate(label, (0.01, anchor), xycoords=("axes fraction", "data"), va="bottom", color="gray")
     axes.set(xscale="log", ylim=(1.35, 2.0), xlabel="seconds", ylabel="validation loss, nats per character")
-    axes.xaxis.set_major_formatter("{x:g}")
+    axes.set_xticks([10, 20, 50, 100, 200, 500], labels=["10", "20", "50", "100", "200", "500"])
+    axes.set_xticks([], minor=True)
     axes.legend(loc="upper right", frameon=False)
     figure.savefig(output, dpi=120)
 
