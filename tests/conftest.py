@@ -1,6 +1,7 @@
 """Shared by all tests: calls of the command line, corpora, reference traces, one Ray cluster, rules of the suite."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -26,6 +27,7 @@ from job import __main__ as command_line
 from job import cluster as _cluster  # noqa: F401  sets the environment that Ray reads when it is imported
 from job.config.search_space import SearchConfig, SearchSpace
 from job.kernels.build import load_library, unavailable_reason
+from job.storage import Folder
 
 # Ray's processes need a token, and a machine on which Ray has never run has no ~/.ray/auth_token.
 os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -331,3 +333,18 @@ def cluster() -> Iterator[str]:
 def on_cluster(cluster: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs jobs of the test on the session's cluster."""
     monkeypatch.setenv("RAY_ADDRESS", cluster)
+
+
+@contextlib.contextmanager
+def full_disk(name: str) -> Iterator[None]:
+    """Lets each write of a file of this name to a folder of the storage fail, as on a full disk."""
+    write = Folder.write
+
+    def fill(folder: Folder, file: str, *parts: bytes) -> None:
+        if file == name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(folder, file, *parts)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Folder, "write", fill)
+        yield

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import job
+from conftest import full_disk, job
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_pieces import files
@@ -323,21 +323,11 @@ def test_prepare_into_a_folder_that_another_process_writes_is_refused(tmp_path: 
 
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("name", ["vocabulary.json", "tokens-00003.bin", ".receipt-00003.json", "manifest.json"])
-def test_prepare_on_a_full_disk_is_one_error_and_continues_when_there_is_space(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
-) -> None:
+def test_prepare_on_a_full_disk_is_one_error_and_continues_when_there_is_space(tmp_path: Path, name: str) -> None:
     config = config_of(written_texts(tmp_path), tmp_path / "store")
-    write = Folder.write
-
-    def fill(folder: Folder, file: str, *parts: bytes) -> None:
-        if file == name:
-            raise OSError(28, "No space left on device")
-        write(folder, file, *parts)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Folder, "write", fill)
-        with pytest.raises(UserError, match=r"corpus\.store = .*store: cannot be written: No space left on device"):
-            prepare_store(config, Console())
+    problem = r"corpus\.store = .*store: cannot be written: No space left on device"
+    with full_disk(name), pytest.raises(UserError, match=problem):
+        prepare_store(config, Console())
     assert not (tmp_path / "store" / "manifest.json").exists()
     assert prepare_store(config, Console()) == 0
     assert prepare_store(config_of(tmp_path / "texts", tmp_path / "whole"), Console()) == 0

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import job, search_config
+from conftest import full_disk, job, search_config
 from test_token_store import FLAGS, TEXT, json_lines, run, words
 
 from job.config.config_file import load_config
@@ -193,17 +193,9 @@ def test_preparing_for_a_run_that_is_interrupted_continues(
 
 @pytest.mark.parametrize("name", ["owner.json", "vocabulary.json", "tokens-00001.bin", ".tokens.sha256"])
 def test_cache_on_a_full_disk_is_one_error_that_names_the_variable_of_another_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stores: Path, name: str
+    tmp_path: Path, stores: Path, name: str
 ) -> None:
-    write = Folder.write
-
-    def fill(folder: Folder, file: str, *parts: bytes) -> None:
-        if file == name:
-            raise OSError(28, "No space left on device")
-        write(folder, file, *parts)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Folder, "write", fill)
+    with full_disk(name):
         ended = job("train", *words(corpus__source=tmp_path / "text", run__storage=tmp_path / "runs"))
     assert ended.status == 2 and ended.err.count("\n") == 1
     remedy = "No space left on device; free space there, or set XDG_CACHE_HOME to another folder\n"
