@@ -24,6 +24,7 @@ from tokenizers import Tokenizer
 from job.api import load
 from job.config.schema import BUILTIN_CELLS, ModelConfig
 from job.errors import UserError
+from job.export.hub_model import LanguageModel as HubModel
 from job.export.model_card import escape_markdown
 from job.export.onnx_graph import build_graph, state_sizes
 from job.export.onnx_model import onnx_file
@@ -32,8 +33,7 @@ from job.storage import Folder
 
 TEXT = "the time traveller came back once upon a time with his machine of light and ivory\n" * 20
 PREFIX, LENGTH = "time traveller", 50
-TORCH_CELLS = ("rnn", "gru", "lstm")
-FORMATS = {"onnx": {"model.onnx"}, "hub": {"model.safetensors", "README.md"}}
+FORMATS = {"onnx": {"model.onnx"}, "hub": {"model.safetensors", "model.py", "README.md"}}
 
 
 def lively_model(model_config: ModelConfig, num_tokens: int = 9) -> LanguageModel:
@@ -48,16 +48,16 @@ def lively_model(model_config: ModelConfig, num_tokens: int = 9) -> LanguageMode
 # --- graphs ---
 
 
+INPUTS: list[dict[str, Any]] = [
+    {},
+    {"embedding_size": 12},
+    {"embedding_size": 9, "tied": True},
+    {"softmax": "adaptive", "adaptive_cutoffs": (3, 8)},
+]
+
+
 @pytest.mark.parametrize("reset_token", [None, 10])
-@pytest.mark.parametrize(
-    "inputs",
-    [
-        {},
-        {"embedding_size": 12},
-        {"embedding_size": 9, "tied": True},
-        {"softmax": "adaptive", "adaptive_cutoffs": (3, 8)},
-    ],
-)
+@pytest.mark.parametrize("inputs", INPUTS)
 @pytest.mark.parametrize("cell", BUILTIN_CELLS)
 def test_graph_of_cell_computes_logits_of_model(cell: str, inputs: dict[str, Any], reset_token: int | None) -> None:
     config = ModelConfig(cell=cell, hidden_size=(7, 9), num_layers=2, **inputs)
@@ -110,6 +110,42 @@ def test_onnx_file_of_too_many_weights_raises(monkeypatch: pytest.MonkeyPatch) -
         onnx_file(lively_model(ModelConfig(hidden_size=8)), ModelConfig(hidden_size=8))
 
 
+# --- the model of a hub folder ---
+
+
+@pytest.mark.parametrize("reset_token", [None, 10])
+@pytest.mark.parametrize("inputs", INPUTS)
+@pytest.mark.parametrize("cell", BUILTIN_CELLS)
+def test_hub_model_of_cell_computes_logits_of_model(cell: str, inputs: dict[str, Any], reset_token: int | None) -> None:
+    config = ModelConfig(cell=cell, hidden_size=(7, 9), num_layers=2, **inputs)
+    model = lively_model(config, 11)
+    model.reset_token = reset_token
+    described = {
+        "cell": cell, "hidden_size": [7, 9], "vocabulary_size": 11, "reset_token": reset_token,
+        "adaptive_cutoffs": list(inputs.get("adaptive_cutoffs", ())),
+    }  # fmt: skip
+    exported, state = HubModel(described, model.state_dict()), None
+    tokens_TB = torch.randint(11, (8, 5), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected_TBV, _ = model(tokens_TB, None)
+        for tokens_B, expected_BV in zip(tokens_TB, expected_TBV, strict=True):
+            logits_BV, state = exported(tokens_B, state)
+            torch.testing.assert_close(logits_BV, expected_BV, atol=2e-5, rtol=0)
+    assert (tokens_TB[1:] == 10).any() and float(expected_TBV.std()) > 0.3
+
+
+def test_hub_model_generates_no_suppressed_token() -> None:
+    config = ModelConfig(cell="gru", hidden_size=8)
+    described = {
+        "cell": "gru", "hidden_size": [8], "vocabulary_size": 9, "reset_token": None, "adaptive_cutoffs": [],
+        "suppress_tokens": [],
+    }  # fmt: skip
+    weights = lively_model(config).state_dict()
+    free = HubModel(described, weights).generate([1, 2], 30)
+    suppressed = HubModel({**described, "suppress_tokens": [free[2]]}, weights).generate([1, 2], 30)
+    assert len(free) == len(suppressed) == 32 and free[2] not in suppressed[2:]
+
+
 # --- folders ---
 
 
@@ -155,6 +191,7 @@ script, folders = json.load(sys.stdin)
 texts = []
 for folder in folders:
     os.chdir(folder)
+    sys.modules.pop("model", None)
     with contextlib.redirect_stdout(io.StringIO()) as out:
         exec(script, {})
     texts.append(out.getvalue())
@@ -174,24 +211,17 @@ def run_script(code: str, folders: list[Path], cwd: Path) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "file_format", "cells"),
-    [
-        ("use_onnx", "onnx", BUILTIN_CELLS),
-        ("use_hub", "hub", TORCH_CELLS),
-        ("use_hub_cells", "hub", [cell for cell in BUILTIN_CELLS if cell not in TORCH_CELLS]),
-    ],
-)
-def test_script_of_documentation_prints_text_of_generate(
-    name: str, file_format: str, cells: list[str], runs: dict[str, Path], tmp_path: Path
+@pytest.mark.parametrize("file_format", FORMATS)
+def test_script_of_documentation_prints_text_of_generate_for_each_cell(
+    file_format: str, runs: dict[str, Path], tmp_path: Path
 ) -> None:
     expected = []
-    for cell in cells:
+    for cell in BUILTIN_CELLS:
         ended = job("export", runs[cell], "--format", file_format, "--output", tmp_path / cell / f"time-{file_format}")
         assert (ended.status, ended.err) == (0, "")
         flags = ["--generate.prefix", PREFIX, "--generate.length", LENGTH]
         expected.append(job("generate", runs[cell], *flags).out)
-    texts = run_script(script(name), [tmp_path / cell for cell in cells], tmp_path)
+    texts = run_script(script(f"use_{file_format}"), [tmp_path / cell for cell in BUILTIN_CELLS], tmp_path)
     assert texts == expected
     assert min(len(set(text[len(PREFIX) :])) for text in texts) > 4, texts
 
@@ -229,23 +259,61 @@ def continue_greedily(folder: Path, prefix: list[int]) -> list[int]:
     return ids
 
 
+@pytest.fixture(scope="module", params=["byte", "word", "bpe", "documents"])
+def trained(run: Path, request: pytest.FixtureRequest) -> tuple[str, Path]:
+    """A run with a kind of vocabulary, or with documents that reset the state, and another architecture each."""
+    kind, storage = request.param, run.parent
+    (storage / "text.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in TEXT.splitlines()))
+    flags: dict[str, dict[str, Any]] = {
+        "byte": {"vocabulary.kind": "byte", "model.cell": "mogrifier"},
+        "word": {"vocabulary.kind": "word", "model.softmax": "adaptive", "model.cell": "gru"},
+        "bpe": {"vocabulary.kind": "bpe", "vocabulary.size": 270, "model.embedding_size": 48, "model.tied": "true"},
+        "documents": {
+            "corpus.source": storage / "text.jsonl", "corpus.documents": "reset",
+            "model.num_layers": 2, "model.hidden_size": "[48, 32]",
+        },
+    }  # fmt: skip
+    return kind, train(
+        storage, kind, **{"train.max_steps": 100, "model.cell": "lstm", "model.hidden_size": 48, **flags[kind]}
+    )
+
+
+def expected_text(run: Path, *flags: str) -> str:
+    """What ``generate`` prints, which is no short loop."""
+    text = job("generate", run, "--generate.length", LENGTH, *flags).out.removesuffix("\n")
+    assert len(set(text[-LENGTH:])) > 4, text
+    return text
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["byte", "word", "bpe"])
-def test_onnx_folder_of_vocabulary_gives_tokens_of_generate(kind: str, run: Path, tmp_path: Path) -> None:
-    flags = {"vocabulary.kind": kind, "vocabulary.size": 270 if kind == "bpe" else 0, "train.max_steps": 100}
-    trained = train(run.parent, kind, **flags, **{"model.cell": "gru", "model.hidden_size": 48})
-    assert job("export", trained, "--format", "onnx", "--output", tmp_path / "onnx").status == 0
-    expected = job("generate", trained, "--generate.prefix", PREFIX, "--generate.length", LENGTH).out.removesuffix("\n")
+def test_onnx_folder_of_vocabulary_gives_tokens_of_generate(trained: tuple[str, Path], tmp_path: Path) -> None:
+    kind, run = trained
+    assert job("export", run, "--format", "onnx", "--output", tmp_path / "onnx").status == 0
     if kind == "bpe":
         tokenizer = Tokenizer.from_file(str(tmp_path / "onnx" / "tokenizer.json"))
         text = tokenizer.decode(continue_greedily(tmp_path / "onnx", tokenizer.encode(PREFIX).ids))
     elif kind == "byte":
         text = bytes(continue_greedily(tmp_path / "onnx", [*PREFIX.encode()])).decode()
     else:
-        tokens = json.loads((tmp_path / "onnx" / "vocabulary.json").read_text())["tokens"]
-        ids = [tokens.index(word) for word in PREFIX.split()]
-        text = " ".join(tokens[index] for index in continue_greedily(tmp_path / "onnx", ids))
-    assert text == expected and len(set(text.removeprefix(PREFIX))) > 4, text
+        tokens = [*json.loads((tmp_path / "onnx" / "vocabulary.json").read_text())["tokens"], "<|endoftext|>"]
+        ids = [tokens.index(token) for token in (PREFIX.split() if kind == "word" else PREFIX)]
+        text = (" " * (kind == "word")).join(tokens[index] for index in continue_greedily(tmp_path / "onnx", ids))
+    assert text == expected_text(run, "--generate.prefix", PREFIX)
+
+
+def card_script(folder: Path) -> str:
+    """The script of a model card."""
+    (code,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    return code
+
+
+@pytest.mark.slow
+def test_script_of_model_card_prints_text_of_generate(trained: tuple[str, Path], tmp_path: Path) -> None:
+    assert job("export", trained[1], "--format", "hub", "--output", tmp_path / "hub").status == 0
+    code = card_script(tmp_path / "hub")
+    assert len([line for line in code.splitlines() if line]) <= 11
+    (text,) = run_script(code, [tmp_path / "hub"], tmp_path)
+    assert text.removesuffix("\n") == expected_text(trained[1])
 
 
 @pytest.mark.slow
@@ -259,6 +327,8 @@ def test_hub_folder_has_weights_of_checkpoint_and_a_valid_card_without_licence(r
     assert card.data.tags == ["recurrent-neural-network", "gru"]
     assert card.data.license is None
     assert f"<pre>{result(run)['generated']}</pre>" in card.text
+    documented = script("use_hub").partition("\n")[2]
+    assert card_script(tmp_path / "hub") == documented.replace('folder = "time-hub"', 'folder = "."')
     perplexity = escape_markdown(f"{result(run)['perplexity']:.4g}")
     assert f"| training perplexity | {perplexity} |" in card.text
 
@@ -391,7 +461,7 @@ def test_model_card_escapes_text_of_others(run: Path, tmp_path: Path) -> None:
     hostile = train(tmp_path, "hostile", **flags)
     assert job("export", hostile, "--format", "hub", "--output", tmp_path / "hub").status == 0
     card = (tmp_path / "hub" / "README.md").read_text()
-    assert re.findall("<[^>]*>", card.replace("\\<", "")) == ["<pre>", "</pre>"]
+    assert re.findall("<[^|>][^>]*>", card.replace("\\<", "")) == ["<pre>", "</pre>"]
     assert str(tmp_path) not in card
     assert escape_markdown(text.name) == r"\<img src\=x\>\|\`a\`\.txt"
     assert escape_markdown(text.name) in card

@@ -6,6 +6,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +62,12 @@ def export_model(loaded: LoadedCheckpoint, config: Config, file_format: str, fol
         UserError: the cell or the size of the model is not supported, the folder cannot be written, or as
             ``load_model`` and ``onnx_file``
     """
-    files = (_onnx_files if file_format == "onnx" else _hub_files)(loaded, config)
-    files[loaded.vocabulary.file_name] = [loaded.vocabulary.to_json().encode()]
+    contents = (_onnx_files if file_format == "onnx" else _hub_files)(loaded, config)
+    contents[loaded.vocabulary.file_name] = [loaded.vocabulary.to_json().encode()]
     with report_os_error(f"--output {folder}: cannot be written"), _new_folder(folder) as temporary:
-        for name, parts in files.items():
+        for name, parts in contents.items():
             Folder(str(temporary)).write(name, *parts)
-    return [*files]
+    return [*contents]
 
 
 def _onnx_files(loaded: LoadedCheckpoint, config: Config) -> FileContents:
@@ -79,13 +80,16 @@ def _onnx_files(loaded: LoadedCheckpoint, config: Config) -> FileContents:
 
 def _hub_files(loaded: LoadedCheckpoint, config: Config) -> FileContents:
     weights, run = loaded.select_weights(config.evaluate.weights), loaded.config.run.name
-    can_generate = loaded.config.model.cell in (config.model.cell, *BUILTIN_CELLS)
+    is_builtin = loaded.config.model.cell in BUILTIN_CELLS
+    can_generate = is_builtin or loaded.config.model.cell == config.model.cell
     sample = generate_text(loaded, config) if can_generate else None
-    card = model_card(loaded, run, "average" if weights is loaded.average else "raw", sample)
+    card = model_card(loaded, run, "average" if weights is loaded.average else "raw", config.generate.prefix, sample)
+    code: FileContents = {"model.py": [(files(__package__) / "hub_model.py").read_bytes()]} if is_builtin else {}
     return {
         "model.safetensors": tensor_file(weights, {"format": "pt"}),
         "config.json": _json(_describe(loaded, config)),
         "README.md": [card.encode(errors="replace")],
+        **code,
     }
 
 
