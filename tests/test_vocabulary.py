@@ -1,6 +1,7 @@
 """Vocabularies: text to token ids and back."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from job.config.schema import CorpusConfig, VocabularyConfig
 from job.data.corpus import Corpus, clean_text
 from job.data.dataset import build_dataset
 from job.data.vocabulary import Vocabulary, format_unknown_share, unknown_warnings
-from job.data.vocabulary_builder import build_vocabulary
+from job.data.vocabulary_builder import build_vocabulary, count_tokens
 from job.data.vocabulary_file import vocabulary_from_json
 from job.errors import UserError
 
@@ -32,6 +33,27 @@ def test_decode_of_encoded_characters_returns_the_text(text: str) -> None:
     assert vocabulary.decode(vocabulary.encode([text])) == text
     assert vocabulary_from_json(vocabulary.to_json().encode(), "file") == vocabulary
     assert Vocabulary("char", vocabulary.tokens[:1]).encode([text]).tolist() == [0] * len(text)
+
+
+@pytest.mark.parametrize("num_others", [0, 300])  # tokens, so that ids have one byte or two
+@settings(deadline=None)  # a loaded machine is slow
+@given(lines=st.lists(st.text("abcz \n\x7f\x80é天😀", max_size=9), min_size=1), block=st.integers(1, 7))
+def test_characters_are_counted_and_encoded_one_by_one_in_any_block(
+    num_others: int, lines: list[str], block: int
+) -> None:
+    text = "".join(lines)
+    others = "".join(chr(0x4E00 + number) for number in range(num_others))
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("vocabulary", "vocabulary_builder"):
+            patch.setattr(f"job.data.{module}.BLOCK_CHARACTERS", block)
+        counts = count_tokens(VocabularyConfig(), [lines])
+        assert [*counts.items()] == [*Counter(text).items()]  # in the same order
+        vocabulary = Vocabulary("char", ("<unk>", *others, *"cba天é\n"))
+        expected = [vocabulary.tokens.index(letter) if letter in vocabulary.tokens else 0 for letter in text]
+        for dtype in (np.int32, np.uint16):
+            ids = vocabulary.encode(lines, dtype)
+            assert ids.dtype == dtype
+            assert ids.tolist() == expected
 
 
 def test_build_vocabulary_counts_words_by_line() -> None:

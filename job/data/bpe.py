@@ -68,14 +68,16 @@ class BpeVocabulary(Vocabulary):
     def _tokenizer(self) -> Any:
         return _load(self.json)
 
-    def encode(self, lines: list[str] | list[bytes] | list[np.ndarray]) -> np.ndarray:
+    def encode(
+        self, lines: list[str] | list[bytes] | list[np.ndarray], dtype: np.dtype | type = np.int32
+    ) -> np.ndarray:
         """Returns the token ids of all lines, each encoded by itself, as ``Vocabulary.encode``."""
         if lines and isinstance(lines[0], np.ndarray):
-            return super().encode(lines)
+            return super().encode(lines, dtype)
         blocks = (blocks_of(line, PIECE_CHARACTERS) for line in cast(list[str], lines))
         pieces = chain.from_iterable(cut_text(line, self.last_cut, self.max_uncut) for line in blocks)
         arrays = [self._encode_batch(batch) for batch in _batches(pieces)]
-        return np.concatenate(arrays) if arrays else np.empty(0, np.int32)
+        return np.concatenate(arrays).astype(dtype, copy=False)
 
     def _encode_batch(self, pieces: Sequence[str]) -> np.ndarray:
         with _report_error("vocabulary: its tokenizer cannot encode the text"):

@@ -85,7 +85,8 @@ def cut_text(
             if cut > 0:
                 text = block[:0].join(parts)
                 yield text[:cut]
-                before = tail = (text[:cut] if before is None else before + text[:cut])[-_CONTEXT:]
+                end = text[max(0, cut - _CONTEXT) : cut]
+                before = tail = end if before is None else (before + end)[-_CONTEXT:]
                 rest, parts, length = text[cut:] + rest, [], 0
     if parts and (last := parts[0][:0].join(parts)):
         yield from blocks_of(last, max_uncut or len(last))

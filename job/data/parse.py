@@ -73,7 +73,8 @@ def decode_blocks(blocks: Iterable[bytes], encoding: str, position: int = 0) -> 
             encoding = codecs.lookup(marked_encoding(head) or encoding).name
             decoder = codecs.getincrementaldecoder(encoding)()
         pending, _ = decoder.getstate()
-        if encoding.startswith("utf-8") and (index := block.find(b"\0")) >= 0:
+        is_utf_8 = encoding.startswith("utf-8")
+        if is_utf_8 and (index := block.find(b"\0")) >= 0:
             raise _no_text(head, f"not text, byte {position + index} is NUL", "")
         try:
             text = decoder.decode(block, final=not block)
@@ -81,7 +82,7 @@ def decode_blocks(blocks: Iterable[bytes], encoding: str, position: int = 0) -> 
             byte, place = error.object[error.start : error.start + 1].hex(), position - len(pending) + error.start
             problem = f"not {encoding.removesuffix('-sig').upper()} at byte {place} (0x{byte})"
             raise _no_text(head, problem, "set corpus.encoding, convert it to UTF-8, or ") from None
-        yield _check_characters(text, num_characters)
+        yield text if is_utf_8 else _check_characters(text, num_characters)
         position, num_characters = position + len(block), num_characters + len(text)
 
 

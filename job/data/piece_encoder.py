@@ -164,12 +164,12 @@ def _encode_parts(
         if length == num_tokens:
             yield part, np.empty(0, dtype)
             continue
-        ids = vocabulary.encode(part.lines)
+        ids = vocabulary.encode(part.lines, dtype)
         if part.has_separator:
-            ids = np.append(ids, np.int32(len(vocabulary) - 1))
+            ids = np.append(ids, dtype.type(len(vocabulary) - 1))
         ids = ids if num_tokens is None else ids[: num_tokens - length]
         length += len(ids)
-        yield part, ids.astype(dtype)
+        yield part, ids
 
 
 def _token_lengths(part: Part, ids: np.ndarray, vocabulary: Vocabulary) -> TokenLengths:

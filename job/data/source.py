@@ -26,6 +26,7 @@ from job.storage import Folder
 
 BUILT_IN = ("auto", "time-machine", "embedded")  # never paths, even if there are files of these names
 _BUFFER_BYTES = 4 << 20  # of a file, that are requested at a time
+_LOCAL_BUFFER_BYTES = 128 << 10  # of a file on a disk; longer reads need no buffer
 AUTO_DOWNLOAD_TIMEOUT_S = 5.0  # before `auto` falls back to the embedded text
 
 
@@ -70,7 +71,8 @@ class SourceFile:
             return open(download_file(self.url)[0], "rb")
         if self.place is None:
             return io.BytesIO(self.read())
-        return io.BufferedReader(_StoredFile(*self.place, num_bytes), _BUFFER_BYTES)
+        buffer_bytes = _LOCAL_BUFFER_BYTES if self.place[0].local_path else _BUFFER_BYTES
+        return io.BufferedReader(_StoredFile(*self.place, num_bytes), buffer_bytes)
 
 
 class _StoredFile(io.RawIOBase):

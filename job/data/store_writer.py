@@ -47,7 +47,7 @@ def write_shard(folder: Folder, name: str, tokens: np.ndarray, vocabulary: Vocab
     """
     dtype = smallest_dtype(len(vocabulary))
     lengths = _document_lengths(tokens, vocabulary)
-    ids = tokens.astype(dtype.newbyteorder("<"))
+    ids = tokens.astype(dtype.newbyteorder("<"), copy=False)
     files: dict[str, bytes | memoryview] = {
         f"{name}.bin": ids.data.cast("B"),
         f"{name}.idx": format_index(lengths, dtype),

@@ -18,6 +18,7 @@ from job.errors import UserError, report_os_error
 from job.storage import Folder
 
 _BLOCK_TOKENS = 1 << 20  # that are in memory at a time
+_HASHED_TOKENS = 1 << 15  # that are converted at a time, which stay in the cache
 _MAX_COUNTED_TOKENS = 1 << 24  # of a part of a shard; in a longer one <unk> are as frequent as in all of it
 _MAX_OPEN_SHARDS = 64  # each has a file descriptor, of which a process has 256 on macOS
 _REQUEST_BYTES = 64 << 10  # of short reads from an object store, whose requests are cached:
@@ -242,14 +243,15 @@ def count_unknown(tokens: Tokens, vocabulary: Vocabulary) -> int:
 
 
 def _count_unknown(tokens: Tokens, vocabulary: Vocabulary) -> int:
-    return sum(int(vocabulary.is_unknown(block).sum()) for block in blocks(tokens))
+    return sum(int(np.count_nonzero(vocabulary.is_unknown(block))) for block in blocks(tokens))
 
 
 def token_sha256(tokens: Tokens) -> str:
     """Returns the SHA-256 digest of token ids as int32."""
     digest = hashlib.sha256()
     for block in blocks(tokens):
-        digest.update(np.ascontiguousarray(block, "<i4").data)
+        for start in range(0, len(block), _HASHED_TOKENS):
+            digest.update(np.ascontiguousarray(block[start : start + _HASHED_TOKENS], "<i4").data)
     return digest.hexdigest()
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from job.config.schema import CorpusConfig
 from job.data.corpus import NEWLINE
 from job.data.cuts import MAX_UNCUT, blocks_of, cut_text, last_cut
+from job.data.indexed import smallest_dtype
 from job.errors import UserError
 
 UNKNOWN, UNKNOWN_ID = "<unk>", 0
@@ -67,43 +68,61 @@ class Vocabulary:
         arrays = [array for document in documents for array in (separator, self.encode(document))]
         return np.concatenate(arrays[1:]) if arrays else np.empty(0, np.int32)
 
-    def encode(self, lines: list[str] | list[bytes] | list[np.ndarray]) -> np.ndarray:
-        """Returns the token ids of all lines, concatenated: (tokens,) int32. Unknown tokens have id 0.
+    def encode(
+        self, lines: list[str] | list[bytes] | list[np.ndarray], dtype: np.dtype | type = np.int32
+    ) -> np.ndarray:
+        """Returns the token ids of all lines, concatenated: (tokens,). Unknown tokens have id 0.
+
+        Args:
+            lines: text, its bytes, or token ids
+            dtype: of the ids, which must hold those of this vocabulary
 
         Raises:
             UserError: a line is an array, and one of its token ids is not in the vocabulary
         """
         if self.kind == "word" and not (lines and isinstance(lines[0], np.ndarray)):
             words = chain.from_iterable(_split_words(cast(list[str], lines), END_OF_LINE in self._ids))
-            return np.fromiter(map(self._ids.get, words, repeat(UNKNOWN_ID)), np.int32)
+            return np.fromiter(map(self._ids.get, words, repeat(UNKNOWN_ID)), dtype)
         if self.kind == "char" and lines and isinstance(lines[0], str):
             lines = ["".join(lines)]  # at once: there may be many short ones
         arrays = [self._encode_line(line) for line in lines]
-        return np.concatenate(arrays) if arrays else np.empty(0, np.int32)
+        ids = arrays[0] if len(arrays) == 1 else np.concatenate([np.empty(0, dtype), *arrays])
+        return ids.astype(dtype, copy=False)
 
     def _encode_line(self, line: str | bytes | np.ndarray) -> np.ndarray:
+        """Returns the token ids of a line in the smallest dtype that holds those of this vocabulary."""
         if isinstance(line, np.ndarray):
             invalid = line[(line < 0) | (line >= len(self))]
             if len(invalid):
                 raise UserError(f"tokens: {invalid[0]} is not the id of a token, of which there are {len(self)}")
-            return line
+            return line.copy()
         if self.kind == "byte":
-            data = line.encode() if isinstance(line, str) else line
-            return np.frombuffer(data, np.uint8).astype(np.int32)
+            return np.frombuffer(line.encode() if isinstance(line, str) else line, np.uint8)
         assert isinstance(line, str)
-        table, ids = self._ids_by_code_point, np.empty(len(line), np.int32)
+        table, bytes_table = self._ids_by_code_point, self._ids_by_ascii
+        ids = np.empty(len(line), table.dtype)
         for start in range(0, len(line), BLOCK_CHARACTERS):
-            code_points = code_points_of(line[start : start + BLOCK_CHARACTERS])
-            np.take(table, code_points, mode="clip", out=ids[start : start + len(code_points)])
+            block = line[start : start + BLOCK_CHARACTERS]
+            part = ids[start : start + len(block)]
+            if bytes_table and block.isascii():  # in about two thirds of the time
+                part[:] = np.frombuffer(block.encode().translate(bytes_table), np.uint8)
+            else:
+                np.take(table, code_points_of(block), mode="clip", out=part)
         return ids
 
     @cached_property
     def _ids_by_code_point(self) -> np.ndarray:
         """Token ids indexed by code point; the last entry, 0, is for all larger code points."""
         ids = {ord(token): index for token, index in self._ids.items() if len(token) == 1}
-        table = np.zeros(max(ids, default=0) + 2, np.int32)
+        table = np.zeros(max(ids, default=0) + 2, smallest_dtype(len(self)))
         table[list(ids)] = list(ids.values())
         return table
+
+    @cached_property
+    def _ids_by_ascii(self) -> bytes:
+        """The token id of each byte of an ASCII text; empty if the ids have more than a byte."""
+        table = self._ids_by_code_point
+        return table[:128].tobytes().ljust(256, b"\0") if table.itemsize == 1 else b""
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of token ids; words are joined by spaces, and documents by ``<|endoftext|>``."""

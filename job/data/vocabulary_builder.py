@@ -63,12 +63,21 @@ def count_tokens(
 def _count_characters(documents: Iterable[list[str]]) -> Counter[str]:
     counts = Counter[str]()
     for block in chain.from_iterable(blocks_of("".join(lines), BLOCK_CHARACTERS) for lines in documents):
-        numbers = np.bincount(code_points_of(block))
+        numbers = _count_code_points(block)
         found = {chr(code_point): int(numbers[code_point]) for code_point in np.flatnonzero(numbers)}
         new = [character for character in found if character not in counts]
         counts.update(dict.fromkeys(sorted(new, key=block.index), 0))  # in the order in which they occur first
         counts.update(found)
     return counts
+
+
+def _count_code_points(text: str) -> np.ndarray:
+    """Returns how often each code point occurs. Bytes are counted in pairs, in three quarters of the time."""
+    if not text.isascii():
+        return np.bincount(code_points_of(text))
+    data = text.encode()
+    pairs = np.bincount(np.frombuffer(data, np.uint16, len(data) // 2), minlength=1 << 16).reshape(256, 256)
+    return cast(np.ndarray, pairs.sum(0) + pairs.sum(1) + np.bincount([*data[len(data) // 2 * 2 :]], minlength=256))
 
 
 def counted_vocabulary(vocabulary_config: VocabularyConfig, counts: Counter[str], has_separator: bool) -> Vocabulary:
