@@ -9,6 +9,7 @@ import secrets
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -37,6 +38,7 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 NEEDS_CUDA = "needs CUDA"  # the reason of a skip
+RAY_TIMEOUT_S = 120.0  # for a thread of Ray Train or Ray Tune to end after its test
 ROOT = Path(__file__).parent.parent
 REFERENCE = Path(__file__).parent / "reference"
 SHARED = ROOT.parent / "shared"  # reference traces and corpora that are not in the repository
@@ -299,11 +301,42 @@ def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
     return request.param
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _wait_for_ray_train(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Waits longer for Ray Train to shut down: unlike a command's process, that of the tests runs further tests.
+
+    For the session, because fixtures of modules train on Ray, too.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        if any(item.get_closest_marker("cluster") for item in request.session.items):
+            patch.setattr("job.cluster.launcher.SHUTDOWN_TIMEOUT_S", 60.0)
+        yield
+
+
 @pytest.fixture(autouse=True)
-def _wait_for_ray_train(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Waits longer for Ray Train to shut down: unlike a command's process, that of the tests runs further tests."""
-    if request.node.get_closest_marker("cluster"):
-        monkeypatch.setattr("job.cluster.launcher.SHUTDOWN_TIMEOUT_S", 60.0)
+def _ray_is_disconnected() -> Iterator[None]:
+    """Fails a test that leaves this process connected to Ray, where the next one would use that connection.
+
+    A run that does not end within its time on a busy machine stays connected on purpose: it is waited for.
+    """
+    yield
+    if "ray" in sys.modules:
+        disconnect_from_ray()
+
+
+def disconnect_from_ray() -> None:
+    """Ends the connection to Ray. Fails if there was one although no thread used it."""
+    import ray
+
+    from job.cluster.connection import BackgroundTask
+
+    tasks = [thread for thread in threading.enumerate() if isinstance(thread, BackgroundTask)]
+    for task in tasks:
+        task.join(RAY_TIMEOUT_S)
+    was_connected = ray.is_initialized()
+    ray.shutdown()
+    assert not any(task.is_alive() for task in tasks), "a thread of Ray does not end"
+    assert tasks or not was_connected, "the test left this process connected to Ray"
 
 
 @pytest.fixture(scope="module")
@@ -326,6 +359,7 @@ def cluster() -> Iterator[str]:
 
     node = Cluster(initialize_head=True, head_node_args={"num_cpus": 8, "include_dashboard": False})
     yield node.address
+    disconnect_from_ray()  # Ray removes no node to which this process is connected
     node.shutdown()
 
 

@@ -195,6 +195,23 @@ def test_store_that_a_cluster_prepares_has_the_bytes_of_the_one_of_this_process(
     assert not (tmp_path / "store").exists()
 
 
+@pytest.mark.cluster
+def test_prepare_on_a_cluster_whose_nodes_are_refused_disconnects(
+    tmp_path: Path, on_cluster: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    def refuse(*_: object, **options: object) -> None:
+        assert ray.is_initialized()
+        raise UserError("corpus.store = a: cannot be written", "")
+
+    monkeypatch.setattr(pieces_module, "PIECE_BYTES", 200)
+    monkeypatch.setattr("job.cluster.prepare.check_placement", refuse)
+    flags = ["--corpus.source", written_texts(tmp_path), "--corpus.store", tmp_path / "store"]
+    assert job("prepare", *flags, "--scale.workers", 2).status == 2
+    assert not ray.is_initialized()
+
+
 def interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, final_name: str = "tokens-00003.idx", **flags: object
 ) -> Config:

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import ROOT
+import ray.exceptions
+from conftest import ROOT, disconnect_from_ray
 
 import job.cluster as job_cluster
 from job.cluster import ray_extensions
@@ -122,6 +123,21 @@ def test_ray_private_name_exists_with_expected_signature(name: str, expected: st
 @pytest.mark.parametrize(("variable", "name"), ENVIRONMENT.items(), ids=ENVIRONMENT)
 def test_ray_environment_variable_has_expected_name(variable: str, name: str) -> None:
     assert resolve(name) == variable
+
+
+def test_ray_without_connection_raises_instead_of_connecting_by_itself() -> None:
+    """Threads of Ray Data fetch results in advance, and may do so when a command has disconnected."""
+    with pytest.raises(ray.exceptions.RaySystemError):
+        ray.put(1)
+    assert not ray.is_initialized()
+
+
+def test_connection_that_a_test_leaves_fails_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    disconnect_from_ray()
+    with monkeypatch.context() as patch:
+        patch.setattr("ray.is_initialized", lambda: True)
+        with pytest.raises(AssertionError, match="left this process connected to Ray"):
+            disconnect_from_ray()
 
 
 def test_ray_environment_defaults_of_train_are_all_checked() -> None:

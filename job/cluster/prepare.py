@@ -39,6 +39,8 @@ def cluster_tasks(store: str, console: Console) -> Iterator[Any]:
     is_connected = ray.is_initialized()
     with contextlib.ExitStack() as stack:
         placement, _ = connect(_TASK, stack)
+        if not is_connected:
+            stack.callback(disconnect)
         check_placement(placement, console, store, is_connected=is_connected, field="corpus.store")
         devnull = stack.enter_context(open(os.devnull, "w"))
         stack.enter_context(contextlib.redirect_stdout(devnull))  # Ray Data prints its plan
@@ -46,16 +48,13 @@ def cluster_tasks(store: str, console: Console) -> Iterator[Any]:
             yield _run_tasks
         except ray.exceptions.RayError as error:
             raise RunFailed(f"Ray ended: {one_line(error)}", "the same command continues") from None
-        finally:
-            if not is_connected:
-                disconnect()
 
 
 def _run_tasks(function: Callable[[int, int | None], Result], tasks: Sequence[Task]) -> Iterator[Result]:
     """See ``RunTasks``."""
     if not tasks:
         return
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
