@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import numpy as np
 import pytest
-from conftest import job, result
+from conftest import Ended, job, result
 from object_store import KEYS, ROOT, FaultyStore, bucket_address, s3_server
 from pyarrow import fs
 
@@ -60,6 +60,11 @@ def open_location(max_attempts: int, address: str) -> tuple[fs.FileSystem, str]:
     return fs.S3FileSystem(retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts), **options), path
 
 
+def prepare(source: object, store: object) -> Ended:
+    """Prepares a store in this process."""
+    return job("prepare", "--corpus.source", source, "--corpus.store", store, "--scale.workers", 0)
+
+
 @pytest.fixture(scope="module")
 def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     """The result of a run from the text."""
@@ -70,6 +75,7 @@ def expected(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     return result(folder / "a")
 
 
+@pytest.mark.cluster
 def test_run_from_a_bucket_that_fails_requests_equals_the_run_from_the_text(
     port: int, tmp_path: Path, expected: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -94,16 +100,15 @@ def test_run_from_a_bucket_that_fails_requests_equals_the_run_from_the_text(
 
 def test_store_in_a_bucket_that_is_interrupted_is_incomplete_until_prepare_succeeds(port: int, tmp_path: Path) -> None:
     (tmp_path / "text").write_text(TEXT)
-    arguments = ["prepare", "--corpus.source", tmp_path / "text", "--corpus.store"]
     address = bucket_address(port, "interrupted")
     with FaultyStore(port, itertools.repeat(""), r"(PUT|POST) \S+/manifest\.json") as proxy:
-        ended = job(*arguments, bucket_address(proxy.server_port, "interrupted"))
+        ended = prepare(tmp_path / "text", bucket_address(proxy.server_port, "interrupted"))
     assert ended.status == 2 and ended.err.count("\n") == 1
     assert "corpus.store = s3://bucket/interrupted: cannot be written: " in ended.err
     assert "manifest.json" not in Folder.resolve(address).names() != []
     refused = job("train", "--corpus.source", address, "--run.storage", tmp_path)
     assert refused.status == 2 and "an incomplete token store" in refused.err
-    assert job(*arguments, address).status == 0
+    assert prepare(tmp_path / "text", address).status == 0
     ended = job("doctor", "--corpus.source", address, "--run.storage", tmp_path, *FLAGS)
     assert ended.status == 0, ended.out
 
@@ -135,7 +140,7 @@ def test_run_whose_bucket_stops_to_answer_fails_with_one_line_and_resumes_with_t
 ) -> None:
     monkeypatch.setattr("job.data.read_ahead.BLOCK_BYTES", 64)  # two windows
     (tmp_path / "text").write_text(TEXT)
-    ended = job("prepare", "--corpus.source", tmp_path / "text", "--corpus.store", bucket_address(port, "lost"))
+    ended = prepare(tmp_path / "text", bucket_address(port, "lost"))
     assert ended.status == 0, ended.err
     flags = ["--run.storage", tmp_path, "--run.name", "b", *FLAGS, "--train.checkpoint_every", 5]
     with FaultyStore(port, itertools.repeat("")) as proxy:
@@ -165,7 +170,7 @@ def test_pair_in_a_bucket_gives_the_run_of_the_text(port: int, tmp_path: Path, e
     (tmp_path / "text").write_text(TEXT)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("job.data.pieces.PIECE_BYTES", 1 << 20)
-        ended = job("prepare", "--corpus.source", tmp_path / "text", "--corpus.store", tmp_path / "store")
+        ended = prepare(tmp_path / "text", tmp_path / "store")
     assert ended.status == 0, ended.err
     ids = np.fromfile(tmp_path / "store" / "tokens-00000.bin", np.uint8)
     pair = Folder.resolve(bucket_address(port, "pair"))
