@@ -7,7 +7,8 @@ import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import closing, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -287,6 +288,27 @@ def test_stream_of_model_that_fails_ends_and_the_engine_continues(
         assert collector.reason(other) == "length"
 
 
+def test_stream_that_is_cancelled_while_it_reads_leaves_the_state(
+    models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ensemble, conversation = models["char"].ensemble, Conversation(models["char"])
+    advance = ensemble.advance
+    with collecting([models["char"]]) as collector:
+        collector.submit(first := stream_of(conversation, length=20))
+        collector.wait(first)
+        before = conversation.saved, conversation.end
+        broken = stream_of(conversation, "a" * (2 * BLOCK_TOKENS))
+
+        def advance_and_cancel(*arguments: Any) -> Any:
+            broken.is_cancelled = True
+            return advance(*arguments)
+
+        monkeypatch.setattr(ensemble, "advance", advance_and_cancel)
+        collector.submit(broken)
+        assert collector.reason(broken) == "cancelled"
+        assert conversation.saved is before[0] and conversation.end == before[1]
+
+
 def test_streams_whose_states_do_not_fit_together_end_and_the_engine_continues(
     models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -480,6 +502,73 @@ def test_next_tokens_over_http_are_sorted_and_leave_the_state(url: str, models: 
     assert len(values) == size - 1  # <unk> is never generated
     assert values == sorted(values, reverse=True)
     assert sum(values) == pytest.approx(1)
+
+
+WHOLE = pytest.mark.parametrize(("path", "body"), [("next", {}), ("generate", {"stream": False})])
+
+
+@WHOLE
+def test_request_whose_model_fails_is_status_500(
+    path: str, body: dict[str, Any], url: str, models: dict[str, ServedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(models["char"].ensemble, "step", fail)
+    answer = post(f"{start_conversation(url)}/{path}", {"text": "It was", **body})
+    assert error_of(answer) == (500, "the model failed, as the log of the server describes")
+
+
+@WHOLE
+def test_request_that_another_of_its_conversation_replaces_is_status_409(
+    path: str,
+    body: dict[str, Any],
+    served: tuple[Server, str],
+    models: dict[str, ServedModel],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ensemble, is_reading, is_replaced = models["char"].ensemble, threading.Event(), threading.Event()
+
+    def wait_and_advance(*arguments: Any) -> Any:
+        is_reading.set()
+        assert is_replaced.wait(60)
+        return advance(*arguments)
+
+    advance = ensemble.advance
+    monkeypatch.setattr(ensemble, "advance", wait_and_advance)
+    server, url = served
+    conversation = start_conversation(url)
+    with ThreadPoolExecutor() as pool:
+        first = pool.submit(post, f"{conversation}/{path}", {"text": TEXT, **body})  # of several blocks
+        assert is_reading.wait(60)
+        second = pool.submit(post, f"{conversation}/next", {"text": "It"})
+        while len(server.service.has_events) < 2:
+            time.sleep(0.01)
+        is_replaced.set()
+        assert error_of(first.result())[0] == 409
+        assert second.result().status_code == 200
+
+
+def test_client_that_does_not_read_is_disconnected_which_frees_its_place(
+    served: tuple[Server, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("job.serving.connection.READ_TIMEOUT_S", 0.1)
+    server, url = served
+    body = json.dumps({"text": "It was", "length": 10_000, "alternatives": 50}).encode()  # more than buffers hold
+    path, port = start_conversation(url).partition("/v1/")[2], int(url.rpartition(":")[2])
+    with socket.socket() as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        client.connect(("127.0.0.1", port))
+        head = f"POST /v1/{path}/generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        assert client.recv(1) == b"H"
+        while server.service.has_events or server.service.engine.num_streams or server.server_state.connections:
+            time.sleep(0.01)
+        received = b""
+        with suppress(ConnectionResetError):
+            while part := client.recv(1 << 20):
+                received += part
+    assert b"event: token" in received and b"event: end" not in received
 
 
 @pytest.mark.parametrize(

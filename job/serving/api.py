@@ -17,7 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from job.config.schema import GenerateConfig
 from job.errors import UserError
@@ -47,9 +47,11 @@ _ERRORS: dict[int | str, dict[str, Any]] = {
         400: "not JSON",
         401: "the token is missing or wrong",
         404: "no such model or conversation",
+        409: "another request of the same conversation ended this one",
         413: "the body is too large",
         422: "a value is not valid, or the text has tokens that are not in the vocabulary",
         429: "too many streams: retry after the seconds in Retry-After",
+        500: "the model failed",
     }.items()
 }
 
@@ -124,6 +126,35 @@ class _StreamResponse(StreamingResponse):
             self.finish()
 
 
+class _ObjectResponse(_StreamResponse):
+    """A JSON object of a stream, in parts. An HTTPException before the first part is the response."""
+
+    def __init__(self, service: Service, stream: Stream, content: Content) -> None:
+        super().__init__(service, stream, content, "application/json")
+
+    async def stream_response(self, send: Send) -> None:
+        """Sends the status with the first part."""
+        start: list[Message] = []
+
+        async def send_after_start(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                start.append(message)
+                return
+            while start:
+                await send(start.pop())
+            await send(message)
+
+        await super().stream_response(send_after_start)
+
+
+def _check_end(event: EndEvent) -> None:
+    """Raises HTTPException if a stream that has no token did not end as its request asked for."""
+    if event.reason == "failed":
+        raise HTTPException(500, "the model failed, as the log of the server describes")
+    if event.reason == "cancelled":
+        raise HTTPException(409, "another request of the same conversation ended this one, or the server stops")
+
+
 async def _prepare_stream(conversation: Conversation, request: NextRequest) -> Stream:
     """Returns the stream that a request describes. Raises UserError if its text or a value is not valid."""
     model = conversation.model
@@ -167,22 +198,28 @@ async def _server_sent_events(stream: Stream, events: AsyncIterator[list[TokenEv
 
 async def _continuation(stream: Stream, events: AsyncIterator[list[TokenEvent | EndEvent]]) -> AsyncIterator[str]:
     """Yields the whole continuation as one object, in parts: the tokens with their alternatives may be large."""
-    texts, separator = [], ""
-    yield '{"tokens": ['
+    texts, start, separator = [], '{"tokens": [', ""
     async for group in events:
         for event in group:
             texts.append(event.text)
             if isinstance(event, TokenEvent):
-                yield separator + json.dumps(_as_json(stream, event))
-                separator = ", "
+                yield start + separator + json.dumps(_as_json(stream, event))
+                start, separator = "", ", "
             else:
-                yield f'], "text": {json.dumps("".join(texts))}, "reason": {json.dumps(event.reason)}}}'
+                if start:
+                    _check_end(event)
+                yield f'{start}], "text": {json.dumps("".join(texts))}, "reason": {json.dumps(event.reason)}}}'
 
 
 async def _next_tokens(stream: Stream, events: AsyncIterator[list[TokenEvent | EndEvent]]) -> AsyncIterator[str]:
     """Yields the alternatives of the only token as JSON."""
-    found = [event async for group in events for event in group if isinstance(event, TokenEvent)]
-    pairs = [pair for event in found for pair in event.alternatives]
+    pairs: list[tuple[int, float]] = []
+    async for group in events:
+        for event in group:
+            if isinstance(event, TokenEvent):
+                pairs += event.alternatives
+            else:
+                _check_end(event)
     yield json.dumps({"tokens": _alternatives(stream, pairs)})
 
 
@@ -236,13 +273,13 @@ def _add_generation(app: FastAPI, service: Service) -> None:
         stream = await _prepare_stream(service.conversation(conversation_id), request)
         if request.stream:
             return _StreamResponse(service, stream, _server_sent_events, "text/event-stream")
-        return _StreamResponse(service, stream, _continuation, "application/json")
+        return _ObjectResponse(service, stream, _continuation)
 
     @app.post("/v1/conversations/{conversation_id}/next", response_model=NextTokens)
     async def next_tokens(conversation_id: str, request: NextRequest) -> Response:
         """Return the most likely tokens after a text; the state of the conversation stays as it is."""
         stream = await _prepare_stream(service.conversation(conversation_id), request)
-        return _StreamResponse(service, stream, _next_tokens, "application/json")
+        return _ObjectResponse(service, stream, _next_tokens)
 
 
 def _add_error_handlers(app: FastAPI) -> None:

@@ -16,6 +16,7 @@ from job.errors import UserError, report_os_error
 from job.inference.ensemble import Ensemble
 from job.inference.generate import load_model
 from job.serving.api import Service, build_app
+from job.serving.connection import Connection
 from job.serving.conversations import Conversations, ServedModel
 from job.serving.guard import LOOPBACK_NAMES, Guard
 from job.training.checkpoint import LoadedCheckpoint
@@ -131,7 +132,7 @@ def build_server(models: Sequence[ServedModel], host: str, token: str) -> Server
     service = Service(models, Conversations())
     hosts = LOOPBACK_NAMES | {_url_name(host)} if is_loopback(host) else None
     config = uvicorn.Config(
-        Guard(build_app(service), token, hosts), http="h11", loop="asyncio", ws="none", lifespan="off",
+        Guard(build_app(service), token, hosts), http=Connection, loop="asyncio", ws="none", lifespan="off",
         log_config=None, access_log=False, server_header=False, proxy_headers=False,
         limit_concurrency=_MAX_CONNECTIONS, timeout_graceful_shutdown=_STOP_TIMEOUT_S,
     )  # fmt: skip

@@ -124,9 +124,9 @@ class Stream:
         self.events.append(TokenEvent(token, text, probability, alternatives))
 
     def end(self, reason: str) -> None:
-        """Ends it, and lets the conversation continue after it."""
+        """Ends it, and lets the conversation continue after it, unless it failed or has not read all of its text."""
         rest = self.text.finish()
-        if self.keep and reason != "failed":
+        if self.keep and reason != "failed" and len(self.unread) == 1:
             self.conversation.saved = SavedState(self.states, self.token)
             self.conversation.end = rest[-1:] or self.before[-1:]
         self.events.append(EndEvent(reason, rest))
