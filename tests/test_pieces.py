@@ -127,6 +127,21 @@ def test_tokens_of_pieces_are_those_of_the_corpus_in_memory(
         assert characters == corpus.num_characters
 
 
+def test_files_are_cut_into_pieces_of_similar_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of more than one piece had half as many, of twice the size, unless its size was a multiple of theirs."""
+    monkeypatch.setattr(pieces_module, "PIECE_BYTES", 10)
+    for number, size in enumerate([25, 3, 2, 30, 4]):
+        (tmp_path / f"{number}.txt").write_text("x" * size)
+    (tmp_path / "5.parquet").write_bytes(parquet(["y" * 20] * 6))  # three row groups
+    pieces = cut(tmp_path, CorpusConfig(source=str(tmp_path), cleaning="none"), "char")
+    spans = [[(pieces.spans[index].file, pieces.spans[index].start) for index in pieces.spans_of(piece)]
+             for piece in range(len(pieces))]  # fmt: skip
+    assert spans == [
+        [(0, 0)], [(0, 10)], [(0, 20), (1, 0), (2, 0)], [(3, 0)], [(3, 10)], [(3, 20)], [(4, 0), (5, 0)], [(5, 1)],
+        [(5, 2)],
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("text", ["a\nb\ufeffc\ufeff\nd", "\ufeff\ufeffab"])
 def test_byte_order_mark_within_a_file_is_text_wherever_the_file_is_cut(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str

@@ -156,7 +156,8 @@ def cut_files(files: list[SourceFile], sizes: list[int], text_format: TextFormat
     for file_spans, size in zip(cut_spans, sizes, strict=True):
         for span in file_spans:
             spans.append(span)
-            weight += size // len(file_spans)
+            rest = size // len(file_spans) if span.has_rows else size - span.start
+            weight += rest if span is file_spans[-1] else PIECE_BYTES
             if weight >= PIECE_BYTES:
                 boundaries.append(len(spans))
                 weight = 0

@@ -141,7 +141,7 @@ class Preparation:
         if self.given:
             input_digest.update(self.given.to_json().encode())
         del settings["corpus.store"]
-        sizes = {"piece_bytes": PIECE_BYTES, "max_uncut": self.pieces.text_format.max_uncut}
+        sizes = {"pieces": len(self.pieces), "piece_bytes": PIECE_BYTES, "max_uncut": self.pieces.text_format.max_uncut}
         return {"settings": settings, "input": input_digest.hexdigest(), **sizes}
 
     def run(self, store: str, run_tasks: RunTasks) -> str:
