@@ -3,25 +3,39 @@
     python -m benchmarks.corpora [--megabytes 1000] [--only speed|bpe|cores]
 
 Speeds are those of the text beyond a small one, so that they are without the start of processes. The memory of a
-process is its resident size at its peak, sampled every 0.1 s, shared memory included.
+process is its resident size at its peak, sampled every 0.1 s, shared memory included. ``cores`` prepares 330 MB on Ray
+with one CPU and with two, and takes about 90 s on an idle machine.
 """
 
 import argparse
 import os
+import subprocess
 import sys
 import tempfile
 import time
+from contextlib import ExitStack
+from functools import partial
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import numpy as np
 import psutil  # type: ignore[import-untyped]  # a dependency of Ray
 from tokenizers import Tokenizer
 
+from job.cluster.connection import connect
+from job.cluster.local_cluster import disconnect
+from job.cluster.prepare import cluster_tasks
+from job.config.config_file import load_config
+from job.config.schema import ScaleConfig
+from job.console import Console
 from job.data.bpe import PIECE_CHARACTERS, train_bpe
 from job.data.cuts import blocks_of
+from job.run.prepare import prepare_store
 
 SMALL_MEGABYTES = 1  # of which one process prepares a single piece
-SMALL_CLUSTER_MEGABYTES = 70  # a cluster several
+BLOCK_MEGABYTES = 16  # of a text, which repeats them
+CLUSTER_MEGABYTES = {"char": (66, 330), "word": (66, 132)}  # of a small text and a large one: two, ten and four pieces
 VOCABULARY_SIZE = 8192
 Peaks = dict[str, float]
 
@@ -30,38 +44,46 @@ def write_text(path: Path, megabytes: int) -> Path:
     """Words of falling frequency, in lines of twelve, as long as those of English."""
     generator, letters = np.random.default_rng(0), np.array(list("abcdefghijklmnopqrstuvwxyz"))
     words = ["".join(generator.choice(letters, length)) for length in generator.integers(2, 9, 50_000)]
-    ranks, num_bytes = 1 / np.arange(10, len(words) + 10), 0
+    ranks, text = 1 / np.arange(10, len(words) + 10), ""
+    while len(text) < min(megabytes, BLOCK_MEGABYTES) * 10**6:
+        chosen = generator.choice(len(words), (10_000, 12), p=ranks / ranks.sum())
+        text += "".join(" ".join([words[index] for index in row]) + "\n" for row in chosen)
     with path.open("w") as file:
-        while num_bytes < megabytes * 10**6:
-            chosen = generator.choice(len(words), (10_000, 12), p=ranks / ranks.sum())
-            num_bytes += file.write("".join(" ".join([words[index] for index in row]) + "\n" for row in chosen))
+        for start in range(0, megabytes * 10**6, len(text)):
+            file.write(text[: megabytes * 10**6 - start])
     return path
 
 
-def prepare(text: Path, cpus: int, fields: dict[str, object]) -> tuple[float, Peaks]:
-    """The seconds of one ``prepare``, in its process or on a cluster of some CPUs, and MB of memory by process."""
+def wait(process: psutil.Process) -> Peaks:
+    """Waits for a process; returns MB of memory by process, its own as that of the command."""
+    peaks = Peaks()
+    while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+        for other in [process, *process.children(recursive=True)]:
+            try:
+                name = "command" if other == process else other.name().split(":")[-1]
+                peaks[name] = max(peaks.get(name, 0.0), other.memory_info().rss / 1e6)
+            except psutil.Error:  # it has ended
+                continue
+        time.sleep(0.1)
+    return peaks
+
+
+def prepare(text: Path, fields: dict[str, object]) -> tuple[float, Peaks]:
+    """The seconds of one ``prepare`` in its process, and MB of memory."""
     with tempfile.TemporaryDirectory() as folder:
-        flags = {"corpus.source": text, "corpus.store": Path(folder, "store"), "scale.workers": cpus} | fields
+        flags = {"corpus.source": text, "corpus.store": Path(folder, "store"), "scale.workers": 0} | fields
         words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-        started_at, peaks = time.perf_counter(), Peaks()
-        process = psutil.Popen([sys.executable, "-m", "job", "prepare", *words], stdout=sys.stderr)
-        process.cpu_affinity(sorted(os.sched_getaffinity(0))[: max(1, cpus)])
-        while process.poll() is None:
-            for other in [process, *process.children(recursive=True)]:
-                try:
-                    name = "command" if other == process else other.name().split(":")[-1]
-                    peaks[name] = max(peaks.get(name, 0.0), other.memory_info().rss / 1e6)
-                except psutil.Error:  # it has ended
-                    continue
-            time.sleep(0.1)
-        assert process.returncode == 0
+        started_at = time.perf_counter()
+        process = subprocess.Popen([sys.executable, "-m", "job", "prepare", *words], stdout=sys.stderr)
+        peaks = wait(psutil.Process(process.pid))
+        assert process.wait() == 0
         return time.perf_counter() - started_at, peaks
 
 
-def speed(large: Path, small: Path, cpus: int, fields: dict[str, object]) -> tuple[float, Peaks]:
+def speed(large: Path, small: Path, fields: dict[str, object]) -> tuple[float, Peaks]:
     """MB/s of the text beyond the small one, and the peaks."""
-    seconds, peaks = prepare(large, cpus, fields)
-    seconds -= prepare(small, cpus, fields)[0]
+    seconds, peaks = prepare(large, fields)
+    seconds -= prepare(small, fields)[0]
     return (large.stat().st_size - small.stat().st_size) / 1e6 / seconds, peaks
 
 
@@ -71,7 +93,7 @@ def show_peaks(peaks: Peaks) -> str:
 
 def measure_speed(large: Path, small: Path) -> None:
     for kind in ("byte", "char", "word"):
-        megabytes_per_second, peaks = speed(large, small, 0, {"vocabulary.kind": kind})
+        megabytes_per_second, peaks = speed(large, small, {"vocabulary.kind": kind})
         print(f"  {kind:<8}{megabytes_per_second:8.1f} MB/s   {show_peaks(peaks)}", flush=True)
 
 
@@ -86,16 +108,55 @@ def measure_bpe(large: Path, small: Path) -> None:
         started_at = time.perf_counter()
         tokenizer.encode_batch_fast(list(blocks_of(text, PIECE_CHARACTERS)))
         plain = len(text) / 1e6 / (time.perf_counter() - started_at)
-        ours, peaks = speed(large, small, 0, {"vocabulary.kind": "bpe", "vocabulary.file": file})
+        ours, peaks = speed(large, small, {"vocabulary.kind": "bpe", "vocabulary.file": file})
     print(
         f"  bpe     {ours:8.1f} MB/s   {ours / plain:.2f} of tokenizers alone ({plain:.1f} MB/s)   {show_peaks(peaks)}"
     )
 
 
-def measure_cores(large: Path, small: Path) -> None:
-    for kind in ("char", "word"):
-        (one, _), (two, peaks) = (speed(large, small, cpus, {"vocabulary.kind": kind}) for cpus in (1, 2))
-        print(f"  {kind:<8}{two:8.1f} MB/s on two cores, {two / one:.2f} of one   {show_peaks(peaks)}", flush=True)
+def time_on_cluster(cpus: int, texts: dict[str, tuple[Path, Path]], results: Connection) -> None:
+    """Sends MB/s of each kind's large text beyond its small one, on a cluster of this process."""
+    os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:cpus])
+    console = Console(stream=sys.stderr)
+    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
+
+        def seconds(kind: str, text: Path) -> float:
+            store, started_at = tempfile.mkdtemp(dir=folder), time.perf_counter()
+            config = load_config(
+                None, {"vocabulary.kind": kind, "corpus.source": str(text), "corpus.store": f"{store}/store"}
+            )
+            assert prepare_store(config, console, partial(cluster_tasks, store, console)) == 0
+            return time.perf_counter() - started_at
+
+        connect(ScaleConfig(workers=1, accelerator="cpu", cpus_per_worker=1), stack)
+        seconds("char", texts["char"][0])  # starts Ray's workers
+        for kind, (small, large) in texts.items():
+            num_bytes = large.stat().st_size - small.stat().st_size
+            results.send(num_bytes / 1e6 / (seconds(kind, large) - seconds(kind, small)))
+        disconnect()
+
+
+def speeds_on_cluster(cpus: int, texts: dict[str, tuple[Path, Path]]) -> tuple[list[float], Peaks]:
+    """MB/s of each kind on a cluster with some CPUs, and the peaks of all its processes."""
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=time_on_cluster, args=(cpus, texts, sender))
+    process.start()
+    peaks = wait(psutil.Process(process.pid))
+    process.join()
+    assert process.exitcode == 0
+    return [receiver.recv() for _ in texts], peaks
+
+
+def measure_cores(folder: Path) -> None:
+    texts = {
+        kind: (write_text(folder / f"{kind}-small.txt", small), write_text(folder / f"{kind}-large.txt", large))
+        for kind, (small, large) in CLUSTER_MEGABYTES.items()
+    }
+    (one, _), (two, peaks) = (speeds_on_cluster(cpus, texts) for cpus in (1, 2))
+    for kind, slow, fast in zip(texts, one, two, strict=True):
+        print(f"  {kind:<8}{fast:8.1f} MB/s on two cores, {fast / slow:.2f} of one ({slow:.1f} MB/s)", flush=True)
+    print(f"  memory of each process at its peak, of any kind   {show_peaks(peaks)}", flush=True)
 
 
 def main() -> None:
@@ -103,16 +164,16 @@ def main() -> None:
     parser.add_argument("--megabytes", type=int, default=1000)
     parser.add_argument("--only", choices=("speed", "bpe", "cores"))
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        small, medium = (
-            write_text(Path(folder, f"{size}.txt"), size) for size in (SMALL_MEGABYTES, SMALL_CLUSTER_MEGABYTES)
-        )
-        large = write_text(Path(folder, "large.txt"), options.megabytes)
-        for name, measure, smaller in (
-            ("speed", measure_speed, small), ("bpe", measure_bpe, small), ("cores", measure_cores, medium)
-        ):  # fmt: skip
-            if options.only in (None, name):
-                measure(large, smaller)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        if options.only in (None, "cores"):
+            measure_cores(folder)
+        if options.only != "cores":
+            small = write_text(folder / "small.txt", SMALL_MEGABYTES)
+            large = write_text(folder / "large.txt", options.megabytes)
+            for task, measure in (("speed", measure_speed), ("bpe", measure_bpe)):
+                if options.only in (None, task):
+                    measure(large, small)
 
 
 if __name__ == "__main__":
