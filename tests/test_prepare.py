@@ -3,8 +3,13 @@
 import gzip
 import json
 import os
+import signal
+import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
+from subprocess import PIPE
 from typing import Any
 
 import numpy as np
@@ -12,6 +17,7 @@ import pytest
 from conftest import full_disk, job
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from object_store import KEYS, bucket_address
 from test_pieces import files
 
 from job.config.config_file import load_config
@@ -238,6 +244,26 @@ def test_prepare_that_is_interrupted_says_how_to_continue(
     assert capsys.readouterr().out == "interrupted; the same command continues\n"
     assert not (tmp_path / "store" / "owner.json").exists()
     assert prepare_store(config, Console()) == 0
+
+
+@pytest.mark.parametrize("field", ["source", "store"])
+def test_prepare_that_is_interrupted_while_a_bucket_does_not_answer_ends(tmp_path: Path, field: str) -> None:
+    """It ended after the attempts of the request, which take minutes, and in them Python runs no handler."""
+    (tmp_path / "text").write_text(LINES)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        paths = {"source": str(tmp_path / "text"), "store": str(tmp_path / "store")}
+        paths |= {field: bucket_address(server.getsockname()[1], field)}
+        flags = [word for name, path in paths.items() for word in (f"--corpus.{name}", path)]
+        command = [sys.executable, "-m", "job", "prepare", *flags, "--scale.workers", "0"]
+        process = subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True, env=os.environ | KEYS)
+        try:
+            server.accept()[0].recv(1)
+            process.send_signal(signal.SIGINT)
+            output = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, output) == (130, ("interrupted; the same command continues\n", ""))
+    assert not (tmp_path / "store").exists()
 
 
 @pytest.mark.usefixtures("small")

@@ -46,11 +46,13 @@ from job.data.vocabulary_file import find_vocabulary, read_vocabulary, read_voca
 from job.errors import RunFailed, UserError, error_origin, report_os_error
 from job.paths import check_no_credentials
 from job.run.lease import LOCK_FILE, acquire_lease, wait_until_expired
-from job.run.signals import StopRequest
+from job.run.signals import ExitTimer, StopRequest
 from job.storage import Folder
 
 _PROGRESS_DELAY_S = 2.0  # before the first line of progress
 _FILES_AT_ONCE = 16  # whose sizes are requested
+_EXIT_DELAY_S, _CLUSTER_EXIT_DELAY_S = 1.5, 30.0  # of a process that is interrupted; Ray ends within seconds
+_INTERRUPTED = "interrupted; the same command continues"
 Result = TypeVar("Result")
 Task = tuple[int, int | None]  # a piece, and the largest number of its tokens; None: all
 
@@ -88,16 +90,26 @@ def prepare_store(
     stop_request.can_save = False  # each finished piece is saved at once
     with stop_request.installed():
         try:
-            check_no_store(config.corpus.store)
-            given = read_vocabulary(config.vocabulary) if config.vocabulary.file else None
-            preparation = Preparation(config.corpus, config.vocabulary, given, console)
-            uses_cluster = open_tasks and len(preparation.pieces) > 1  # of a single piece there is nothing to share
-            with open_tasks() if open_tasks and uses_cluster else nullcontext(run_in_process) as run_tasks:
-                console.print(preparation.run(config.corpus.store, run_tasks))
+            with ExitTimer(_EXIT_DELAY_S, partial(console.print, _INTERRUPTED)) as exit_timer:
+                _prepare_store(config, console, open_tasks, exit_timer)
         except KeyboardInterrupt:
-            console.print("interrupted; the same command continues")
+            console.print(_INTERRUPTED)
             return stop_request.exit_code or 130
     return 0
+
+
+def _prepare_store(
+    config: Config, console: Console, open_tasks: Callable[[], AbstractContextManager[RunTasks]] | None,
+    exit_timer: ExitTimer,
+) -> None:  # fmt: skip
+    check_no_store(config.corpus.store)
+    given = read_vocabulary(config.vocabulary) if config.vocabulary.file else None
+    preparation = Preparation(config.corpus, config.vocabulary, given, console)
+    tasks: AbstractContextManager[RunTasks] = nullcontext(run_in_process)
+    if open_tasks and len(preparation.pieces) > 1:  # of a single piece there is nothing to share
+        exit_timer.delay_s, tasks = _CLUSTER_EXIT_DELAY_S, open_tasks()
+    with tasks as run_tasks:
+        console.print(preparation.run(config.corpus.store, run_tasks))
 
 
 class Preparation:

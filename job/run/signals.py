@@ -1,9 +1,11 @@
 """SIGINT, SIGTERM and SIGUSR1 as requests to the run."""
 
 import logging
+import os
 import signal
+import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 
@@ -49,3 +51,40 @@ class StopRequest:
         self.exit_code = self.exit_code or 128 + number
         if is_final:
             raise KeyboardInterrupt
+
+
+class ExitTimer:
+    """Ends the process some time after SIGINT or SIGTERM, unless its block has ended.
+
+    Python runs handlers of signals in the main thread, which a request to an object store may block for minutes, and so
+    may the threads and the clean-up for which a ``KeyboardInterrupt`` waits. What was written is as after a SIGKILL.
+
+    Args:
+        delay_s: seconds after the signal
+        before_exit: called in another thread
+    """
+
+    def __init__(self, delay_s: float, before_exit: Callable[[], None]) -> None:
+        self.delay_s, self.before_exit = delay_s, before_exit
+        self.ended = threading.Event()
+
+    def __enter__(self) -> "ExitTimer":
+        if threading.current_thread() is threading.main_thread():
+            reader, self.writer = socket.socketpair()
+            self.writer.setblocking(False)
+            self.previous = signal.set_wakeup_fd(self.writer.fileno(), warn_on_full_buffer=False)
+            threading.Thread(target=self._wait_for_signal, args=(reader,), daemon=True).start()
+        return self
+
+    def _wait_for_signal(self, reader: socket.socket) -> None:
+        with reader:
+            while number := reader.recv(1):
+                if number[0] in (signal.SIGINT, signal.SIGTERM) and not self.ended.wait(self.delay_s):
+                    self.before_exit()
+                    os._exit(128 + number[0])
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        if threading.current_thread() is threading.main_thread():
+            signal.set_wakeup_fd(self.previous)
+            self.writer.close()
