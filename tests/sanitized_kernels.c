@@ -79,16 +79,17 @@ static index_t gates_of(index_t cell) { return cell == RNN ? 1 : cell == GRU ? 3
 
 static void *copy(const void *data, index_t bytes) { return memcpy(buffer(bytes), data, bytes); }
 
-static void run_rnn(index_t cell, int is_bf16, index_t steps, index_t lanes, index_t units, index_t table_rows,
+static void run_rnn(index_t cell, int is_bf16, index_t steps, index_t lanes, index_t weight_units, index_t table_rows,
                     int full) {
+    index_t units = (weight_units + 31) / 32 * 32;
     index_t size = is_bf16 ? 2 : 4, states = (steps + 1) * lanes * units, rows = steps * lanes,
             G = gates_of(cell) * units;
     index_t saved = cell == RNN ? units : 4 * units;
     int shared = cell == GRU && !is_bf16;
-    RnnArgs args = {cell, is_bf16, steps, lanes, units, table_rows ? table_rows : rows, 1};
+    RnnArgs args = {cell, is_bf16, steps, lanes, units, table_rows ? table_rows : rows, 1, weight_units};
     args.inputs = numbers(0, args.table_rows * G);
     args.tokens = table_rows ? tokens(rows, table_rows) : NULL;
-    args.weight = numbers(0, G * units);
+    args.weight = numbers(0, gates_of(cell) * weight_units * weight_units);
     args.bias = cell == GRU ? numbers(0, units) : NULL;
     args.starts = lanes % 3 ? starts(rows) : NULL;
     args.dhidden = numbers(is_bf16, rows * units);
@@ -121,15 +122,14 @@ static void run_rnn(index_t cell, int is_bf16, index_t steps, index_t lanes, ind
     free_buffers();
 }
 
-static void run_linear(int is_bf16, int out_is_bf16, int transposed, index_t rows, index_t inner, index_t columns,
-                       index_t missing) {
-    index_t weight_rows = transposed ? columns : inner - 5, weight_columns = (transposed ? inner : columns) - missing,
-            bytes = rows * columns * (out_is_bf16 ? 2 : 4);
-    LinearArgs args = {is_bf16, out_is_bf16, transposed, rows, inner, columns, weight_rows, weight_columns, 1};
+static void run_linear(int is_bf16, int out_is_bf16, int transposed, index_t gates, index_t rows, index_t inner,
+                       index_t columns, index_t missing) {
+    index_t weight_rows = (transposed ? columns : inner) - 5 * gates,
+            weight_columns = (transposed ? inner : columns) - missing, bytes = rows * columns * (out_is_bf16 ? 2 : 4);
+    LinearArgs args = {is_bf16, out_is_bf16, transposed, gates, rows, inner, columns, weight_rows, weight_columns, 1};
     args.left = numbers(is_bf16, rows * inner);
     args.weight = numbers(0, weight_rows * weight_columns);
     args.bias = transposed ? numbers(0, columns) : NULL;
-    args.scale = 0.5;
     void *expected = NULL;
     for (int i = 0; i < 4; i++) {
         args.num_threads = THREADS[i], args.out = buffer(bytes);
@@ -141,18 +141,17 @@ static void run_linear(int is_bf16, int out_is_bf16, int transposed, index_t row
     free_buffers();
 }
 
-static void run_weight_gradient(int is_bf16, index_t rows, index_t left_columns, index_t left_stride, index_t columns,
-                                index_t out_columns) {
-    WeightGradientArgs args = {is_bf16, 0, rows, left_columns, left_stride, columns, out_columns, 1};
+static void run_weight_gradient(int is_bf16, index_t gates, index_t rows, index_t left_columns, index_t left_stride,
+                                index_t columns, index_t out_rows, index_t out_columns) {
+    WeightGradientArgs args = {is_bf16, 0, gates, rows, left_columns, left_stride, columns, out_rows, out_columns, 1};
     args.left = numbers(is_bf16, rows * left_stride);
     args.right = numbers(is_bf16, rows * columns);
-    args.scale = 0.5;
     void *expected = NULL;
     for (int i = 0; i < 4; i++) {
-        args.num_threads = THREADS[i], args.out = buffer(left_columns * out_columns * 4);
+        args.num_threads = THREADS[i], args.out = buffer(out_rows * out_columns * 4);
         check(weight_gradient(&args) == OK, "weight_gradient");
         expected = expected ? expected : args.out;
-        check(!memcmp(expected, args.out, left_columns * out_columns * 4), "weight_gradient on several threads");
+        check(!memcmp(expected, args.out, out_rows * out_columns * 4), "weight_gradient on several threads");
     }
     CHECK_OUT_OF_MEMORY(weight_gradient(&args))
     free_buffers();
@@ -165,7 +164,6 @@ static void run_segment_sum(int is_bf16, index_t rows, index_t columns, index_t 
     args.source = numbers(is_bf16, rows * stride);
     args.segments = num_segments > 1 ? tokens(rows, num_segments) : NULL;
     args.out = buffer(num_segments * columns * 4);
-    args.scale = 2;
     check(segment_sum(&args) == OK, "segment_sum");
     free_buffers();
 }
@@ -181,14 +179,14 @@ static void run_loss(int is_bf16, index_t rows, index_t units, index_t vocabular
         args.num_threads = THREADS[i], args.nats = buffer(rows * 4);
         if (full) {
             args.dhidden = calloc(rows * padded_units, 4), buffers[num_buffers++] = args.dhidden;
-            args.dweight = buffer(columns * units * 4), args.dbias = buffer(columns * 4);
+            args.dweight = buffer(vocabulary_size * units * 4), args.dbias = buffer(columns * 4);
         }
         check(linear_cross_entropy(&args) == OK, "linear_cross_entropy");
         expected = i ? expected : args;
         check(!memcmp(expected.nats, args.nats, rows * 4), "losses on several threads");
         if (!full) continue;
         check(!memcmp(expected.dhidden, args.dhidden, rows * padded_units * 4), "dhidden on several threads");
-        check(!memcmp(expected.dweight, args.dweight, columns * units * 4), "dweight on several threads");
+        check(!memcmp(expected.dweight, args.dweight, vocabulary_size * units * 4), "dweight on several threads");
         check(!memcmp(expected.dbias, args.dbias, columns * 4), "dbias on several threads");
     }
     CHECK_OUT_OF_MEMORY(linear_cross_entropy(&args))
@@ -278,22 +276,23 @@ static void run_kernels(int is_bf16) {
         for (index_t steps = 1; steps <= 3; steps += 2)
             for (index_t lanes = 1; lanes < 140; lanes = lanes * 3 + 2) {
                 run_rnn(cell, is_bf16, steps, lanes, 32, 5, 1);
-                run_rnn(cell, is_bf16, steps, lanes, 96, 0, lanes % 2);
+                run_rnn(cell, is_bf16, steps, lanes, 75, 0, lanes % 2);
             }
     for (int transposed = 0; transposed < 2; transposed++)
         for (int out_is_bf16 = 0; out_is_bf16 <= is_bf16; out_is_bf16++) {
-            run_linear(is_bf16, out_is_bf16, transposed, 1, 32, 32, 0);
-            run_linear(is_bf16, out_is_bf16, transposed, 131, 160, 96, 7);
-            run_linear(is_bf16, out_is_bf16, transposed, 64, 544, 32, 31);
+            run_linear(is_bf16, out_is_bf16, transposed, 1, 1, 32, 32, 0);
+            run_linear(is_bf16, out_is_bf16, transposed, 1, 131, 160, 160, 7);
+            run_linear(is_bf16, out_is_bf16, transposed, transposed ? 1 : 17, 64, 544, 32, 31);
+            run_linear(is_bf16, out_is_bf16, transposed, 3, 9, 96, 96, 1);
         }
     for (int is_locked = 0; is_locked < 2; is_locked++) {
         run_dropout(is_bf16, is_locked, 1, 1, 1);
         run_dropout(is_bf16, is_locked, 3, 5, 129);
         run_dropout(is_bf16, is_locked, 1, 1, 70001);
     }
-    run_weight_gradient(is_bf16, 1, 32, 32, 32, 32);
-    run_weight_gradient(is_bf16, 301, 96, 128, 64, 61);
-    run_weight_gradient(is_bf16, 515, 160, 160, 32, 1);
+    run_weight_gradient(is_bf16, 1, 1, 32, 32, 32, 32, 32);
+    run_weight_gradient(is_bf16, 3, 301, 96, 128, 64, 75, 61);
+    run_weight_gradient(is_bf16, 1, 515, 160, 160, 32, 129, 1);
     run_segment_sum(is_bf16, 1, 32, 0, 0, 1);
     run_segment_sum(is_bf16, 77, 96, 64, 32, 9);
     run_segment_sum(is_bf16, 77, 96, 32, 32, 1);

@@ -19,9 +19,10 @@ enum status { OK, OUT_OF_MEMORY, INVALID_TOKEN };
    carry[1:] and gates; backward also reads the second group and writes dgates, dh0 and dcarry. */
 typedef struct {
     index_t cell, is_bf16, steps, lanes, units, table_rows, num_threads;
+    index_t weight_units;  /* H before it was rounded up to a multiple of 32 */
     const float *inputs;   /* input projections (T, B, G), or a table (table_rows, G) of them */
     const int64_t *tokens; /* (T, B): row of the table for each lane; NULL if there is no table */
-    const float *weight;   /* (G, H) */
+    const float *weight;   /* (gates * weight_units, weight_units) */
     const float *bias;     /* (H): of a GRU's candidate state, scaled by the reset gate */
     const uint8_t *starts; /* (T, B): whether the state before the step is taken to be zero; NULL if it never is */
     void *hidden;          /* (T + 1, B, H); the first is the initial state */
@@ -38,15 +39,14 @@ typedef struct {
 int rnn_forward(const RnnArgs *args);
 int rnn_backward(const RnnArgs *args);
 
-/* out (rows, columns) = scale * left (rows, inner) times weight, plus bias (columns) if it is not NULL.
-   The weight is (columns, weight_columns) if `transposed`, else (weight_rows, weight_columns). What it lacks of
-   (columns, inner) or (inner, columns) is zero. */
+/* out (rows, columns) = left (rows, inner) times weight, plus bias (columns) if it is not NULL.
+   The weight (weight_rows, weight_columns) is (columns, inner) if `transposed`, else (inner, columns). What it lacks of
+   that is zero: in columns, and in rows of each of its `gates`. */
 typedef struct {
-    index_t is_bf16, out_is_bf16, transposed, rows, inner, columns, weight_rows, weight_columns, num_threads;
+    index_t is_bf16, out_is_bf16, transposed, gates, rows, inner, columns, weight_rows, weight_columns, num_threads;
     const void *left;
     const float *weight, *bias;
     void *out;
-    float scale;
 } LinearArgs;
 
 int linear(const LinearArgs *args);
@@ -61,32 +61,31 @@ typedef struct {
     const int64_t *targets;                        /* (R) */
     float *nats;                                   /* (R): the result */
     float *dhidden; /* (R, padded_units), of which the first are written: the gradients of the sum of all losses, */
-    float *dweight; /* (columns, H) */
+    float *dweight; /* (V, H) */
     float *dbias;   /* (columns); all three are NULL if they are not needed */
 } LossArgs;
 
 int linear_cross_entropy(const LossArgs *args);
 
-/* out (left_columns, out_columns) = scale * (the previous `out`, if `accumulate`, + left[:, :left_columns]^T times right[:, :out_columns]),
-   of which the rows have `columns`: out_columns rounded up to a multiple of 32. */
+/* out (out_rows, out_columns) = left[:, :left_columns]^T times right[:, :out_columns], plus the previous `out` if
+   `accumulate`. `left_columns` is out_rows with the rows of each of its `gates` rounded up to a multiple of 32, and
+   `columns` is out_columns rounded up. */
 typedef struct {
-    index_t is_bf16, accumulate, rows, left_columns, left_stride, columns, out_columns, num_threads;
+    index_t is_bf16, accumulate, gates, rows, left_columns, left_stride, columns, out_rows, out_columns, num_threads;
     const void *left;  /* (rows, left_stride) */
     const void *right; /* (rows, columns) */
     float *out;
-    float scale;
 } WeightGradientArgs;
 
 int weight_gradient(const WeightGradientArgs *args);
 
-/* out (num_segments, columns) = scale * the sums of the rows that have the same segment number. */
+/* out (num_segments, columns) = the sums of the rows that have the same segment number. */
 typedef struct {
     index_t is_bf16, rows, columns, stride, num_segments;
     index_t skip_start, skip_count; /* columns of `source` that are left out */
     const void *source;             /* (rows, stride) */
     const int64_t *segments;        /* (rows); NULL if all rows are in one segment */
     float *out;
-    float scale;
 } SegmentSumArgs;
 
 int segment_sum(const SegmentSumArgs *args);
@@ -95,7 +94,7 @@ int segment_sum(const SegmentSumArgs *args);
 typedef struct {
     index_t columns, inner, depth, num_threads;
     const float *weight;
-    void *packed; /* (columns rounded up to a multiple of 32, depth), of which the last columns may not be written */
+    void *packed; /* (columns rounded up to a multiple of 32, depth) */
 } PackArgs;
 
 int pack(const PackArgs *args);

@@ -36,7 +36,7 @@ static void place_layers(const DecoderArgs *args, layer_step *steps, float *memo
         rnn.hidden = memory;
         rnn.carry = args->cell == LSTM ? memory + 2 * size : memory;
         rnn.inputs = layer->table ? layer->table : memory + 4 * size;
-        steps[i] = (layer_step){rnn, {below, layer->input_weight, layer->input_bias, below_units, below_units, G, 1}};
+        steps[i] = (layer_step){rnn, {below, layer->input_weight, layer->input_bias, below_units, below_units, G}};
         below = memory + size;
         below_units = layer->units;
         memory += 4 * size + lanes * G;
@@ -79,7 +79,7 @@ static index_t argmax(const float *x, index_t count) {
 static void decode_block(const DecoderArgs *args, layer_step *steps, float *features, index_t first) {
     index_t lanes = steps[0].rnn.lanes, E = args->embedding_size, columns = args->columns;
     const RnnArgs *last = &steps[args->num_layers - 1].rnn;
-    packed_product output = {(float *)last->hidden, args->weight, args->bias, last->units, last->units, columns, 1};
+    packed_product output = {(float *)last->hidden, args->weight, args->bias, last->units, last->units, columns};
     float *logits = args->logits + first * columns;
     uint8_t starts[BLOCK_ROWS];
     copy_states(args, steps, first, 0);
@@ -125,7 +125,7 @@ int decode(const DecoderArgs *args) {
 }
 
 int pack(const PackArgs *args) {
-    packing packing = {0, 1, args->weight, args->columns, args->inner, args->depth, args->columns, args->packed};
+    packing packing = {0, 1, 1, args->weight, args->columns, args->inner, args->depth, args->columns, args->packed};
     pack_weight(&packing, args->num_threads);
     return OK;
 }

@@ -57,13 +57,13 @@ INLINE void pack_rows(int is_bf16, int source_is_bf16, uint32_t *to, const void 
                      offset_ptr(source_is_bf16, matrix, k * step * stride + j), stride, rows - k * step, stride - j);
 }
 
-/* Packs a matrix (columns, inner) of floats for a product that sums over `inner`; pads the last panel and the words up to
-   `depth` with zeros. */
-INLINE void pack_columns(int is_bf16, uint32_t *to, const float *matrix, index_t columns, index_t inner,
-                         index_t depth) {
+/* Packs a matrix (columns, inner) of floats for a product that sums over `inner`; pads the panels of `count` columns and
+   the words up to `depth` with zeros. */
+INLINE void pack_columns(int is_bf16, uint32_t *to, const float *matrix, index_t columns, index_t inner, index_t depth,
+                         index_t count) {
     uint32_t words[PANEL][WIDTH];
     index_t step = is_bf16 ? 2 : 1;
-    for (; columns > 0; columns -= PANEL, matrix += PANEL * inner)
+    for (; count > 0; count -= PANEL, columns -= PANEL, matrix += PANEL * inner)
         for (index_t k = 0; k < depth; k += WIDTH) {
             for (index_t j = 0; j < PANEL; j++)
                 for (index_t i = 0; i < step * WIDTH; i += WIDTH) {

@@ -34,22 +34,27 @@ static void pack_slice(const void *argument, index_t first, index_t count) {
     packing p = *(const packing *)argument;
     if (p.transposed) {
         p.packed += first * p.depth, p.weight += first * p.stride;
-        p.rows = p.rows - first < count ? p.rows - first : count;
         if (p.is_bf16)
-            pack_columns(1, p.packed, p.weight, p.rows, p.stride, p.depth);
+            pack_columns(1, p.packed, p.weight, p.rows - first, p.stride, p.depth, count);
         else
-            pack_columns(0, p.packed, p.weight, p.rows, p.stride, p.depth);
+            pack_columns(0, p.packed, p.weight, p.rows - first, p.stride, p.depth, count);
     } else if (p.is_bf16)
         pack_rows(1, 0, p.packed, p.weight, p.stride, p.rows, p.columns, p.depth, first, count);
     else
         pack_rows(0, 0, p.packed, p.weight, p.stride, p.rows, p.columns, p.depth, first, count);
 }
 
-void pack_weight(const packing *packing, index_t num_threads) {
+void pack_weight(const packing *weight, index_t num_threads) {
     enum { MIN_WORDS = 1 << 16 }; /* in less time than they take, a thread does not start */
-    index_t total = packing->transposed ? packing->columns : packing->depth;
-    index_t chunk = MIN_WORDS / (packing->columns * packing->depth / total) / PANEL * PANEL;
-    parallel_for(pack_slice, packing, total, chunk > PANEL ? chunk : PANEL, num_threads);
+    packing part = *weight;
+    index_t total = part.transposed ? part.columns : part.depth, words = part.transposed ? part.depth : part.columns;
+    index_t chunk = MIN_WORDS / words / PANEL * PANEL;
+    if (part.rows == (part.transposed || !part.is_bf16 ? total : 2 * total)) part.gates = 1; /* nothing to pad */
+    part.rows /= part.gates, total /= part.gates;
+    for (index_t gate = 0; gate < part.gates; gate++) {
+        parallel_for(pack_slice, &part, total, chunk > PANEL ? chunk : PANEL, num_threads);
+        part.weight += part.rows * part.stride, part.packed += total * (part.transposed ? part.depth : PANEL);
+    }
 }
 
 int linear(const LinearArgs *args) {
@@ -58,6 +63,7 @@ int linear(const LinearArgs *args) {
     if (!packed) return OUT_OF_MEMORY;
     packing packing = {(int)args->is_bf16,
                        (int)args->transposed,
+                       args->gates,
                        args->weight,
                        args->weight_rows,
                        args->weight_columns,
@@ -65,28 +71,29 @@ int linear(const LinearArgs *args) {
                        columns,
                        packed};
     pack_weight(&packing, args->num_threads);
-    packed_product product = {args->left, packed, args->bias, depth, depth, columns, args->scale};
+    packed_product product = {args->left, packed, args->bias, depth, depth, columns};
     linear_task task = {product, (int)args->is_bf16, (int)args->out_is_bf16, args->out};
     parallel_for(linear_rows, &task, args->rows, TILE_ROWS, args->num_threads);
     free(packed);
     return OK;
 }
 
-/* Multiplies a panel of each factor; writes the columns that `out` has, `stride` apart. */
-INLINE void gradient_panel(int is_bf16, const uint32_t *a, const uint32_t *b, index_t depth, float *out,
+/* Multiplies a panel of each factor; writes the rows and columns that `out` has, `stride` apart. */
+INLINE void gradient_panel(int is_bf16, const uint32_t *a, const uint32_t *b, index_t depth, float *out, index_t rows,
                            index_t columns, index_t stride, int accumulate) {
     float sums[PANEL * PANEL] __attribute__((aligned(64)));
     const float *next = columns > PANEL ? out + PANEL : out + PANEL * stride + columns - stride;
-    for (index_t i = 0; i < PANEL; i++)
+    rows = rows < PANEL ? rows : PANEL;
+    for (index_t i = 0; i < rows; i++)
         for (index_t j = 0; j < PANEL; j += WIDTH) __builtin_prefetch(next + i * stride + j, 1);
     if (columns >= PANEL) {
-        gemm_panel(is_bf16, PANEL, PANEL, a, 1, PANEL, b, depth, out, stride, accumulate, NULL);
+        gemm_panel(is_bf16, rows, PANEL, a, 1, PANEL, b, depth, out, stride, accumulate, NULL);
         return;
     }
-    for (index_t i = 0; i < PANEL * PANEL && accumulate; i += WIDTH)
+    for (index_t i = 0; i < rows * PANEL && accumulate; i += WIDTH)
         store(0, sums, i, load_some(out + i / PANEL * stride, i % PANEL, columns - i % PANEL));
-    gemm_panel(is_bf16, PANEL, columns, a, 1, PANEL, b, depth, sums, PANEL, accumulate, NULL);
-    for (index_t i = 0; i < PANEL * PANEL; i += WIDTH)
+    gemm_panel(is_bf16, rows, columns, a, 1, PANEL, b, depth, sums, PANEL, accumulate, NULL);
+    for (index_t i = 0; i < rows * PANEL; i += WIDTH)
         store_some(out + i / PANEL * stride, i % PANEL, load(0, sums, i), columns - i % PANEL);
 }
 
@@ -101,16 +108,19 @@ INLINE void gradient_block(int is_bf16, const WeightGradientArgs *args, index_t 
     index_t step = is_bf16 ? 2 : 1, N = args->columns, stride = args->out_columns, left_stride = args->left_stride;
     index_t rows = args->rows - row < BLOCK_DEPTH * step ? args->rows - row : BLOCK_DEPTH * step;
     index_t depth = (rows + step - 1) / step;
+    index_t padded = args->left_columns / args->gates, units = args->out_rows / args->gates;
     pack_rows(is_bf16, is_bf16, b, offset_ptr(is_bf16, args->right, row * N), N, rows, N, depth, 0, depth);
     for (index_t group = 0; group < count; group += LEFT_COLUMNS) {
         index_t columns = count - group < LEFT_COLUMNS ? count - group : LEFT_COLUMNS;
         pack_rows(is_bf16, is_bf16, a, offset_ptr(is_bf16, args->left, row * left_stride + first + group), left_stride,
                   rows, columns, depth, 0, depth);
-        for (index_t m = 0; m < columns; m += PANEL)
+        for (index_t m = 0; m < columns; m += PANEL) {
+            index_t gate = (first + group + m) / padded, unit = (first + group + m) % padded;
+            float *out = args->out + (gate * units + unit) * stride;
             for (index_t n = 0; n < stride; n += PANEL)
-                gradient_panel(is_bf16, a + m * depth, b + n * depth, depth,
-                               args->out + (first + group + m) * stride + n, stride - n, stride,
+                gradient_panel(is_bf16, a + m * depth, b + n * depth, depth, out + n, units - unit, stride - n, stride,
                                row > 0 || args->accumulate);
+        }
     }
 }
 
@@ -120,8 +130,6 @@ INLINE void gradient_rows(int is_bf16, const gradient_task *task, index_t first,
     if (!a || !b) *task->failed = 1;
     for (index_t row = 0; a && b && row < args->rows; row += BLOCK_DEPTH * (is_bf16 ? 2 : 1))
         gradient_block(is_bf16, args, row, first, count, a, b);
-    for (index_t i = first * args->out_columns; args->scale != 1 && i < (first + count) * args->out_columns; i += WIDTH)
-        store(0, args->out, i, args->scale * load(0, args->out, i));
     free(a);
     free(b);
 }
@@ -152,7 +160,5 @@ int segment_sum(const SegmentSumArgs *args) {
             vec x = args->is_bf16 ? load(1, args->source, from) : load(0, args->source, from);
             store(0, out, to, load(0, out, to) + x);
         }
-    for (index_t i = 0; args->scale != 1 && i < args->num_segments * columns; i += WIDTH)
-        store(0, out, i, args->scale * load(0, out, i));
     return OK;
 }

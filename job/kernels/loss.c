@@ -125,9 +125,10 @@ static void add_gradients(const loss_task *task, index_t rows) {
     index_t columns = task->logits.columns;
     bias_task bias = {task, rows};
     parallel_for(bias_columns, &bias, columns, BIAS_COLUMNS, args->num_threads);
-    WeightGradientArgs gradient = {args->is_bf16, task->first_row > 0, rows,        columns,
-                                   columns,       args->padded_units,  args->units, args->num_threads};
-    gradient.left = task->dlogits, gradient.out = args->dweight, gradient.scale = 1;
+    WeightGradientArgs gradient = {
+        args->is_bf16, task->first_row > 0, 1, rows, columns, columns, args->padded_units, args->vocabulary_size,
+        args->units,   args->num_threads};
+    gradient.left = task->dlogits, gradient.out = args->dweight;
     gradient.right = offset_ptr((int)args->is_bf16, args->hidden, task->first_row * args->padded_units);
     if (weight_gradient(&gradient)) *task->failed = 1;
 }
@@ -161,12 +162,12 @@ int linear_cross_entropy(const LossArgs *args) {
     atomic_int failed = !bias || !packed || (has_gradient && (!token_packed || !dlogits));
     if (!failed) {
         for (index_t j = 0; j < columns; j++) bias[j] = j < V ? args->bias[j] : 0;
-        pack_weight(&(packing){is_bf16, 1, args->weight, V, H, depth, columns, packed}, args->num_threads);
-        loss_task task = {args, {args->hidden, packed, bias, padded / step, depth, columns, 1}};
-        task.dhidden = (packed_product){dlogits, token_packed, NULL, columns / step, token_depth, padded, 1};
+        pack_weight(&(packing){is_bf16, 1, 1, args->weight, V, H, depth, columns, packed}, args->num_threads);
+        loss_task task = {args, {args->hidden, packed, bias, padded / step, depth, columns}};
+        task.dhidden = (packed_product){dlogits, token_packed, NULL, columns / step, token_depth, padded};
         task.dlogits = dlogits, task.failed = &failed;
         if (has_gradient) {
-            pack_weight(&(packing){is_bf16, 0, args->weight, V, H, token_depth, padded, token_packed},
+            pack_weight(&(packing){is_bf16, 0, 1, args->weight, V, H, token_depth, padded, token_packed},
                         args->num_threads);
             memset(args->dbias, 0, columns * sizeof *args->dbias);
         }

@@ -68,37 +68,40 @@ def _is_bf16(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16
 
 
-def _linear(left: Tensor, weight: Tensor, out: Tensor, bias: Tensor | None = None, scale: float = 1.0) -> Tensor:
-    """Writes ``left @ weight.T + bias`` to ``out``, or ``scale * left @ weight`` if there is no bias.
+def _linear(left: Tensor, weight: Tensor, out: Tensor, gates: int, bias: Tensor | None = None) -> Tensor:
+    """Writes ``left @ weight.T + bias`` to ``out``, or ``left @ weight`` if there is no bias.
 
-    The weight may have fewer columns than ``left`` in the first case, and fewer rows than it, and fewer columns than
-    ``out``, in the second; the missing ones count as zeros.
+    The weight may have fewer columns than ``left`` in the first case, and than ``out`` in the second, and fewer rows in
+    each of its gates; the missing ones count as zeros.
     """
     inner = left.shape[-1]
     _call(
-        "linear", is_bf16=_is_bf16(left), out_is_bf16=_is_bf16(out), transposed=bias is not None,
+        "linear", is_bf16=_is_bf16(left), out_is_bf16=_is_bf16(out), transposed=bias is not None, gates=gates,
         rows=left.numel() // inner, inner=inner, columns=out.shape[-1], weight_rows=len(weight),
         weight_columns=weight.shape[1], num_threads=torch.get_num_threads(), left=left, weight=weight,
-        bias=bias, out=out, scale=scale,
+        bias=bias, out=out,
     )  # fmt: skip
     return out
 
 
-def _weight_gradient(left: Tensor, right: Tensor, columns: int, width: int, scale: float = 1.0) -> Tensor:
-    """Returns ``scale * left[:, :columns].T @ right[:, :width]`` in float32; more rows of ``right`` are ignored."""
-    out, stride = torch.empty(columns, width), left.shape[-1]
+def _weight_gradient(left: Tensor, right: Tensor, columns: int, weight: Tensor, gates: int) -> Tensor:
+    """Returns ``left[:, :columns].T @ right`` in float32, in the weight's shape; more rows of ``right`` are ignored.
+
+    The weight may have fewer columns than ``right``, and fewer rows in each of its gates.
+    """
+    out, stride = torch.empty(weight.shape), left.shape[-1]
     _call(
-        "weight_gradient", is_bf16=_is_bf16(left), rows=left.numel() // stride, left_columns=columns,
-        left_stride=stride, columns=right.shape[-1], out_columns=width,
-        num_threads=torch.get_num_threads(), left=left, right=right, out=out, scale=scale,
+        "weight_gradient", is_bf16=_is_bf16(left), gates=gates, rows=left.numel() // stride, left_columns=columns,
+        left_stride=stride, columns=right.shape[-1], out_rows=len(weight), out_columns=weight.shape[1],
+        num_threads=torch.get_num_threads(), left=left, right=right, out=out,
     )  # fmt: skip
     return out
 
 
 def _segment_sum(
-    source: Tensor, columns: int, skip: range, segments: Tensor | None = None, num_segments: int = 1, scale: float = 1.0
+    source: Tensor, columns: int, skip: range, segments: Tensor | None = None, num_segments: int = 1
 ) -> Tensor:
-    """Returns ``scale`` times the sums of the rows of each segment in float32: (num_segments, columns).
+    """Returns the sums of the rows of each segment in float32: (num_segments, columns).
 
     The columns ``skip`` of ``source`` are left out. Without ``segments`` all rows are in one segment.
     """
@@ -106,7 +109,7 @@ def _segment_sum(
     _call(
         "segment_sum", is_bf16=_is_bf16(source), rows=source.numel() // stride, columns=columns, stride=stride,
         num_segments=num_segments, skip_start=skip.start, skip_count=len(skip), source=source, segments=segments,
-        out=out, scale=scale,
+        out=out,
     )  # fmt: skip
     return out
 
@@ -155,13 +158,15 @@ class _FusedRnn(torch.autograd.Function):
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
         weight_GE, weight_GH, bias_ih_G, bias_hh_G = weights
-        (steps, lanes), (width, units) = inputs.shape[:2], weight_GH.shape
+        (steps, lanes), width, units = inputs.shape[:2], len(bias_hh_G), h0_BH.shape[1]
         bias_G, bias_H = combine_biases(cell, bias_ih_G, bias_hh_G)
         tokens_TB = None if inputs.is_floating_point() else inputs
         if tokens_TB is None:
             inputs = inputs.to(dtype).contiguous()
-            input_projection = _linear(inputs, weight_GE, torch.empty(steps * lanes, width), bias_G)
+            out = torch.empty(steps * lanes, width)
+            input_projection = _linear(inputs, weight_GE, out, width // units, bias_G)
         else:
+            weight_GE = pad_gates(weight_GE, weight_GH.shape[1])
             input_projection = _token_projection(weight_GE, embedding_VE, bias_G)
         hidden, carry, gates = empty_states(h0_BH, steps, dtype), None, None
         if cell != "RNN_TANH":
@@ -170,8 +175,9 @@ class _FusedRnn(torch.autograd.Function):
             gates = torch.empty(steps, lanes, 4 * units, dtype=dtype) if needs_grad else None
         _call(
             "rnn_forward", cell=CELL_CODES[cell], is_bf16=_is_bf16(hidden), steps=steps, lanes=lanes, units=units,
-            table_rows=len(input_projection), num_threads=torch.get_num_threads(), inputs=input_projection,
-            tokens=tokens_TB, weight=weight_GH, bias=bias_H, starts=starts_TB, hidden=hidden, carry=carry, gates=gates,
+            weight_units=weight_GH.shape[1], table_rows=len(input_projection), num_threads=torch.get_num_threads(),
+            inputs=input_projection, tokens=tokens_TB, weight=weight_GH, bias=bias_H, starts=starts_TB, hidden=hidden,
+            carry=carry, gates=gates,
         )  # fmt: skip
         ctx.cell, ctx.gates, ctx.starts_TB = cell, gates, starts_TB
         if needs_grad:
@@ -183,7 +189,9 @@ class _FusedRnn(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dhidden: Tensor | None, dcarry: Tensor | None) -> tuple[Tensor | None, ...]:
         inputs, embedding_VE, weight_GE, weight_GH, hidden, carry = ctx.saved_tensors
-        cell, (steps, lanes), (width, units) = ctx.cell, inputs.shape[:2], weight_GH.shape
+        cell, (steps, lanes), units, weight_units = ctx.cell, inputs.shape[:2], hidden.shape[2], weight_GH.shape[1]
+        gates = len(weight_GH) // weight_units
+        width = gates * units
         dhidden = hidden.new_zeros(steps, lanes, units) if dhidden is None else dhidden.contiguous()
         dgates, ctx.gates = ctx.gates, None  # the gradients overwrite the saved gates
         if cell == "RNN_TANH":
@@ -194,13 +202,13 @@ class _FusedRnn(torch.autograd.Function):
         dh0 = torch.empty(lanes, units) if ctx.needs_input_grad[5] else None
         _call(
             "rnn_backward", cell=CELL_CODES[cell], is_bf16=_is_bf16(hidden), steps=steps, lanes=lanes, units=units,
-            num_threads=torch.get_num_threads(), weight=weight_GH, starts=ctx.starts_TB, hidden=hidden, carry=carry,
-            gates=dgates, dhidden=dhidden, dgates=dgates, dh0=dh0, dcarry=dcarry,
+            weight_units=weight_units, num_threads=torch.get_num_threads(), weight=weight_GH, starts=ctx.starts_TB,
+            hidden=hidden, carry=carry, gates=dgates, dhidden=dhidden, dgates=dgates, dh0=dh0, dcarry=dcarry,
         )  # fmt: skip
         if ctx.starts_TB is not None:
             hidden = hidden.clone()
             hidden.view(-1, units).index_fill_(0, ctx.starts_TB.flatten().nonzero()[:, 0], 0)
-        dweight_GH = _weight_gradient(dgates, hidden, width, units)
+        dweight_GH = _weight_gradient(dgates, hidden, width, weight_GH, gates)
         # A GRU's candidate has two gradients: the third block is its hidden part's, the fourth its input part's.
         hidden_part = range(2 * units, 3 * units) if cell == "GRU" else NO_COLUMNS
         dbias_candidate = _segment_sum(dgates, units, range(hidden_part.start))[0] if hidden_part else None
@@ -209,14 +217,15 @@ class _FusedRnn(torch.autograd.Function):
             if hidden_part:
                 dgates = torch.cat([dgates[..., : hidden_part.start], dgates[..., hidden_part.stop :]], 2)
             if ctx.needs_input_grad[3]:
-                dinputs = _linear(dgates, weight_GE, torch.empty_like(inputs))
-            dweight_GE = _weight_gradient(dgates, inputs, width, weight_GE.shape[1])
+                dinputs = _linear(dgates, weight_GE, torch.empty_like(inputs), gates)
+            dweight_GE = _weight_gradient(dgates, inputs, width, weight_GE, gates)
             dbias_G = _segment_sum(dgates, width, NO_COLUMNS)[0]
         else:
             num_tokens = weight_GE.shape[1] if embedding_VE is None else len(embedding_VE)
             dprojection_VG = _segment_sum(dgates, width, hidden_part, inputs, num_tokens)
             dbias_G = dprojection_VG.sum(0)
             dweight_GE = dprojection_VG.t() if embedding_VE is None else dprojection_VG.t() @ embedding_VE
+            dweight_GE = dweight_GE.unflatten(0, (gates, units))[:, :weight_units].flatten(0, 1)
             dembedding_VE = None if embedding_VE is None else dprojection_VG @ weight_GE
         dbias_hh_G = dbias_G if dbias_candidate is None else torch.cat([dbias_G[: 2 * units], dbias_candidate])
         dc0 = dcarry if cell == "LSTM" else None
@@ -233,16 +242,16 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         (vocabulary_size, units), rows = weight_VH.shape, targets_TB.numel()
         columns = vocabulary_size + -vocabulary_size % VECTOR_WIDTH
         padded_TBH, nats_R = pad_vectors(hidden_TBH).contiguous(), torch.empty(rows)
-        dhidden_TBH = dweight = dbias = None
+        dhidden_TBH = dweight_VH = dbias = None
         if needs_grad:
-            dhidden_TBH, dweight = torch.empty(padded_TBH.shape), torch.empty(columns, units)
+            dhidden_TBH, dweight_VH = torch.empty(padded_TBH.shape), torch.empty(vocabulary_size, units)
             dbias = torch.empty(columns)
-            ctx.gradients = dhidden_TBH[..., :units], dweight[:vocabulary_size], dbias[:vocabulary_size]
+            ctx.gradients = dhidden_TBH[..., :units], dweight_VH, dbias[:vocabulary_size]
         _call(
             "linear_cross_entropy", is_bf16=_is_bf16(hidden_TBH), rows=rows, units=units,
             padded_units=padded_TBH.shape[2], columns=columns, vocabulary_size=vocabulary_size,
             num_threads=torch.get_num_threads(), hidden=padded_TBH, weight=weight_VH, bias=bias_V, targets=targets_TB,
-            nats=nats_R, dhidden=dhidden_TBH, dweight=dweight, dbias=dbias,
+            nats=nats_R, dhidden=dhidden_TBH, dweight=dweight_VH, dbias=dbias,
         )  # fmt: skip
         ctx.dtype = hidden_TBH.dtype
         return nats_R.sum()
@@ -273,8 +282,8 @@ def fused_rnn(
         inputs: features (T, B, E), or tokens (T, B)
         embedding_VE: the tokens' features; None: one-hot
         state: h and, for an LSTM, c, each (B, H)
-        weights: torch's, in float32: of the input (G, E), whose E may be less than that of ``inputs``, of the
-            hidden state (G, H), and two biases (G)
+        weights: torch's, in float32: of the input (G, E), whose E may be less than that of ``inputs``, and of the
+            hidden state (G, H), each before H is padded, and two biases (G), whose gates are padded
         starts_TB: bool, whether the state before the step is taken to be zero; None: it never is
 
     Returns:
@@ -355,7 +364,10 @@ def fused_dropout(x_TBH: Tensor, probability: float, keys_B: Tensor, is_locked: 
 
 def pad_gates(weight: Tensor, hidden_size: int) -> Tensor:
     """Pads each gate of a weight or bias (G, …) with zeros to a multiple of VECTOR_WIDTH units."""
-    widths = (0, 0) * (weight.dim() - 1) + (0, -hidden_size % VECTOR_WIDTH)
+    padding = -hidden_size % VECTOR_WIDTH
+    if not padding:
+        return weight
+    widths = (0, 0) * (weight.dim() - 1) + (0, padding)
     return F.pad(weight.unflatten(0, (-1, hidden_size)), widths).flatten(0, 1)
 
 

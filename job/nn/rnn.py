@@ -164,8 +164,7 @@ def _rnn_layer_kernel(
     hidden_size = weights[1].shape[1]
     padding = -hidden_size % VECTOR_WIDTH
     if padding:  # the kernel works on whole vectors; the padded units stay zero
-        weights = [pad_gates(weight, hidden_size) for weight in weights]
-        weights[1] = F.pad(weights[1], (0, padding))
+        weights = [*weights[:2], *(pad_gates(bias, hidden_size) for bias in weights[2:])]
         state = tuple(F.pad(tensor, (0, padding)) for tensor in state)
     if inputs.is_floating_point():
         inputs = pad_vectors(inputs)
