@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
 from job import __main__ as command_line
@@ -143,6 +144,34 @@ def _restore_torch() -> Iterator[None]:
 def device() -> torch.device:
     """The GPU, or the CPU if there is none."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+SAVE_PICTURE = Figure.savefig
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_pictures() -> Iterator[None]:
+    """Draws no pictures but within ``pictures``: one takes as long as the rest of a small run."""
+
+    def save(figure: Figure, file: io.BytesIO, **_: object) -> None:
+        file.write(b"\x89PNG")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", save)
+        yield
+
+
+@contextlib.contextmanager
+def pictures() -> Iterator[None]:
+    """Draws pictures within the block."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", SAVE_PICTURE)
+        yield
+
+
+def is_picture(data: bytes) -> bool:
+    """Whether this is a PNG file, and not what replaces it in most tests."""
+    return data.startswith(b"\x89PNG") and len(data) > 1000
 
 
 @dataclass

@@ -182,7 +182,7 @@ def test_adaptive_run_resumes_exactly_and_is_evaluated_and_generates(prose: Path
         "--corpus.source", prose, "--vocabulary.kind", "word", "--corpus.validation_fraction", 0.2, "--run.storage",
         tmp_path, "--train.epochs", 2, "--model.hidden_size", 16, "--model.embedding_size", 8, "--scale.workers", 0,
         "--stream.num_steps", 10, "--stream.batch_size", 4, "--model.softmax", "adaptive", "--generate.prefix", "the",
-        "--vocabulary.min_frequency", 2, "--vocabulary.size", 300,
+        "--vocabulary.min_frequency", 2, "--vocabulary.size", 300, "--corpus.max_tokens", 2000,
     ]  # fmt: skip
     too_large = job("train", *flags, "--model.adaptive_cutoffs", "[3, 99999]", "--run.name", "large")
     assert (too_large.status, list(tmp_path.iterdir())) == (2, [])

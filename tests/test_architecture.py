@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from conftest import ROOT
 
 # Each folder imports only from itself and from those before it.
@@ -67,6 +68,7 @@ def test_only_cluster_imports_ray() -> None:
             assert path.parent.name == "cluster" or "ray" not in {name.partition(".")[0] for name in names}, path
 
 
+@pytest.mark.slow
 def test_core_without_ray_and_network_imports() -> None:
     core = [
         ".".join(path.relative_to(ROOT).with_suffix("").parts)

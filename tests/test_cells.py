@@ -68,6 +68,7 @@ def test_parameter_used_by_one_lane_group_gets_that_groups_gradient() -> None:
 def test_training_torch_gru_as_custom_cell_gives_weights_of_builtin_gru(prose: Path, tmp_path: Path) -> None:
     flags = ["train", "--corpus.source", prose, "--scale.workers", 0, "--train.epochs", 2, "--generate.prefix", "the"]
     flags += ["--train.precision", "fp64", "--run.storage", tmp_path, "--model.hidden_size", 24]
+    flags += ["--corpus.max_tokens", 8000]
     builtin = job(*flags, "--run.name", "builtin", "--model.cell", "gru")
     custom = job(*flags, "--run.name", "custom", "--model.cell", "torch.nn:GRU")
     assert (builtin.status, custom.status) == (0, 0), builtin.err + custom.err
@@ -78,6 +79,7 @@ def test_training_torch_gru_as_custom_cell_gives_weights_of_builtin_gru(prose: P
 def test_training_leaves_parameters_without_gradient_unchanged(prose: Path, tmp_path: Path) -> None:
     flags = ["train", "--corpus.source", prose, "--scale.workers", 0, "--train.epochs", 2, "--generate.prefix", "the"]
     flags += ["--train.precision", "fp64", "--run.storage", tmp_path, "--model.cell", "cells:UnusedWeightsCell"]
+    flags += ["--corpus.max_tokens", 8000]
     flags += ["--optimizer.weight_decay", 0.1]
 
     def train(name: str, *more: Any) -> dict[str, torch.Tensor]:

@@ -52,11 +52,13 @@ def assert_equal_numbers(computed: dict[str, Any], recorded: dict[str, Any]) -> 
         assert {**computed, "validation": recorded["validation"]} == recorded
 
 
+@pytest.mark.slow
 def test_train_in_float64_reproduces_golden_curve(folder: Path) -> None:
     computed, _ = train(folder, "fp64", *FP64, "--scale.workers", 0)
     assert_equal_numbers(computed, VALUES["fp64"])
 
 
+@pytest.mark.slow
 def test_train_from_interrupted_golden_run_gives_uninterrupted_weights(folder: Path) -> None:
     shutil.copytree(GOLDEN / "run", folder / "runs" / "run")
     resumed, out = train(folder, "run", *FP64, "--scale.workers", 0)

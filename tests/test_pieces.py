@@ -92,6 +92,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(piece_reader, "BLOCK_BYTES", 7)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("kind", ["char", "byte", "word", "word by line"])
 @settings(deadline=None, max_examples=100)  # a loaded machine is slow

@@ -9,7 +9,8 @@ from conftest import Trace, job, result, rows
 from safetensors.torch import load_file
 
 PORTABLE = ["portable-rnn", "portable-gru", "portable-lstm"]
-SHARED = [pytest.param(name, marks=pytest.mark.shared) for name in ("gru", "lstm")]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in PORTABLE[1:]]
+SLOW += [pytest.param(name, marks=[pytest.mark.shared, pytest.mark.slow]) for name in ("gru", "lstm")]
 
 
 def assert_reproduces(trace: Trace, run: Path, tolerance: float) -> None:
@@ -33,7 +34,7 @@ def train(trace: Trace, folder: Path, *more: object) -> None:
     assert finished.status == 0, finished.err
 
 
-@pytest.mark.parametrize("trace", [*PORTABLE, *SHARED], indirect=True)
+@pytest.mark.parametrize("trace", [PORTABLE[0], *SLOW], indirect=True)
 def test_train_with_recorded_settings_reproduces_reference_trace(trace: Trace, tmp_path: Path) -> None:
     train(trace, tmp_path)
     assert_reproduces(trace, tmp_path / "run", 1e-9)

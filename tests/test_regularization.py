@@ -198,6 +198,7 @@ def compare_with_one_worker(rank: int, port: int) -> None:
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_regularized_gradient_of_two_workers_equals_that_of_one() -> None:
     spawn(compare_with_one_worker, (free_port(),), nprocs=2)
 

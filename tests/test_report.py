@@ -153,6 +153,7 @@ def test_report_has_the_figures_differences_and_samples_of_the_runs(storage: Pat
     assert data == {**report_data(storage / "first" / "report.html"), **data}
 
 
+@pytest.mark.slow
 def test_report_of_twenty_long_runs_is_small(storage: Path, tmp_path: Path) -> None:
     """More rows than are shown make no larger file."""
     row = json.loads((storage / "first" / "metrics.jsonl").read_text().splitlines()[0])

@@ -293,7 +293,7 @@ def test_greedy_decoding_equals_argmax_steps(
 
     def generate(prefixes_NB: torch.Tensor) -> torch.Tensor:
         ensemble = Ensemble([model])
-        return continue_greedily(ensemble, prefixes_NB[-1], ensemble.advance(prefixes_NB[:-1], [None]), 40)
+        return continue_greedily(ensemble, prefixes_NB[-1], ensemble.advance(prefixes_NB[:-1], [None]), 16)
 
     generated = generate(prefixes)
     if resets:  # at a token that occurs
@@ -302,7 +302,7 @@ def test_greedy_decoding_equals_argmax_steps(
         assert not torch.equal(generated, carried)
     inputs, state, expected = prefixes, None, []
     with torch.no_grad():
-        for _ in range(40):
+        for _ in range(16):
             logits, state = model(inputs, state)
             inputs = logits[-1:].argmax(2)
             expected.append(inputs[0])

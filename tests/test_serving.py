@@ -126,6 +126,7 @@ def generated(checkpoint: LoadedCheckpoint, text: str, **fields: Any) -> str:
 # --- streams ---
 
 
+@pytest.mark.slow
 def test_engine_gives_each_of_100_streams_the_text_of_generate(
     checkpoints: dict[str, LoadedCheckpoint], models: dict[str, ServedModel]
 ) -> None:

@@ -57,6 +57,12 @@ def validations(folder: Path) -> list[tuple[int, int, float]]:
     return [(row["epoch"], row["step"], row["nats"]) for row in rows(folder, "validation")]
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that was not stopped."""
+    return run(prose, tmp_path_factory.mktemp("runs"), "uninterrupted")
+
+
 def stop_at(prose: Path, storage: Path, name: str, step: int, **more: Any) -> None:
     """Starts a run and stops it as Ctrl-C does, so that this step is its last."""
     stop_request = StopRequest()
@@ -73,15 +79,15 @@ def stop_at(prose: Path, storage: Path, name: str, step: int, **more: Any) -> No
 
 
 def test_validation_during_a_run_leaves_training_as_it_is_and_its_best_checkpoint_is_kept(
-    prose: Path, tmp_path: Path
+    prose: Path, tmp_path: Path, uninterrupted: Path
 ) -> None:
-    often = run(prose, tmp_path, "often")
     seldom = run(prose, tmp_path, "seldom", train__validate_every=0)
-    assert result(often)["weights_sha256"] == result(seldom)["weights_sha256"]
-    found = validations(often)
+    assert result(uninterrupted)["weights_sha256"] == result(seldom)["weights_sha256"]
+    found = validations(uninterrupted)
     assert [step for _, step, _ in found] == list(range(EVERY, 41, EVERY))
     assert [validation for validation in found if validation[1] % 20 == 0] == validations(seldom)
-    assert result(often)["best_validation_perplexity"] == min(row["perplexity"] for row in rows(often, "validation"))
+    best = min(row["perplexity"] for row in rows(uninterrupted, "validation"))
+    assert result(uninterrupted)["best_validation_perplexity"] == best
 
 
 def test_best_checkpoint_within_an_epoch_is_that_of_the_validated_step(prose: Path, tmp_path: Path) -> None:
@@ -99,36 +105,35 @@ def test_best_checkpoint_within_an_epoch_is_that_of_the_validated_step(prose: Pa
 
 @pytest.mark.parametrize("step", [4, 5, 6, 20])
 def test_run_stopped_at_a_step_has_the_validations_of_an_uninterrupted_one(
-    prose: Path, tmp_path: Path, step: int
+    prose: Path, tmp_path: Path, uninterrupted: Path, step: int
 ) -> None:
     """5 and 20 are validated; the stop saves after that, and the resumed run starts with the next step."""
-    expected = run(prose, tmp_path, "expected")
     stop_at(prose, tmp_path, "stopped", step)
     stopped = run(prose, tmp_path, "stopped")
-    assert validations(stopped) == validations(expected)
+    assert validations(stopped) == validations(uninterrupted)
     for name in ("weights_sha256", "validation_perplexity", "best_validation_perplexity"):
-        assert result(stopped)[name] == result(expected)[name]
+        assert result(stopped)[name] == result(uninterrupted)[name]
 
 
 def test_run_that_loses_its_last_checkpoint_repeats_the_validations_after_the_one_before(
-    prose: Path, tmp_path: Path
+    prose: Path, tmp_path: Path, uninterrupted: Path
 ) -> None:
-    expected = run(prose, tmp_path, "expected")
     stop_at(prose, tmp_path, "crashed", 15)
     last = max((tmp_path / "crashed" / "checkpoints").iterdir())
     assert last.name.startswith("step-000015")
     stop_at(prose, tmp_path, "copy", 14)
     shutil.rmtree(tmp_path / "crashed" / "checkpoints")
     shutil.copytree(tmp_path / "copy" / "checkpoints", tmp_path / "crashed" / "checkpoints")
-    assert validations(run(prose, tmp_path, "crashed")) == validations(expected)
+    assert validations(run(prose, tmp_path, "crashed")) == validations(uninterrupted)
 
 
 @pytest.mark.parametrize("kind", ["char", "byte", "word"])
 def test_validation_reports_bits_of_the_original_text(prose: Path, tmp_path: Path, kind: str) -> None:
     """All units are counted in the text itself: prose has one byte per character, and no word in two lines."""
-    text = prose.read_text()[:9000].rpartition(" ")[0]
+    text = prose.read_text()[:3000].rpartition(" ")[0]
     (tmp_path / "text").write_text(text)
-    folder = run(tmp_path / "text", tmp_path, "run", vocabulary__kind=kind, corpus__max_tokens=0, stream__num_steps=5)
+    fields = {"corpus__max_tokens": 0, "stream__num_steps": 5, "train__epochs": 1, "train__validate_every": 0}
+    folder = run(tmp_path / "text", tmp_path, "run", vocabulary__kind=kind, **fields)
     num_tokens = len(text.split() if kind == "word" else text)
     num_targets = round(num_tokens / 10) - 1
     targets = " " + " ".join(text.split()[-num_targets:]) if kind == "word" else text[-num_targets:]
@@ -228,8 +233,8 @@ def prepare(source: Path, store: Path, *more: object) -> Path:
 
 def test_validation_source_gives_the_run_of_a_fraction_with_the_same_tokens(prose: Path, tmp_path: Path) -> None:
     """A text, a token store of a text with a validation text, and two stores."""
-    expected = run(prose, tmp_path, "fraction", vocabulary__scope="training")
-    texts = split_text(prose, tmp_path)
+    expected = run(prose, tmp_path, "fraction", vocabulary__scope="training", train__epochs=1)
+    texts = split_text(prose, tmp_path) | {"train__epochs": 1}
     sources = run(prose, tmp_path, "sources", **texts)
     store = prepare(tmp_path / "train.txt", tmp_path / "store")
     vocabulary = ["--vocabulary.file", store / "vocabulary.json"]
