@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 import struct
 import time
 from collections.abc import Iterator
@@ -73,6 +74,18 @@ def test_plot_perplexity_of_one_epoch_draws_the_rows_of_train(
     all_rows: list[dict[str, float | str]], axis: str, lines: list[list[float]]
 ) -> None:
     assert drawn_lines(all_rows) == (axis, lines)
+
+
+def test_metrics_log_of_diverged_run_shows_finite_values_and_prints_no_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    log = MetricsLog(Folder(str(tmp_path)))
+    log.truncate(0)
+    log.append(row("train", 1, 1, nats=math.nan, learning_rate=math.inf))
+    log.close()
+    tags = [event.summary.value[0].tag for event in read_events(tmp_path / "tensorboard")]
+    assert tags == ["perplexity/train", "tokens_per_second/train"]
+    assert not caplog.records
 
 
 @pytest.mark.parametrize("times", [[1000.25, 1060.5], [1000.25, None], [7.0, 7.0]])

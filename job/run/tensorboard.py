@@ -1,5 +1,6 @@
 """Writes metrics, samples and hyperparameters as TensorBoard events."""
 
+import math
 import textwrap
 import time
 from collections.abc import Mapping
@@ -34,9 +35,9 @@ def create_events(folder: Path, name: str, step: int) -> EventsWriter:
 
 
 def add_row(events: EventsWriter, row: dict[str, Any]) -> None:
-    """Adds a row of ``metrics.jsonl``; its split becomes the last part of each curve's name."""
+    """Adds the finite values of a row of ``metrics.jsonl``; its split becomes the last part of each curve's name."""
     wall_time = row.get("time") or time.time()  # rows of earlier versions have no time
-    for name in CURVES:
+    for name in filter(lambda name: math.isfinite(row[name]), CURVES):  # tensorboardX prints a warning of the others
         summary = scalar(f"{name}/{row['split']}", row[name])
         events.write_event(Event(wall_time=wall_time, step=row["step"], summary=summary))
 
