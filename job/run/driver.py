@@ -144,11 +144,8 @@ def run_training(
     with driver_log() as log, stop_request.installed():
         stop_request.can_save = False
         with suppress(KeyboardInterrupt):
-            cache = TextCache(console, launcher.is_local)
-            spec = replace(build_run_spec(config, folder, content, cache), in_trial=in_trial)
-            check_same_text(list_checkpoints(spec.checkpoints)[0], spec.dataset)
-            source = open_source_checkpoint(spec.config, spec.dataset, folder)
-            folder.check_writable()
+            spec, source = _prepare(config, folder, content, TextCache(console, launcher.is_local))
+            spec = replace(spec, in_trial=in_trial)
         stop_request.can_save = True
         if stop_request.exit_code:
             return RunOutcome(folder, config, None, stop_request.exit_code)
@@ -166,6 +163,17 @@ def run_training(
                 result = _run(launcher, spec, source, recorder, stop_request, in_python)
                 trackers.finish(result["checkpoint"] if result else "")
                 return RunOutcome(folder, spec.config, result, 0 if result else stop_request.exit_code, spec.dataset)
+
+
+def _prepare(
+    config: Config, folder: Folder, content: Content | None, cache: TextCache
+) -> tuple[RunSpec, SourceCheckpoint | None]:
+    """Returns the run and the checkpoint that it starts from, after all input was read and checked."""
+    spec = build_run_spec(config, folder, content, cache)
+    check_same_text(list_checkpoints(spec.checkpoints)[0], spec.dataset)
+    source = open_source_checkpoint(spec.config, spec.dataset, folder)
+    folder.check_writable()
+    return spec, source
 
 
 def _announce(
