@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 from chaos import CAN_MOUNT
 from conftest import ROOT, job, result, rows, start_job
+from mlflow import MlflowClient
 from ray_nodes import RAY, RayNodes, free_port
+from test_tracking import mlflow_rows
 from test_workers import train_flags
 
 from job.kernels.build import load_library
@@ -75,7 +77,11 @@ def test_submitted_job_with_relative_storage_fails(job_server: JobServer, prose:
 
 
 def test_stopped_job_resumes_when_submitted_again(job_server: JobServer, stored_prose: Path, tmp_path: Path) -> None:
-    command = train_flags(stored_prose, tmp_path, "run", "--scale.workers", 1, "--train.epochs", 3000)
+    """So does its run of a tracker, to which the driver sends each step once."""
+    store = f"sqlite:///{tmp_path}/mlflow.db"
+    MlflowClient(store).search_experiments()  # creates the tables, during which the job might be stopped
+    flags = ["--scale.workers", 1, "--train.epochs", 3000, "--tracking.mlflow", store, "--tracking.checkpoint", "false"]
+    command = train_flags(stored_prose, tmp_path, "run", *flags)
     started = job_server.submit("long", *command, wait=False)
     assert started.returncode == 0, started.stdout + started.stderr
     metrics = tmp_path / "run" / "metrics.jsonl"
@@ -88,7 +94,9 @@ def test_stopped_job_resumes_when_submitted_again(job_server: JobServer, stored_
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"resuming from step {steps:,}" in again.stdout
     assert load_library() is None or "without the compiled kernel" not in again.stdout
-    assert [row["step"] for row in rows(tmp_path / "run", "train")] == list(range(1, steps + 4))
+    trained = rows(tmp_path / "run", "train")
+    assert [row["step"] for row in trained] == list(range(1, steps + 4))
+    assert mlflow_rows(tmp_path / "mlflow.db", "train/nats") == [(row["step"], row["nats"]) for row in trained]
     # The log has no control characters.
     assert not re.search(r"[\r\x1b]", again.stdout.partition("perplexity")[2].partition("curve")[0])
     assert re.search(r"^perplexity \S+ after \d+ epochs", again.stdout, re.MULTILINE)

@@ -38,7 +38,9 @@ class Server:
     """A tracker whose runs outlive its clients. It can fail, hang, and forget what it has."""
 
     def __init__(self) -> None:
+        self.keys: dict[str, str] = {}
         self.steps: dict[str, list[int]] = {}
+        self.metrics: list[tuple[int, str]] = []
         self.closed: list[bool] = []
         self.uploads: list[list[str]] = []
         self.refusals = 0  # of descriptions
@@ -56,9 +58,9 @@ class Server:
             self.failed.set()
             raise ConnectionError("https://user:hunter2@host/?api_key=s3cret\nno route, key abcdef")
 
-    def open(self, run_id: str) -> tuple[str, int | None]:
+    def open(self, run_id: str, key: str) -> tuple[str, int | None]:
         self.check()
-        run_id = run_id or f"run-{len(self.steps)}"
+        run_id = run_id or self.keys.setdefault(key, f"run-{len(self.steps)}")
         steps = self.steps.setdefault(run_id, [])
         self.current = steps
         return run_id, max(steps, default=-1) if self.knows_last_step else None
@@ -71,6 +73,10 @@ class Server:
     def log(self, records: list[StepRecord]) -> None:
         self.check()
         for record in records:
+            self.metrics += [(record.step, name) for name in record.metrics if name.endswith("/nats")]
+            if "train/nats" not in record.metrics:  # more of the step before
+                assert record.step == self.current[-1]
+                continue
             assert record.metrics["train/nats"] == record.step
             assert set(record.texts) == ({"greedy", "sampled"} if record.step % 2 else set())
             self.current.append(record.step)
@@ -104,13 +110,13 @@ class Driver:
     def handle(self, event: Event) -> None:
         self.trackers.handle(event)
 
-    def report(self, *steps: int) -> None:
+    def report(self, *steps: int, split: str = "train") -> None:
         for step in steps:
-            row = {"split": "train", "epoch": 1, "step": step, "tokens": step, "nats": float(step), "perplexity": 1.0}
+            row = {"split": split, "epoch": 1, "step": step, "tokens": step, "nats": float(step), "perplexity": 1.0}
             row |= {"learning_rate": 0.1, "tokens_per_second": 1.0, "workers": 1, "time": 1.0}
             self.log.append(row)
             self.handle(MetricsRow("a", row))
-            if step % 2:
+            if step % 2 and split == "train":
                 self.log.append_samples(sample_rows(step))
                 self.handle(Sampled("a", tuple(sample_rows(step))))
 
@@ -135,7 +141,53 @@ def test_trackers_get_each_step_once_after_restarts_of_workers_and_the_driver(se
         start += 4
     assert server.steps == {"run-0": list(range(1, 13))}
     assert server.closed == [False] * 3
-    assert json.loads((tmp_path / "tracking" / "wandb.json").read_text()) == {"run": "run-0", "step": 12}
+    stored = json.loads((tmp_path / "tracking" / "wandb.json").read_text())
+    assert (stored["run"], stored["step"]) == ("run-0", 12)
+
+
+@pytest.mark.parametrize("is_delivered", [True, False])
+def test_trackers_get_what_is_reported_of_the_step_at_which_a_run_resumes(
+    server: Server, tmp_path: Path, *, is_delivered: bool
+) -> None:
+    """As with ``max_steps`` of the last checkpoint. It may be reported twice, if no checkpoint has it."""
+    folder = Folder(str(tmp_path))
+    driver = Driver(folder, 0)
+    driver.report(1, 2)
+    driver.commit(2)
+    driver.trackers.close()
+    driver.log.close()
+    if not is_delivered:
+        server.steps["run-0"].pop(), server.metrics.pop()
+    for commits in (False, True):
+        driver = Driver(folder, 2)
+        driver.report(2, split="epoch")
+        if commits:
+            driver.handle(Started("b", 2, 0, 1, "cpu", "fp32", 1, 100, ()))
+            driver.report(2, split="epoch")
+            driver.commit(2)
+        driver.trackers.close()
+        driver.log.close()
+    assert server.metrics == [(1, "train/nats"), (2, "train/nats"), (2, "epoch/nats")]
+
+
+def test_trackers_of_a_driver_that_was_killed_at_once_continue_its_run(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def open_and_fail(run_id: str, key: str) -> tuple[str, int | None]:
+        opened(run_id, key)
+        raise ConnectionError("killed")
+
+    opened = server.open
+    monkeypatch.setattr(server, "open", open_and_fail)
+    monkeypatch.setattr(tracker_delivery, "FAILED_CLOSE_TIMEOUT_S", 60.0)
+    driver = Driver(Folder(str(tmp_path)), 0)
+    driver.trackers.close()
+    monkeypatch.setattr(server, "open", opened)
+    driver = Driver(Folder(str(tmp_path)), 0)
+    driver.report(1)
+    driver.commit(1)
+    driver.trackers.close()
+    assert server.steps == {"run-0": [1]}
 
 
 @pytest.mark.parametrize("knows_last_step", [True, False])
@@ -264,6 +316,50 @@ def test_train_with_credentials_in_the_uri_of_a_tracker_is_refused(tmp_path: Pat
 
 
 # --- the clients themselves ---
+
+
+@pytest.mark.slow
+def test_mlflow_run_that_was_created_before_a_crash_is_continued(tmp_path: Path) -> None:
+    from job.run.mlflow_tracker import MlflowTracker
+
+    database = tmp_path / "mlflow.db"
+    run = TrackedRun("run", Folder(str(tmp_path)), {}, f"sqlite:///{database}")
+    opened = [MlflowTracker(run).open("", "key") for _ in range(2)]
+    assert opened[0] == opened[1] and opened[0][1] == -1
+    tracker = MlflowTracker(run)
+    tracker.open("", "key")
+    tracker.log([StepRecord(2, 1.0, {"train/nats": 2.0})])
+    tracker.log([StepRecord(2, 1.5, {"epoch/nats": 3.0})])
+    assert MlflowTracker(run).open(opened[0][0], "key") == (opened[0][0], 2)
+    assert MlflowTracker(run).open("", "another")[0] != opened[0][0]
+    assert mlflow_rows(database, "train/nats") == [(2, 2.0)] and mlflow_rows(database, "epoch/nats") == [(2, 3.0)]
+
+
+LATE_ROW = """
+import sys
+from job.run.tracker import StepRecord, TrackedRun
+from job.run.wandb_tracker import WandbTracker
+from job.storage import Folder
+
+run_id, metric = sys.argv[1:]
+tracker = WandbTracker(TrackedRun("run", Folder("."), {}, "project"))
+tracker.open(run_id, "key")
+tracker.log([StepRecord(2, 1.0, {metric: 2.0})])
+tracker.close(finished=True)
+"""
+
+
+@pytest.mark.slow
+def test_wandb_shows_what_is_reported_later_of_its_last_step_in_the_summary(tmp_path: Path) -> None:
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    env = {**os.environ, "WANDB_MODE": "offline", "PYTHONPATH": str(ROOT)}
+    for arguments in (["", "train/nats"], ["key", "epoch/nats"]):
+        subprocess.run([sys.executable, "-c", LATE_ROW, *arguments], cwd=tmp_path, env=env, check=True)
+    files = sorted(tmp_path.glob("wandb/offline-run-*/*.wandb"))
+    records = [Record.FromString(data) for file in files for data in read_records(file.read_bytes())]
+    updates = {"/".join(item.nested_key) or item.key for record in records for item in record.summary.update}
+    assert list(wandb_steps(tmp_path)) == [2] and {"train/nats", "epoch/nats"} <= updates
 
 
 def wandb_steps(folder: Path) -> dict[int, list[dict[str, Any]]]:

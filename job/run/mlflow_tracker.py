@@ -10,6 +10,7 @@ from mlflow.entities import Metric, Param, RunTag
 from job.config.field import format_value
 from job.run.tracker import StepRecord, TrackedRun
 
+_KEY_TAG = "lanes.key"
 _STEP_TAG = "lanes.step"  # the last step that the server has, set with its metrics
 _MAX_VALUE, _MAX_METRICS, _MAX_PARAMS = 6000, 1000, 100  # characters, and items of a request, that MLflow accepts
 _CLIENT_ENVIRONMENT = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "10", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}  # seconds
@@ -25,14 +26,17 @@ class MlflowTracker:
         self.run, self.run_id = run, ""
         self.client = MlflowClient(None if run.target == "env" else run.target)
 
-    def open(self, run_id: str) -> tuple[str, int]:
-        """Continues the run, or creates one."""
-        if not run_id:
-            self.run_id = self.client.create_run(self._experiment(), run_name=self.run.name).info.run_id
-            return self.run_id, -1
-        self.run_id = run_id
-        self.client.update_run(run_id, status="RUNNING")
-        return run_id, int(self.client.get_run(run_id).data.tags.get(_STEP_TAG, -1))
+    def open(self, run_id: str, key: str) -> tuple[str, int]:
+        """Continues the run, or creates one with a tag that is the key."""
+        self.run_id = run_id or self._find_or_create(key)
+        self.client.update_run(self.run_id, status="RUNNING")
+        return self.run_id, int(self.client.get_run(self.run_id).data.tags.get(_STEP_TAG, -1))
+
+    def _find_or_create(self, key: str) -> str:
+        experiment = self._experiment()
+        found = self.client.search_runs([experiment], f"tags.`{_KEY_TAG}` = '{key}'", max_results=1)
+        run = found[0] if found else self.client.create_run(experiment, run_name=self.run.name, tags={_KEY_TAG: key})
+        return run.info.run_id
 
     def describe(self) -> None:
         """Logs the configuration as parameters, which cannot be changed later."""

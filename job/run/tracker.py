@@ -41,8 +41,12 @@ class StepRecord:
 class Tracker(Protocol):
     """A connection to a tracker. All methods raise whatever its client raises."""
 
-    def open(self, run_id: str) -> tuple[str, int | None]:
+    def open(self, run_id: str, key: str) -> tuple[str, int | None]:
         """Creates a run of the tracker, or continues the one with an identifier unless that is empty.
+
+        Args:
+            run_id: its identifier
+            key: of this run in all attempts, by which one is found that was created just before a crash
 
         Returns:
             its identifier, and the last step that it has, -1 if it has none, None if that is not known
@@ -52,7 +56,7 @@ class Tracker(Protocol):
         """Stores the configuration, where the run has none."""
 
     def log(self, records: list[StepRecord]) -> None:
-        """Stores steps, in order."""
+        """Stores steps, in order. The first may be the last step that it has, of which more was reported later."""
 
     def upload(self, checkpoint: Path) -> None:
         """Stores the folder of a checkpoint as an artifact."""
@@ -61,11 +65,11 @@ class Tracker(Protocol):
         """Ends the tracker's run, which may be continued unless the run has finished."""
 
 
-def step_records(rows: Iterable[dict[str, Any]], after: int, until: int) -> list[StepRecord]:
-    """Returns rows of metrics and samples by their steps, which are above ``after`` and at most ``until``."""
+def step_records(rows: Iterable[dict[str, Any]], until: int) -> list[StepRecord]:
+    """Returns rows of metrics and samples by their steps, which are at most ``until``."""
     records: dict[int, StepRecord] = {}
     for row in rows:
-        if after < row["step"] <= until:
+        if row["step"] <= until:
             record = records.setdefault(row["step"], StepRecord(row["step"], row.get("time") or 0.0))
             if "kind" in row:
                 record.texts[row["kind"]] = row["prefix"] + row["continuation"]

@@ -8,6 +8,7 @@ import json
 import os
 import tempfile
 import threading
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -90,11 +91,14 @@ class Delivery(threading.Thread):
 
     def __init__(self, name: str, run: TrackedRun, uploads_checkpoint: bool) -> None:
         super().__init__(name=f"tracker-{name}", daemon=True)
-        self.run_id = ""
+        self.run_id = self.key = ""
         self.tracker_name, self.run_info, self.uploads_checkpoint = name, run, uploads_checkpoint
         self.tracker: Tracker | None = None
         self.changed = threading.Condition()
         self.rows: list[dict[str, Any]] = []
+        self.late_rows: list[dict[str, Any]] = []  # of the step at which workers resumed, reported after that
+        self.due_late_rows: list[dict[str, Any]] = []  # those that are in a committed checkpoint
+        self.resumed = -1
         self.missing_until = -1  # the last step of which rows may be missing there
         self.committed, self.delivered, self.is_closing = -1, -1, False
         self.last_checkpoint = ""  # of a finished run
@@ -106,7 +110,8 @@ class Delivery(threading.Thread):
         """Discards rows after the step at which workers resume."""
         with self.changed:
             self.rows = [row for row in self.rows if row["step"] <= step]
-            self.committed = step
+            self.late_rows = []
+            self.committed = self.resumed = step
             self.changed.notify()
         if not self.ident:
             self.missing_until = step
@@ -115,7 +120,8 @@ class Delivery(threading.Thread):
     def add(self, *rows: dict[str, Any]) -> None:
         """Adds rows, which are delivered once their step is committed."""
         with self.changed:
-            self.rows += rows
+            self.late_rows += [row for row in rows if row["step"] <= self.resumed]
+            self.rows += [row for row in rows if row["step"] > self.resumed]
             if len(self.rows) > MAX_ROWS:
                 self.rows, self.missing_until = [], self.rows[-1]["step"]
 
@@ -123,6 +129,8 @@ class Delivery(threading.Thread):
         """Records that a checkpoint of a step exists."""
         with self.changed:
             self.committed = step
+            self.due_late_rows += self.late_rows
+            self.late_rows = []
             self.changed.notify()
 
     def request_close(self) -> None:
@@ -145,7 +153,7 @@ class Delivery(threading.Thread):
         delay_s = RETRY_S
         while True:
             with self.changed:
-                self.changed.wait_for(lambda: self.is_closing or self.committed > self.delivered)
+                self.changed.wait_for(self._has_work)
                 is_closing, committed = self.is_closing, self.committed
             try:
                 self._deliver(committed)
@@ -160,6 +168,9 @@ class Delivery(threading.Thread):
                 with self.changed:
                     self.changed.wait_for(lambda: self.is_closing, delay_s)
                 delay_s = min(2 * delay_s, MAX_RETRY_S)
+
+    def _has_work(self) -> bool:
+        return self.is_closing or self.committed > self.delivered or bool(self.due_late_rows)
 
     def _report(self, error: Exception) -> None:
         """Shows the first of some errors in a row, without credentials."""
@@ -176,24 +187,32 @@ class Delivery(threading.Thread):
         with self.changed:
             rows = [row for row in self.rows if row["step"] <= committed]
             self.rows = [row for row in self.rows if row["step"] > committed]
+            late_rows, num_due = [*self.late_rows], len(self.due_late_rows)
+            due_rows = [*self.due_late_rows] if self.delivered <= self.resumed else []
             is_complete = self.delivered >= self.missing_until
             self.missing_until = max(self.missing_until, committed)  # if the delivery fails
         if not is_complete:
+            late = {_series(row) for row in [*late_rows, *due_rows]}
             folder = self.run_info.folder
-            rows = [*read_rows(folder), *read_samples(folder)]
-        records = step_records(rows, self.delivered, committed)
+            rows = [row for row in [*read_rows(folder), *read_samples(folder)] if _series(row) not in late]
+        rows = [row for row in rows if row["step"] > self.delivered]
+        records = step_records([*due_rows, *rows], committed)
         for start in range(0, len(records), BATCH_STEPS):
             batch = records[start : start + BATCH_STEPS]
             tracker.log(batch)
             self._store(batch[-1].step)
         self.delivered = max(self.delivered, committed)
+        with self.changed:
+            del self.due_late_rows[:num_due]
 
     def _open(self) -> Tracker:
-        """Opens the tracker's run, whose identifier the run's folder has unless it is new."""
+        """Opens the tracker's run, whose identifier the run's folder has unless it is new, but always the key."""
         stored = self._read()
+        self.run_id, self.key = stored["run"], stored.get("key") or uuid.uuid4().hex
+        self._store(stored["step"])
         module = import_module(f"job.run.{self.tracker_name}_tracker")
         tracker: Tracker = module.create_tracker(self.run_info)
-        self.run_id, last_step = tracker.open(stored["run"])
+        self.run_id, last_step = tracker.open(self.run_id, self.key)
         self._store(stored["step"] if last_step is None else last_step)  # first: if the rest fails, it is no new run
         tracker.describe()
         self.tracker = tracker
@@ -209,7 +228,7 @@ class Delivery(threading.Thread):
     def _store(self, step: int) -> None:
         """Stores the tracker's run and the last step that it has."""
         self.delivered = step
-        data = json.dumps({"run": self.run_id, "step": step}).encode()
+        data = json.dumps({"run": self.run_id, "key": self.key, "step": step}).encode()
         (self.run_info.folder / TRACKING).write(f"{self.tracker_name}.json", data)
 
     def _close(self) -> None:
@@ -218,6 +237,11 @@ class Delivery(threading.Thread):
             with _local_copy(self.run_info.folder, self.last_checkpoint) as path:
                 self.tracker.upload(path)
         self.tracker.close(finished=bool(self.last_checkpoint))
+
+
+def _series(row: dict[str, Any]) -> tuple[str, int]:
+    """Returns what a row is of: its split or kind, and its step."""
+    return row.get("split") or row["kind"], row["step"]
 
 
 @contextmanager

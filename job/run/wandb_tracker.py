@@ -3,7 +3,6 @@
 import os
 import struct
 import tempfile
-import uuid
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,17 +26,18 @@ class WandbTracker:
     def __init__(self, run: TrackedRun) -> None:
         self.run = run
         self.client: Any = None
+        self.last_step = -1
         local = run.folder.local_path or Path(tempfile.gettempdir()) / "lanes-wandb"
         self.folder = Path(os.environ.get("WANDB_DIR", local))
 
-    def open(self, run_id: str) -> tuple[str, int | None]:
-        """Continues the run, or creates one with the configuration.
+    def open(self, run_id: str, key: str) -> tuple[str, int | None]:
+        """Continues the run, or creates one with the configuration, whose identifier is the key.
 
         The process that writes offline files loses what it has not written if this one is killed; so the files, where
         they exist, decide which step is the last.
         """
         files = sorted(self.folder.glob(f"wandb/offline-run-*-{run_id}/run-{run_id}.wandb")) if run_id else []
-        is_new, run_id = not run_id, run_id or uuid.uuid4().hex[:8]
+        is_new, run_id = not run_id, run_id or key
         self.folder.mkdir(parents=True, exist_ok=True)
         config = {name: list(value) if isinstance(value, tuple) else value for name, value in self.run.config.items()}
         self.client = init(
@@ -46,16 +46,21 @@ class WandbTracker:
         )  # fmt: skip
         if self.client.offline and not is_new and not files:  # they were uploaded and removed, or are elsewhere
             return run_id, None
-        return run_id, max(self.client.step - 1, *(_last_step(file) for file in files), -1)
+        self.last_step = max(self.client.step - 1, *(_last_step(file) for file in files), -1)
+        return run_id, self.last_step
 
     def describe(self) -> None:
         """Does nothing: ``open`` has passed the configuration on."""
 
     def log(self, records: list[StepRecord]) -> None:
-        """Logs all that was reported of a step at once."""
+        """Logs all that was reported of a step at once. W&B accepts nothing more of it later but in the summary."""
         for record in records:
-            texts = {f"samples/{kind}": text for kind, text in record.texts.items()}
-            self.client.log({**record.metrics, **texts}, step=record.step, commit=True)
+            values = record.metrics | {f"samples/{kind}": text for kind, text in record.texts.items()}
+            if record.step > self.last_step:
+                self.client.log(values, step=record.step, commit=True)
+                self.last_step = record.step
+            else:
+                self.client.summary.update(values)
 
     def upload(self, checkpoint: Path) -> None:
         """Logs the checkpoint as an artifact."""
