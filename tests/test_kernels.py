@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from job.config.schema import ModelConfig
 from job.kernels import abi, build
 from job.kernels.build import load_library, unavailable_reason
+from job.kernels.memory import MIN_NUMBERS, empty_weight, release_memory
 from job.nn.cross_entropy import linear_cross_entropy
 from job.nn.language_model import build_model
 from job.nn.rnn import rnn_layer
@@ -84,6 +85,30 @@ def test_output_layer_in_blocks_of_rows_agrees_with_float64_on_any_number_of_thr
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     for result, value in zip(results[0], [expected, *torch.autograd.grad(expected / 7, exact)], strict=True):
         assert (result - value).abs().max() <= tolerance * value.abs().max()
+
+
+def test_memory_of_a_weight_is_used_again_after_its_last_view_is_freed() -> None:
+    release_memory()
+    weight = empty_weight(2, MIN_NUMBERS // 2)
+    address, last_row = weight.data_ptr(), nn.Parameter(weight[1])
+    del weight
+    last_row.grad, other = torch.zeros_like(last_row), empty_weight(MIN_NUMBERS)
+    assert other.data_ptr() != address
+    del last_row
+    assert empty_weight(MIN_NUMBERS).data_ptr() == address
+
+
+@needs_kernel
+def test_gradient_that_is_kept_is_unchanged_by_later_steps() -> None:
+    model = build_model(ModelConfig(cell="lstm", hidden_size=40, embedding_size=40), MIN_NUMBERS // 40 + 1, 0)
+    inputs, targets = torch.randint(0, 100, (2, 3, 4))
+    gradients: list[torch.Tensor] = []
+    copies: list[torch.Tensor] = []
+    for count in (2, 3, 4):
+        nats, _ = model.cross_entropy_sum(inputs[:, :count], targets[:, :count], None)
+        gradients += torch.autograd.grad(nats, model.linear.weight)
+        copies.append(gradients[-1].clone())
+    assert all(map(torch.equal, gradients, copies))
 
 
 @needs_kernel

@@ -28,6 +28,7 @@ typedef struct {
     void *hidden;          /* (T + 1, B, H); the first is the initial state */
     float *carry;          /* (T + 1, B, H); a GRU's hidden state in float or an LSTM's cell; the first is initial */
     void *gates;           /* (T, B, 4 H): saved for backward; NULL to save nothing */
+    void *packed;          /* (G, H), aligned to 64 bytes: memory for the weight */
 
     const void *dhidden; /* (T, B, H) */
     void *dgates;        /* (T, B, H or 4 H); may be `gates`. A GRU's are: reset, update, and the candidate with
@@ -46,6 +47,7 @@ typedef struct {
     index_t is_bf16, out_is_bf16, transposed, gates, rows, inner, columns, weight_rows, weight_columns, num_threads;
     const void *left;
     const float *weight, *bias;
+    void *packed; /* (inner, columns), aligned to 64 bytes: memory for the weight */
     void *out;
 } LinearArgs;
 
@@ -59,10 +61,12 @@ typedef struct {
     const float *weight;                           /* (V, H) */
     const float *bias;                             /* (V) */
     const int64_t *targets;                        /* (R) */
-    float *nats;                                   /* (R): the result */
-    float *dhidden; /* (R, padded_units), of which the first are written: the gradients of the sum of all losses, */
-    float *dweight; /* (V, H) */
-    float *dbias;   /* (columns); all three are NULL if they are not needed */
+    void *packed;       /* (columns, padded_units), aligned to 64 bytes: memory for the weight */
+    float *nats;        /* (R): the result */
+    float *dhidden;     /* (R, padded_units), of which the first are written: the gradients of the sum of all losses, */
+    float *dweight;     /* (V, H) */
+    float *dbias;       /* (columns); these are NULL if they are not needed, as is */
+    void *token_packed; /* (columns, padded_units), aligned to 64 bytes: memory for the weight */
 } LossArgs;
 
 int linear_cross_entropy(const LossArgs *args);

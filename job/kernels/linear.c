@@ -59,22 +59,13 @@ void pack_weight(const packing *weight, index_t num_threads) {
 
 int linear(const LinearArgs *args) {
     index_t inner = args->inner, columns = args->columns, depth = args->is_bf16 ? inner / 2 : inner;
-    uint32_t *packed = alloc_floats(depth * columns);
-    if (!packed) return OUT_OF_MEMORY;
-    packing packing = {(int)args->is_bf16,
-                       (int)args->transposed,
-                       args->gates,
-                       args->weight,
-                       args->weight_rows,
-                       args->weight_columns,
-                       depth,
-                       columns,
-                       packed};
+    packing packing = {(int)args->is_bf16, (int)args->transposed, args->gates, args->weight,
+                       args->weight_rows,  args->weight_columns,  depth,       columns,
+                       args->packed};
     pack_weight(&packing, args->num_threads);
-    packed_product product = {args->left, packed, args->bias, depth, depth, columns};
+    packed_product product = {args->left, args->packed, args->bias, depth, depth, columns};
     linear_task task = {product, (int)args->is_bf16, (int)args->out_is_bf16, args->out};
     parallel_for(linear_rows, &task, args->rows, TILE_ROWS, args->num_threads);
-    free(packed);
     return OK;
 }
 

@@ -157,25 +157,22 @@ int linear_cross_entropy(const LossArgs *args) {
     for (index_t i = 0; i < args->rows; i++)
         if (args->targets[i] < 0 || args->targets[i] >= V) return INVALID_TOKEN;
     float *bias = alloc_floats(columns);
-    uint32_t *packed = alloc_floats(depth * columns), *token_packed = NULL, *dlogits = NULL;
-    if (has_gradient) token_packed = alloc_floats(token_depth * padded), dlogits = alloc_floats(rows * columns / step);
-    atomic_int failed = !bias || !packed || (has_gradient && (!token_packed || !dlogits));
+    uint32_t *dlogits = has_gradient ? alloc_floats(rows * columns / step) : NULL;
+    atomic_int failed = !bias || (has_gradient && !dlogits);
     if (!failed) {
         for (index_t j = 0; j < columns; j++) bias[j] = j < V ? args->bias[j] : 0;
-        pack_weight(&(packing){is_bf16, 1, 1, args->weight, V, H, depth, columns, packed}, args->num_threads);
-        loss_task task = {args, {args->hidden, packed, bias, padded / step, depth, columns}};
-        task.dhidden = (packed_product){dlogits, token_packed, NULL, columns / step, token_depth, padded};
+        pack_weight(&(packing){is_bf16, 1, 1, args->weight, V, H, depth, columns, args->packed}, args->num_threads);
+        loss_task task = {args, {args->hidden, args->packed, bias, padded / step, depth, columns}};
+        task.dhidden = (packed_product){dlogits, args->token_packed, NULL, columns / step, token_depth, padded};
         task.dlogits = dlogits, task.failed = &failed;
         if (has_gradient) {
-            pack_weight(&(packing){is_bf16, 0, 1, args->weight, V, H, token_depth, padded, token_packed},
+            pack_weight(&(packing){is_bf16, 0, 1, args->weight, V, H, token_depth, padded, args->token_packed},
                         args->num_threads);
             memset(args->dbias, 0, columns * sizeof *args->dbias);
         }
         loss_blocks(&task, rows);
     }
     free(bias);
-    free(packed);
-    free(token_packed);
     free(dlogits);
     return failed ? OUT_OF_MEMORY : OK;
 }

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from job.kernels.abi import FUNCTIONS, STRUCTS
 from job.kernels.build import load_library, unavailable_reason
+from job.kernels.memory import empty_weight
 
 StateTensors = tuple[Tensor, ...]
 Weights = list[Tensor]  # of one layer, in torch's order
@@ -68,6 +69,11 @@ def _is_bf16(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16
 
 
+def _empty_packed(dtype: torch.dtype, rows: int, columns: int) -> Tensor:
+    """Returns memory for a weight in the dtype of a product, aligned to 64 bytes; rows and columns are padded."""
+    return empty_weight(rows, columns // 2 if dtype == torch.bfloat16 else columns)
+
+
 def _linear(left: Tensor, weight: Tensor, out: Tensor, gates: int, bias: Tensor | None = None) -> Tensor:
     """Writes ``left @ weight.T + bias`` to ``out``, or ``left @ weight`` if there is no bias.
 
@@ -79,7 +85,7 @@ def _linear(left: Tensor, weight: Tensor, out: Tensor, gates: int, bias: Tensor 
         "linear", is_bf16=_is_bf16(left), out_is_bf16=_is_bf16(out), transposed=bias is not None, gates=gates,
         rows=left.numel() // inner, inner=inner, columns=out.shape[-1], weight_rows=len(weight),
         weight_columns=weight.shape[1], num_threads=torch.get_num_threads(), left=left, weight=weight,
-        bias=bias, out=out,
+        bias=bias, packed=_empty_packed(left.dtype, inner, out.shape[-1]), out=out,
     )  # fmt: skip
     return out
 
@@ -89,7 +95,7 @@ def _weight_gradient(left: Tensor, right: Tensor, columns: int, weight: Tensor, 
 
     The weight may have fewer columns than ``right``, and fewer rows in each of its gates.
     """
-    out, stride = torch.empty(weight.shape), left.shape[-1]
+    out, stride = empty_weight(*weight.shape), left.shape[-1]
     _call(
         "weight_gradient", is_bf16=_is_bf16(left), gates=gates, rows=left.numel() // stride, left_columns=columns,
         left_stride=stride, columns=right.shape[-1], out_rows=len(weight), out_columns=weight.shape[1],
@@ -177,7 +183,7 @@ class _FusedRnn(torch.autograd.Function):
             "rnn_forward", cell=CELL_CODES[cell], is_bf16=_is_bf16(hidden), steps=steps, lanes=lanes, units=units,
             weight_units=weight_GH.shape[1], table_rows=len(input_projection), num_threads=torch.get_num_threads(),
             inputs=input_projection, tokens=tokens_TB, weight=weight_GH, bias=bias_H, starts=starts_TB, hidden=hidden,
-            carry=carry, gates=gates,
+            carry=carry, gates=gates, packed=_empty_packed(dtype, width, units),
         )  # fmt: skip
         ctx.cell, ctx.gates, ctx.starts_TB = cell, gates, starts_TB
         if needs_grad:
@@ -203,7 +209,8 @@ class _FusedRnn(torch.autograd.Function):
         _call(
             "rnn_backward", cell=CELL_CODES[cell], is_bf16=_is_bf16(hidden), steps=steps, lanes=lanes, units=units,
             weight_units=weight_units, num_threads=torch.get_num_threads(), weight=weight_GH, starts=ctx.starts_TB,
-            hidden=hidden, carry=carry, gates=dgates, dhidden=dhidden, dgates=dgates, dh0=dh0, dcarry=dcarry,
+            hidden=hidden, carry=carry, gates=dgates, packed=_empty_packed(hidden.dtype, width, units), dhidden=dhidden,
+            dgates=dgates, dh0=dh0, dcarry=dcarry,
         )  # fmt: skip
         if ctx.starts_TB is not None:
             hidden = hidden.clone()
@@ -242,16 +249,18 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         (vocabulary_size, units), rows = weight_VH.shape, targets_TB.numel()
         columns = vocabulary_size + -vocabulary_size % VECTOR_WIDTH
         padded_TBH, nats_R = pad_vectors(hidden_TBH).contiguous(), torch.empty(rows)
-        dhidden_TBH = dweight_VH = dbias = None
+        dhidden_TBH = dweight_VH = dbias = token_packed = None
+        packed_shape = hidden_TBH.dtype, columns, padded_TBH.shape[2]
         if needs_grad:
-            dhidden_TBH, dweight_VH = torch.empty(padded_TBH.shape), torch.empty(vocabulary_size, units)
-            dbias = torch.empty(columns)
+            dhidden_TBH, dweight_VH = torch.empty(padded_TBH.shape), empty_weight(vocabulary_size, units)
+            dbias, token_packed = torch.empty(columns), _empty_packed(*packed_shape)
             ctx.gradients = dhidden_TBH[..., :units], dweight_VH, dbias[:vocabulary_size]
         _call(
             "linear_cross_entropy", is_bf16=_is_bf16(hidden_TBH), rows=rows, units=units,
             padded_units=padded_TBH.shape[2], columns=columns, vocabulary_size=vocabulary_size,
             num_threads=torch.get_num_threads(), hidden=padded_TBH, weight=weight_VH, bias=bias_V, targets=targets_TB,
-            nats=nats_R, dhidden=dhidden_TBH, dweight=dweight_VH, dbias=dbias,
+            packed=_empty_packed(*packed_shape), nats=nats_R, dhidden=dhidden_TBH, dweight=dweight_VH, dbias=dbias,
+            token_packed=token_packed,
         )  # fmt: skip
         ctx.dtype = hidden_TBH.dtype
         return nats_R.sum()

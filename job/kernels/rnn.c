@@ -95,26 +95,20 @@ int rnn_forward(const RnnArgs *args) {
     index_t H = args->units, columns = num_gates(args->cell) * H;
     for (index_t i = 0; args->tokens && i < args->steps * args->lanes; i++)
         if (args->tokens[i] < 0 || args->tokens[i] >= args->table_rows) return INVALID_TOKEN;
-    uint32_t *packed = alloc_floats(columns * H);
-    if (!packed) return OUT_OF_MEMORY;
     index_t gates = num_gates(args->cell), depth = args->is_bf16 ? H / 2 : H, width = args->weight_units;
-    packing packing = {args->is_bf16, 1, gates, args->weight, gates * width, width, depth, columns, packed};
+    packing packing = {args->is_bf16, 1, gates, args->weight, gates * width, width, depth, columns, args->packed};
     pack_weight(&packing, args->num_threads);
-    rnn_task task = {args, packed};
+    rnn_task task = {args, args->packed};
     parallel_for(rnn_forward_lanes, &task, args->lanes, TILE_ROWS, args->num_threads);
-    free(packed);
     return OK;
 }
 
 int rnn_backward(const RnnArgs *args) {
     index_t H = args->units, rows = num_gates(args->cell) * H;
-    uint32_t *packed = alloc_floats(rows * H);
-    if (!packed) return OUT_OF_MEMORY;
     index_t gates = num_gates(args->cell), depth = args->is_bf16 ? rows / 2 : rows, width = args->weight_units;
-    packing packing = {args->is_bf16, 0, gates, args->weight, gates * width, width, depth, H, packed};
+    packing packing = {args->is_bf16, 0, gates, args->weight, gates * width, width, depth, H, args->packed};
     pack_weight(&packing, args->num_threads);
-    rnn_task task = {args, packed};
+    rnn_task task = {args, args->packed};
     parallel_for(rnn_backward_lanes, &task, args->lanes, TILE_ROWS, args->num_threads);
-    free(packed);
     return OK;
 }

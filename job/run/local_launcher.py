@@ -10,6 +10,7 @@ from job.distributed.context import World, available_cpus, release_freed_memory
 from job.distributed.gradient_sync import ControlFlags
 from job.errors import RunFailed, UserError
 from job.inference.training_samples import generate_samples
+from job.kernels.memory import release_memory
 from job.run.estimate import check_workers
 from job.run.recorder import Recorder
 from job.run.signals import StopRequest
@@ -46,6 +47,7 @@ class LocalLauncher:
 
     def close(self) -> None:
         """Returns the memory of the training to the system."""
+        release_memory()
         release_freed_memory()
 
 

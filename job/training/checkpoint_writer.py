@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from job.distributed.context import World
+from job.kernels.memory import release_memory
 from job.nn.state import map_state
 from job.storage import MAX_RETRY_S
 from job.training.checkpoint import checkpoint_name, serialize_lane_state, serialize_model, write_part
@@ -50,6 +51,7 @@ class CheckpointWriter:
         if not all(bool(torch.isfinite(weight).all()) for weight in model.state_dict().values()):
             return
         self.last_step = progress.step
+        release_memory()  # for the copies
         lanes, precision = train_state.assignment.lanes, train_state.precision.name
         lane_state = map_state(_copy_to_cpu, train_state.lane_state)
         parts = {"model": model.state_dict(), "optimizer": optimizer_tensors(train_state.optimizer, model)}
