@@ -31,7 +31,7 @@ test-long: setup  ## the long tests: traces of the book, faults on several nodes
 	$(RUN) -m pytest -m long $(PYTEST)
 
 test-quick: setup  ## the tests that need no Ray (two and a half minutes)
-	$(RUN) -m pytest -m "not cluster and not slow and not long" --numprocesses 2 --dist loadgroup
+	$(RUN) -m pytest -m "not cluster and not slow and not long" --numprocesses 2 --dist loadgroup --hypothesis-profile quick
 
 test-gpu: setup  ## the tests of GPUs: on CUDA if there is a GPU, else what a CPU can run, and a list of what needs CUDA
 	$(RUN) -m pytest -m gpu $(PYTEST)

@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 from matplotlib.figure import Figure
 from safetensors.torch import save_file
 
@@ -37,6 +38,8 @@ os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 # A shell starts background commands with SIGINT ignored, which the commands that tests interrupt would inherit.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+settings.register_profile("quick", max_examples=20)  # of make test-quick
 
 NEEDS_CUDA = "needs CUDA"  # the reason of a skip
 RAY_TIMEOUT_S = 120.0  # for a thread of Ray Train or Ray Tune to end after its test
@@ -362,8 +365,8 @@ def disconnect_from_ray() -> None:
     tasks = [thread for thread in threading.enumerate() if isinstance(thread, BackgroundTask)]
     for task in tasks:
         task.join(RAY_TIMEOUT_S)
-    was_connected = ray.is_initialized()
-    ray.shutdown()
+    if was_connected := ray.is_initialized():
+        ray.shutdown()
     assert not any(task.is_alive() for task in tasks), "a thread of Ray does not end"
     assert tasks or not was_connected, "the test left this process connected to Ray"
 

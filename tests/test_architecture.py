@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -31,6 +32,11 @@ BASE = {"errors", "hub", "documents", "paths", "storage", "console"}
 SOURCES = sorted(path for path in (ROOT / "job").rglob("*.py"))
 
 
+@cache
+def syntax_tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def layer(module: str) -> str:
     """The folder of a module ``job.FOLDER.NAME``, or its name if it is directly in ``job``."""
     return module.removeprefix("job.").partition(".")[0]
@@ -38,7 +44,7 @@ def layer(module: str) -> str:
 
 def imported_modules(path: Path) -> Iterator[str]:
     """The modules of ``job`` that a file imports at its top."""
-    for node in ast.parse(path.read_text()).body:
+    for node in syntax_tree(path).body:
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("job"):
             yield str(node.module)
         elif isinstance(node, ast.Import):
@@ -62,7 +68,7 @@ def test_folders_import_only_from_earlier_layers() -> None:
 
 def test_only_cluster_imports_ray() -> None:
     for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(syntax_tree(path)):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             assert path.parent.name == "cluster" or "ray" not in {name.partition(".")[0] for name in names}, path
@@ -88,7 +94,7 @@ for name in {core}: __import__(name)
 def test_functions_contain_no_imports() -> None:
     """Except the verbs of the command line and the API, so that they load only what a run needs."""
     for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(syntax_tree(path)):
             if isinstance(node, ast.FunctionDef) and path.name not in ENTRY_POINTS:
                 inner = [child for child in ast.walk(node) if isinstance(child, ast.Import | ast.ImportFrom)]
                 assert not inner, f"{path.name}: {node.name}"
@@ -97,7 +103,7 @@ def test_functions_contain_no_imports() -> None:
 def test_benchmarks_build_runs_as_the_program_does() -> None:
     """There is no second way: a run's specification comes from build_run_spec, and nothing private is used."""
     for path in sorted((ROOT / "benchmarks").glob("*.py")):
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(syntax_tree(path)):
             called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
             assert called not in ("RunSpec", "Dataset", "TrainState", "Trainer"), f"{path.name}: {called}"
             private = (
@@ -128,7 +134,7 @@ def test_error_messages_are_not_parsed() -> None:
 
 def test_user_errors_separate_problem_and_remedy() -> None:
     for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text())):
+        for node in ast.walk(syntax_tree(path)):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "UserError":
                 problem = node.args[0] if node.args else node
                 texts = [text.value for text in ast.walk(problem) if isinstance(text, ast.Constant)]
@@ -140,7 +146,7 @@ def test_documented_tests_exist() -> None:
     defined = {
         node.name
         for path in (ROOT / "tests").glob("test_*.py")
-        for node in ast.parse(path.read_text()).body
+        for node in syntax_tree(path).body
         if isinstance(node, ast.FunctionDef)
     }
     for path in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:

@@ -31,7 +31,7 @@ RESET, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 WORLD = World(0, 1, torch.device("cpu"), 1, "abcdef")
 VOCABULARY = Vocabulary("char", ("<unk>", *"abcdefgh"))
 
-pytestmark = pytest.mark.skipif(not RESET.exists(), reason="reads /proc")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not RESET.exists(), reason="reads /proc")]
 
 
 def peak_growth(action: Callable[..., Any]) -> int:

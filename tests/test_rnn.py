@@ -140,7 +140,13 @@ def documents_alone(
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=lambda dtype: str(dtype)[6:])
-@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm", "cells:DecayCell", "torch.nn:GRU", "torch.nn:LSTM"])
+@pytest.mark.parametrize(
+    "cell",
+    [
+        *("rnn", "gru", "lstm", "cells:DecayCell", "torch.nn:LSTM"),
+        pytest.param("torch.nn:GRU", marks=pytest.mark.slow),
+    ],
+)
 def test_model_that_resets_agrees_with_each_document_alone_from_zero_state(
     implementation: str, cell: str, dtype: torch.dtype
 ) -> None:
@@ -274,8 +280,10 @@ def test_linear_cross_entropy_rejects_mismatched_shapes(implementation: str) -> 
 
 
 @pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
-@pytest.mark.parametrize(("sizes", "embedding"), [((64,), 0), ((64, 64), 7), ((37,), 5), ((70, 33, 5), 0)])
-@pytest.mark.parametrize("resets", [False, True])
+@pytest.mark.parametrize(
+    ("sizes", "embedding", "resets"),
+    [((64,), 0, False), ((64, 64), 7, True), ((37,), 5, True), ((70, 33, 5), 0, False)],
+)
 def test_greedy_decoding_equals_argmax_steps(
     implementation: str,
     cell: str,

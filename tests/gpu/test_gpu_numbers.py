@@ -28,7 +28,7 @@ from job.nn.regularization import Regularization, mask_keys
 from job.nn.rnn import _rnn_layer_cudnn, _rnn_layer_torch
 from job.nn.state import LayerState, State
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.slow]
 
 NN_CELLS = {"rnn": nn.RNN, "gru": nn.GRU, "lstm": nn.LSTM}
 CELLS = [*BUILTIN_CELLS, "cells:DecayCell"]
