@@ -1,6 +1,7 @@
 """Reports: their numbers are those of the runs, bad input is one line, and the page works in a browser."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -226,6 +227,8 @@ def test_report_of_bad_input_is_refused_in_one_line(storage: Path, tmp_path: Pat
     check_refused(job("report", tmp_path / "missing"), f"{tmp_path}/missing: contains neither a run nor a search")
     check_refused(job("report", first, "--output", tmp_path / "none" / "a.html"), f"{tmp_path}/none: no such folder")
     check_refused(job("report", first, "--output", tmp_path), f"{tmp_path}: is a folder")
+    os.mkfifo(tmp_path / "pipe")
+    check_refused(job("report", first, "--output", tmp_path / "pipe"), f"{tmp_path}/pipe: is a device or pipe")
     check_refused(job("report", first, "--model.cell", "gru"), "model.cell")
     empty = tmp_path / "empty"
     empty.mkdir()

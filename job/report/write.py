@@ -46,6 +46,8 @@ def write_report(targets: Sequence[str], output: str | None, console: Console) -
     with report_os_error(f"{file}: cannot be written"):
         if not file.name or file.is_folder:
             raise UserError(f"{file}: is a folder", "name a file in it, such as report.html")
+        if file.local_path and file.local_path.exists() and not file.local_path.is_file():  # it would be replaced
+            raise UserError(f"{file}: is a device or pipe", "name a file, such as report.html")
         if file.parent.local_path and not file.parent.exists():  # an object store has no folders
             raise UserError(f"{file.parent}: no such folder", "create it, or choose another --output")
     page = _render(runs, ", ".join(folder.name for folder in folders), TextCache(console, is_local=True))
