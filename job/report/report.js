@@ -279,8 +279,9 @@ function showText() {
     section.append(element("p", { class: "empty body" }, run ? run.text.reason : "No losses were computed."));
     return;
   }
-  const all = runs.flatMap(({ text }) => text?.tokens?.map(([, nats]) => nats) ?? []).sort((a, b) => a - b);
-  const limit = Math.max(all[Math.floor(0.98 * (all.length - 1))], 0.1);
+  // One scale for all runs, which one that has diverged does not set.
+  const ends = runs.filter(({ text }) => text?.tokens?.length).map(({ text }) => quantile(text.tokens.map(([, nats]) => nats), 0.98));
+  const limit = Math.max(quantile(ends, 0.5), 0.1);
   const tokens = run.text.tokens.map(([text, nats], index) => element("span",
     { "--share": Math.min(nats / limit, 1).toFixed(3), "data-token": index, class: text === "\n" ? "break" : null },
     text === "\n" ? "↵\n" : text));
@@ -309,6 +310,10 @@ function watchTokens(prose, tokens) {
     choose(move ? prose.children[(chosen ? Number(chosen.dataset.token) : -1) + move] ?? chosen : null);
   });
   document.addEventListener("pointerdown", (event) => { if (!prose.contains(event.target)) choose(null); });
+}
+
+function quantile(values, share) {
+  return values.sort((a, b) => a - b)[Math.floor(share * (values.length - 1))];
 }
 
 function showTooltip(span, [text, nats, alternatives]) {
