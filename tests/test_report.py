@@ -14,11 +14,11 @@ from browser import PHONE, WatchedPage, open_page
 from conftest import ROOT, Ended, job, not_none, result
 from playwright.sync_api import Browser
 
-from job.config.schema import EvaluateConfig
+from job.config.schema import EvaluateConfig, ModelConfig
 from job.data.vocabulary import Vocabulary
 from job.inference.evaluate import evaluate_tokens
 from job.inference.generate import load_model
-from job.nn.language_model import LanguageModel
+from job.nn.language_model import LanguageModel, build_model
 from job.report.curves import MAX_POINTS, decimate, find_events, read_curves
 from job.report.run_data import MAX_SAMPLES
 from job.report.text_losses import NUM_ALTERNATIVES, NUM_CHARACTERS, compute_losses
@@ -125,6 +125,13 @@ def test_losses_of_text_are_those_of_evaluation(prose: Path, tmp_path: Path, kin
         assert len(shares) == NUM_ALTERNATIVES and shares == sorted(shares, reverse=True)
         if text.rstrip(" ") in dict(alternatives):
             assert dict(alternatives)[text.rstrip(" ")] == pytest.approx(np.exp(-nats), abs=2e-4)
+
+
+def test_losses_of_bytes_that_are_no_characters_show_their_values() -> None:
+    model, tokens = build_model(ModelConfig(hidden_size=4), 256, 0), np.array([65, *"é\a\n<".encode()])
+    rows = compute_losses(model, Vocabulary("byte", ()), tokens)
+    assert [text for text, _, _ in rows] == [r"\xc3", r"\xa9", r"\x07", "\n", "<"]
+    assert "\ufffd" not in {name for _, _, alternatives in rows for name, _ in alternatives}
 
 
 def test_losses_end_after_the_characters_that_are_shown(storage: Path) -> None:

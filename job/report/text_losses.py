@@ -92,7 +92,10 @@ def _evaluate_window(
 
 
 def _text(vocabulary: Vocabulary, token: int) -> str:
-    return vocabulary.decode([token])
+    """Returns the text of a token; of a byte that is no character, its value, since all others look alike."""
+    text = vocabulary.decode([token])
+    is_shown = vocabulary.kind != "byte" or text in "\t\n\r" or (text.isprintable() and text != "\ufffd")
+    return text if is_shown else f"\\x{token:02x}"
 
 
 def _texts(vocabulary: Vocabulary, ids: list[int]) -> list[str]:

@@ -248,10 +248,16 @@ class Card {
     this.bars.replaceChildren(...(token?.alternatives ?? []).map((alternative) => this.bar(alternative, token)));
   }
 
+  /** The visible text of a token; of a byte that is no character, its value, since all others look alike. */
+  nameOf({ id, text }) {
+    const isHidden = this.model.vocabulary === "byte" && id < 256 && /[^\t\n -~]/.test(text);
+    return isHidden ? `\\x${id.toString(16).padStart(2, "0")}` : visible(text);
+  }
+
   bar(alternative, token) {
     const [item, button] = [document.createElement("li"), document.createElement("button")];
     const [label, value] = [document.createElement("span"), document.createElement("span")];
-    label.textContent = visible(alternative.text);
+    label.textContent = this.nameOf(alternative);
     value.textContent = percent(alternative.probability);
     value.className = "percent";
     button.type = "button";
