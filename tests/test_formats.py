@@ -200,6 +200,8 @@ WRONG_FILES = [
     ("a.jsonl", json_lines(["one"], "body"), "line 1: has no field text but id, body; set corpus.text_f"),
     ("a.jsonl", json_lines(["one"]) + b'\n\n{"text": "two"', "line 4: not JSON at column 15: Expecting ','"),
     ("a.jsonl", json_lines(["one"]) + b"[1]", "line 2: not a JSON object"),
+    ("a.jsonl", b'{"text": "a"}, {"text": "b"}\n{"text": [{}\n{}]}', "line 1: not JSON at column 14: Extra data"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": 1, "a": [{}\n{}]}\n{}, {}', "line 2: not JSON at column 21"),
     ("a.jsonl", b'{"text": 5}', "line 1: the field text is not text, but number"),
     ("a.jsonl", b'{"text": "a\\ud800"}', r"line 1: not text, character 1 is half of a pair, U\+D800"),
     ("a.jsonl", b'{"a":' * 100_000, "line 1: not JSON: nested too deeply"),

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from job.config.schema import CorpusConfig, VocabularyConfig
-from job.data import piece_reader
+from job.data import parse, piece_reader
 from job.data import pieces as pieces_module
 from job.data.corpus import has_token, read_corpus
 from job.data.piece_reader import PieceReader
@@ -81,7 +81,8 @@ def encode(pieces: Pieces, vocabulary: Vocabulary) -> tuple[np.ndarray, int]:
     for piece in range(len(pieces)):
         for part in PieceReader(pieces).read(piece):
             characters += part.num_characters
-            tokens += [vocabulary.encode(part.lines), np.full(int(part.has_separator), len(vocabulary) - 1, np.int32)]
+            separator = np.full(int(part.has_separator), len(vocabulary) - 1, np.int32)
+            tokens += [vocabulary.encode_documents(part.documents), separator]
     return np.concatenate(tokens), characters
 
 
@@ -90,6 +91,8 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows and blocks so small that short texts are cut everywhere."""
     monkeypatch.setattr(pieces_module, "_WINDOW_BYTES", 3)
     monkeypatch.setattr(piece_reader, "BLOCK_BYTES", 7)
+    monkeypatch.setattr(parse, "_BATCH_ROWS", 2)
+    monkeypatch.setattr(parse, "BLOCK_BYTES", 12)
 
 
 @pytest.mark.slow

@@ -89,6 +89,19 @@ def test_encode_documents_separates_them_by_the_last_id(kind: str, documents: li
     assert vocabulary_from_json(vocabulary.to_json().encode(), "file") == vocabulary
 
 
+@pytest.mark.parametrize("kind", ["char", "byte", "word", "word by line", "bpe"])
+@settings(deadline=None, max_examples=50)  # a loaded machine is slow
+@given(documents=st.lists(st.lists(st.text("ab \né😀", max_size=4), min_size=1, max_size=3), min_size=2, max_size=9))
+def test_encode_documents_returns_the_ids_of_each_and_separators(kind: str, documents: list[list[str]]) -> None:
+    vocabulary_config = VocabularyConfig(
+        kind=kind.split(maxsplit=1)[0], end_of_line="line" in kind, size=260 if kind == "bpe" else 0
+    )
+    vocabulary = build_vocabulary(vocabulary_config, Corpus("file", "none", [["ab a \né"], ["b"]]))
+    separator = [len(vocabulary) - 1]
+    expected = [index for lines in documents for index in (*vocabulary.encode(lines).tolist(), *separator)]
+    assert vocabulary.encode_documents(documents).tolist() == expected[:-1]
+
+
 def test_build_vocabulary_with_separator_takes_no_text_for_it() -> None:
     corpus = Corpus("file", "none", [["a <|endoftext|> b"], ["a"]])
     vocabulary = build_vocabulary(VocabularyConfig(kind="word", size=4), corpus)

@@ -74,15 +74,29 @@ class BpeVocabulary(Vocabulary):
         """Returns the token ids of all lines, each encoded by itself, as ``Vocabulary.encode``."""
         if lines and isinstance(lines[0], np.ndarray):
             return super().encode(lines, dtype)
-        blocks = (blocks_of(line, PIECE_CHARACTERS) for line in cast(list[str], lines))
-        pieces = chain.from_iterable(cut_text(line, self.last_cut, self.max_uncut) for line in blocks)
-        arrays = [self._encode_batch(batch) for batch in _batches(pieces)]
-        return np.concatenate(arrays).astype(dtype, copy=False)
+        return self._encode_pieces(self._pieces_of(cast(list[str], lines)), dtype)
 
-    def _encode_batch(self, pieces: Sequence[str]) -> np.ndarray:
+    def _encode_separated(self, documents: Sequence[list[str]], dtype: np.dtype | type) -> np.ndarray:
+        pieces = ((None,) * bool(number) + (*self._pieces_of(lines),) for number, lines in enumerate(documents))
+        return self._encode_pieces(chain.from_iterable(pieces), dtype)
+
+    def _pieces_of(self, lines: list[str]) -> Iterator[str]:
+        blocks = (blocks_of(line, PIECE_CHARACTERS) for line in lines)
+        return chain.from_iterable(cut_text(line, self.last_cut, self.max_uncut) for line in blocks)
+
+    def _encode_pieces(self, pieces: Iterable[str | None], dtype: np.dtype | type) -> np.ndarray:
+        """Returns the token ids of pieces, the separator for None."""
+        return np.concatenate([self._encode_batch(batch) for batch in _batches(pieces)]).astype(dtype, copy=False)
+
+    def _encode_batch(self, pieces: Sequence[str | None]) -> np.ndarray:
         with _report_error("vocabulary: its tokenizer cannot encode the text"):
-            encodings = self._tokenizer.encode_batch_fast(pieces, add_special_tokens=False)
-        return np.array([index for encoding in encodings for index in encoding.ids], np.int32)
+            texts = [piece or "" for piece in pieces]
+            encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        separator = [len(self) - 1]
+        ids = (
+            (separator if piece is None else encoding.ids) for piece, encoding in zip(pieces, encodings, strict=True)
+        )
+        return np.array([*chain.from_iterable(ids)], np.int32)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Returns the text of token ids; bytes that are not UTF-8 become U+FFFD."""
@@ -145,11 +159,11 @@ class BpeVocabulary(Vocabulary):
         return self.json
 
 
-def _batches(pieces: Iterable[str]) -> Iterator[list[str]]:
-    batch, length = list[str](), 0
+def _batches(pieces: Iterable[str | None]) -> Iterator[list[str | None]]:
+    batch, length = list[str | None](), 0
     for piece in pieces:
         batch.append(piece)
-        length += len(piece)
+        length += len(piece or "")
         if length >= _BATCH_CHARACTERS:
             yield batch
             batch, length = [], 0

@@ -74,7 +74,7 @@ def read_corpus(
         else:
             groups = _read_groups(files, parse_file, corpus_config, ("\n", "\r"), has_separator)
             documents = [_clean_texts(group, vocabulary_kind, corpus_config) for group in groups]
-        corpus = Corpus(source, cleaning, _without_blank(documents, vocabulary_kind))
+        corpus = Corpus(source, cleaning, with_token(documents, vocabulary_kind) or documents[:1])
         if not corpus.num_characters:
             raise no_text(cleaning)
         return corpus
@@ -96,6 +96,11 @@ def _cleaning(corpus_config: CorpusConfig) -> str:
 def no_text(cleaning: str) -> UserError:
     """Returns the error that a corpus has no text."""
     return UserError(f"contains no text{' after cleaning (d2l keeps letters only)' if cleaning == 'd2l' else ''}")
+
+
+def changes_text(corpus_config: CorpusConfig) -> bool:
+    """Returns whether ``clean_text`` may return anything but the text as its only line."""
+    return corpus_config.cleaning != "none" or corpus_config.newlines == "normalize"
 
 
 def clean_text(text: str, corpus_config: CorpusConfig) -> list[str]:
@@ -150,9 +155,11 @@ def _clean_texts(texts: list[str], vocabulary_kind: str, corpus_config: CorpusCo
 
 def has_token(lines: Sequence[Any], vocabulary_kind: str) -> bool:
     """Returns whether there is a character, or a word, in the lines of a document."""
-    return any(bool(line) and not (vocabulary_kind == "word" and line.isspace()) for line in lines)
+    return any(lines) if vocabulary_kind != "word" else any(line and not line.isspace() for line in lines)
 
 
-def _without_blank(documents: Sequence[list[Any]], vocabulary_kind: str) -> Sequence[list[Any]]:
-    """Returns the documents that have a token, or the first if none has."""
-    return [document for document in documents if has_token(document, vocabulary_kind)] or documents[:1]
+def with_token(documents: Sequence[list[Any]], vocabulary_kind: str) -> list[list[Any]]:
+    """Returns the documents that have a character, or a word."""
+    if vocabulary_kind != "word":
+        return [lines for lines in documents if any(lines)]
+    return [lines for lines in documents if has_token(lines, vocabulary_kind)]

@@ -102,10 +102,11 @@ def count_piece(pieces: Pieces, vocabulary_config: VocabularyConfig, piece: int,
     counts, length, has_separator = Counter[str](), 0, False
     for part in PieceReader(pieces).read(piece):
         limit = None if num_tokens is None else max(0, num_tokens - length)
-        found = count_tokens(vocabulary_config, [cast(list[str], part.lines)], limit)
+        found = count_tokens(vocabulary_config, cast(list[list[str]], part.documents), limit)
         counts.update(found)
-        length += found.total() + part.has_separator  # which may be beyond the limit
-        has_separator = has_separator or part.has_separator
+        num_separators = len(part.documents) - 1 + part.has_separator
+        length += found.total() + num_separators  # which may be beyond the limit
+        has_separator = has_separator or bool(num_separators)
     return PieceCounts(counts, length, has_separator)
 
 
@@ -140,12 +141,12 @@ def encode_piece(
 
     with report_os_error(f"corpus.store = {folder}: cannot be written", remedy):
         for part, ids in _encode_parts(pieces, vocabulary, piece, num_tokens):
+            num_waiting += part.num_characters
             num_characters += part.num_characters
             if len(ids):
                 arrays.append(ids)
                 found = _token_lengths(part, ids, vocabulary)
                 lengths = lengths.then(found) if lengths else found
-            num_waiting += part.num_characters
             if num_waiting >= SHARD_CHARACTERS:
                 write()
                 num_waiting = 0
@@ -164,7 +165,7 @@ def _encode_parts(
         if length == num_tokens:
             yield part, np.empty(0, dtype)
             continue
-        ids = vocabulary.encode(part.lines, dtype)
+        ids = vocabulary.encode_documents(part.documents, dtype)
         if part.has_separator:
             ids = np.append(ids, dtype.type(len(vocabulary) - 1))
         ids = ids if num_tokens is None else ids[: num_tokens - length]
@@ -177,13 +178,13 @@ def _token_lengths(part: Part, ids: np.ndarray, vocabulary: Vocabulary) -> Token
     total, first = count_characters(ids, vocabulary), count_characters(ids[:1], vocabulary)
     if total is not None and first is not None:
         return TokenLengths(total, first, begins_with_break=True, ends_with_break=True)
-    separators = [END_OF_LINE] * part.has_separator
-    words = [*islice(chain(vocabulary.split([cast(list[str], part.lines)]), separators), len(ids))]
+    tokens = chain(vocabulary.split(cast(list[list[str]], part.documents)), [None])  # which is a separator
+    words = [token or END_OF_LINE for token in islice(tokens, len(ids))]
     num_breaks, is_break = words.count(END_OF_LINE), END_OF_LINE.__eq__
     num_first = (
         sum(is_break(word) and not is_break(following) for word, following in pairwise(words)) if num_breaks else 0
     )
-    total = sum(map(len, cast(list[str], words))) + len(words) - num_breaks - num_first
+    total = sum(map(len, words)) + len(words) - num_breaks - num_first
     return TokenLengths(
-        total, len(cast(str, words[0])) + (words[0] != END_OF_LINE), words[0] == END_OF_LINE, words[-1] == END_OF_LINE
+        total, len(words[0]) + (words[0] != END_OF_LINE), words[0] == END_OF_LINE, words[-1] == END_OF_LINE
     )

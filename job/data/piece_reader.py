@@ -7,7 +7,7 @@ from itertools import chain
 from typing import Any, BinaryIO, cast
 
 from job.data.compression import BLOCK_BYTES, SIGNATURE_BYTES, compression, decompress_stream, write_temporary_file
-from job.data.corpus import NEWLINE, clean_text, has_token
+from job.data.corpus import NEWLINE, changes_text, clean_text, has_token, with_token
 from job.data.cuts import cut_text
 from job.data.file_format import PARQUET_SIGNATURE, is_json_lines, is_parquet
 from job.data.parse import decode_blocks, parse_json_lines, parse_parquet
@@ -17,15 +17,20 @@ from job.errors import error_origin
 
 @dataclass(frozen=True)
 class Part:
-    """A part of a document.
+    """A part of a document, or several successive documents, between which are separators.
 
     Args:
-        lines: its text, cleaned, as ``Vocabulary.encode`` expects it
-        has_separator: whether a separator follows, because the document ends and there is another one
+        documents: the text of each, cleaned, as ``Vocabulary.encode_documents`` expects it
+        has_separator: whether a separator follows, because the last document ends and there is another one
     """
 
-    lines: list[str] | list[bytes]
+    documents: list[list[str]] | list[list[bytes]]
     has_separator: bool = False
+
+    @property
+    def lines(self) -> list[str] | list[bytes]:
+        """The text without the separators."""
+        return [*chain.from_iterable(cast(Any, self.documents))]
 
     @property
     def num_characters(self) -> int:
@@ -35,19 +40,19 @@ class Part:
 
 @dataclass(frozen=True)
 class _Text:
-    """A text that is not cleaned: a document, or a part of one.
+    """A text that is not cleaned: successive documents, or a part of one.
 
     Args:
         file: the number of its file
-        text: the text, or its bytes; of a document it may be empty
+        parts: the part, or documents, any of which may be empty, or all that are; text, or its bytes
         is_start: whether a document or file begins with it, and so a line
-        is_document: whether no other text continues it
+        has_documents: whether they are documents, which no other text continues
     """
 
     file: int
-    text: str | bytes
+    parts: list[str] | list[bytes]
     is_start: bool
-    is_document: bool
+    has_documents: bool
 
 
 class PieceReader:
@@ -68,19 +73,19 @@ class PieceReader:
             UserError: a file is corrupt or in another encoding or format, or has no such field
         """
         spans = self.pieces.spans_of(piece)
-        held: list[str] | list[bytes] | None = None  # until it is known whether another document follows
+        held: list[Any] | None = None  # until it is known whether another document follows
         held_ends, is_blank = False, None  # whether a document ends with it; whether the document has no token
         for index, text, following in self._texts_with_next(spans):
             continues = following is not None and self._continues(text, following)
-            lines = self._clean(text, following if continues else None)
-            if has_token(lines, self.format.vocabulary_kind):
+            documents = self._clean(text, following if continues else None)
+            if self._have_token(documents):
                 is_blank = False
             elif is_blank is None:
-                is_blank = text.is_document or not self._has_joined_token(index)
+                is_blank = text.has_documents or not self._has_joined_token(index)
             if not is_blank:
                 if held is not None:
                     yield Part(held, held_ends)
-                held, held_ends = lines, not continues
+                held, held_ends = documents, not continues
             is_blank = is_blank if continues else None
         if held is not None:
             yield Part(held, held_ends and self._has_token_from(spans.stop))
@@ -91,19 +96,20 @@ class PieceReader:
         for text in chain.from_iterable(map(self._until_token, range(len(self.pieces.files)))):
             if previous is None or not self._continues(previous, text):
                 has_earlier, has_current = has_earlier or has_current, False
-            has_current, previous = has_current or self._text_has_token(text), text
-            if has_earlier and has_current:
+            documents, previous = self._clean(text, None), text
+            has_current = has_current or self._have_token(documents)
+            if (has_earlier and has_current) or len(documents) > 1:
                 return True
         return False
 
     def _until_token(self, file: int) -> Iterator[_Text]:
         """Yields the texts of a file; of one that is no document, only up to the first that is not blank."""
         if self.format.is_plain(self.pieces.files[file].name):
-            yield _Text(file, b"." * min(1, self.pieces.sizes[file]), is_start=True, is_document=False)
+            yield _Text(file, [b"." * min(1, self.pieces.sizes[file])], is_start=True, has_documents=False)
             return
         for _, text in self._texts(self.pieces.spans_of_file[file]):
             yield text
-            if not text.is_document and self._text_has_token(text):
+            if not text.has_documents and self._text_has_token(text):
                 return
 
     def _has_token_from(self, first: int) -> bool:
@@ -115,34 +121,48 @@ class PieceReader:
         file = self.pieces.spans[index].file
         for indexes in (range(index, len(self.pieces.spans)), range(index - 1, -1, -1)):
             for _, text in self._texts(indexes):
-                if text.is_document or (text.file != file and not self.joins_files):
+                if text.has_documents or (text.file != file and not self.joins_files):
                     break
                 if self._text_has_token(text):
                     return True
         return False
 
     def _text_has_token(self, text: _Text) -> bool:
-        return has_token(self._clean(text, None), self.format.vocabulary_kind)
+        return self._have_token(self._clean(text, None))
+
+    def _have_token(self, documents: list[Any]) -> bool:
+        return any(has_token(lines, self.format.vocabulary_kind) for lines in documents)
 
     def _continues(self, text: _Text, following: _Text) -> bool:
         """Returns whether a text and the next one are of the same document."""
         are_joined = text.file == following.file or self.joins_files
-        return are_joined and not (text.is_document or following.is_document)
+        return are_joined and not (text.has_documents or following.has_documents)
 
-    def _clean(self, text: _Text, following: _Text | None) -> Any:
-        """Returns the cleaned lines of a text, which ends with a line end if the next one begins a line."""
-        content: Any = text.text
+    def _clean(self, text: _Text, following: _Text | None) -> list[Any]:
+        """Returns the cleaned lines of a part, or of each document that has a token."""
+        if text.has_documents:
+            is_changed = not self.format.is_raw and changes_text(self.format.corpus_config)
+            documents = [*map(self._lines_of, text.parts)] if is_changed else [[part] for part in text.parts if part]
+            return with_token(documents, self.format.vocabulary_kind)
+        return [self._lines_of(self._with_line_end(text, following))]
+
+    def _lines_of(self, content: Any) -> list[Any]:
+        return [content] if self.format.is_raw else clean_text(content, self.format.corpus_config)
+
+    def _with_line_end(self, text: _Text, following: _Text | None) -> Any:
+        """Returns a part of a text, which ends with a line end if the next one begins a line."""
+        content: Any = text.parts[0]
         config, is_raw = self.format.corpus_config, self.format.is_raw
         if following and following.is_start and not (is_raw and text.file != following.file):
             newlines = (b"\n", b"\r") if isinstance(content, bytes) else ("\n", "\r")
-            is_cut = content.endswith(newlines[1]) and cast(Any, following.text).startswith(newlines[0])
+            is_cut = content.endswith(newlines[1]) and cast(Any, following.parts[0]).startswith(newlines[0])
             if not content.endswith(newlines):
                 content += newlines[0]
             elif is_cut and not is_raw and self.format.vocabulary_kind != "bpe":  # one line end, of the following text
                 is_changed = config.cleaning == "d2l" or config.newlines == "normalize"
                 is_blank = self.format.vocabulary_kind == "word"  # and a blank is as good
                 content = content[:-1] + ("" if is_changed else " " if is_blank else "\r")
-        return [content] if self.format.is_raw else clean_text(content, config)
+        return content
 
     def _texts_with_next(self, spans: range) -> Iterator[tuple[int, _Text, _Text | None]]:
         """Yields each text with the number of its span, and the next text, which may be in another piece."""
@@ -164,7 +184,7 @@ class PieceReader:
             source = error_origin(f"{self.format.field} = {self.format.corpus_config.source}")
             with source, origin, file.open(self.pieces.sizes[span.file]) as stream:
                 for text in self._read_span(span, stream):
-                    if text.text or text.is_document:
+                    if text.has_documents or text.parts[0]:
                         yield index, text
 
     def _read_span(self, span: Span, stream: BinaryIO) -> Iterator[_Text]:
@@ -215,19 +235,21 @@ class PieceReader:
     def _encoding(self, start: int) -> str:
         return "utf-8" if start else self.format.corpus_config.encoding
 
-    def _documents(self, span: Span, documents: Iterable[str]) -> Iterator[_Text]:
-        """Yields documents, the first of a file after an empty one, which ends the text before the file."""
-        is_document = self.format.has_separator
-        if is_document and not span.start:
-            yield _Text(span.file, "", is_start=True, is_document=True)
-        for document in documents:
-            text = document.encode() if self.format.is_raw else document
-            yield _Text(span.file, text, is_start=True, is_document=is_document)
+    def _documents(self, span: Span, batches: Iterable[list[str]]) -> Iterator[_Text]:
+        """Yields documents, the first of a file after none, which end the text before the file."""
+        has_documents = self.format.has_separator
+        if has_documents and not span.start:
+            yield _Text(span.file, [], is_start=True, has_documents=True)
+        for batch in batches:
+            documents = [*map(str.encode, batch)] if self.format.is_raw else batch
+            groups = [documents] if has_documents else ([document] for document in documents)
+            for group in cast(Iterable[list[str] | list[bytes]], groups):
+                yield _Text(span.file, group, is_start=True, has_documents=has_documents)
 
     def _parts(self, span: Span, start: int, blocks: Iterable[Any]) -> Iterator[_Text]:
         max_uncut = None if self.format.corpus_config.cleaning == "d2l" else self.format.max_uncut
         for number, text in enumerate(cut_text(blocks, self.format.find_cut, max_uncut)):
-            yield _Text(span.file, text, is_start=not start and not number, is_document=False)
+            yield _Text(span.file, [text], is_start=not start and not number, has_documents=False)
 
 
 def _read_blocks(stream: BinaryIO, start: int, stop: int) -> Iterator[bytes]:
@@ -248,6 +270,6 @@ def _normalize(blocks: Iterable[str]) -> Iterator[str]:
     yield rest
 
 
-def _with_origin(documents: Iterator[str], origin: AbstractContextManager[None]) -> Iterator[str]:
+def _with_origin(batches: Iterator[list[str]], origin: AbstractContextManager[None]) -> Iterator[list[str]]:
     with origin:
-        yield from documents
+        yield from batches

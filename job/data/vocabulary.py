@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import chain, repeat
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import numpy as np
 
@@ -61,12 +61,27 @@ class Vocabulary:
         return [b"?"] * self.has_unknown + tokens[self.has_unknown :] + [b"\n"] * self.has_separator
 
     def encode_documents(
-        self, documents: Sequence[list[str]] | Sequence[list[bytes]] | Sequence[list[np.ndarray]]
-    ) -> np.ndarray:
+        self, documents: Sequence[list[str]] | Sequence[list[bytes]] | Sequence[list[np.ndarray]],
+        dtype: np.dtype | type = np.int32,
+    ) -> np.ndarray:  # fmt: skip
         """Returns the token ids of the documents, each of which has tokens, with the separator between two if any."""
-        separator = np.full(int(self.has_separator), len(self) - 1, np.int32)
-        arrays = [array for document in documents for array in (separator, self.encode(document))]
-        return np.concatenate(arrays[1:]) if arrays else np.empty(0, np.int32)
+        if self.has_separator and len(documents) > 1:
+            return self._encode_separated(cast(Sequence[list[str]], documents), dtype)
+        arrays = [self.encode(document, dtype) for document in documents]
+        return arrays[0] if len(arrays) == 1 else np.concatenate([np.empty(0, dtype), *arrays])
+
+    def _encode_separated(self, documents: Sequence[list[str]], dtype: np.dtype | type) -> np.ndarray:
+        """Encodes documents at once, since there may be many short ones."""
+        separator = len(self) - 1
+        if self.kind == "word":
+            ids_or_separator = cast(dict[str | None, int], self._ids) | {None: separator}
+            return np.fromiter(map(ids_or_separator.get, self.split(documents), repeat(UNKNOWN_ID)), dtype)
+        texts: list[Any] = [lines[0] if len(lines) == 1 else lines[0][:0].join(lines) for lines in documents]
+        if self.kind == "byte":
+            texts = [text.encode() if isinstance(text, str) else text for text in texts]
+        ids = self.encode([(b"\n" if self.kind == "byte" else "\n").join(texts)], dtype)  # type: ignore[arg-type]
+        ids[np.cumsum([*map(len, texts[:-1])]) + np.arange(len(texts) - 1)] = separator  # in place of the newlines
+        return ids
 
     def encode(
         self, lines: list[str] | list[bytes] | list[np.ndarray], dtype: np.dtype | type = np.int32

@@ -62,7 +62,7 @@ def count_tokens(
 
 def _count_characters(documents: Iterable[list[str]]) -> Counter[str]:
     counts = Counter[str]()
-    for block in chain.from_iterable(blocks_of("".join(lines), BLOCK_CHARACTERS) for lines in documents):
+    for block in blocks_of("".join(chain.from_iterable(documents)), BLOCK_CHARACTERS):
         numbers = _count_code_points(block)
         found = {chr(code_point): int(numbers[code_point]) for code_point in np.flatnonzero(numbers)}
         new = [character for character in found if character not in counts]
