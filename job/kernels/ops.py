@@ -120,6 +120,28 @@ def _segment_sum(
     return out
 
 
+class _Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tokens_TB: Tensor, weight_VE: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens_TB)
+        ctx.shape = weight_VE.shape
+        return F.embedding(tokens_TB, weight_VE)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dfeatures_TBE: Tensor) -> tuple[None, Tensor]:
+        (tokens_TB,) = ctx.saved_tensors
+        dweight_VE = empty_weight(*ctx.shape).zero_()
+        return None, dweight_VE.index_add_(0, tokens_TB.flatten(), dfeatures_TBE.flatten(0, 1))
+
+
+def embedding(tokens_TB: Tensor, weight_VE: Tensor) -> Tensor:
+    """Returns the features (T, B, E) of tokens; on the CPU in float32 the gradient gets the memory of the last one."""
+    if weight_VE.device.type == "cpu" and weight_VE.dtype == torch.float32:
+        return _Embedding.apply(tokens_TB, weight_VE)
+    return F.embedding(tokens_TB, weight_VE)
+
+
 def pad_vectors(x: Tensor) -> Tensor:
     """Pads the last axis with zeros to a multiple of VECTOR_WIDTH."""
     padding = -x.shape[-1] % VECTOR_WIDTH

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from job.config.schema import BUILTIN_CELLS, ModelConfig
 from job.errors import UserError
+from job.kernels.ops import embedding
 from job.nn.adaptive_softmax import Tails, head_size, resolve_cutoffs
 from job.nn.cell_layers import LAYERS, CellLayers
 from job.nn.cross_entropy import chunked_cross_entropy, linear_cross_entropy
@@ -125,7 +126,7 @@ class LanguageModel(nn.Module):
         """Returns the features (T, B, E) that the first layer reads."""
         if self.embedding is None:
             return F.one_hot(tokens_TB, self.vocabulary_size).to(self.linear.weight.dtype)
-        features_TBE: Tensor = self.embedding(tokens_TB)
+        features_TBE = embedding(tokens_TB, self.embedding.weight)
         if regularization is None:
             return features_TBE
         return regularization.drop_inputs(features_TBE, tokens_TB, self.vocabulary_size)

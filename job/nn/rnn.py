@@ -20,6 +20,7 @@ from job.kernels.ops import (
     can_use_kernel,
     combine_biases,
     compute_dtype,
+    embedding,
     fused_rnn,
     pad_gates,
     pad_vectors,
@@ -138,7 +139,7 @@ def rnn_layer(
         embedding_VE = None
     # Projecting the embeddings of all tokens pays only if there are fewer of them than inputs.
     if embedding_VE is not None and len(embedding_VE) > inputs.numel():
-        inputs, embedding_VE = F.embedding(inputs, embedding_VE), None
+        inputs, embedding_VE = embedding(inputs, embedding_VE), None
     if can_use_kernel(weights[0], dtype):
         return _rnn_layer_kernel(cell, dtype, inputs, embedding_VE, state, weights, starts_TB)
     if inputs.device.type == "cpu" and (cell == "RNN_TANH" or (cell == "GRU" and dtype != torch.float64)):
