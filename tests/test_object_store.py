@@ -49,7 +49,7 @@ def small_requests_and_no_delays(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("job.storage.RETRY_DELAYS_S", (0.0,) * 6)
     monkeypatch.setattr("job.data.tokens._REQUEST_BYTES", 256)
     monkeypatch.setattr("job.data.read_ahead.BLOCK_BYTES", 256)
-    monkeypatch.setattr("job.data.pieces.PIECE_BYTES", 600)
+    monkeypatch.setattr("job.data.pieces.PIECE_BYTES", 1200)
 
 
 def open_location(max_attempts: int, address: str) -> tuple[fs.FileSystem, str]:

@@ -183,7 +183,7 @@ def test_prepare_that_is_killed_at_any_write_continues_to_the_same_bytes(
 def test_store_that_a_cluster_prepares_has_the_bytes_of_the_one_of_this_process(
     tmp_path: Path, on_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pieces_module, "PIECE_BYTES", 200)
+    monkeypatch.setattr(pieces_module, "PIECE_BYTES", 300)
     texts = written_texts(tmp_path)
     flags = ["--corpus.source", texts, "--vocabulary.kind", "word", "--corpus.max_tokens", 150]
     for workers in (0, 2):
