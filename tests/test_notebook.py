@@ -59,7 +59,9 @@ def kernel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[AsyncKer
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with tempfile.TemporaryDirectory(prefix="nb-") as sockets:
         monkeypatch.setenv("JUPYTER_RUNTIME_DIR", sockets)
-        yield AsyncKernelManager(transport="ipc", ip=f"{sockets}/socket")
+        manager = AsyncKernelManager(transport="ipc", ip=f"{sockets}/socket")
+        yield manager
+        assert not manager.has_kernel, "the kernel has not ended"
 
 
 def outputs(cell: Any) -> list[Any]:
@@ -74,7 +76,8 @@ def execute(name: str, kernel: AsyncKernelManager, folder: Path, before: str = "
     code[0].source, replaced = re.subn(r"epochs = \d+", "epochs = 2", code[0].source)
     assert replaced == 1
     notebook.cells = [nbformat.v4.new_code_cell(source) for source in (before, *(cell.source for cell in code), after)]
-    NotebookClient(notebook, km=kernel, timeout=900, resources={"metadata": {"path": str(folder)}}).execute()
+    client = NotebookClient(notebook, km=kernel, timeout=900, resources={"metadata": {"path": str(folder)}})
+    client.execute(cleanup_kc=True)  # without it the kernel, which is not the client's own, lives as long as pytest
     return [output.data for cell in notebook.cells for output in outputs(cell)]
 
 
