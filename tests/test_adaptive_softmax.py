@@ -177,6 +177,7 @@ def test_adaptive_softmax_of_tokens_that_are_not_ordered_by_frequency_raises(kin
         Config(model=CONFIG, vocabulary=VocabularyConfig(kind=kind))
 
 
+@pytest.mark.slow
 def test_adaptive_run_resumes_exactly_and_is_evaluated_and_generates(prose: Path, tmp_path: Path) -> None:
     flags = [
         "--corpus.source", prose, "--vocabulary.kind", "word", "--corpus.validation_fraction", 0.2, "--run.storage",

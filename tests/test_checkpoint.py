@@ -213,6 +213,7 @@ def read_strict(data: bytes) -> dict[str, Any]:
     return json.loads(data, parse_constant=refuse)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nats", [[math.nan, 2.0, 3.0], [2.0, math.nan, math.inf], [math.nan, -math.inf, math.nan]])
 def test_train_with_validation_loss_that_is_not_finite_never_has_it_as_best(
     prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, nats: list[float]

@@ -11,6 +11,7 @@ from job.data.dataset import num_train
 RECIPES = sorted(Path(__file__).parents[1].joinpath("configs").glob("*.toml"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 def test_recipe_with_smaller_sizes_trains(recipe: Path, prose: Path, tmp_path: Path) -> None:
     config = load_config(str(recipe), {})

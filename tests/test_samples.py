@@ -48,6 +48,7 @@ def built(prose: Path, **fields: str) -> tuple[RunSpec, TrainState]:
 # --- when ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 5, 12])
 def test_train_with_sample_every_samples_at_its_multiples_and_resumed_as_uninterrupted(
     prose: Path, tmp_path: Path, every: int
@@ -83,6 +84,7 @@ def test_is_sample_due_by_default_at_powers_of_two_and_once_per_interval(prose: 
 # --- what ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields",
     [

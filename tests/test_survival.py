@@ -171,6 +171,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
+@pytest.mark.slow
 def test_train_on_full_disk_fails_and_resumes_once_there_is_space(
     prose: Path, tmp_path: Path, small_disk: Path
 ) -> None:

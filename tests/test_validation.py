@@ -103,6 +103,7 @@ def test_best_checkpoint_within_an_epoch_is_that_of_the_validated_step(prose: Pa
     assert (progress["validated_step"], progress["best_validation_nats"]) == (step, nats)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [4, 5, 6, 20])
 def test_run_stopped_at_a_step_has_the_validations_of_an_uninterrupted_one(
     prose: Path, tmp_path: Path, uninterrupted: Path, step: int
@@ -231,6 +232,7 @@ def prepare(source: Path, store: Path, *more: object) -> Path:
     return store
 
 
+@pytest.mark.slow
 def test_validation_source_gives_the_run_of_a_fraction_with_the_same_tokens(prose: Path, tmp_path: Path) -> None:
     """A text, a token store of a text with a validation text, and two stores."""
     expected = run(prose, tmp_path, "fraction", vocabulary__scope="training", train__epochs=1)
