@@ -1,6 +1,7 @@
 """Word models: our training steps against word_language_model's own program, and against the machine's peak.
 
-    python -m benchmarks.words CHECKOUT TEXT [--units 200 …] [--threads 1 …] [--rounds N] [--seconds S]
+    OMP_WAIT_POLICY=PASSIVE python -m benchmarks.words CHECKOUT TEXT [--units 200 …] [--threads 1 …]
+        [--rounds N] [--seconds S]
 
 CHECKOUT is one of pytorch/examples, TEXT the validation part of WikiText-2. Both train an LSTM of two layers, with as
 many features as units, on the same token ids: 20 lanes, 35 steps, dropout 0.2, plain SGD, the gradient clipped. They
@@ -77,13 +78,14 @@ def our_seconds(steps: Iterator[object], seconds: float) -> tuple[float, float]:
 def their_seconds(checkout: Path, text: str, units: int, threads: int, seconds: float) -> float:
     """Seconds of a step by the reports of the program, without the first one. Then it is stopped."""
     program = checkout.resolve() / "word_language_model" / "main.py"
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    environment.pop("OMP_WAIT_POLICY", None)  # waiting threads spin by torch's default, and sleep in a run of ours
     with tempfile.TemporaryDirectory() as folder:
         for part in ("train", "valid", "test"):
             Path(folder, f"{part}.txt").write_text(text)
         sizes = ("--emsize", units, "--nhid", units, "--nlayers", LAYERS, "--batch_size", LANES, "--bptt", STEPS)
         training = ("--dropout", DROPOUT, "--clip", CLIP_NORM, "--lr", LEARNING_RATE, "--log-interval", 1)
         command = [sys.executable, "-u", program, "--data", folder, "--save", f"{folder}/model.pt", *sizes, *training]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
         with subprocess.Popen(
             list(map(str, command)), cwd=program.parent, env=environment, stdout=subprocess.PIPE, text=True
         ) as process:
