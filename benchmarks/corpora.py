@@ -35,7 +35,7 @@ from job.run.prepare import prepare_store
 
 SMALL_MEGABYTES = 1  # of which one process prepares a single piece
 BLOCK_MEGABYTES = 16  # of a text, which repeats them
-CLUSTER_MEGABYTES = {"char": (66, 330), "word": (66, 132)}  # of a small text and a large one: two, ten and four pieces
+CLUSTER_MEGABYTES = {"char": (330, 1650), "word": (66, 132)}  # of a small text and a large one
 VOCABULARY_SIZE = 8192
 Peaks = dict[str, float]
 

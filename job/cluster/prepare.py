@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -20,6 +21,8 @@ from job.console import Console
 from job.errors import RunFailed, UserError
 from job.run.prepare import Result, Task
 
+# Ray Data starts the next task up to 0.1 s after the end of one, which is long for pieces of characters or bytes.
+_PIECES_PER_TASK, _MIN_TASKS_PER_CPU = 4, 8
 _TASK = ScaleConfig(workers=1, accelerator="cpu", cpus_per_worker=1)  # as many tasks run at a time as there are CPUs
 
 
@@ -59,12 +62,19 @@ def _run_tasks(function: Callable[[int, int | None], Result], tasks: Sequence[Ta
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     rows = [{"piece": piece, "num_tokens": num_tokens} for piece, num_tokens in tasks]
-    dataset = ray.data.from_items(rows, override_num_blocks=len(rows))
+    dataset = ray.data.from_items(
+        rows, override_num_blocks=_num_blocks(len(rows), int(ray.cluster_resources().get("CPU", 1)))
+    )
     for row in dataset.map(partial(_run_task, function), num_cpus=1).iter_rows():
         value = ray.cloudpickle.loads(row["value"])  # of a task of this cluster, never of a file
         if isinstance(value, UserError):
             raise value
         yield value
+
+
+def _num_blocks(pieces: int, cpus: int) -> int:
+    """The number of tasks of Ray Data: one for each piece, or for several where that leaves each CPU many tasks."""
+    return min(pieces, max(_MIN_TASKS_PER_CPU * cpus, math.ceil(pieces / _PIECES_PER_TASK)))
 
 
 def _run_task(function: Callable[[int, int | None], Any], row: dict[str, Any]) -> dict[str, bytes]:
