@@ -3,8 +3,8 @@
     python -m benchmarks.corpora [--megabytes 1000] [--only speed|bpe|cores]
 
 Speeds are those of the text beyond a small one, so that they are without the start of processes. The memory of a
-process is its resident size at its peak, sampled every 0.1 s, shared memory included. ``cores`` prepares 330 MB on Ray
-with one CPU and with two, and takes about 90 s on an idle machine.
+process is its resident size at its peak, sampled every 0.1 s, shared memory included. ``cores`` prepares 1.65 GB on Ray
+with one CPU and with two, and takes two minutes on an idle machine.
 """
 
 import argparse

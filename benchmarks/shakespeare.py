@@ -51,8 +51,8 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
     "wide": {"model.hidden_size": 1024},
     "long windows": {"stream.batch_size": 64, "stream.num_steps": 100},
     "recipe": {  # configs/shakespeare.toml
-        "stream.batch_size": 64, "model.hidden_size": 512, "model.embedding_size": 64, "model.dropout": 0.45,
-        "optimizer.weight_decay": 0.4, "train.epochs": 8,
+        "stream.batch_size": 64, "stream.num_steps": 25, "model.hidden_size": 512, "model.embedding_size": 64,
+        "model.dropout": 0.3, "optimizer.weight_decay": 0.2, "train.epochs": 9,
     },
     "combined": {
         "model.hidden_size": 1024, "model.dropout": 0.5, "optimizer.weight_decay": 0.3, "train.epochs": 36,

@@ -184,6 +184,7 @@ def test_store_that_a_cluster_prepares_has_the_bytes_of_the_one_of_this_process(
     tmp_path: Path, on_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pieces_module, "PIECE_BYTES", 300)
+    monkeypatch.setattr("job.cluster.prepare._MIN_TASKS_PER_CPU", 0)  # several pieces in a task
     texts = written_texts(tmp_path)
     flags = ["--corpus.source", texts, "--vocabulary.kind", "word", "--corpus.max_tokens", 150]
     for workers in (0, 2):
