@@ -22,12 +22,17 @@ def dependencies() -> list[str]:
     return sorted({Requirement(line).name for line in used}, key=str.lower)
 
 
+def field_of(package: str, name: str) -> str:
+    """Returns a field of a package's metadata; empty if there is none, also if importlib_metadata reads them."""
+    return (metadata(package).get_all(name) or [""])[0]
+
+
 def license_of(package: str) -> str:
     """Returns what a package's metadata call its licence."""
     fields = metadata(package)
     classifiers = [line.rpartition(" :: ")[2] for line in fields.get_all("Classifier") or [] if "License ::" in line]
-    free_text = fields["License"] or ""
-    return fields["License-Expression"] or " and ".join(classifiers) or free_text.splitlines()[0]
+    expression = field_of(package, "License-Expression")
+    return expression or " and ".join(classifiers) or field_of(package, "License").splitlines()[0]
 
 
 def home_page_of(package: str) -> str:
@@ -35,7 +40,7 @@ def home_page_of(package: str) -> str:
     fields = metadata(package)
     pages = dict(line.split(", ", 1) for line in fields.get_all("Project-URL") or [])
     named = {name.lower(): url for name, url in pages.items()}
-    return fields["Home-page"] or named.get("homepage") or named["source"]
+    return field_of(package, "Home-page") or named.get("homepage") or named["source"]
 
 
 def table() -> str:

@@ -1,5 +1,6 @@
 """Existing clusters: submitted jobs, an autoscaler, wrong configurations and several hosts."""
 
+import json
 import os
 import re
 import subprocess
@@ -86,6 +87,8 @@ def test_stopped_job_resumes_when_submitted_again(job_server: JobServer, stored_
     assert started.returncode == 0, started.stdout + started.stderr
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and metrics.stat().st_size, 120, "no step was taken")
+    tracking = tmp_path / "run" / "tracking" / "mlflow.json"
+    wait_until(lambda: tracking.exists() and json.loads(tracking.read_text())["run"], 120, "no run was created")
     assert job_server.ray_job("stop", "long").returncode == 0
     assert job_server.status("long") == "stopped"
     steps = len(rows(tmp_path / "run", "train"))

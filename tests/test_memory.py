@@ -142,11 +142,12 @@ def test_generation_takes_the_memory_of_its_tokens_alone() -> None:
     length, results = 50_000, []
     ensemble = Ensemble([cast(LanguageModel, ConstantModel())])
 
-    def generate() -> None:
+    def generate(length: int = length) -> None:
         results.append(continue_greedily(ensemble, torch.tensor([0]), [None], length))
 
+    generate(1)  # what the first call in a process loads is no memory of tokens
     assert peak_growth(generate) < 10 << 20
-    assert results[0].sum() == length
+    assert results[1].sum() == length
 
 
 def test_read_tokens_of_a_long_prefix_takes_the_memory_of_a_short_one() -> None:

@@ -36,10 +36,14 @@ SECRETS = ("WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD")
 
 
 def check_trackers(config: TrackingConfig) -> None:
-    """Raises UserError if the package of a tracker is not installed."""
+    """Imports the packages of trackers. Raises UserError if one is not installed.
+
+    That takes seconds, in which a driver that waits for the import of another thread cannot handle a signal to stop.
+    """
     for name in config.targets:
         if find_spec(name) is None:
             raise UserError(f"tracking.{name}: {name} is not installed", f"pip install 'lanes[{name}]'")
+        import_module(f"job.run.{name}_tracker")
 
 
 class Trackers:
