@@ -190,8 +190,9 @@ def test_page_whose_conversations_are_gone_starts_again(browser: Browser, models
         for conversation in list(server.service.conversations._entries.values()):
             server.service.conversations.delete(conversation[0])
         page.locator("#prefix").fill("It was the")
-        expect(page.locator(".typed").first).to_have_text("It was the")
-        expect(page.locator(".status").first).to_have_text("40 tokens")
+        for panel in range(2):
+            expect(page.locator(".typed").nth(panel)).to_have_text("It was the")
+            expect(page.locator(".status").nth(panel)).to_have_text("40 tokens")
         assert len(server.service.conversations) == 2
 
 
