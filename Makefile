@@ -24,13 +24,13 @@ train: setup  ## train configs/seed.toml on a local Ray cluster
 tune: setup  ## search for a learning rate on this machine; results in runs/tune
 	$(RUN) -m job tune configs/tune.toml
 
-test: setup  ## all tests but the long ones (about twelve minutes on two cores; PYTEST="--time-table" and so on)
+test: setup  ## all tests but the long ones (about thirteen minutes on two cores; PYTEST="--time-table" and so on)
 	$(RUN) -m pytest -m "not long" --numprocesses 2 --dist loadgroup $(PYTEST)
 
 test-long: setup  ## the long tests: traces of the book, faults on several nodes, memory over 10,000 steps, sanitizers
 	$(RUN) -m pytest -m long $(PYTEST)
 
-test-quick: setup  ## the tests that need no Ray (under a minute)
+test-quick: setup  ## the tests that need no Ray (80 seconds)
 	$(RUN) -m pytest -m "not cluster and not slow and not long" --numprocesses 2 --dist loadgroup --hypothesis-profile quick
 
 test-gpu: setup  ## the tests of GPUs: on CUDA if there is a GPU, else what a CPU can run, and a list of what needs CUDA
