@@ -10,8 +10,9 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -228,6 +229,14 @@ def start_job(
     )
     _started.append(process)
     return process
+
+
+def wait_until(condition: Callable[[], object], timeout_s: float, message: str, interval_s: float = 0.2) -> None:
+    """Waits for another process or thread. Fails with the message after the timeout."""
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, message
+        time.sleep(interval_s)
 
 
 def not_none(value: T | None) -> T:

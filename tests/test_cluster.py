@@ -5,13 +5,13 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from chaos import CAN_MOUNT
-from conftest import ROOT, job, result, rows, start_job
+from conftest import ROOT, job, result, rows, start_job, wait_until
 from ray_nodes import RAY, RayNodes, free_port
 from test_workers import train_flags
 
@@ -57,13 +57,6 @@ def job_server() -> Iterator[JobServer]:
     wait_until(lambda: nodes.ray_job("submit", "--", "true").returncode == 0, 90, "no job can be submitted")
     yield nodes
     nodes.close()
-
-
-def wait_until(condition: Callable[[], object], timeout_s: float, message: str) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert time.monotonic() < deadline, message
-        time.sleep(0.2)
 
 
 def test_submitted_job_with_relative_storage_fails(job_server: JobServer, prose: Path) -> None:

@@ -6,6 +6,7 @@ import re
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,13 +57,23 @@ INPUTS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("reset_token", [None, 10])
-@pytest.mark.parametrize("inputs", INPUTS)
-@pytest.mark.parametrize("cell", BUILTIN_CELLS)
-def test_graph_of_cell_computes_logits_of_model(cell: str, inputs: dict[str, Any], reset_token: int | None) -> None:
+def each_model(function: Callable[..., None]) -> Callable[..., None]:
+    """Runs a test for each cell, with each kind of input and of output layer, and with a token that resets."""
+    for name, values in (("reset_token", [None, 10]), ("inputs", INPUTS), ("cell", BUILTIN_CELLS)):
+        function = pytest.mark.parametrize(name, values)(function)
+    return function
+
+
+def model_of_two_sizes(cell: str, inputs: dict[str, Any], reset_token: int | None) -> tuple[ModelConfig, LanguageModel]:
     config = ModelConfig(cell=cell, hidden_size=(7, 9), num_layers=2, **inputs)
     model = lively_model(config, 11)
     model.reset_token = reset_token
+    return config, model
+
+
+@each_model
+def test_graph_of_cell_computes_logits_of_model(cell: str, inputs: dict[str, Any], reset_token: int | None) -> None:
+    config, model = model_of_two_sizes(cell, inputs, reset_token)
     proto = build_graph(onnx, config, model.state_dict(), 11, reset_token)
     onnx.checker.check_model(proto, full_check=True)
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -113,13 +124,9 @@ def test_onnx_file_of_too_many_weights_raises(monkeypatch: pytest.MonkeyPatch) -
 # --- the model of a hub folder ---
 
 
-@pytest.mark.parametrize("reset_token", [None, 10])
-@pytest.mark.parametrize("inputs", INPUTS)
-@pytest.mark.parametrize("cell", BUILTIN_CELLS)
+@each_model
 def test_hub_model_of_cell_computes_logits_of_model(cell: str, inputs: dict[str, Any], reset_token: int | None) -> None:
-    config = ModelConfig(cell=cell, hidden_size=(7, 9), num_layers=2, **inputs)
-    model = lively_model(config, 11)
-    model.reset_token = reset_token
+    _, model = model_of_two_sizes(cell, inputs, reset_token)
     described = {
         "cell": cell, "hidden_size": [7, 9], "vocabulary_size": 11, "reset_token": reset_token,
         "adaptive_cutoffs": list(inputs.get("adaptive_cutoffs", ())),

@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 import requests
 import torch
-from conftest import ROOT, job, not_none, start_job
+from conftest import ROOT, job, not_none, start_job, wait_until
 from test_evaluate import train
 
 from job.config.schema import Config, GenerateConfig
 from job.config.toml import override_config
 from job.data.vocabulary import Vocabulary
 from job.errors import UserError
+from job.inference.ensemble import Ensemble
 from job.inference.generate import BLOCK_TOKENS, generate_texts
 from job.run.run_dir import open_checkpoint
 from job.serving import guard
@@ -442,6 +443,19 @@ def error_of(response: requests.Response) -> tuple[int, str]:
     return response.status_code, error["message"]
 
 
+def pause_reading(ensemble: Ensemble, monkeypatch: pytest.MonkeyPatch) -> tuple[threading.Event, threading.Event]:
+    """Lets the ensemble wait before it reads a block. Returns whether it does, and what lets it continue."""
+    is_reading, may_continue, advance = threading.Event(), threading.Event(), ensemble.advance
+
+    def read_block(*arguments: Any) -> Any:
+        is_reading.set()
+        assert may_continue.wait(60)
+        return advance(*arguments)
+
+    monkeypatch.setattr(ensemble, "advance", read_block)
+    return is_reading, may_continue
+
+
 def test_generate_over_http_streams_the_text_of_generate(url: str, checkpoints: dict[str, LoadedCheckpoint]) -> None:
     for kind, checkpoint in checkpoints.items():
         body = {"text": "It was", "length": 30, "temperature": 0.8, "top_k": 9, "seed": 5, "alternatives": 2}
@@ -528,23 +542,14 @@ def test_request_that_another_of_its_conversation_replaces_is_status_409(
     models: dict[str, ServedModel],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    ensemble, is_reading, is_replaced = models["char"].ensemble, threading.Event(), threading.Event()
-
-    def wait_and_advance(*arguments: Any) -> Any:
-        is_reading.set()
-        assert is_replaced.wait(60)
-        return advance(*arguments)
-
-    advance = ensemble.advance
-    monkeypatch.setattr(ensemble, "advance", wait_and_advance)
+    is_reading, is_replaced = pause_reading(models["char"].ensemble, monkeypatch)
     server, url = served
     conversation = start_conversation(url)
     with ThreadPoolExecutor() as pool:
         first = pool.submit(post, f"{conversation}/{path}", {"text": TEXT, **body})  # of several blocks
         assert is_reading.wait(60)
         second = pool.submit(post, f"{conversation}/next", {"text": "It"})
-        while len(server.service.has_events) < 2:
-            time.sleep(0.01)
+        wait_until(lambda: len(server.service.has_events) == 2, 60, "the second request did not arrive", 0.01)
         is_replaced.set()
         assert error_of(first.result())[0] == 409
         assert second.result().status_code == 200
@@ -563,8 +568,11 @@ def test_client_that_does_not_read_is_disconnected_which_frees_its_place(
         head = f"POST /v1/{path}/generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
         client.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         assert client.recv(1) == b"H"
-        while server.service.has_events or server.service.engine.num_streams or server.server_state.connections:
-            time.sleep(0.01)
+        engine, state = server.service.engine, server.server_state
+        wait_until(
+            lambda: not (server.service.has_events or engine.num_streams or state.connections),
+            60, "the client is still connected", 0.01,
+        )  # fmt: skip
         received = b""
         with suppress(ConnectionResetError):
             while part := client.recv(1 << 20):
@@ -638,14 +646,18 @@ def test_streams_beyond_the_limit_get_429_until_a_client_is_gone(served: tuple[S
         assert int(refused.headers["retry-after"]) > 0
         clients[0].close()
         conversation = start_conversation(url)
-        while (answer := post(f"{conversation}/generate", {"text": "It", "length": 1})).status_code == 429:
-            time.sleep(0.01)
-        assert answer.status_code == 200
+        answers = list[int]()
+
+        def is_accepted() -> bool:
+            answers.append(post(f"{conversation}/generate", {"text": "It", "length": 1}).status_code)
+            return answers[-1] != 429
+
+        wait_until(is_accepted, 60, "the place of a closed connection is not free", 0.01)
+        assert answers[-1] == 200
         clients[1].close()
     finally:
         engine.max_streams = limit
-    while engine.num_streams:
-        time.sleep(0.01)
+    wait_until(lambda: not engine.num_streams, 60, "a stream has no client but its place", 0.01)
     assert not server.service.has_events
 
 
@@ -654,15 +666,7 @@ def test_next_tokens_whose_client_is_gone_free_their_place(
 ) -> None:
     """Also while a long text is read."""
     server, url = served
-    ensemble, is_reading, is_freed = models["char"].ensemble, threading.Event(), threading.Event()
-
-    def read_block(*arguments: Any) -> Any:
-        is_reading.set()
-        assert is_freed.wait(60)
-        return advance(*arguments)
-
-    advance = ensemble.advance
-    monkeypatch.setattr(ensemble, "advance", read_block)
+    is_reading, is_freed = pause_reading(models["char"].ensemble, monkeypatch)
     conversation = start_conversation(url)
     body = json.dumps({"text": TEXT}).encode()
     path, port = conversation.partition("/v1/")[2], int(url.rpartition(":")[2])
@@ -676,8 +680,7 @@ def test_next_tokens_whose_client_is_gone_free_their_place(
         time.sleep(0.01)
     was_freed = not server.service.has_events
     is_freed.set()
-    while server.service.engine.num_streams:
-        time.sleep(0.01)
+    wait_until(lambda: not server.service.engine.num_streams, 60, "a stream has no client but its place", 0.01)
     assert was_freed
 
 
