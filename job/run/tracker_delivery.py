@@ -36,14 +36,18 @@ SECRETS = ("WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD")
 
 
 def check_trackers(config: TrackingConfig) -> None:
-    """Imports the packages of trackers. Raises UserError if one is not installed.
+    """Imports the packages of trackers. Raises UserError if one is not installed or cannot be imported.
 
     That takes seconds, in which a driver that waits for the import of another thread cannot handle a signal to stop.
     """
     for name in config.targets:
         if find_spec(name) is None:
             raise UserError(f"tracking.{name}: {name} is not installed", f"pip install 'lanes[{name}]'")
-        import_module(f"job.run.{name}_tracker")
+        try:
+            import_module(f"job.run.{name}_tracker")
+        except ImportError as error:
+            problem = f"tracking.{name}: {name} cannot be imported: {' '.join(str(error).split())}"
+            raise UserError(problem, f"pip install 'lanes[{name}]'") from None
 
 
 class Trackers:
