@@ -54,6 +54,10 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
         "stream.batch_size": 64, "stream.num_steps": 25, "model.hidden_size": 512, "model.embedding_size": 64,
         "model.dropout": 0.3, "optimizer.weight_decay": 0.2, "train.epochs": 9,
     },
+    "recipe with 640 units": {
+        "stream.batch_size": 64, "stream.num_steps": 25, "model.hidden_size": 640, "model.embedding_size": 64,
+        "model.dropout": 0.36, "optimizer.weight_decay": 0.2, "train.epochs": 9,
+    },
     "combined": {
         "model.hidden_size": 1024, "model.dropout": 0.5, "optimizer.weight_decay": 0.3, "train.epochs": 36,
     },
