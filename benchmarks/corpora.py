@@ -4,7 +4,7 @@
 
 Speeds are those of the text beyond a small one, so that they are without the start of processes. The memory of a
 process is its resident size at its peak, sampled every 0.1 s, shared memory included. ``cores`` prepares 1.65 GB on Ray
-with one CPU and with two, and takes two minutes on an idle machine.
+with one CPU and with two, and takes six minutes on an idle machine.
 """
 
 import argparse
@@ -35,8 +35,8 @@ from job.run.prepare import prepare_store
 
 SMALL_MEGABYTES = 1  # of which one process prepares a single piece
 BLOCK_MEGABYTES = 16  # of a text, which repeats them
-CLUSTER_MEGABYTES = {"char": (330, 1650), "word": (66, 132)}  # of a small text and a large one
-VOCABULARY_SIZE = 8192
+CLUSTER_MEGABYTES = {"char": (330, 1650), "word": (66, 132), "bpe": (66, 132)}  # of a small text and a large one
+VOCABULARY_SIZE = 8192  # of bpe
 Peaks = dict[str, float]
 
 
@@ -123,7 +123,13 @@ def time_on_cluster(cpus: int, texts: dict[str, tuple[Path, Path]], results: Con
         def seconds(kind: str, text: Path) -> float:
             store, started_at = tempfile.mkdtemp(dir=folder), time.perf_counter()
             config = load_config(
-                None, {"vocabulary.kind": kind, "corpus.source": str(text), "corpus.store": f"{store}/store"}
+                None,
+                {
+                    "vocabulary.kind": kind,
+                    "vocabulary.size": VOCABULARY_SIZE if kind == "bpe" else 0,
+                    "corpus.source": str(text),
+                    "corpus.store": f"{store}/store",
+                },
             )
             assert prepare_store(config, console, partial(cluster_tasks, store, console)) == 0
             return time.perf_counter() - started_at

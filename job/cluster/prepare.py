@@ -22,7 +22,7 @@ from job.errors import RunFailed, UserError
 from job.run.prepare import Result, Task
 
 # Ray Data starts the next task up to 0.1 s after the end of one, which is long for pieces of characters or bytes.
-_PIECES_PER_TASK, _MIN_TASKS_PER_CPU = 4, 8
+_PIECES_PER_TASK, _MIN_TASKS_PER_CPU = 8, 4
 _TASK = ScaleConfig(workers=1, accelerator="cpu", cpus_per_worker=1)  # as many tasks run at a time as there are CPUs
 
 
