@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks import measure
 from job import train
-from job.config.schema import BUILTIN_CELLS, ModelConfig
+from job.config.model import BUILTIN_CELLS, ModelConfig
 from job.run.estimate import count_weights
 
 NONE = "none"

@@ -27,7 +27,7 @@ from job.cluster.connection import connect
 from job.cluster.local_cluster import disconnect
 from job.cluster.prepare import cluster_tasks
 from job.config.config_file import load_config
-from job.config.schema import ScaleConfig
+from job.config.run import ScaleConfig
 from job.console import Console
 from job.data.bpe import PIECE_CHARACTERS, train_bpe
 from job.data.cuts import blocks_of

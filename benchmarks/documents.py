@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 
 from benchmarks import measure
-from job.config.schema import ModelConfig
+from job.config.model import ModelConfig
 from job.distributed.context import raise_malloc_thresholds
 from job.kernels.ops import supports_dtype
 from job.nn.language_model import LanguageModel, build_model

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 
 from benchmarks import measure, plain
 from benchmarks.speed import milliseconds
-from job.config.schema import GenerateConfig, ModelConfig
+from job.config.inference import GenerateConfig
+from job.config.model import ModelConfig
 from job.data.vocabulary import Vocabulary
 from job.inference.ensemble import Ensemble
 from job.inference.generate import StopCondition, continue_greedily, continue_randomly

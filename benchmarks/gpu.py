@@ -39,7 +39,7 @@ from benchmarks.gpu_report import OURS, RIVAL, RIVAL_GRAPH, benchmarks_section, 
 from benchmarks.loops import ONE_WORKER, Shapes, our_steps
 from benchmarks.peak import product_peak, synchronize
 from benchmarks.plain import PlainModel
-from job.config.schema import ModelConfig
+from job.config.model import ModelConfig
 from job.nn.language_model import build_model
 from job.training.cuda_graph import GRAPH_ENV_VAR, capture_graph
 

@@ -11,7 +11,10 @@ import numpy as np
 import torch
 
 from benchmarks import plain
-from job.config.schema import Config, ModelConfig, StreamConfig, TrainConfig, VocabularyConfig
+from job.config.model import ModelConfig
+from job.config.schema import Config
+from job.config.text import StreamConfig, VocabularyConfig
+from job.config.training import TrainConfig
 from job.data.stream import Stream
 from job.data.vocabulary import Vocabulary
 from job.distributed.context import World

@@ -17,7 +17,9 @@ from multiprocessing.pool import Pool
 import torch
 
 from benchmarks import measure
-from job.config.schema import CorpusConfig, GenerateConfig, ModelConfig
+from job.config.inference import GenerateConfig
+from job.config.model import ModelConfig
+from job.config.text import CorpusConfig
 from job.data.vocabulary import Vocabulary
 from job.inference.ensemble import Ensemble
 from job.nn.language_model import build_model

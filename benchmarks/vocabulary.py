@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import measure
-from job.config.schema import ModelConfig
+from job.config.model import ModelConfig
 from job.kernels.ops import supports_dtype
 from job.nn.adaptive_softmax import Tails, head_size, resolve_cutoffs
 from job.nn.cross_entropy import chunked_cross_entropy, linear_cross_entropy

@@ -27,7 +27,10 @@ import torch
 from benchmarks import measure
 from benchmarks.loops import ONE_WORKER, endless, spec_of_tokens
 from benchmarks.peak import limits
-from job.config.schema import Config, ModelConfig, OptimizerConfig, StreamConfig
+from job.config.model import ModelConfig
+from job.config.schema import Config
+from job.config.text import StreamConfig
+from job.config.training import OptimizerConfig
 from job.distributed.context import raise_malloc_thresholds
 from job.kernels.ops import supports_dtype
 from job.training.train_state import build_train_state

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from job.config.field import ConfigField
-from job.config.schema import SECTIONS, Config, ModelConfig, RunConfig, ScaleConfig
+from job.config.model import ModelConfig
+from job.config.run import RunConfig, ScaleConfig
+from job.config.schema import SECTIONS, Config
 from job.config.section import unknown_name
 from job.config.toml import FILE_SECTIONS, ConfigValues, check_field, override_config, parse_flags
 from job.console import NO_BREAK, Console, escape_controls, format_json, program

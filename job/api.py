@@ -14,7 +14,8 @@ import torch
 from matplotlib.figure import Figure
 
 from job.config.config_file import build_config
-from job.config.schema import BUILTIN_CELLS, Config, ModelConfig
+from job.config.model import BUILTIN_CELLS, ModelConfig
+from job.config.schema import Config
 from job.config.toml import ConfigValues, override_config, parse_sections
 from job.console import Console
 from job.data.content import check_content, content_name

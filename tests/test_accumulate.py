@@ -13,7 +13,7 @@ from test_shared_memory import free_port
 from torch import Tensor
 from torch.multiprocessing.spawn import spawn
 
-from job.config.schema import ModelConfig
+from job.config.model import ModelConfig
 from job.distributed.gradient_sync import AllReduceGradients, Batch, LossModule, StepStats, assign_lanes
 from job.nn.language_model import build_model
 from job.nn.regularization import mask_keys

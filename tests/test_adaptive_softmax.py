@@ -8,7 +8,10 @@ import torch
 from conftest import job, not_none, result
 from torch import Tensor, nn
 
-from job.config.schema import Config, EvaluateConfig, ModelConfig, VocabularyConfig
+from job.config.inference import EvaluateConfig
+from job.config.model import ModelConfig
+from job.config.schema import Config
+from job.config.text import VocabularyConfig
 from job.errors import UserError
 from job.inference.ensemble import Ensemble
 from job.inference.evaluate import evaluate_tokens

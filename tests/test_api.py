@@ -25,7 +25,7 @@ from conftest import job as command
 from torch.overrides import _get_current_function_mode_stack
 
 import job
-from job.config.schema import CorpusConfig
+from job.config.text import CorpusConfig
 from job.data.content import content_name
 from job.data.corpus import read_corpus
 

@@ -13,7 +13,9 @@ from test_cuda_graph import new_train_state, small_config
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_avg_fn
 
-from job.config.schema import Config, ModelConfig, OptimizerConfig
+from job.config.model import ModelConfig
+from job.config.schema import Config
+from job.config.training import OptimizerConfig
 from job.distributed.gradient_sync import ControlFlags
 from job.inference.generate import load_model
 from job.run.run_dir import open_checkpoint

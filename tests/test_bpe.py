@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from test_command_line import SMALL, assert_user_error
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from job.config.schema import CorpusConfig, VocabularyConfig
+from job.config.text import CorpusConfig, VocabularyConfig
 from job.data import bpe
 from job.data.bpe import BpeVocabulary, train_bpe
 from job.data.corpus import Corpus

@@ -8,7 +8,7 @@ import torch
 from conftest import job, not_none, result
 from safetensors.torch import load_file
 
-from job.config.schema import ModelConfig
+from job.config.model import ModelConfig
 from job.distributed.gradient_sync import AllReduceGradients, Batch, DeterministicGradients, LossModule, assign_lanes
 from job.errors import UserError
 from job.nn.language_model import build_model

@@ -8,19 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from job.config.compatibility import config_differences
 from job.config.config_file import load_config
 from job.config.field import ConfigField
-from job.config.schema import (
-    Config,
-    GenerateConfig,
-    OptimizerConfig,
-    RunConfig,
-    ScaleConfig,
-    StreamConfig,
-    TrainConfig,
-    config_differences,
-)
+from job.config.inference import GenerateConfig
+from job.config.run import RunConfig, ScaleConfig
+from job.config.schema import Config
+from job.config.text import StreamConfig
 from job.config.toml import FILE_FIELDS, config_from_toml, config_to_toml, parse_flags
+from job.config.training import OptimizerConfig, TrainConfig
 from job.errors import UserError
 from job.run.run_dir import read_existing_run
 from job.storage import Folder

@@ -12,7 +12,7 @@ import pytest
 from conftest import ROOT, Ended, job
 
 from job.__main__ import VERBS, CommandLine
-from job.config.schema import GenerateConfig
+from job.config.inference import GenerateConfig
 from job.config.toml import FILE_FIELDS
 from job.console import format_json
 from job.data.text_size import TextSize

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from conftest import BOOK
 
-from job.config.schema import CorpusConfig, VocabularyConfig
+from job.config.text import CorpusConfig, VocabularyConfig
 from job.data.corpus import Corpus, read_corpus
 from job.data.download import TIME_MACHINE_LENGTH
 from job.data.vocabulary_builder import build_vocabulary

@@ -12,7 +12,10 @@ from conftest import disable_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from job.config.schema import BUILTIN_CELLS, SCAN_CELLS, Config, ModelConfig, OptimizerConfig, StreamConfig, TrainConfig
+from job.config.model import BUILTIN_CELLS, SCAN_CELLS, ModelConfig
+from job.config.schema import Config
+from job.config.text import StreamConfig
+from job.config.training import OptimizerConfig, TrainConfig
 from job.data.dataset import Dataset
 from job.data.vocabulary import Vocabulary
 from job.distributed.context import World

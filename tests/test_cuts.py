@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from job.config.schema import CorpusConfig, VocabularyConfig
+from job.config.text import CorpusConfig, VocabularyConfig
 from job.data.bpe import train_bpe
 from job.data.corpus import clean_text
 from job.data.cuts import blocks_of, cut_text, last_cut

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.optim.lr_scheduler import ReduceLROnPlateau, StepLR
 
-from job.config.schema import OptimizerConfig
+from job.config.training import OptimizerConfig
 from job.training.decisions import MARGIN_NATS, Decisions
 from job.training.schedule import Schedule
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from job.config.schema import ModelConfig
+from job.config.model import ModelConfig
 from job.errors import NonFiniteLogits
 from job.inference.decoder import Decoder
 from job.inference.ensemble import Ensemble

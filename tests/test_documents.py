@@ -10,7 +10,8 @@ import pytest
 import torch
 from conftest import Ended, job, result, rows
 
-from job.config.schema import BUILTIN_CELLS, CorpusConfig, ModelConfig
+from job.config.model import BUILTIN_CELLS, ModelConfig
+from job.config.text import CorpusConfig
 from job.data.lanes import split_evenly
 from job.data.vocabulary import Vocabulary
 from job.distributed.gradient_sync import AllReduceGradients, Batch, DeterministicGradients, LossModule, assign_lanes

@@ -21,7 +21,7 @@ import pytest
 import urllib3
 from conftest import start_job
 
-from job.config.schema import CorpusConfig, VocabularyConfig
+from job.config.text import CorpusConfig, VocabularyConfig
 from job.console import Console
 from job.data.corpus import Corpus, read_corpus
 from job.errors import UserError

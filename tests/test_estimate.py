@@ -12,7 +12,7 @@ from conftest import job
 from test_command_line import SMALL, assert_user_error, train_without_trace
 
 from job.config.config_file import load_config
-from job.config.schema import BUILTIN_CELLS, ModelConfig
+from job.config.model import BUILTIN_CELLS, ModelConfig
 from job.distributed.context import available_cpus, machine_memory
 from job.nn.language_model import build_model
 from job.run.estimate import count_weights, worker_bytes

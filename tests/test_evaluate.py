@@ -10,7 +10,8 @@ import torch
 from conftest import job, search_config
 
 from job.config.config_file import load_config
-from job.config.schema import EvaluateConfig, ModelConfig
+from job.config.inference import EvaluateConfig
+from job.config.model import ModelConfig
 from job.config.toml import config_to_toml
 from job.errors import UserError
 from job.inference import evaluate

@@ -23,7 +23,7 @@ from test_command_line import assert_user_error
 from tokenizers import Tokenizer
 
 from job.api import load
-from job.config.schema import BUILTIN_CELLS, ModelConfig
+from job.config.model import BUILTIN_CELLS, ModelConfig
 from job.errors import UserError
 from job.export.hub_model import LanguageModel as HubModel
 from job.export.model_card import escape_markdown

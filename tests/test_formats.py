@@ -22,7 +22,8 @@ from conftest import job, result
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job.config.schema import Config, CorpusConfig, VocabularyConfig
+from job.config.schema import Config
+from job.config.text import CorpusConfig, VocabularyConfig
 from job.data.compression import BLOCK_BYTES, FREE_BYTES, compression, decompress, decompress_stream
 from job.data.corpus import Corpus, read_corpus
 from job.data.dataset import build_dataset

@@ -14,7 +14,8 @@ import torch
 from conftest import job
 from test_evaluate import train
 
-from job.config.schema import GenerateConfig, ModelConfig
+from job.config.inference import GenerateConfig
+from job.config.model import ModelConfig
 from job.config.toml import override_config
 from job.data.vocabulary import UNKNOWN_ID
 from job.errors import UserError

@@ -13,7 +13,7 @@ from conftest import ROOT, not_none
 from torch import nn
 from torch.nn import functional as F
 
-from job.config.schema import ModelConfig
+from job.config.model import ModelConfig
 from job.kernels import abi, build
 from job.kernels.build import load_library, unavailable_reason
 from job.kernels.memory import MIN_NUMBERS, empty_weight, release_memory

@@ -8,7 +8,7 @@ import torch
 from conftest import job, result, rows
 from test_cuda_graph import new_train_state, small_config
 
-from job.config.schema import TrainConfig
+from job.config.training import TrainConfig
 from job.distributed.gradient_sync import ControlFlags
 from job.errors import Diverged
 from job.training import loop

@@ -9,7 +9,10 @@ import pytest
 import torch
 from conftest import not_none
 
-from job.config.schema import Config, ModelConfig, OptimizerConfig, StreamConfig
+from job.config.model import ModelConfig
+from job.config.schema import Config
+from job.config.text import StreamConfig
+from job.config.training import OptimizerConfig
 from job.data.dataset import Dataset
 from job.data.vocabulary import Vocabulary
 from job.distributed.context import World

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from job.config.schema import ModelConfig
+from job.config.model import ModelConfig
 from job.errors import UserError
 from job.nn.language_model import build_model, load_weights
 from job.nn.rnn import RecurrentLayers

@@ -18,7 +18,7 @@ from conftest import Ended, job, result
 from object_store import KEYS, ROOT, FaultyStore, bucket_address, s3_server
 from pyarrow import fs
 
-from job.config.schema import StreamConfig
+from job.config.text import StreamConfig
 from job.data.read_ahead import WindowReader
 from job.data.stream import Stream
 from job.data.tokens import ShardedTokens, Shards

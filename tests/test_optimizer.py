@@ -7,7 +7,8 @@ import torch
 from conftest import not_none
 from test_cuda_graph import new_train_state, small_config
 
-from job.config.schema import ModelConfig, OptimizerConfig
+from job.config.model import ModelConfig
+from job.config.training import OptimizerConfig
 from job.distributed.gradient_sync import ControlFlags
 from job.training.loop import train_steps
 

@@ -9,7 +9,10 @@ import pytest
 from conftest import Ended, job, result
 
 from job.config.config_file import load_config, load_search_config
-from job.config.schema import Config, CorpusConfig, ModelConfig, RunConfig
+from job.config.model import ModelConfig
+from job.config.run import RunConfig
+from job.config.schema import Config
+from job.config.text import CorpusConfig
 from job.config.toml import config_from_toml, config_to_toml, search_config_from_toml
 from job.console import program_command
 from job.data.corpus import read_corpus

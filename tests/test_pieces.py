@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job.config.schema import CorpusConfig, VocabularyConfig
+from job.config.text import CorpusConfig, VocabularyConfig
 from job.data import parse, piece_reader
 from job.data import pieces as pieces_module
 from job.data.corpus import has_token, read_corpus

@@ -7,7 +7,8 @@ import pytest
 from conftest import job, not_none, result, search_config
 
 from job.config.config_file import load_config
-from job.config.schema import Config, GenerateConfig
+from job.config.inference import GenerateConfig
+from job.config.schema import Config
 from job.config.toml import override_config
 from job.console import Console
 from job.errors import UserError

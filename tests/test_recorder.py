@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from conftest import not_none
 
-from job.config.schema import Config, RunConfig
+from job.config.run import RunConfig
+from job.config.schema import Config
 from job.console import Console
 from job.errors import RunFailed, UnrecoverableError
 from job.run import checkpoint_committer

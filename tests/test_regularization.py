@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.spawn import spawn
 from torch.nn import functional as F
 
-from job.config.schema import ModelConfig
+from job.config.model import ModelConfig
 from job.distributed.gradient_sync import AllReduceGradients, Batch, DeterministicGradients, LossModule, assign_lanes
 from job.errors import UserError
 from job.kernels.build import load_library, unavailable_reason

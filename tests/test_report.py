@@ -14,7 +14,8 @@ from browser import PHONE, WatchedPage, open_page
 from conftest import ROOT, Ended, job, not_none, result
 from playwright.sync_api import Browser
 
-from job.config.schema import EvaluateConfig, ModelConfig
+from job.config.inference import EvaluateConfig
+from job.config.model import ModelConfig
 from job.data.vocabulary import Vocabulary
 from job.inference.evaluate import evaluate_tokens
 from job.inference.generate import load_model

@@ -11,7 +11,7 @@ from conftest import disable_kernel, not_none
 from torch import nn
 from torch.nn import functional as F
 
-from job.config.schema import ModelConfig
+from job.config.model import ModelConfig
 from job.errors import UserError
 from job.inference import decoder
 from job.inference.ensemble import Ensemble

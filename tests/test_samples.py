@@ -10,7 +10,7 @@ from conftest import job, rows
 from test_metrics import ObjectStore, read_events, row, store  # noqa: F401  a fixture
 
 from job.config.config_file import load_config
-from job.config.schema import TrainConfig
+from job.config.training import TrainConfig
 from job.distributed.context import World
 from job.inference import training_samples
 from job.inference.training_samples import generate_samples

@@ -24,7 +24,8 @@ from job import storage
 from job.cluster.connection import connect
 from job.cluster.tune import run_search
 from job.config.config_file import load_config, load_search_config
-from job.config.schema import Config, ScaleConfig
+from job.config.run import ScaleConfig
+from job.config.schema import Config
 from job.config.search_space import SearchConfig, search_differences
 from job.config.toml import config_to_toml, override_config, search_config_from_toml
 from job.console import Console

@@ -19,7 +19,8 @@ import torch
 from conftest import ROOT, job, not_none, start_job, wait_until
 from test_evaluate import train
 
-from job.config.schema import Config, GenerateConfig
+from job.config.inference import GenerateConfig
+from job.config.schema import Config
 from job.config.toml import override_config
 from job.data.vocabulary import Vocabulary
 from job.errors import UserError

@@ -17,7 +17,7 @@ import torch.distributed as dist
 from conftest import not_none
 from torch.multiprocessing.spawn import spawn
 
-from job.config.schema import ModelConfig
+from job.config.model import ModelConfig
 from job.distributed import shared_memory
 from job.distributed.gradient_sync import Batch, DeterministicGradients, LossModule, assign_lanes
 from job.distributed.shared_memory import CACHE_LINE, SLOT_BYTES, SharedMemoryGroup, _attach, create_group, group_bytes

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import job
 
-from job.config.schema import StreamConfig, TrainConfig
+from job.config.text import StreamConfig
+from job.config.training import TrainConfig
 from job.data.lanes import split_evenly
 from job.data.stream import Stream
 from job.errors import UserError

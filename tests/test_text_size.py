@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job.config.schema import VocabularyConfig
+from job.config.text import VocabularyConfig
 from job.data.corpus import Corpus
 from job.data.text_size import TextSize, bits_per_unit, measure_targets
 from job.data.vocabulary import Vocabulary

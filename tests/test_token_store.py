@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from pyarrow import fs
 
 from job.config.config_file import load_config
-from job.config.schema import CorpusConfig, StreamConfig, VocabularyConfig
+from job.config.text import CorpusConfig, StreamConfig, VocabularyConfig
 from job.data.indexed import format_index, parse_index, smallest_dtype
 from job.data.lanes import split_evenly
 from job.data.read_ahead import WindowReader

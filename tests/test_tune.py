@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import ROOT, is_picture, job, not_none, pictures, result, rows, start_job
 
-from job.config.schema import OptimizerConfig
 from job.config.search_space import SearchSpace
 from job.config.toml import config_from_toml
+from job.config.training import OptimizerConfig
 from job.run.lease import acquire_lease
 from job.storage import Folder
 from job.training.checkpoint import find_latest_valid

@@ -20,7 +20,8 @@ from test_console import Terminal
 
 from job.__main__ import main
 from job.config.config_file import load_search_config
-from job.config.schema import ModelConfig, OptimizerConfig
+from job.config.model import ModelConfig
+from job.config.training import OptimizerConfig
 from job.documents import parse_record
 from job.errors import UserError
 from job.inference.generate import generate_text

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from job.config.schema import CorpusConfig, VocabularyConfig
+from job.config.text import CorpusConfig, VocabularyConfig
 from job.data.corpus import Corpus, clean_text
 from job.data.dataset import build_dataset
 from job.data.vocabulary import Vocabulary, format_unknown_share, unknown_warnings

@@ -18,7 +18,7 @@ from test_reference import assert_reproduces
 
 from job.cluster.ray_extensions import FreeResourceScalingPolicy, NodeAddressTorchConfig
 from job.cluster.resources import cluster_placement
-from job.config.schema import ScaleConfig
+from job.config.run import ScaleConfig
 from job.kernels.build import load_library
 
 pytestmark = pytest.mark.cluster

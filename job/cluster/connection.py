@@ -14,7 +14,7 @@ from job.cluster import NODE_ENV_DEFAULTS
 from job.cluster.local_cluster import keep_sigterm_handler, start_local_cluster, suppress_stderr
 from job.cluster.ray_extensions import is_autoscaled, read_cluster_config
 from job.cluster.resources import Placement, Resources, cluster_placement, local_placement, parse_cluster_config
-from job.config.schema import ScaleConfig
+from job.config.run import ScaleConfig
 from job.distributed.context import available_cpus
 from job.errors import UserError
 

@@ -17,7 +17,8 @@ from job.cluster.local_cluster import check_machine, create_ray_folder
 from job.cluster.node_probe import VERSIONS, NodeReport, probe, probe_nodes, storage_problem, version_problem
 from job.cluster.ray_extensions import free_resources
 from job.cluster.resources import cluster_placement, local_placement
-from job.config.schema import Config, ScaleConfig
+from job.config.run import ScaleConfig
+from job.config.schema import Config
 from job.config.search_space import SearchConfig
 from job.console import Console, format_bytes
 from job.data.token_store import verify_store

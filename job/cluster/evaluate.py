@@ -9,7 +9,8 @@ import ray
 from job.cluster.connection import connect, ray_address
 from job.cluster.local_cluster import disconnect
 from job.cluster.ray_extensions import free_resources
-from job.config.schema import Config, ScaleConfig
+from job.config.run import ScaleConfig
+from job.config.schema import Config
 from job.console import Console
 from job.data.lanes import split_evenly
 from job.data.tokens import Tokens

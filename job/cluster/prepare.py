@@ -16,7 +16,7 @@ from job.cluster.connection import connect
 from job.cluster.launcher import check_placement
 from job.cluster.local_cluster import disconnect
 from job.cluster.train_worker import one_line
-from job.config.schema import ScaleConfig
+from job.config.run import ScaleConfig
 from job.console import Console
 from job.errors import RunFailed, UserError
 from job.run.prepare import Result, Task

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from job.config.schema import ScaleConfig
+from job.config.run import ScaleConfig
 from job.errors import UserError
 from job.run.estimate import check_cpus
 

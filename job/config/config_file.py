@@ -4,7 +4,9 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from job.config.schema import BUILTIN_CELLS, Config, RunConfig
+from job.config.model import BUILTIN_CELLS
+from job.config.run import RunConfig
+from job.config.schema import Config
 from job.config.search_space import SearchConfig
 from job.config.toml import (
     ConfigValues,

@@ -8,7 +8,7 @@ from typing import Any, AnyStr
 
 import numpy as np
 
-from job.config.schema import CorpusConfig
+from job.config.text import CorpusConfig
 from job.data.content import Content
 from job.data.parse import parse_file, parse_file_of_bytes
 from job.data.source import SourceFile, find_files

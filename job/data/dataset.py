@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from job.config.schema import CorpusConfig, VocabularyConfig
+from job.config.text import CorpusConfig, VocabularyConfig
 from job.data.corpus import Corpus, read_corpus
 from job.data.text_size import TextSize, measure_targets
 from job.data.token_store import OpenText, StoredTokens, open_stored

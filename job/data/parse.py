@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.compute
 import pyarrow.parquet
 
-from job.config.schema import CorpusConfig
+from job.config.text import CorpusConfig
 from job.data.compression import BLOCK_BYTES, decompress, expansion_limit
 from job.data.file_format import (
     SAMPLE_BYTES,

@@ -9,7 +9,7 @@ from typing import cast
 
 import numpy as np
 
-from job.config.schema import VocabularyConfig
+from job.config.text import VocabularyConfig
 from job.data.indexed import smallest_dtype
 from job.data.manifest import Shard, parse_shard
 from job.data.piece_reader import Part, PieceReader

@@ -13,7 +13,7 @@ from typing import BinaryIO
 import pyarrow
 import pyarrow.parquet
 
-from job.config.schema import CorpusConfig
+from job.config.text import CorpusConfig
 from job.data.compression import compression
 from job.data.cuts import MAX_UNCUT, last_cut
 from job.data.file_format import SAMPLE_BYTES, has_format_name, is_json_lines, is_parquet, marked_encoding

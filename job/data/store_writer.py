@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from job.config.field import format_value
-from job.config.schema import CorpusConfig, VocabularyConfig
+from job.config.text import CorpusConfig, VocabularyConfig
 from job.data.indexed import format_index, smallest_dtype
 from job.data.manifest import MANIFEST, MARKER, SHARD_FILE, Manifest, Shard, describe_file, format_manifest
 from job.data.tokens import count_unknown, token_sha256

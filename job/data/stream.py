@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from job.config.schema import StreamConfig, TrainConfig
+from job.config.text import StreamConfig
+from job.config.training import TrainConfig
 from job.data.lanes import Partition, sequential_partition
 from job.data.tokens import ShardedTokens, Tokens
 from job.errors import UserError

@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow
 
 from job.config.field import format_value
-from job.config.schema import FIELDS, CorpusConfig, VocabularyConfig
+from job.config.schema import FIELDS
+from job.config.text import CorpusConfig, VocabularyConfig
 from job.data.indexed import parse_index
 from job.data.manifest import FORMAT, MANIFEST, REMEDY, SHARD_FILE, Manifest, read_manifest
 from job.data.source import BUILT_IN

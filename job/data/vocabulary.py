@@ -10,7 +10,7 @@ from typing import Any, ClassVar, cast
 
 import numpy as np
 
-from job.config.schema import CorpusConfig
+from job.config.text import CorpusConfig
 from job.data.corpus import NEWLINE
 from job.data.cuts import MAX_UNCUT, blocks_of, cut_text, last_cut
 from job.data.indexed import smallest_dtype

@@ -8,7 +8,7 @@ from typing import cast
 
 import numpy as np
 
-from job.config.schema import VocabularyConfig
+from job.config.text import VocabularyConfig
 from job.data.bpe import PIECE_CHARACTERS, BpeVocabulary, train_bpe
 from job.data.corpus import Corpus
 from job.data.cuts import MAX_UNCUT, blocks_of, cut_text, last_cut

@@ -3,7 +3,7 @@
 from collections.abc import Collection
 from typing import Any
 
-from job.config.schema import VocabularyConfig
+from job.config.text import VocabularyConfig
 from job.data.bpe import BpeVocabulary, tokenizer_from_json
 from job.data.vocabulary import UNKNOWN, Vocabulary
 from job.documents import parse_json

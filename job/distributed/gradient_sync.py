@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from job.config.schema import ModelConfig
+from job.config.model import ModelConfig
 from job.data.lanes import lane_groups_of_worker, split_evenly
 from job.distributed.shared_memory import SharedMemoryGroup
 from job.distributed.tree_exchange import TreeExchange

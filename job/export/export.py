@@ -10,7 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from job.config.schema import BUILTIN_CELLS, Config
+from job.config.model import BUILTIN_CELLS
+from job.config.schema import Config
 from job.config.section import unknown_name
 from job.errors import UserError, error_origin, report_os_error
 from job.export.model_card import model_card

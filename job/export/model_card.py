@@ -6,7 +6,7 @@ import re
 
 import numpy as np
 
-from job.config.schema import BUILTIN_CELLS
+from job.config.model import BUILTIN_CELLS
 from job.console import escape_controls, format_count
 from job.data.corpus import clean_text
 from job.paths import is_uri

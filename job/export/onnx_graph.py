@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from job.config.schema import ModelConfig
+from job.config.model import ModelConfig
 from job.nn.adaptive_softmax import resolve_cutoffs
 
 OPSET, IR_VERSION = 17, 8  # of 2022, so that old versions of runtimes read the file

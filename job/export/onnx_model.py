@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from job.config.schema import BUILTIN_CELLS, ModelConfig
+from job.config.model import BUILTIN_CELLS, ModelConfig
 from job.errors import UserError, import_optional
 from job.export.onnx_graph import build_graph, state_sizes
 from job.nn.language_model import LanguageModel

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from job.config.schema import EvaluateConfig
+from job.config.inference import EvaluateConfig
 from job.data.tokens import Tokens
 from job.inference.ensemble import mean_log_probabilities
 from job.nn.language_model import LanguageModel

@@ -7,7 +7,8 @@ from functools import partial
 from itertools import islice, pairwise
 from typing import cast
 
-from job.config.schema import Config, EvaluateConfig
+from job.config.inference import EvaluateConfig
+from job.config.schema import Config
 from job.data.corpus import Corpus, read_corpus
 from job.data.lanes import split_evenly
 from job.data.text_size import TextSize, measure_targets

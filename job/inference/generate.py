@@ -10,7 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from job.config.schema import BUILTIN_CELLS, Config, GenerateConfig, ModelConfig
+from job.config.inference import GenerateConfig
+from job.config.model import BUILTIN_CELLS, ModelConfig
+from job.config.schema import Config
 from job.data.vocabulary import Vocabulary
 from job.errors import NonFiniteLogits, UserError
 from job.inference.ensemble import Ensemble, check_same_vocabulary

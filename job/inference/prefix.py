@@ -9,7 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from job.config.schema import CorpusConfig, GenerateConfig
+from job.config.inference import GenerateConfig
+from job.config.text import CorpusConfig
 from job.config.toml import ConfigValues
 from job.data.corpus import clean_text
 from job.data.dataset import Dataset

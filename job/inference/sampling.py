@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from job.config.schema import GenerateConfig
+from job.config.inference import GenerateConfig
 
 
 def sample_generator(seed: int, number: int) -> torch.Generator:

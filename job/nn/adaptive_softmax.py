@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from job.config.field import format_value
-from job.config.schema import ModelConfig
+from job.config.model import ModelConfig
 from job.errors import UserError
 
 FEATURES_DIVISOR = 4  # by which each tail reads fewer features than the one before it

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from job.config.schema import ModelConfig
+from job.config.model import ModelConfig
 from job.errors import UserError
 
 REMEDY = "see 'Custom cells' in the README"

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from job.config.schema import BUILTIN_CELLS, ModelConfig
+from job.config.model import BUILTIN_CELLS, ModelConfig
 from job.errors import UserError
 from job.kernels.ops import embedding
 from job.nn.adaptive_softmax import Tails, head_size, resolve_cutoffs

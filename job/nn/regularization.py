@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from job.config.schema import ModelConfig
+from job.config.model import ModelConfig
 from job.nn.dropout import drop, dropout_keys
 
 

@@ -4,7 +4,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from job.config.field import format_value
-from job.config.schema import FIELDS, Config, ModelConfig
+from job.config.model import ModelConfig
+from job.config.schema import FIELDS, Config
 from job.data.dataset import Dataset
 from job.errors import UserError, report_os_error
 from job.inference.generate import NO_CUSTOM_CELL

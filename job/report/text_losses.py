@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from job.config.schema import Config, ModelConfig
+from job.config.model import ModelConfig
+from job.config.schema import Config
 from job.data.dataset import Dataset
 from job.data.tokens import Tokens
 from job.data.vocabulary import Vocabulary

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from job.config.config_file import read_config_text
-from job.config.schema import ModelConfig
+from job.config.model import ModelConfig
 from job.config.toml import search_config_from_toml
 from job.console import Console
 from job.errors import UserError, report_os_error

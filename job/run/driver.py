@@ -16,7 +16,9 @@ import torch
 
 from job.config.config_file import CONFIG_FILE
 from job.config.field import format_value
-from job.config.schema import BUILTIN_CELLS, FIELDS, Config, TrackingConfig
+from job.config.model import BUILTIN_CELLS
+from job.config.run import TrackingConfig
+from job.config.schema import FIELDS, Config
 from job.config.toml import config_to_toml
 from job.console import Console, format_duration, program_command
 from job.data.content import Content

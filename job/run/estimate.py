@@ -6,7 +6,9 @@ from itertools import islice
 
 import torch
 
-from job.config.schema import Config, ModelConfig, OptimizerConfig
+from job.config.model import ModelConfig
+from job.config.schema import Config
+from job.config.training import OptimizerConfig
 from job.console import format_bytes, format_count, format_duration
 from job.data.stream import Stream
 from job.distributed.context import World, available_cpus, device_name, machine_memory, resolve_precision

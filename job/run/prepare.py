@@ -13,7 +13,8 @@ from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
-from job.config.schema import Config, CorpusConfig, VocabularyConfig
+from job.config.schema import Config
+from job.config.text import CorpusConfig, VocabularyConfig
 from job.console import Console, format_duration
 from job.data.corpus import find_corpus, no_text
 from job.data.cuts import MAX_UNCUT

@@ -8,8 +8,9 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from job.config.compatibility import changed_fields, may_change
 from job.config.field import format_value
-from job.config.schema import Config, changed_fields, may_change
+from job.config.schema import Config
 from job.data.dataset import Dataset
 from job.documents import parse_record
 from job.errors import UserError, error_origin

@@ -9,8 +9,9 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar
 
+from job.config.compatibility import config_differences
 from job.config.config_file import read_config
-from job.config.schema import Config, config_differences
+from job.config.schema import Config
 from job.data.dataset import Dataset
 from job.documents import parse_record
 from job.errors import UserError, report_os_error

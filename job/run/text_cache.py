@@ -13,7 +13,7 @@ from operator import mul
 from pathlib import Path
 from typing import Any
 
-from job.config.schema import CorpusConfig, VocabularyConfig
+from job.config.text import CorpusConfig, VocabularyConfig
 from job.console import Console, format_bytes, program
 from job.data.file_format import is_compressed_name
 from job.data.manifest import MANIFEST, VERSION

@@ -16,7 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from job.config.schema import Config, TrackingConfig
+from job.config.run import TrackingConfig
+from job.config.schema import Config
 from job.console import Console
 from job.documents import parse_record
 from job.errors import UserError

@@ -19,7 +19,7 @@ from starlette.responses import Response
 from starlette.staticfiles import StaticFiles
 from starlette.types import Message, Receive, Scope, Send
 
-from job.config.schema import GenerateConfig
+from job.config.inference import GenerateConfig
 from job.errors import UserError
 from job.inference.prefix import start_tokens
 from job.serving.conversations import Conversation, Conversations, ServedModel

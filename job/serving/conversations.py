@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from job.config.schema import CorpusConfig
+from job.config.text import CorpusConfig
 from job.data.vocabulary import Vocabulary
 from job.inference.ensemble import Ensemble
 from job.inference.saved_state import SavedState

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from job.config.schema import GenerateConfig
+from job.config.inference import GenerateConfig
 
 MAX_LENGTH = 10_000  # tokens that a request may generate
 MAX_ALTERNATIVES = 50

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from job.config.schema import GenerateConfig
+from job.config.inference import GenerateConfig
 from job.inference.generate import BLOCK_TOKENS
 from job.inference.prefix import start_tokens
 from job.inference.sampling import draw_tokens, sample_generator, token_probabilities

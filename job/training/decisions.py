@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import NoneType
 from typing import Any
 
-from job.config.schema import OptimizerConfig
+from job.config.training import OptimizerConfig
 from job.documents import parse_record
 
 MARGIN_NATS = 1e-4  # per token; a smaller difference is no improvement

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from job.config.schema import Config, TrainConfig
+from job.config.schema import Config
+from job.config.training import TrainConfig
 from job.data.lanes import split_evenly
 from job.data.tokens import Tokens, read_ranges
 from job.distributed.gradient_sync import Batch, ControlFlags, StepStats

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from job.config.schema import OptimizerConfig
+from job.config.training import OptimizerConfig
 from job.errors import UserError
 
 

@@ -5,7 +5,7 @@ and those that complete another ``INTERVAL`` of tokens since the start, so that 
 a sample takes as long as the training on some thousands of tokens, whatever the size of the model.
 """
 
-from job.config.schema import TrainConfig
+from job.config.training import TrainConfig
 from job.training.train_state import TrainState
 
 INTERVAL = {"cpu": 1 << 20, "cuda": 1 << 26}  # tokens, by the device

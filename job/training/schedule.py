@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from job.config.schema import OptimizerConfig
+from job.config.training import OptimizerConfig
 from job.training.decisions import Decisions
 
 

@@ -8,7 +8,8 @@ from typing import Any, Protocol
 
 import torch
 
-from job.config.schema import BUILTIN_CELLS, Config
+from job.config.model import BUILTIN_CELLS
+from job.config.schema import Config
 from job.distributed.context import World, device_name, raise_malloc_thresholds
 from job.distributed.gradient_sync import ControlFlags
 from job.errors import Diverged, UnrecoverableError, UserError

@@ -1,6 +1,6 @@
 """Validation during a run: the loss over the validation text, when it is due, and the lowest so far."""
 
-from job.config.schema import TrainConfig
+from job.config.training import TrainConfig
 from job.distributed.collectives import broadcast_json, gather_json
 from job.distributed.context import World
 from job.distributed.tree_reduce import tree_sum

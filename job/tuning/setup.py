@@ -3,9 +3,10 @@
 from dataclasses import replace
 from operator import attrgetter
 
+from job.config.compatibility import config_differences
 from job.config.config_file import CONFIG_FILE, read_config_text
 from job.config.field import format_value
-from job.config.schema import Config, config_differences
+from job.config.schema import Config
 from job.config.search_space import MAX_TRIALS, Params, SearchConfig, search_differences
 from job.config.toml import override_config, search_config_from_toml
 from job.console import Console

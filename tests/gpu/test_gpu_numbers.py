@@ -20,7 +20,8 @@ from test_rnn import SEPARATOR, documents_alone, window_of_documents
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from job.config.schema import BUILTIN_CELLS, SCAN_CELLS, ModelConfig, OptimizerConfig
+from job.config.model import BUILTIN_CELLS, SCAN_CELLS, ModelConfig
+from job.config.training import OptimizerConfig
 from job.distributed.gradient_sync import AllReduceGradients, Batch, LossModule, assign_lanes
 from job.nn.cell_layers import CellLayers
 from job.nn.language_model import LanguageModel, build_model

@@ -11,7 +11,8 @@ from conftest import job, result, start_job
 from job.cluster.resources import Placement, local_placement
 from job.cluster.train_worker import worker_device
 from job.cluster.tune import _connected
-from job.config.schema import Config, ScaleConfig
+from job.config.run import ScaleConfig
+from job.config.schema import Config
 from job.config.search_space import SearchConfig
 from job.console import Console
 from job.errors import UserError

@@ -16,7 +16,10 @@ from test_cuda_graph import fake_model
 from test_reference import PORTABLE, assert_reproduces
 from torch.multiprocessing.spawn import spawn
 
-from job.config.schema import Config, ModelConfig, OptimizerConfig, StreamConfig, TrainConfig
+from job.config.model import ModelConfig
+from job.config.schema import Config
+from job.config.text import StreamConfig
+from job.config.training import OptimizerConfig, TrainConfig
 from job.data.dataset import Dataset
 from job.data.vocabulary import Vocabulary
 from job.distributed.collectives import broadcast_json, gather_json
