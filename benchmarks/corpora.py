@@ -126,7 +126,7 @@ def time_on_cluster(cpus: int, texts: dict[str, tuple[Path, Path]], results: Con
                 None,
                 {
                     "vocabulary.kind": kind,
-                    "vocabulary.size": VOCABULARY_SIZE if kind == "bpe" else 0,
+                    "vocabulary.size": str(VOCABULARY_SIZE if kind == "bpe" else 0),
                     "corpus.source": str(text),
                     "corpus.store": f"{store}/store",
                 },
