@@ -18,19 +18,22 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import ROOT, job, start_job
+from conftest import ROOT, job, start_job, wait_until
 from test_samples import sample_rows
 
 from job.config.config_file import load_config
 from job.console import Console
 from job.run import tracker_delivery
+from job.run.driver import run_training
+from job.run.local_launcher import LocalLauncher
 from job.run.metrics import MetricsLog, read_rows
 from job.run.samples import read_samples
+from job.run.signals import StopRequest
 from job.run.tracker import StepRecord, TrackedRun
-from job.run.tracker_delivery import Trackers
+from job.run.tracker_delivery import Delivery, Trackers, _Paused
 from job.run.wandb_tracker import read_records
 from job.storage import Folder
-from job.training.checkpoint import Checkpoint
+from job.training.checkpoint import Checkpoint, list_checkpoints
 from job.training.events import CheckpointCommitted, Event, MetricsRow, Sampled, Started
 
 
@@ -46,13 +49,14 @@ class Server:
         self.refusals = 0  # of descriptions
         self.knows_last_step, self.fails, self.logs = True, False, threading.Event()
         self.logs.set()
-        self.failed = threading.Event()
+        self.called, self.failed = threading.Event(), threading.Event()
 
     def create_tracker(self, run: TrackedRun) -> "Server":
-        self.run = run
+        self.run, self.thread = run, threading.current_thread()
         return self
 
     def check(self) -> None:
+        self.called.set()
         self.logs.wait()
         if self.fails:
             self.failed.set()
@@ -93,6 +97,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
     server = Server()
     monkeypatch.setattr(tracker_delivery, "import_module", lambda _: server)
     monkeypatch.setattr(tracker_delivery, "RETRY_S", 0.01)
+    monkeypatch.setattr(tracker_delivery, "STOP_TIMEOUT_S", 60.0)
     yield server
     server.logs.set()
 
@@ -102,8 +107,8 @@ class Driver:
 
     def __init__(self, folder: Folder, start: int, **fields: str) -> None:
         config = load_config(None, {"run.name": "run", "tracking.wandb": "project", **fields})
-        self.output, self.log = io.StringIO(), MetricsLog(folder)
-        self.trackers = Trackers(config, folder, Console(self.output))
+        self.output, self.log, self.stop_request = io.StringIO(), MetricsLog(folder), StopRequest()
+        self.trackers = Trackers(config, folder, Console(self.output), self.stop_request)
         self.log.truncate(start)
         self.handle(Started("a", start, 0, 1, "cpu", "fp32", 1, 100, ()))
 
@@ -179,7 +184,6 @@ def test_trackers_of_a_driver_that_was_killed_at_once_continue_its_run(
 
     opened = server.open
     monkeypatch.setattr(server, "open", open_and_fail)
-    monkeypatch.setattr(tracker_delivery, "FAILED_CLOSE_TIMEOUT_S", 60.0)
     driver = Driver(Folder(str(tmp_path)), 0)
     driver.trackers.close()
     monkeypatch.setattr(server, "open", opened)
@@ -260,9 +264,103 @@ def test_trackers_that_hang_do_not_delay_the_run(
     driver = Driver(Folder(str(tmp_path)), 0)
     driver.report(*range(1, 50))
     driver.commit(49)
+    driver.trackers.finish("checkpoint")
     driver.trackers.close()
     driver.log.close()
-    assert "has not got all" in driver.output.getvalue()
+    assert "has not got all until the end of the run" in driver.output.getvalue()
+
+
+def test_trackers_do_not_delay_the_end_of_a_run_after_a_signal(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    server.logs.clear()
+    driver = Driver(Folder(str(tmp_path)), 0)
+    driver.trackers.finish("checkpoint")
+    assert server.called.wait(60)
+    monkeypatch.setattr(Delivery, "join", interrupt)
+    driver.trackers.close()
+    driver.log.close()
+    assert "has not got all until the end of the run" in driver.output.getvalue()
+
+
+def test_trackers_wait_while_a_run_saves_its_last_checkpoint(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paused, check_time = threading.Event(), Delivery._check_time
+
+    def record_pause(delivery: Delivery) -> None:
+        try:
+            check_time(delivery)
+        except _Paused:
+            paused.set()
+            raise
+
+    monkeypatch.setattr(Delivery, "_check_time", record_pause)
+    monkeypatch.setattr(tracker_delivery, "BATCH_STEPS", 1)
+    driver = Driver(Folder(str(tmp_path)), 0)
+    driver.report(1, 2, 3)
+    wait_until(lambda: server.steps, 60, "no run was created", 0.01)
+    server.called.clear()
+    server.logs.clear()
+    driver.commit(3)
+    assert server.called.wait(60)
+    driver.stop_request.exit_code = 143
+    server.logs.set()
+    assert paused.wait(60)
+    driver.report(4, 5)
+    driver.commit(5)
+    assert server.steps == {"run-0": [1]}
+    driver.trackers.close()
+    driver.log.close()
+    assert server.steps == {"run-0": [1, 2, 3, 4, 5]} and driver.output.getvalue() == ""
+
+
+@pytest.mark.parametrize("arrives", [True, False])
+def test_run_that_is_stopped_while_a_tracker_does_not_answer_is_saved_and_delivers_the_rest_when_resumed(
+    server: Server, prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, arrives: bool
+) -> None:
+    """What it was sending may have arrived."""
+    fields = {"corpus.source": prose, "corpus.max_tokens": 4000, "run.storage": tmp_path, "run.name": "run"}
+    fields |= {"model.hidden_size": 8, "generate.prefix": "the", "train.log_every": 1, "train.checkpoint_every": 2}
+    fields |= {"train.epochs": 10**6, "tracking.wandb": "project", "tracking.checkpoint": "false"}
+    stop_request, output, folder = StopRequest(), io.StringIO(), Folder(str(tmp_path / "run"))
+
+    def stop_while_it_hangs(event: Event) -> None:
+        if isinstance(event, MetricsRow) and event.row["step"] == 5:
+            wait_until(lambda: server.steps.get("run-0"), 60, "nothing was delivered", 0.01)
+            server.called.clear()
+            server.logs.clear()
+        if isinstance(event, CheckpointCommitted) and not server.logs.is_set():
+            assert server.called.wait(60)
+            stop_request.exit_code = 143
+
+    def train(**more: object) -> int:
+        flags = {name: str(value) for name, value in {**fields, **more}.items()}
+        config = load_config(None, {**flags, "scale.workers": "0"})
+        outcome = run_training(config, "run", Console(output), LocalLauncher(), stop_request, stop_while_it_hangs)
+        return outcome.exit_code
+
+    def log_steps(server: Server, records: list[StepRecord]) -> None:
+        server.check()
+        server.current += [record.step for record in records if "train/nats" in record.metrics]
+
+    monkeypatch.setattr(Server, "log", log_steps)
+    monkeypatch.setattr(tracker_delivery, "STOP_TIMEOUT_S", 0.05)
+    assert train() == 143
+    last = [row["step"] for row in read_rows(folder)][-1]
+    assert list_checkpoints(folder / "checkpoints")[0][-1].step == last
+    assert "tracking.wandb: has not got all yet, but when the run is resumed" in output.getvalue()
+    server.fails = not arrives
+    server.logs.set()
+    server.thread.join(60)
+    assert len(server.steps["run-0"]) < last
+    server.fails, stop_request.exit_code = False, 0
+    assert train(**{"train.max_steps": last + 1}) == 0
+    assert server.steps == {"run-0": list(range(1, last + 2))}
+    assert server.closed == [True]
 
 
 def test_trackers_with_many_rows_read_them_from_the_run(

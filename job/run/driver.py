@@ -156,7 +156,7 @@ def run_training(
             launcher.connect(spec, console)
             with (
                 acquire_lease(folder, observer) as lease,
-                closing(_trackers(spec, lease, console)) as trackers,
+                closing(_trackers(spec, lease, console, stop_request)) as trackers,
                 closing(_recorder(spec, lease, console, partial(_handle_event, log, trackers, on_event))) as recorder,
                 log.opened(lease, recorder.status.attempts),
             ):
@@ -210,10 +210,10 @@ def _is_hyperparameter(name: str) -> bool:
     return name.partition(".")[0] in _HYPERPARAMETERS and not FIELDS[name].is_path
 
 
-def _trackers(spec: RunSpec, lease: Lease, console: Console) -> Trackers:
+def _trackers(spec: RunSpec, lease: Lease, console: Console, stop_request: StopRequest) -> Trackers:
     """Returns the run's trackers; a trial has none."""
     config = replace(spec.config, tracking=TrackingConfig()) if spec.in_trial else spec.config
-    return Trackers(config, lease.folder, console)
+    return Trackers(config, lease.folder, console, stop_request)
 
 
 def _handle_event(log: DriverLog, trackers: Trackers, on_event: EventSink | None, event: Event) -> None:
