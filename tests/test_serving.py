@@ -29,6 +29,7 @@ from job.inference.generate import BLOCK_TOKENS, generate_texts
 from job.run.run_dir import open_checkpoint
 from job.serving import guard
 from job.serving.api import _continuation
+from job.serving.connection import Connection
 from job.serving.conversations import Conversation, Conversations, ServedModel
 from job.serving.engine import Engine
 from job.serving.guard import MAX_BODY_BYTES
@@ -579,6 +580,37 @@ def test_client_that_does_not_read_is_disconnected_which_frees_its_place(
             while part := client.recv(1 << 20):
                 received += part
     assert b"event: token" in received and b"event: end" not in received
+
+
+REQUEST = b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", REQUEST[:-2], b"POST /v1/conversations HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"]
+)
+def test_client_that_sends_no_complete_request_is_disconnected(
+    served: tuple[Server, str], monkeypatch: pytest.MonkeyPatch, sent: bytes
+) -> None:
+    monkeypatch.setattr("job.serving.connection.REQUEST_TIMEOUT_S", 0.1)
+    server, url = served
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=60) as client:
+        client.sendall(sent)
+        assert client.recv(1) == b""
+    wait_until(lambda: not server.server_state.connections, 60, "the client is still connected", 0.01)
+
+
+def test_client_that_does_not_end_its_second_request_is_disconnected(served: tuple[Server, str]) -> None:
+    """The first one, once it is complete, has all time that its answer takes."""
+    server, url = served
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=60) as client:
+        client.sendall(REQUEST)
+        assert client.recv(1) == b"H"
+        connections = server.server_state.connections
+        (connection,) = (other for other in connections if other.client == client.getsockname())  # type: ignore[union-attr]
+        assert isinstance(connection, Connection)
+        assert connection._request_timeout is None
+        client.sendall(REQUEST[:-2])
+        wait_until(lambda: connection._request_timeout, 60, "the second request is not limited", 0.01)
 
 
 @pytest.mark.parametrize(
