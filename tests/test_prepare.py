@@ -247,24 +247,34 @@ def test_prepare_that_is_interrupted_says_how_to_continue(
     assert prepare_store(config, Console()) == 0
 
 
-@pytest.mark.parametrize("field", ["source", "store"])
-def test_prepare_that_is_interrupted_while_a_bucket_does_not_answer_ends(tmp_path: Path, field: str) -> None:
+@pytest.mark.parametrize(
+    ("verb", "field"),
+    [
+        ("prepare", "corpus.source"),
+        ("prepare", "corpus.store"),
+        pytest.param("train", "corpus.source", marks=pytest.mark.slow),
+        pytest.param("train", "run.storage", marks=pytest.mark.slow),
+    ],
+)
+def test_command_that_is_interrupted_while_a_bucket_does_not_answer_ends(tmp_path: Path, verb: str, field: str) -> None:
     """It ended after the attempts of the request, which take minutes, and in them Python runs no handler."""
     (tmp_path / "text").write_text(LINES)
     with socket.create_server(("127.0.0.1", 0)) as server:
-        paths = {"source": str(tmp_path / "text"), "store": str(tmp_path / "store")}
-        paths |= {field: bucket_address(server.getsockname()[1], field)}
-        flags = [word for name, path in paths.items() for word in (f"--corpus.{name}", path)]
-        command = [sys.executable, "-m", "job", "prepare", *flags, "--scale.workers", "0"]
+        paths = {"corpus.source": str(tmp_path / "text"), "run.storage": str(tmp_path / "runs")}
+        paths |= {"corpus.store": str(tmp_path / "store")} if verb == "prepare" else {}
+        paths |= {field: bucket_address(server.getsockname()[1], "folder")}
+        flags = [word for name, path in paths.items() for word in (f"--{name}", path)]
+        command = [sys.executable, "-m", "job", verb, *flags, "--scale.workers", "0"]
         process = subprocess.Popen(command, stdout=PIPE, stderr=PIPE, text=True, env=os.environ | KEYS)
         try:
             server.accept()[0].recv(1)
             process.send_signal(signal.SIGINT)
-            output = process.communicate(timeout=60)
+            shown = process.communicate(timeout=60)
         finally:
             process.kill()
-    assert (process.returncode, output) == (130, ("interrupted; the same command continues\n", ""))
-    assert not (tmp_path / "store").exists()
+    output = "interrupted; the same command continues\n" if verb == "prepare" else ""
+    assert (process.returncode, shown) == (130, (output, ""))
+    assert [path.name for path in tmp_path.iterdir()] == ["text"]
 
 
 @pytest.mark.usefixtures("small")

@@ -4,7 +4,8 @@ import json
 import logging
 import math
 import os
-from contextlib import closing, suppress
+import sys
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from platform import python_version
@@ -49,7 +50,7 @@ from job.run.run_dir import (
     resolve_run,
 )
 from job.run.setup import MAX_DROPPED_SHARE, build_run_spec, format_dropped_share, run_warnings
-from job.run.signals import StopRequest
+from job.run.signals import EXIT_DELAY_S, ExitTimer, StopRequest
 from job.run.text_cache import TextCache
 from job.run.tracker_delivery import Trackers, check_trackers
 from job.storage import Folder
@@ -136,16 +137,17 @@ def run_training(
         RunFailed: the run failed; the error says what was saved
     """
     check_trackers(config.tracking)
-    folder, config, existing = resolve_run(config, default_name, retry=retry)
-    if existing and existing.result and existing.is_finished(config):
-        console.print(f"{folder} is finished; to train longer, raise {existing.limit_reached(config)}")
-        return RunOutcome(folder, config, existing.result)
-    folder = replace(folder, retry=True)
-    observer = wait_until_expired(folder, console.print)
+    with _exit_timer(in_python):
+        folder, config, existing = resolve_run(config, default_name, retry=retry)
+        if existing and existing.result and existing.is_finished(config):
+            console.print(f"{folder} is finished; to train longer, raise {existing.limit_reached(config)}")
+            return RunOutcome(folder, config, existing.result)
+        folder = replace(folder, retry=True)
+        observer = wait_until_expired(folder, console.print)
     stop_request = stop_request or StopRequest()
     with driver_log() as log, stop_request.installed():
         stop_request.can_save = False
-        with suppress(KeyboardInterrupt):
+        with suppress(KeyboardInterrupt), _exit_timer(in_python):
             spec, source = _prepare(config, folder, content, TextCache(console, launcher.is_local))
             spec = replace(spec, in_trial=in_trial)
         stop_request.can_save = True
@@ -165,6 +167,11 @@ def run_training(
                 result = _run(launcher, spec, source, recorder, stop_request, in_python)
                 trackers.finish(result["checkpoint"] if result else "")
                 return RunOutcome(folder, spec.config, result, 0 if result else stop_request.exit_code, spec.dataset)
+
+
+def _exit_timer(in_python: bool) -> AbstractContextManager[object]:
+    """Ends the command if it is interrupted while a bucket does not answer, but not a program that has called this."""
+    return nullcontext() if in_python else ExitTimer(EXIT_DELAY_S, sys.stdout.flush)
 
 
 def _prepare(

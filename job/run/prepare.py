@@ -47,12 +47,12 @@ from job.data.vocabulary_file import find_vocabulary, read_vocabulary, read_voca
 from job.errors import RunFailed, UserError, error_origin, report_os_error
 from job.paths import check_no_credentials
 from job.run.lease import LOCK_FILE, acquire_lease, wait_until_expired
-from job.run.signals import ExitTimer, StopRequest
+from job.run.signals import EXIT_DELAY_S, ExitTimer, StopRequest
 from job.storage import Folder
 
 _PROGRESS_DELAY_S = 2.0  # before the first line of progress
 _FILES_AT_ONCE = 16  # whose sizes are requested
-_EXIT_DELAY_S, _CLUSTER_EXIT_DELAY_S = 1.5, 30.0  # of a process that is interrupted; Ray ends within seconds
+_CLUSTER_EXIT_DELAY_S = 30.0  # of a process that is interrupted; Ray ends within seconds
 _INTERRUPTED = "interrupted; the same command continues"
 Result = TypeVar("Result")
 Task = tuple[int, int | None]  # a piece, and the largest number of its tokens; None: all
@@ -91,7 +91,7 @@ def prepare_store(
     stop_request.can_save = False  # each finished piece is saved at once
     with stop_request.installed():
         try:
-            with ExitTimer(_EXIT_DELAY_S, partial(console.print, _INTERRUPTED)) as exit_timer:
+            with ExitTimer(EXIT_DELAY_S, partial(console.print, _INTERRUPTED)) as exit_timer:
                 _prepare_store(config, console, open_tasks, exit_timer)
         except KeyboardInterrupt:
             console.print(_INTERRUPTED)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType
 
+EXIT_DELAY_S = 1.5  # of a process that is interrupted and has nothing to save
 _logger = logging.getLogger(__name__)
 
 
