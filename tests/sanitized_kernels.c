@@ -168,8 +168,33 @@ static void run_segment_sum(int is_bf16, index_t rows, index_t columns, index_t 
     SegmentSumArgs args = {is_bf16, rows, columns, stride, num_segments, skip_start, skip_count};
     args.source = numbers(is_bf16, rows * stride);
     args.segments = num_segments > 1 ? tokens(rows, num_segments) : NULL;
-    args.out = buffer(num_segments * columns * 4);
-    check(segment_sum(&args) == OK, "segment_sum");
+    void *expected = NULL;
+    for (int i = 0; i < 4; i++) {
+        args.num_threads = THREADS[i], args.out = buffer(num_segments * columns * 4);
+        check(segment_sum(&args) == OK, "segment_sum");
+        expected = expected ? expected : args.out;
+        check(!memcmp(expected, args.out, num_segments * columns * 4), "segment_sum on several threads");
+    }
+    free_buffers();
+}
+
+static void run_update(void) {
+    const index_t sizes[] = {1, 70001, 512, 130001};
+    Parameter parameters[4];
+    float *gradients[4], *weights[4], *expected[4];
+    for (int n = 0; n < 4; n++) gradients[n] = numbers(0, sizes[n]), weights[n] = numbers(0, sizes[n]);
+    memset(gradients[3], 0, sizes[3] / 2 * 4);
+    for (int i = 0; i < 4; i++) {
+        for (int n = 0; n < 4; n++)
+            parameters[n] = (Parameter){sizes[n], copy(gradients[n], sizes[n] * 4), copy(weights[n], sizes[n] * 4)};
+        check(update(&(UpdateArgs){4, THREADS[i], 0.3f, 0.7f, parameters}) == OK, "update");
+        for (int n = 0; n < 4; n++) {
+            expected[n] = i ? expected[n] : parameters[n].weight;
+            check(!memcmp(expected[n], parameters[n].weight, sizes[n] * 4), "update on several threads");
+            parameters[n].weight = NULL;
+        }
+        check(update(&(UpdateArgs){4, THREADS[i], 0.3f, 0.7f, parameters}) == OK, "update without weights");
+    }
     free_buffers();
 }
 
@@ -303,6 +328,8 @@ static void run_kernels(int is_bf16) {
     run_segment_sum(is_bf16, 1, 32, 0, 0, 1);
     run_segment_sum(is_bf16, 77, 96, 64, 32, 9);
     run_segment_sum(is_bf16, 77, 96, 32, 32, 1);
+    run_segment_sum(is_bf16, 77, 96, 0, 0, 2001);
+    if (!is_bf16) run_segment_sum(0, 77, 75, 0, 0, 2001);
     for (index_t vocabulary_size = 1; vocabulary_size < 100; vocabulary_size = vocabulary_size * 3 + 1) {
         run_loss(is_bf16, 1, 32, vocabulary_size, 1);
         run_loss(is_bf16, 261, 96, vocabulary_size, vocabulary_size % 2); /* several blocks of rows */
@@ -378,6 +405,7 @@ static void run_group(void *(*work)(void *), index_t workers, index_t present, i
 }
 
 int main(void) {
+    run_update();
     run_kernels(0);
     for (index_t lanes = 1; lanes < 20; lanes += 3) run_dropout_keys(lanes);
     if (supports_bf16()) run_kernels(1);

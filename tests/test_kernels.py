@@ -2,8 +2,10 @@
 
 import ctypes
 import os
+import signal
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from job.config.model import ModelConfig
 from job.kernels import abi, build
 from job.kernels.build import load_library, unavailable_reason
 from job.kernels.memory import MIN_NUMBERS, empty_weight, release_memory
+from job.kernels.ops import embedding, scale_gradients
 from job.nn.cross_entropy import linear_cross_entropy
 from job.nn.language_model import build_model
 from job.nn.rnn import rnn_layer
@@ -85,6 +88,43 @@ def test_output_layer_in_blocks_of_rows_agrees_with_float64_on_any_number_of_thr
     tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     for result, value in zip(results[0], [expected, *torch.autograd.grad(expected / 7, exact)], strict=True):
         assert (result - value).abs().max() <= tolerance * value.abs().max()
+
+
+@needs_kernel
+def test_embedding_gradient_has_the_bits_of_torch_on_any_number_of_threads() -> None:
+    torch.manual_seed(0)
+    tokens = torch.randint(0, 40, (35, 20)) * 60
+    for units in (200, 7):
+        weight = torch.randn(2400, units, requires_grad=True)
+        gradient = torch.randn(35, 20, units)
+        (expected,) = torch.autograd.grad(F.embedding(tokens, weight), weight, gradient)
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(torch.autograd.grad(embedding(tokens, weight), weight, gradient)[0], expected)
+
+
+@needs_kernel
+def test_kernel_called_by_several_threads_at_once_has_the_same_bits() -> None:
+    torch.set_num_threads(3)
+    gradients = [torch.randn(300_000) for _ in range(40)]
+    expected = [gradient * 3 for gradient in gradients]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda gradient: scale_gradients([gradient], 3.0), gradients))
+    assert all(map(torch.equal, gradients, expected))
+
+
+@needs_kernel
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_forked_process_starts_threads_of_its_own() -> None:
+    torch.set_num_threads(3)
+    gradient = torch.ones(300_000)
+    scale_gradients([gradient], 2.0)
+    child = os.fork()
+    if not child:
+        signal.alarm(60)
+        scale_gradients([gradient], 2.0)
+        os._exit(bool((gradient.numpy() != 4).any()))
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_memory_of_a_weight_is_used_again_after_its_last_view_is_freed() -> None:

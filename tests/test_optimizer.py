@@ -1,16 +1,19 @@
 """The optimizer equals a plain update of each weight."""
 
 import dataclasses
+from copy import deepcopy
 
 import pytest
 import torch
 from conftest import not_none
 from test_cuda_graph import new_train_state, small_config
+from torch import nn
 
 from job.config.model import ModelConfig
 from job.config.training import OptimizerConfig
 from job.distributed.gradient_sync import ControlFlags
 from job.training.loop import train_steps
+from job.training.optimizer import build_optimizer, clip_and_update
 
 
 @pytest.mark.parametrize("decay_scope", ["all", "matrices"])
@@ -29,3 +32,39 @@ def test_sgd_step_decays_weights_of_its_scope_and_clips_all_together(decay_scope
     for name, weight in train_state.model.named_parameters():
         decay = 0.0 if decay_scope == "matrices" and "bias" in name else 0.25
         torch.testing.assert_close(weight, before[name] - 0.5 * (clipped[name] + decay * before[name]), msg=name)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e6])
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_clip_and_update_has_the_bits_of_torch(name: str, max_norm: float, threads: int) -> None:
+    torch.manual_seed(0)
+    torch.set_num_threads(threads)
+    layers = [nn.Embedding(3001, 200), nn.Linear(24, 160)]
+    models = [nn.ModuleList(layers), deepcopy(nn.ModuleList(layers))]
+    optimizers = [build_optimizer(OptimizerConfig(name=name), model) for model in models]
+    for _ in range(2):
+        for weight, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            weight.grad = torch.randn_like(weight)
+            weight.grad[5:-7] = 0  # as in the rows of tokens that are not in the window
+            other.grad = weight.grad.clone()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = 0.25
+        clip_and_update(optimizers[0], max_norm)
+        gradients = [not_none(weight.grad) for weight in models[1].parameters()]
+        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]))
+        for gradient in gradients:
+            gradient.mul_((max_norm / norm).clamp(max=1) if max_norm else 1)
+        optimizers[1].step()
+        for weight, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            assert torch.equal(weight, other)
+            assert torch.equal(not_none(weight.grad), not_none(other.grad))
+
+
+def test_update_with_a_gradient_that_is_not_finite_changes_all_weights_as_torch_does() -> None:
+    weight = nn.Parameter(torch.ones(70_000))
+    weight.grad = torch.zeros(70_000)
+    weight.grad[0] = float("nan")
+    clip_and_update(torch.optim.SGD([weight], lr=0.1), max_norm=1.0)
+    assert weight.isnan().all()

@@ -83,9 +83,10 @@ typedef struct {
 
 int weight_gradient(const WeightGradientArgs *args);
 
-/* out (num_segments, columns) = the sums of the rows that have the same segment number. */
+/* out (num_segments, columns) = the sums of the rows that have the same segment number. The columns are a multiple of
+   32 if some are left out or `is_bf16`. */
 typedef struct {
-    index_t is_bf16, rows, columns, stride, num_segments;
+    index_t is_bf16, rows, columns, stride, num_segments, num_threads;
     index_t skip_start, skip_count; /* columns of `source` that are left out */
     const void *source;             /* (rows, stride) */
     const int64_t *segments;        /* (rows); NULL if all rows are in one segment */
@@ -93,6 +94,21 @@ typedef struct {
 } SegmentSumArgs;
 
 int segment_sum(const SegmentSumArgs *args);
+
+/* A gradient of `size` floats, and its weight, which is NULL if only the gradient is scaled. */
+typedef struct {
+    index_t size;
+    float *gradient, *weight;
+} Parameter;
+
+/* gradient *= scale; weight -= learning_rate * gradient. */
+typedef struct {
+    index_t count, num_threads;
+    float scale, learning_rate;
+    const Parameter *parameters;
+} UpdateArgs;
+
+int update(const UpdateArgs *args);
 
 /* Packs a weight (columns, inner) of floats for `decode`, padded with zeros to `depth`. */
 typedef struct {

@@ -140,16 +140,33 @@ int weight_gradient(const WeightGradientArgs *args) {
     return failed ? OUT_OF_MEMORY : OK;
 }
 
-int segment_sum(const SegmentSumArgs *args) {
+/* The sums of `count` segments from `first` on. */
+INLINE void sum_segments(int is_bf16, const SegmentSumArgs *args, index_t first, index_t count) {
     index_t columns = args->columns;
     float *out = args->out;
-    memset(out, 0, args->num_segments * columns * sizeof *out);
-    for (index_t r = 0; r < args->rows; r++)
+    memset(out + first * columns, 0, count * columns * sizeof *out);
+    for (index_t r = 0; r < args->rows; r++) {
+        index_t segment = args->segments ? args->segments[r] : 0;
+        if (segment < first || segment >= first + count) continue;
         for (index_t j = 0; j < columns; j += WIDTH) {
             index_t from = r * args->stride + j + (j >= args->skip_start ? args->skip_count : 0);
-            index_t to = (args->segments ? args->segments[r] * columns : 0) + j;
-            vec x = args->is_bf16 ? load(1, args->source, from) : load(0, args->source, from);
-            store(0, out, to, load(0, out, to) + x);
+            index_t to = segment * columns + j;
+            vec x = is_bf16 ? load(1, args->source, from) : load_some(args->source, from, columns - j);
+            store_some(out, to, load_some(out, to, columns - j) + x, columns - j);
         }
+    }
+}
+
+static void segment_work(const void *argument, index_t first, index_t count) {
+    const SegmentSumArgs *args = argument;
+    if (args->is_bf16)
+        sum_segments(1, args, first, count);
+    else
+        sum_segments(0, args, first, count);
+}
+
+int segment_sum(const SegmentSumArgs *args) {
+    enum { MIN_NUMBERS = 1 << 16 }; /* for fewer sums a thread does not start */
+    parallel_for(segment_work, args, args->num_segments, MIN_NUMBERS / args->columns + 1, args->num_threads);
     return OK;
 }

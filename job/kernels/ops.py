@@ -6,6 +6,7 @@ V tokens. E and H are multiples of VECTOR_WIDTH where nothing else is said: the 
 
 import functools
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -111,11 +112,11 @@ def _segment_sum(
 
     The columns ``skip`` of ``source`` are left out. Without ``segments`` all rows are in one segment.
     """
-    out, stride = torch.empty(num_segments, columns), source.shape[-1]
+    out, stride = empty_weight(num_segments, columns), source.shape[-1]
     _call(
         "segment_sum", is_bf16=_is_bf16(source), rows=source.numel() // stride, columns=columns, stride=stride,
-        num_segments=num_segments, skip_start=skip.start, skip_count=len(skip), source=source, segments=segments,
-        out=out,
+        num_segments=num_segments, num_threads=torch.get_num_threads(), skip_start=skip.start, skip_count=len(skip),
+        source=source, segments=segments, out=out,
     )  # fmt: skip
     return out
 
@@ -131,6 +132,10 @@ class _Embedding(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dfeatures_TBE: Tensor) -> tuple[None, Tensor]:
         (tokens_TB,) = ctx.saved_tensors
+        if supports_dtype(torch.float32):
+            num_tokens, units = ctx.shape
+            sums = _segment_sum(dfeatures_TBE.contiguous(), units, NO_COLUMNS, tokens_TB.contiguous(), num_tokens)
+            return None, sums
         dweight_VE = empty_weight(*ctx.shape).zero_()
         return None, dweight_VE.index_add_(0, tokens_TB.flatten(), dfeatures_TBE.flatten(0, 1))
 
@@ -276,7 +281,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         if needs_grad:
             dhidden_TBH, dweight_VH = torch.empty(padded_TBH.shape), empty_weight(vocabulary_size, units)
             dbias, token_packed = torch.empty(columns), _empty_packed(*packed_shape)
-            ctx.gradients = dhidden_TBH[..., :units], dweight_VH, dbias[:vocabulary_size]
+            ctx.gradients, ctx.units = (dhidden_TBH, dweight_VH, dbias[:vocabulary_size]), units
         _call(
             "linear_cross_entropy", is_bf16=_is_bf16(hidden_TBH), rows=rows, units=units,
             padded_units=padded_TBH.shape[2], columns=columns, vocabulary_size=vocabulary_size,
@@ -292,8 +297,9 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dnats: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None  # scaling overwrites them
         assert gradients is not None, "the kernel's backward pass can run once only"
-        dhidden_TBH, dweight_VH, dbias_V = (gradient.mul_(float(dnats)) for gradient in gradients)
-        return None, dhidden_TBH.to(ctx.dtype), dweight_VH, dbias_V, None
+        scale_gradients(gradients, float(dnats))
+        dhidden_TBH, dweight_VH, dbias_V = gradients
+        return None, dhidden_TBH[..., : ctx.units].to(ctx.dtype), dweight_VH, dbias_V, None
 
 
 def fused_rnn(
@@ -356,6 +362,33 @@ def write_dropout_keys(seed: int, step: int, layer: int, first_lane: int, keys_B
     fields = {"seed": seed, "step": step, "layer": layer, "first_lane": first_lane}
     _call("dropout_keys", **fields, lanes=len(keys_B), keys=keys_B)
     return True
+
+
+def can_update(tensors: Sequence[Tensor]) -> bool:
+    """Whether the kernels can write these tensors: contiguous, in float32, on the CPU."""
+    is_float = all(x.dtype == torch.float32 and x.device.type == "cpu" and x.is_contiguous() for x in tensors)
+    return is_float and supports_dtype(torch.float32)
+
+
+def scale_gradients(
+    gradients: Sequence[Tensor], scale: float, weights: Sequence[Tensor] = (), learning_rate: float = 0.0
+) -> None:
+    """Scales gradients and, if there are weights, subtracts the gradients times the learning rate from them.
+
+    Args:
+        gradients: tensors for which ``can_update`` is true
+        scale: their factor
+        weights: that of each gradient, for which ``can_update`` is true, too; none: nothing is updated
+        learning_rate: of plain SGD
+    """
+    pairs = zip_longest(gradients, weights)
+    parameters = [
+        STRUCTS["Parameter"](size=gradient.numel(), gradient=gradient, weight=weight) for gradient, weight in pairs
+    ]
+    _call(
+        "update", count=len(parameters), num_threads=torch.get_num_threads(), scale=scale, learning_rate=learning_rate,
+        parameters=(STRUCTS["Parameter"] * len(parameters))(*parameters),
+    )  # fmt: skip
 
 
 class _FusedDropout(torch.autograd.Function):

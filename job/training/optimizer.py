@@ -1,12 +1,11 @@
 """The optimizer, and gradient clipping."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor, nn
 
 from job.config.training import OptimizerConfig
 from job.errors import UserError
+from job.kernels.ops import can_update, scale_gradients
 
 
 def build_optimizer(optimizer_config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -23,16 +22,41 @@ def build_optimizer(optimizer_config: OptimizerConfig, model: nn.Module) -> torc
 
 
 @torch.no_grad()
-def clip_gradient(parameters: Iterable[Tensor], max_norm: float) -> None:
-    """Scales the gradient to the norm ``max_norm`` if it is larger, as the d2l book's ``grad_clipping`` does.
+def clip_and_update(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
+    """Clips the gradient and updates the weights, all parameters of the optimizer together.
 
-    The norm is over all parameters together. Unlike in torch's ``clip_grad_norm_``, no epsilon is added to it.
+    The gradient is scaled to the norm ``max_norm`` if it is larger, as the d2l book's ``grad_clipping`` does. Unlike in
+    torch's ``clip_grad_norm_``, no epsilon is added to the norm.
+
+    Args:
+        optimizer: from ``build_optimizer``, with its learning rate set
+        max_norm: 0: the gradient is not clipped
     """
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
+    gradients = [weight.grad for weight in weights]
+    scale = _clip_scale(gradients, max_norm) if max_norm else None
+    if not can_update([*weights, *gradients]):
+        for gradient in gradients if scale is not None else ():
+            gradient.mul_(scale)
+        optimizer.step()
+        return
+    factor = 1.0 if scale is None else float(scale)
+    if _is_plain_sgd(optimizer):
+        scale_gradients(gradients, factor, weights, optimizer.param_groups[0]["lr"])
+        return
+    if scale is not None:
+        scale_gradients(gradients, factor)
+    optimizer.step()
+
+
+def _is_plain_sgd(optimizer: torch.optim.Optimizer) -> bool:
+    groups = optimizer.param_groups
+    return isinstance(optimizer, torch.optim.SGD) and not any(x["momentum"] or x["weight_decay"] for x in groups)
+
+
+def _clip_scale(gradients: list[Tensor], max_norm: float) -> Tensor:
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]))
-    scale = (max_norm / norm).clamp(max=1.0)
-    for gradient in gradients:
-        gradient.mul_(scale)
+    return (max_norm / norm).clamp(max=1.0)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from job.distributed.gradient_sync import AllReduceGradients, Batch, DeterministicGradients
 from job.nn.state import State
 from job.training.averaging import WeightAverage
-from job.training.optimizer import clip_gradient
+from job.training.optimizer import clip_and_update
 from job.training.schedule import StepSizes
 
 # From a batch, the lanes' state before it and what the schedule gives, to the statistics that StepStats.from_tensor
@@ -36,12 +36,9 @@ class EagerTrainStep:
         stats, state = self.gradients(batch.to(self.device), state)
         if stats.dtype == torch.float32:
             sizes = StepSizes(*(float(np.float32(size)) if isinstance(size, float) else size for size in sizes))
-        groups = self.optimizer.param_groups
-        for group in groups:
+        for group in self.optimizer.param_groups:
             group["lr"] = sizes.learning_rate
-        if self.grad_clip_norm:
-            clip_gradient([parameter for group in groups for parameter in group["params"]], self.grad_clip_norm)
-        self.optimizer.step()
+        clip_and_update(self.optimizer, self.grad_clip_norm)
         if self.average:
             self.average.update(sizes.average_weight)
         return stats, state
