@@ -57,20 +57,9 @@ class MallocInfo(Structure):
     """``struct mallinfo2`` of glibc."""
 
     _fields_ = [
-        (name, c_size_t)
-        for name in [
-            "arena",
-            "ordblks",
-            "smblks",
-            "hblks",
-            "hblkhd",
-            "usmblks",
-            "fsmblks",
-            "uordblks",
-            "fordblks",
-            "keepcost",
-        ]
-    ]
+        ("arena_to_hblks", c_size_t * 4), ("hblkhd", c_size_t), ("usmblks_fsmblks", c_size_t * 2),
+        ("uordblks", c_size_t), ("fordblks_keepcost", c_size_t * 2),
+    ]  # fmt: skip
 
 
 def allocated_bytes() -> int:
