@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import gc
 import io
 import json
 import os
@@ -19,6 +20,9 @@ from typing import Any, TypeVar
 
 # As job sets it for commands, and before torch is loaded: threads that spin take the core from the other process.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# Importing and collecting the tests makes a million objects that stay, which the collector would visit many times.
+gc.disable()
 
 import numpy as np
 import pytest
@@ -54,6 +58,15 @@ BOOK = SHARED / "corpora" / "timemachine.txt"
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--allowed-skips", metavar="FILE", help="fail if a test is skipped that FILE does not list")
     parser.addoption("--time-table", action="store_true", help="print the seconds that each file took, as Markdown")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Iterator[None]:
+    """Lets the garbage collector ignore what exists once all tests are collected."""
+    result = yield
+    gc.freeze()
+    gc.enable()
+    return result
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, not_none
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jsonschema import Draft7Validator, validators
@@ -90,7 +90,7 @@ VALUES_OF_TOML = st.recursive(
 )
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=3 * not_none(settings.default).max_examples)
 @given(name=st.sampled_from(list(FILE_FIELDS)), value=VALUES_OF_TOML)
 def test_json_schema_agrees_with_validation_of_any_value(name: str, value: Any) -> None:
     section, _, key = name.partition(".")

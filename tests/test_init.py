@@ -78,17 +78,17 @@ def loss_by_text(model: LanguageModel, vocabulary: Vocabulary, text: str) -> tor
 @pytest.mark.parametrize(
     ("old_text", "new_text", "flags"),
     [
-        ("aaab" * 3000, "abbb" * 3000, {}),
-        (random_text(LETTERS, 9000, 0), random_text(LETTERS[::-1], 9000, 1), {"model.embedding_size": "4"}),
+        ("aaab" * 1000, "abbb" * 1000, {}),
+        (random_text(LETTERS, 3000, 0), random_text(LETTERS[::-1], 3000, 1), {"model.embedding_size": "4"}),
         (
-            random_text(LETTERS, 9000, 0),
-            random_text(LETTERS[::-1], 9000, 1),
+            random_text(LETTERS, 3000, 0),
+            random_text(LETTERS[::-1], 3000, 1),
             {"model.cell": "lstm", "model.num_layers": "2"},
         ),
-        (random_text(LETTERS, 9000, 0), random_text(LETTERS[::-1], 9000, 1), {"model.cell": "cells:DecayCell"}),
+        (random_text(LETTERS, 3000, 0), random_text(LETTERS[::-1], 3000, 1), {"model.cell": "cells:DecayCell"}),
         (
-            random_words(["a", "b", "cc", "dd"], 3000, 0),
-            random_words(["dd", "cc", "b", "a"], 3000, 1),
+            random_words(["a", "b", "cc", "dd"], 1000, 0),
+            random_words(["dd", "cc", "b", "a"], 1000, 1),
             {"vocabulary.kind": "word"},
         ),
     ],
