@@ -87,7 +87,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason=NEEDS_CUDA))
         definitions = item._fixtureinfo.name2fixturedefs
         scoped = [name for name, fixtures in definitions.items() if fixtures[-1].scope == "module"]
-        if scoped:
+        if scoped and not item.get_closest_marker("xdist_group"):
             item.add_marker(pytest.mark.xdist_group(f"{item.module.__name__}-{scoped[0]}"))
 
 
@@ -403,6 +403,45 @@ def browser() -> Iterator[Any]:
 
     with launch_chromium() as chromium:
         yield chromium
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Small models of the kinds of tokens, as ``LoadedCheckpoint``, for the tests of serving."""
+    from serving import train_kind
+
+    folder = tmp_path_factory.mktemp("kinds")
+    flags: dict[str, dict[str, Any]] = {
+        "char": {"model.cell": "lstm"},
+        "byte": {"model.cell": "gru", "model.num_layers": 2},
+        "word": {"vocabulary.end_of_line": "true"},
+        "bpe": {"vocabulary.size": 300, "model.cell": "minlstm"},
+    }
+    return {kind: train_kind(folder, kind, **flags[kind]) for kind in flags}
+
+
+@pytest.fixture(scope="session")
+def models(checkpoints: dict[str, Any]) -> dict[str, Any]:
+    """The models of ``checkpoints`` as ``ServedModel``."""
+    from job.config.schema import Config
+    from job.serving.server import load_models
+
+    return dict(zip(checkpoints, load_models(list(checkpoints.values()), Config()), strict=True))
+
+
+@pytest.fixture(scope="module")
+def served(models: dict[str, Any]) -> Iterator[tuple[Any, str]]:
+    """A ``Server`` of ``models``, and its address."""
+    from serving import serving
+
+    with serving(list(models.values())) as pair:
+        yield pair
+
+
+@pytest.fixture
+def url(served: tuple[Any, str]) -> str:
+    """The address of the server of ``models``."""
+    return served[1]
 
 
 @pytest.fixture(scope="session")

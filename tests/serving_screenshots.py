@@ -12,7 +12,7 @@ from browser import PHONE, launch_chromium, open_page
 from conftest import ROOT
 from PIL import Image
 from playwright.sync_api import Page, expect
-from test_serving import serving
+from serving import serving
 
 from job.config.schema import Config
 from job.run.run_dir import open_checkpoint

@@ -10,8 +10,8 @@ import requests
 from browser import PHONE, WatchedPage, open_page
 from conftest import job
 from playwright.sync_api import Browser, Page, expect
+from serving import SCRIPT, TOKEN, serving
 from test_evaluate import FLAGS
-from test_serving import SCRIPT, TOKEN, serving
 
 from job.config.schema import Config
 from job.config.toml import override_config
