@@ -1,5 +1,6 @@
 """Existing clusters: submitted jobs, an autoscaler, wrong configurations and several hosts."""
 
+import json
 import os
 import re
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 from chaos import CAN_MOUNT
 from conftest import ROOT, job, result, rows, start_job, wait_until
 from ray_nodes import RAY, RayNodes, free_port
+from test_tracking import mlflow_rows
 from test_workers import train_flags
 
 from job.kernels.build import load_library
@@ -68,11 +70,16 @@ def test_submitted_job_with_relative_storage_fails(job_server: JobServer, prose:
 
 
 def test_stopped_job_resumes_when_submitted_again(job_server: JobServer, stored_prose: Path, tmp_path: Path) -> None:
-    command = train_flags(stored_prose, tmp_path, "run", "--scale.workers", 1, "--train.epochs", 3000)
+    """So does its run of a tracker, to which the driver sends each step once."""
+    tracker = ["--tracking.mlflow", f"sqlite:///{tmp_path}/mlflow.db", "--tracking.checkpoint", "false"]
+    size = ["--model.hidden_size", 512]  # a step takes longer than the driver needs to record it
+    command = train_flags(stored_prose, tmp_path, "run", "--scale.workers", 1, "--train.epochs", 3000, *size, *tracker)
     started = job_server.submit("long", *command, wait=False)
     assert started.returncode == 0, started.stdout + started.stderr
     metrics = tmp_path / "run" / "metrics.jsonl"
     wait_until(lambda: metrics.exists() and metrics.stat().st_size, 120, "no step was taken")
+    tracking = tmp_path / "run" / "tracking" / "mlflow.json"
+    wait_until(lambda: tracking.exists() and json.loads(tracking.read_text())["run"], 120, "no run was created")
     assert job_server.ray_job("stop", "long").returncode == 0
     assert job_server.status("long") == "stopped"
     steps = len(rows(tmp_path / "run", "train"))
@@ -81,7 +88,9 @@ def test_stopped_job_resumes_when_submitted_again(job_server: JobServer, stored_
     assert again.returncode == 0, again.stdout + again.stderr
     assert f"resuming from step {steps:,}" in again.stdout
     assert load_library() is None or "without the compiled kernel" not in again.stdout
-    assert [row["step"] for row in rows(tmp_path / "run", "train")] == list(range(1, steps + 4))
+    trained = rows(tmp_path / "run", "train")
+    assert [row["step"] for row in trained] == list(range(1, steps + 4))
+    assert mlflow_rows(tmp_path / "mlflow.db", "train/nats") == [(row["step"], row["nats"]) for row in trained]
     # The log has no control characters.
     assert not re.search(r"[\r\x1b]", again.stdout.partition("perplexity")[2].partition("curve")[0])
     assert re.search(r"^perplexity \S+ after \d+ epochs", again.stdout, re.MULTILINE)
