@@ -407,6 +407,15 @@ def test_train_without_the_package_of_a_tracker_names_the_command(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_train_without_the_variable_of_a_tracker_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow would create a database in the working directory."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    ended = job("train", "--run.storage", tmp_path, "--tracking.mlflow", "env")
+    assert ended.status == 2
+    assert ended.err == "error: tracking.mlflow = env: MLFLOW_TRACKING_URI is not set; set it, or give the URI\n"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_train_with_credentials_in_the_uri_of_a_tracker_is_refused(tmp_path: Path) -> None:
     ended = job("train", "--run.storage", tmp_path, "--tracking.mlflow", "https://user:hunter2@host")
     assert (ended.status, ended.err.count("\n")) == (2, 1)

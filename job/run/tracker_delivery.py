@@ -41,10 +41,12 @@ SECRETS = ("WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_PASSWORD")
 
 
 def check_trackers(config: TrackingConfig) -> None:
-    """Imports the packages of trackers. Raises UserError if one is not installed or cannot be imported.
+    """Imports the packages of trackers. Raises UserError if that is not possible, or a variable is not set.
 
     That takes seconds, in which a driver that waits for the import of another thread cannot handle a signal to stop.
     """
+    if config.mlflow == "env" and not os.environ.get("MLFLOW_TRACKING_URI"):
+        raise UserError("tracking.mlflow = env: MLFLOW_TRACKING_URI is not set", "set it, or give the URI")
     for name in config.targets:
         if find_spec(name) is None:
             raise UserError(f"tracking.{name}: {name} is not installed", f"pip install 'lanes[{name}]'")
