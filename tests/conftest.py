@@ -296,6 +296,12 @@ def stored_prose(prose: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return store
 
 
+@pytest.fixture
+def several_shards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short texts become stores of several shards."""
+    monkeypatch.setattr("job.data.pieces.PIECE_BYTES", 150)
+
+
 @dataclass
 class Trace:
     """A recorded run of the d2l book's own code, and the arguments of ``train`` that repeat it."""

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import full_disk, job, search_config
-from test_token_store import FLAGS, TEXT, json_lines, run, words
+from token_stores import FLAGS, TEXT, json_lines, run, words
 
 from job.config.config_file import load_config
 from job.config.schema import Config
