@@ -5,6 +5,7 @@ import importlib.metadata
 import io
 import json
 import os
+import pty
 import signal
 import socket
 import sqlite3
@@ -467,6 +468,34 @@ def test_wandb_shows_what_is_reported_later_of_its_last_step_in_the_summary(tmp_
     records = [Record.FromString(data) for file in files for data in read_records(file.read_bytes())]
     updates = {"/".join(item.nested_key) or item.key for record in records for item in record.summary.update}
     assert list(wandb_steps(tmp_path)) == [2] and {"train/nats", "epoch/nats"} <= updates
+
+
+WITHOUT_KEY = """
+from job.run.tracker import TrackedRun
+from job.run.wandb_tracker import WandbTracker
+from job.storage import Folder
+
+try:
+    WandbTracker(TrackedRun("run", Folder("."), {}, "project")).open("", "key")
+except Exception as error:
+    print(type(error).__name__)
+"""
+
+
+@pytest.mark.slow
+def test_wandb_without_a_key_fails_instead_of_asking_on_the_terminal_of_the_run(tmp_path: Path) -> None:
+    env = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    env |= {"HOME": str(tmp_path), "PYTHONPATH": str(ROOT), "TERM": "xterm"}
+    terminal, end = pty.openpty()
+    with open(terminal, "rb", buffering=0) as output:
+        command = [sys.executable, "-c", WITHOUT_KEY]
+        process = subprocess.Popen(command, cwd=tmp_path, env=env, stdin=end, stdout=end, stderr=end)
+        os.close(end)
+        try:
+            assert output.read(1000) == b"UsageError\r\n"
+        finally:
+            process.kill()
+            process.wait()
 
 
 def wandb_steps(folder: Path) -> dict[int, list[dict[str, Any]]]:

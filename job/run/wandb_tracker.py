@@ -24,6 +24,7 @@ class WandbTracker:
     """A run of W&B. Its files are in ``WANDB_DIR``, or in the run's folder if that is on a disk."""
 
     def __init__(self, run: TrackedRun) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")  # without a key it would ask for one on the run's terminal
         self.run = run
         self.client: Any = None
         self.last_step = -1
