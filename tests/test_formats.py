@@ -170,6 +170,7 @@ def test_decompress_of_a_bomb_is_refused(suffix: str) -> None:
         decompress(COMPRESSIONS[suffix](bytes(FREE_BYTES + (4 << 20))))
 
 
+@pytest.mark.slow
 def test_parse_file_of_parquet_bomb_is_refused() -> None:
     """A few bytes of a dictionary are any number of long values."""
     data = parquet(["long " * 20_000] * 2000, use_dictionary=True, compression="zstd")

@@ -108,8 +108,8 @@ def test_search_after_takeover_writes_no_records(
     [
         ("search.toml", errno.EROFS),
         ("trials.json", errno.ENOSPC),
-        ("trials.parquet", errno.ENOSPC),
-        ("best.toml", errno.EROFS),
+        pytest.param("trials.parquet", errno.ENOSPC, marks=pytest.mark.slow),
+        pytest.param("best.toml", errno.EROFS, marks=pytest.mark.slow),
     ],
 )
 def test_search_on_full_or_read_only_storage_fails_with_one_line_and_resumes(

@@ -22,6 +22,7 @@ from job.serving.server import Server, build_server, page_address, read_token
 pytestmark = pytest.mark.xdist_group("serving")  # one process, which trains the models once
 
 
+@pytest.mark.slow
 def test_client_that_does_not_read_is_disconnected_which_frees_its_place(
     served: tuple[Server, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

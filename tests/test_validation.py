@@ -116,6 +116,7 @@ def test_run_stopped_at_a_step_has_the_validations_of_an_uninterrupted_one(
         assert result(stopped)[name] == result(uninterrupted)[name]
 
 
+@pytest.mark.slow
 def test_run_that_loses_its_last_checkpoint_repeats_the_validations_after_the_one_before(
     prose: Path, tmp_path: Path, uninterrupted: Path
 ) -> None:
@@ -295,6 +296,7 @@ def test_validation_source_that_is_missing_is_reported_before_the_vocabulary_is_
         build_run_spec(config, Folder(str(tmp_path / "run")))
 
 
+@pytest.mark.slow
 def test_run_whose_validation_text_was_changed_is_not_resumed(prose: Path, tmp_path: Path) -> None:
     texts = split_text(prose, tmp_path)
     run(prose, tmp_path, "run", train__epochs=1, **texts)
