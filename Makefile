@@ -30,7 +30,7 @@ test: setup  ## all tests but the long ones (about thirteen minutes on two cores
 test-long: setup  ## the long tests: traces of the book, faults on several nodes, memory over 10,000 steps, sanitizers
 	$(RUN) -m pytest -m long $(PYTEST)
 
-test-quick: setup  ## the tests that need no Ray (65 seconds)
+test-quick: setup  ## the tests that need no Ray (a minute)
 	$(RUN) -m pytest -m "not cluster and not slow and not long" --numprocesses 2 --dist loadgroup --hypothesis-profile quick
 
 test-gpu: setup  ## the tests of GPUs: on CUDA if there is a GPU, else what a CPU can run, and a list of what needs CUDA

@@ -3,9 +3,10 @@
     python -m benchmarks.ablation --corpus TEXT [--results FILE] [--kind word] [--only NAME …] [--seeds N]
 
 Each technique is added to a model without any, and removed from a model with all of them; other cells take the place of
-the LSTM at equal numbers of weights. The model is an LSTM of 2 × 256 units on the first 200,000 tokens of the text,
-which it passes a dozen times, so that it overfits without regularization. A row takes one to three minutes on one core.
-Its result is a line of the file, and rows that are there are not run again; a run that was interrupted is resumed.
+the LSTM at equal numbers of weights. The model is an LSTM of 2 × 256 units for characters, trained by AdamW, and of
+2 × 200 for words, trained by SGD as in AWD-LSTM. It passes the first 200,000 tokens of the text several times, so that
+it overfits without regularization. A row takes one to three minutes on one core. Its result is a line of the file, and
+rows that are there are not run again; a run that was interrupted is resumed.
 """
 
 import argparse
@@ -24,13 +25,24 @@ from job.config.model import BUILTIN_CELLS, ModelConfig
 from job.run.estimate import count_weights
 
 NONE = "none"
-BASE: dict[str, Any] = {
-    "corpus.validation_fraction": 0.1, "corpus.max_tokens": 200_000, "stream.batch_size": 32, "stream.num_steps": 64,
-    "model.cell": "lstm", "model.hidden_size": 256, "model.num_layers": 2, "model.embedding_size": 256,
-    "optimizer.name": "adamw", "optimizer.learning_rate": 3e-3, "optimizer.schedule": "cosine",
-    "optimizer.grad_clip_norm": 1.0, "train.epochs": 10_000, "scale.workers": 0, "scale.cpus_per_worker": 1,
+CELL = "lstm"
+COMMON: dict[str, Any] = {
+    "corpus.validation_fraction": 0.1, "corpus.max_tokens": 200_000, "model.cell": CELL, "model.num_layers": 2,
+    "optimizer.schedule": "cosine", "train.epochs": 10_000, "scale.workers": 0, "scale.cpus_per_worker": 1,
 }  # fmt: skip
-TECHNIQUES: dict[str, dict[str, Any]] = {
+BASE: dict[str, dict[str, Any]] = {
+    "char": COMMON | {
+        "stream.batch_size": 32, "stream.num_steps": 64, "model.hidden_size": 256, "model.embedding_size": 256,
+        "optimizer.name": "adamw", "optimizer.learning_rate": 3e-3, "optimizer.grad_clip_norm": 1.0,
+    },
+    "word": COMMON | {
+        "stream.batch_size": 20, "stream.num_steps": 35, "model.hidden_size": 200, "model.embedding_size": 200,
+        "optimizer.name": "sgd", "optimizer.learning_rate": 20.0, "optimizer.grad_clip_norm": 0.25,
+    },
+}  # fmt: skip
+NUM_TOKENS = {"char": 65, "word": 13_777}  # of tiny Shakespeare, and of WikiText-2's validation part
+DECAY = {"char": 0.3, "word": 1e-5}  # of the weights, times the learning rate at each step
+TECHNIQUES: dict[str, dict[str, Any]] = {  # None: of DECAY
     "dropout": {"model.dropout": 0.3},
     "locked dropout": {"model.dropout": 0.3, "model.dropout_locked": True},
     "input dropout": {"model.input_dropout": 0.2},
@@ -39,40 +51,46 @@ TECHNIQUES: dict[str, dict[str, Any]] = {
     "AR": {"model.activation_regularization": 2.0},
     "TAR": {"model.temporal_regularization": 1.0},
     "tied weights": {"model.tied": True},
-    "weight decay": {"optimizer.weight_decay": 0.3},
-    "weight decay of matrices": {"optimizer.weight_decay": 0.3, "optimizer.decay_scope": "matrices"},
+    "weight decay": {"optimizer.weight_decay": None},
+    "weight decay of matrices": {"optimizer.weight_decay": None, "optimizer.decay_scope": "matrices"},
     "mean of weights": {"optimizer.averaging": "mean"},
     "EMA of weights": {"optimizer.averaging": "ema", "optimizer.ema_decay": 0.995},
 }
-CELLS = [cell for cell in BUILTIN_CELLS if cell != BASE["model.cell"]]
+CELLS = [cell for cell in BUILTIN_CELLS if cell != CELL]
 # The row after each is a variant of it, and is part of all.
 ALTERNATIVES = {"dropout", "weight decay", "mean of weights"}
 
 
-def equal_size(cell: str, num_tokens: int = 65) -> int:
-    """The hidden size, a multiple of 8, with which a model of a cell has about as many weights as ``BASE``.
+def of_equal_size(fields: dict[str, Any], kind: str) -> dict[str, Any]:
+    """The fields, with a size, a multiple of 8, that gives about as many weights as the model of ``BASE`` has."""
+    base = {name: value for name, value in BASE[kind].items() if name.startswith("model.")}
 
-    By default with the characters of tiny Shakespeare.
-    """
-    base = {name.removeprefix("model."): value for name, value in BASE.items() if name.startswith("model.")}
+    def sized(size: int) -> dict[str, Any]:
+        embedding = {"model.embedding_size": size} if fields.get("model.tied") else {}
+        return {**fields, "model.hidden_size": size, **embedding}
 
-    def num_weights(cell: str, hidden_size: int) -> int:
-        return count_weights(ModelConfig(**{**base, "cell": cell, "hidden_size": hidden_size}), num_tokens)
+    def num_weights(fields: dict[str, Any]) -> int:
+        model = {name.removeprefix("model."): value for name, value in {**base, **fields}.items()}
+        return count_weights(ModelConfig(**model), NUM_TOKENS[kind])
 
-    expected = num_weights(base["cell"], base["hidden_size"])
-    return min(range(8, 2048, 8), key=lambda size: abs(num_weights(cell, size) - expected))
+    return min(map(sized, range(8, 2048, 8)), key=lambda fields: abs(num_weights(fields) - num_weights({})))
 
 
-def rows() -> dict[str, dict[str, Any]]:
+def rows(kind: str) -> dict[str, dict[str, Any]]:
     """The fields of each row: none, one technique, all of them, all but one; cells of as many weights as the LSTM."""
-    parts = {name: fields for name, fields in TECHNIQUES.items() if name not in ALTERNATIVES}
+    techniques = {
+        name: {field: DECAY[kind] if value is None else value for field, value in fields.items()}
+        for name, fields in TECHNIQUES.items()
+    }
+    parts = {name: fields for name, fields in techniques.items() if name not in ALTERNATIVES}
 
     def together(names: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         return {name: value for fields in names.values() for name, value in fields.items()}
 
     without = {f"all but {name}": together({key: parts[key] for key in parts if key != name}) for name in parts}
-    cells = {f"cell {cell}": {"model.cell": cell, "model.hidden_size": equal_size(cell)} for cell in CELLS}
-    return {NONE: {}, **TECHNIQUES, "all": together(parts), **without, **cells}
+    tied = {"tied weights of equal number": of_equal_size(techniques["tied weights"], kind)}
+    cells = {f"cell {cell}": of_equal_size({"model.cell": cell}, kind) for cell in CELLS}
+    return {NONE: {}, **techniques, **tied, "all": together(parts), **without, **cells}
 
 
 def run_row(name: str, fields: dict[str, Any], seed: int, arguments: argparse.Namespace) -> dict[str, Any]:
@@ -81,7 +99,7 @@ def run_row(name: str, fields: dict[str, Any], seed: int, arguments: argparse.Na
     text = {"corpus.source": arguments.corpus, "vocabulary.kind": arguments.kind}
     steps = {"train.max_steps": arguments.steps, "optimizer.schedule_steps": arguments.steps}
     sections: dict[str, Any] = defaultdict(dict)
-    for full_name, value in {**BASE, **text, **run, **steps, **fields}.items():
+    for full_name, value in {**BASE[arguments.kind], **text, **run, **steps, **fields}.items():
         section, _, key = full_name.partition(".")
         sections[section][key] = value
     result = train(**sections).result
@@ -106,7 +124,7 @@ def print_table(results: list[dict[str, Any]], arguments: argparse.Namespace) ->
     """Prints nats per token of the best validation and of the last one, means over seeds."""
     print(f"{'':<34}{'best':>8}{'± seeds':>9}{'gain':>8}{'last':>8}{'training':>10}{'seconds':>9}{'seeds':>7}")
     best: dict[str, float] = {}
-    for name, fields in rows().items():
+    for name, fields in rows(arguments.kind).items():
         found = [result for result in results if is_result_of(result, name, fields, arguments)]
         if not found:
             continue
@@ -129,13 +147,13 @@ def main() -> None:
     parser.add_argument("--kind", choices=("char", "word"), default="char")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--only", nargs="+", choices=rows(), default=list(rows()), metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=rows("char"), default=list(rows("char")), metavar="NAME")
     arguments = parser.parse_args()
     path = Path(arguments.results)
     path.parent.mkdir(parents=True, exist_ok=True)
     for seed in range(arguments.seeds):
         for name in arguments.only:
-            fields, results = rows()[name], read_results(path)
+            fields, results = rows(arguments.kind)[name], read_results(path)
             if any(is_result_of(each, name, fields, arguments) and each["seed"] == seed for each in results):
                 continue
             result = run_row(name, fields, seed, arguments)
