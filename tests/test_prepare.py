@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import full_disk, job
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from object_store import KEYS, bucket_address
 from test_pieces import files
@@ -72,6 +72,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     shard=st.sampled_from([1, 9, 1000]), cleaning=st.sampled_from(["none", "d2l"]), separator=st.booleans(),
     scope=st.sampled_from(["corpus", "training"]), max_tokens=st.sampled_from([0, 0, 3, 17]),
     max_uncut=st.sampled_from([3, 5, 1000]), newlines=st.sampled_from(["keep", "normalize"]),
+)  # fmt: skip
+@example(  # a line end between a byte order mark and a letter is at the beginning of the text
+    contents=[(".bom.txt", b"\xef\xbb\xbf\na\n\n\n\n\n")], piece_bytes=4, shard=1, cleaning="none",
+    separator=False, scope="corpus", max_tokens=0, max_uncut=3, newlines="keep",
 )  # fmt: skip
 def test_store_of_pieces_equals_the_corpus_in_memory(
     tmp_path_factory: pytest.TempPathFactory, kind: str, contents: list[tuple[str, bytes]], piece_bytes: int,

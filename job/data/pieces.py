@@ -23,7 +23,6 @@ from job.errors import UserError, error_origin
 PIECE_BYTES = 32 << 20  # of the text of a piece, about
 _WINDOW_BYTES, _MAX_WINDOW_BYTES = 64 << 10, 1 << 20  # that are searched for a cut at a time, from the end of a piece
 _CONTEXT_BYTES = 16  # before a window, on which a cut may depend
-_BYTE_ORDER_MARK = "\ufeff"
 _FILES_AT_ONCE = 16  # whose sizes and formats are requested
 
 
@@ -221,12 +220,12 @@ def _find_cut(stream: BinaryIO, places: range, find_cut: Callable[[str | bytes],
         start = max(0, stop - window - _CONTEXT_BYTES)
         stream.seek(start)
         data = stream.read(stop - start)
-        if start:
-            data = data.lstrip(bytes(range(0x80, 0xC0)))  # the rest of a character
+        # The rest of a character, or a byte order mark, which is no text.
+        data = data.lstrip(bytes(range(0x80, 0xC0))) if start else data.removeprefix(codecs.BOM_UTF8)
         # Bytes that are not UTF-8 stay what they are, until the text is decoded.
         text, _ = codecs.utf_8_decode(data, "surrogateescape", False)
         cut = find_cut(text)
-        if cut and (start or text[:cut] != _BYTE_ORDER_MARK):  # which is no text
+        if cut:
             return stop - len(data) + len(text[:cut].encode("utf-8", "surrogateescape"))
         stop -= window
         size = min(8 * size, _MAX_WINDOW_BYTES)
