@@ -249,8 +249,7 @@ def test_trackers_that_do_not_get_the_configuration_create_no_further_run(server
         driver = Driver(Folder(str(tmp_path)), start)
         driver.report(*range(start + 1, start + 5))
         driver.commit(start + 4)
-        while server.refusals >= 0:
-            time.sleep(0.01)
+        wait_until(lambda: server.refusals < 0, 60, "the tracker was not asked again", 0.01)
         driver.trackers.close()
         driver.log.close()
     assert server.steps == {"run-0": [*range(1, 9)]}
