@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from job.distributed.context import available_cpus
+from job.kernels.ops import uses_amx
 
 
 def interleaved(runs: dict[str, Callable[[], float]], rounds: int) -> dict[str, list[float]]:
@@ -32,8 +33,9 @@ def machine() -> str:
     metadata = _processor()
     name = "{model name} (family {cpu family})".format(**metadata) if "cpu family" in metadata else platform.processor()
     versions = ", ".join(f"{package} {version(package)}" for package in ("torch", "ray"))
-    bf16 = "with" if torch.cpu.get_capabilities().get("avx512_bf16") else "without"
-    return f"{name}, {available_cpus()} cores, {bf16} AVX-512 bf16; Python {platform.python_version()}, {versions}"
+    found = torch.cpu.get_capabilities()
+    bf16 = "AMX" if uses_amx() else "AVX-512 bf16" if found.get("avx512_bf16") else "no bf16"
+    return f"{name}, {available_cpus()} cores, {bf16}; Python {platform.python_version()}, {versions}"
 
 
 def _processor() -> dict[str, str]:

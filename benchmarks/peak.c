@@ -52,6 +52,30 @@ double multiply_bf16(long turns) {
 #endif
 }
 
+/* As before, of tiles of AMX, which the process must have been permitted to use. */
+double multiply_tiles(long turns) {
+#ifdef __AMX_BF16__
+    enum { TILE = 16 };
+    const struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t row_bytes[16];
+        uint8_t rows[16];
+    } sizes = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+    __asm__ volatile("" ::"m"(sizes));
+    _tile_loadconfig(&sizes);
+    for (long t = 0; t < turns; t++) {
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_dpbf16ps(1, 4, 7);
+        _tile_dpbf16ps(2, 5, 6);
+        _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_release();
+    return 4.0 * turns * 2 * TILE * TILE * 2 * TILE;
+#else
+    return 0.0 * turns;
+#endif
+}
+
 /* Bytes read and written. */
 double copy(char *to, const char *from, long size) {
     memcpy(to, from, size);

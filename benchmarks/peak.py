@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+from job.kernels.ops import uses_amx
+
 
 @dataclass(frozen=True)
 class Limits:
-    """FLOP/s and bytes per second."""
+    """FLOP/s and bytes per second. bf16: with the instructions that the kernels use."""
 
     float32: float
     bfloat16: float
@@ -38,7 +40,7 @@ def limits() -> Limits:
         copied = ctypes.c_void_p(to.data_ptr()), ctypes.c_void_p(source_bytes.data_ptr()), ctypes.c_long(size)
         return Limits(
             _best(library.multiply_floats, iterations),
-            _best(library.multiply_bf16, iterations),
+            _best(library.multiply_tiles if uses_amx() else library.multiply_bf16, iterations),
             _best(library.copy, *copied),
         )
 

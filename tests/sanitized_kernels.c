@@ -405,6 +405,7 @@ static void run_group(void *(*work)(void *), index_t workers, index_t present, i
 }
 
 int main(void) {
+    check(request_amx(), "request_amx");
     run_update();
     run_kernels(0);
     for (index_t lanes = 1; lanes < 20; lanes += 3) run_dropout_keys(lanes);

@@ -192,10 +192,23 @@ def reason_in_subprocess(cache: Path, **environment: Any) -> str:
 def test_load_without_working_compiler_explains_why(tmp_path: Path) -> None:
     assert "no C compiler" in reason_in_subprocess(tmp_path, PATH="")
     assert "off" in reason_in_subprocess(tmp_path, LANES_KERNEL="off")
+    assert "'amx', which is neither off nor no-amx" in reason_in_subprocess(tmp_path, LANES_KERNEL="amx")
     broken = tmp_path / "cc"
     broken.write_text("#!/bin/sh\necho no such flag >&2\nexit 1\n")
     broken.chmod(0o755)
     assert "no such flag" in reason_in_subprocess(tmp_path, PATH=str(tmp_path))
+
+
+@pytest.mark.slow
+@needs_kernel
+def test_kernels_without_amx_pass_the_tests_of_bf16() -> None:
+    code = "import sys, pytest; from job.kernels.ops import uses_amx; sys.exit(uses_amx() or pytest.main(sys.argv[1:]))"
+    tests = ["-q", "-n0", "-p", "no:cacheprovider", "-k", "bfloat16", "tests/test_kernels.py", "tests/test_rnn.py"]
+    environment = {**os.environ, "LANES_KERNEL": "no-amx"}
+    ended = subprocess.run(
+        [sys.executable, "-c", code, *tests], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
 
 
 @pytest.mark.slow

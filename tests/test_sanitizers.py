@@ -10,13 +10,20 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, not_none
 
+from job.kernels.build import WITHOUT_AMX
+
 COMPILER = shutil.which("gcc")
 KERNELS = ROOT / "job" / "kernels"
 FLAGS = ["-O1", "-g", "-std=gnu11", "-fno-strict-aliasing", "-pthread", "-Daligned_alloc=failing_aligned_alloc"]
 FLAGS.append("-DMAX_LOGITS=1")  # so that a few rows are several blocks
 MEMORY = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 THREADS = ["-fsanitize=thread"]
-PORTABLE = ["-march=x86-64"] if platform.machine() == "x86_64" else []
+X86 = platform.machine() == "x86_64"
+ARCHITECTURES = {
+    "native": ["-march=native"],
+    "no-amx": ["-march=native", *(WITHOUT_AMX if X86 else [])],
+    "portable": ["-march=x86-64"] if X86 else [],
+}
 
 pytestmark = [pytest.mark.long, pytest.mark.skipif(COMPILER is None, reason="no gcc")]
 
@@ -29,10 +36,10 @@ def run_sanitized(folder: Path, kernels: Path, flags: list[str]) -> subprocess.C
     return subprocess.run([program], capture_output=True, text=True, check=False)
 
 
-@pytest.mark.parametrize("architecture", [["-march=native"], PORTABLE], ids=["native", "portable"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES.values(), ids=ARCHITECTURES)
 @pytest.mark.parametrize("sanitizers", [MEMORY, THREADS], ids=["memory", "threads"])
 def test_kernels_on_many_shapes_raise_no_sanitizer_report(
-    tmp_path: Path, sanitizers: list[str], architecture: str
+    tmp_path: Path, sanitizers: list[str], architecture: list[str]
 ) -> None:
     ended = run_sanitized(tmp_path, KERNELS, [*sanitizers, *architecture])
     assert (ended.returncode, ended.stderr) == (0, "")

@@ -176,6 +176,12 @@ int dropout(const DropoutArgs *args);
 /* Whether the kernels compute with bf16 on this processor. */
 int supports_bf16(void);
 
+/* Whether they multiply bf16 with AMX, which gives other bits than AVX-512 does. */
+int uses_amx(void);
+
+/* Asks the system to let this process use AMX. Returns 0 if the kernels need it and the system refuses, else 1. */
+int request_amx(void);
+
 /* One process's view of a group that shares memory; see collectives.c. */
 typedef struct {
     char *memory; /* a cache line that identifies it, flags of each rank, a slot of each rank, a slot for the sums */

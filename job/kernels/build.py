@@ -19,7 +19,8 @@ from job.paths import cache_folder, is_private
 
 SOURCES = sorted(Path(__file__).parent.glob("*.[ch]"))
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fno-strict-aliasing", "-fPIC", "-shared", "-pthread")
-KERNEL_ENV_VAR = "LANES_KERNEL"  # "off": nothing is compiled or loaded
+WITHOUT_AMX = ("-mno-amx-bf16", "-mno-amx-tile")
+KERNEL_ENV_VAR = "LANES_KERNEL"  # "off": nothing is compiled or loaded; "no-amx": AMX is not used
 BUILD_TIMEOUT_S = 60.0
 
 
@@ -46,9 +47,22 @@ def _load_or_explain() -> tuple[ctypes.CDLL | None, str | None]:
 
 
 def _load() -> ctypes.CDLL:
-    """Loads the compiled library; compiles it first if it is not cached. Raises if it is unavailable."""
-    if os.environ.get(KERNEL_ENV_VAR) == "off":
+    """Loads the library for what the processor and the system permit. Raises if it is unavailable."""
+    mode = os.environ.get(KERNEL_ENV_VAR, "")
+    if mode == "off":
         raise KernelUnavailable(f"{KERNEL_ENV_VAR} is off")
+    if mode not in ("", "no-amx"):
+        raise KernelUnavailable(f"{KERNEL_ENV_VAR} is {mode!r}, which is neither off nor no-amx")
+    if mode != "no-amx":
+        library = _load_compiled(FLAGS)
+        if library.request_amx():
+            return library
+    without_amx = WITHOUT_AMX if platform.machine() in ("x86_64", "AMD64") else ()
+    return _load_compiled(FLAGS + without_amx)
+
+
+def _load_compiled(flags: tuple[str, ...]) -> ctypes.CDLL:
+    """Loads the library compiled with these flags; compiles it first if it is not cached."""
     compiler = next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
     if compiler is None:
         raise KernelUnavailable("there is no C compiler")
@@ -56,9 +70,9 @@ def _load() -> ctypes.CDLL:
     folder = cache_folder() / "kernels"
     folder.mkdir(mode=0o700, exist_ok=True)
     _check_owner(folder)
-    path = folder / f"kernels-{_cache_key(compiler)}.so"
+    path = folder / f"kernels-{_cache_key(compiler, flags)}.so"
     if not path.exists():
-        _build(compiler, path)
+        _build(compiler, flags, path)
     _check_owner(path)
     library = ctypes.CDLL(str(path))
     declare_functions(library)
@@ -73,11 +87,11 @@ def _check_owner(path: Path) -> None:
         raise KernelUnavailable(f"{path} belongs to another user, or others may write it")
 
 
-def _cache_key(compiler: str) -> str:
+def _cache_key(compiler: str, flags: tuple[str, ...]) -> str:
     """Returns a hash of everything that the compiled file depends on."""
     executable = Path(compiler).resolve()
     status = executable.stat()
-    metadata = [str(executable), status.st_size, status.st_mtime_ns, FLAGS, platform.machine(), _cpu_features()]
+    metadata = [str(executable), status.st_size, status.st_mtime_ns, flags, platform.machine(), _cpu_features()]
     texts = b"".join(source.read_bytes() for source in SOURCES)
     return hashlib.sha256(texts + repr(metadata).encode()).hexdigest()[:24]
 
@@ -88,11 +102,11 @@ def _cpu_features() -> list[str]:
     return sorted({line for line in lines if line.startswith(("model name", "flags", "Features", "CPU"))})
 
 
-def _build(compiler: str, path: Path) -> None:
+def _build(compiler: str, flags: tuple[str, ...], path: Path) -> None:
     """Compiles to a temporary name and renames the file, so that concurrent workers never load an incomplete one."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         output = Path(folder) / path.name
-        command = [compiler, *FLAGS, *(str(path) for path in SOURCES if path.suffix == ".c"), "-lm", "-o", str(output)]
+        command = [compiler, *flags, *(str(path) for path in SOURCES if path.suffix == ".c"), "-lm", "-o", str(output)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=BUILD_TIMEOUT_S, check=False)  # noqa: S603
         if done.returncode:
             raise KernelUnavailable(f"{compiler} failed: {done.stderr.strip()[-500:]}")

@@ -10,7 +10,7 @@
 #ifndef GEMM_H
 #define GEMM_H
 
-#include "vector.h"
+#include "tiles.h"
 
 #ifdef __AVX512F__
 enum { TILE_ROWS = 8 };
@@ -18,6 +18,7 @@ enum { TILE_ROWS = 8 };
 enum { TILE_ROWS = 4 };
 #endif
 enum { PANEL = 2 * WIDTH, BLOCK_DEPTH = 128, BLOCK_ROWS = 64, PREFETCH_ROWS = 8 };
+enum { PRODUCT_ROWS = USES_TILES ? 256 : BLOCK_ROWS }; /* tiles multiply faster than panels are read from memory */
 
 /* --- packing --- */
 
@@ -76,6 +77,12 @@ INLINE void pack_columns(int is_bf16, uint32_t *to, const float *matrix, index_t
         }
 }
 
+/* The words that a product sums over, at least: whole tiles if it uses them. Those from `depth` on are zero. */
+INLINE index_t pad_depth(int is_bf16, index_t depth) {
+    index_t multiple = is_bf16 ? TILE : 1;
+    return (depth + multiple - 1) / multiple * multiple;
+}
+
 /* --- products --- */
 
 /* Adds the product of words to a sum: of two floats, or of two pairs of bf16. */
@@ -112,11 +119,48 @@ INLINE void micro_kernel(int is_bf16, const int rows, const int vectors, const u
     }
 }
 
-/* The same for any number of rows and any depth, in blocks of the panel that fit the L1 cache. Columns: 1 … PANEL, of which
-   WIDTH or PANEL are written. */
+#ifdef __AMX_BF16__
+/* gemm_panel with tiles, in blocks of rows that are as equal as possible: few need other sizes of the tiles. If the stride
+   of the words is not 1, `a` is a panel whose tiles were transposed. */
+INLINE void gemm_tiles(index_t rows, index_t columns, const uint32_t *a, index_t row_stride, index_t word_stride,
+                       const uint32_t *panel, index_t depth, float *sums, index_t stride, int accumulate,
+                       const float *bias) {
+    index_t a_stride = word_stride == 1 ? row_stride : word_stride;
+    index_t second_row = word_stride == 1 ? TILE * row_stride : TILE, next_tile = TILE * word_stride;
+    index_t num_blocks = (rows + 2 * TILE - 1) / (2 * TILE), block = (rows + num_blocks - 1) / num_blocks;
+    index_t max_depth = num_blocks > 1 ? BLOCK_DEPTH : depth, prefetched = TILE * PANEL / num_blocks;
+    for (index_t k = 0; k < depth; k += max_depth, accumulate = 1) {
+        index_t block_depth = depth - k < max_depth ? depth - k : max_depth;
+        const uint32_t *words = panel + k * PANEL, *next = words + block_depth * PANEL;
+        for (index_t i = 0; i < rows; i += block, next += block_depth / TILE * prefetched) {
+            index_t block_rows = rows - i < block ? rows - i : block;
+            const float *start = accumulate ? sums + i * stride : bias;
+#define MULTIPLY(two_rows, two_columns)                                                                            \
+    multiply_tiles(two_rows, two_columns, a + i * row_stride + k * word_stride, a_stride, second_row, next_tile,   \
+                   words, PANEL, block_depth, next, prefetched, start, accumulate ? stride : 0, sums + i * stride, \
+                   stride)
+            configure_tiles(block_rows);
+            if (block_rows > TILE && columns > WIDTH) MULTIPLY(1, 1);
+            if (block_rows > TILE && columns <= WIDTH) MULTIPLY(1, 0);
+            if (block_rows <= TILE && columns > WIDTH) MULTIPLY(0, 1);
+            if (block_rows <= TILE && columns <= WIDTH) MULTIPLY(0, 0);
+#undef MULTIPLY
+        }
+    }
+}
+#endif
+
+/* The same as micro_kernel for any number of rows and any depth, in blocks of the panel that fit the L1 cache. Columns:
+   1 … PANEL, of which WIDTH or PANEL are written. */
 INLINE void gemm_panel(int is_bf16, index_t rows, index_t columns, const void *a, index_t row_stride,
                        index_t word_stride, const uint32_t *panel, index_t depth, float *sums, index_t stride,
                        int accumulate, const float *bias) {
+#ifdef __AMX_BF16__
+    if (is_bf16) {
+        gemm_tiles(rows, columns, a, row_stride, word_stride, panel, depth, sums, stride, accumulate, bias);
+        return;
+    }
+#endif
 #define MICRO_KERNEL(rows, vectors)                                                                                \
     micro_kernel(is_bf16, rows, vectors, words + i * row_stride, row_stride, word_stride, block, block_depth,      \
                  block + block_depth * (PANEL + i * PANEL / 8 / TILE_ROWS), sums + i * stride, stride, accumulate, \

@@ -16,8 +16,8 @@ typedef struct {
 
 static void linear_rows(const void *argument, index_t first, index_t count) {
     const linear_task *task = argument;
-    for (; count > 0; first += BLOCK_ROWS, count -= BLOCK_ROWS) {
-        index_t rows = count < BLOCK_ROWS ? count : BLOCK_ROWS;
+    for (; count > 0; first += PRODUCT_ROWS, count -= PRODUCT_ROWS) {
+        index_t rows = count < PRODUCT_ROWS ? count : PRODUCT_ROWS;
         void *out = (void *)offset_ptr(task->out_is_bf16, task->out, first * task->product.columns);
         if (task->is_bf16 && task->out_is_bf16)
             product_rows(1, 1, &task->product, first, rows, out);
@@ -98,13 +98,14 @@ INLINE void gradient_block(int is_bf16, const WeightGradientArgs *args, index_t 
                            uint32_t *a, uint32_t *b) {
     index_t step = is_bf16 ? 2 : 1, N = args->columns, stride = args->out_columns, left_stride = args->left_stride;
     index_t rows = args->rows - row < BLOCK_DEPTH * step ? args->rows - row : BLOCK_DEPTH * step;
-    index_t depth = (rows + step - 1) / step;
+    index_t depth = pad_depth(is_bf16, (rows + step - 1) / step);
     index_t padded = args->left_columns / args->gates, units = args->out_rows / args->gates;
     pack_rows(is_bf16, is_bf16, b, offset_ptr(is_bf16, args->right, row * N), N, rows, N, depth, 0, depth);
     for (index_t group = 0; group < count; group += LEFT_COLUMNS) {
         index_t columns = count - group < LEFT_COLUMNS ? count - group : LEFT_COLUMNS;
         pack_rows(is_bf16, is_bf16, a, offset_ptr(is_bf16, args->left, row * left_stride + first + group), left_stride,
                   rows, columns, depth, 0, depth);
+        if (is_bf16) transpose_tiles(a, columns, PANEL, depth);
         for (index_t m = 0; m < columns; m += PANEL) {
             index_t gate = (first + group + m) / padded, unit = (first + group + m) % padded;
             float *out = args->out + (gate * units + unit) * stride;

@@ -12,10 +12,10 @@ typedef struct {
     index_t left_stride, depth, columns; /* columns: a multiple of PANEL */
 } packed_product;
 
-/* out (count, columns) = rows of the left factor times the right one + bias; at most BLOCK_ROWS rows. */
+/* out (count, columns) = rows of the left factor times the right one + bias; at most PRODUCT_ROWS rows. */
 INLINE void product_rows(int is_bf16, int out_is_bf16, const packed_product *p, index_t first, index_t count,
                          void *out) {
-    float sums[BLOCK_ROWS * PANEL] __attribute__((aligned(64)));
+    float sums[PRODUCT_ROWS * PANEL] __attribute__((aligned(64)));
     index_t N = p->columns, depth = p->depth;
     for (index_t n = 0; n < N; n += PANEL) {
         gemm_panel(is_bf16, count, PANEL, (const uint32_t *)p->left + first * p->left_stride, p->left_stride, 1,

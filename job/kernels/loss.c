@@ -76,20 +76,24 @@ INLINE void hidden_gradient(int is_bf16, const loss_task *task, index_t first, i
                        out + n, p->columns, k > 0, NULL);
 }
 
+/* Both, of at most PRODUCT_ROWS rows. */
+INLINE void loss_product_rows(int is_bf16, const loss_task *task, index_t first, index_t count, float *logits) {
+    for (index_t i = 0; i < count; i += BLOCK_ROWS)
+        loss_block(is_bf16, task, first + i, count - i < BLOCK_ROWS ? count - i : BLOCK_ROWS, logits);
+    if (task->dlogits) hidden_gradient(is_bf16, task, first, count);
+}
+
 static void loss_rows(const void *argument, index_t first, index_t count) {
     const loss_task *task = argument;
     float *logits = alloc_floats(BLOCK_ROWS * task->logits.columns);
     if (!logits) *task->failed = 1;
     first += task->first_row;
-    for (; logits && count > 0; first += BLOCK_ROWS, count -= BLOCK_ROWS) {
-        index_t rows = count < BLOCK_ROWS ? count : BLOCK_ROWS;
-        if (task->args->is_bf16) {
-            loss_block(1, task, first, rows, logits);
-            if (task->dlogits) hidden_gradient(1, task, first, rows);
-        } else {
-            loss_block(0, task, first, rows, logits);
-            if (task->dlogits) hidden_gradient(0, task, first, rows);
-        }
+    for (; logits && count > 0; first += PRODUCT_ROWS, count -= PRODUCT_ROWS) {
+        index_t rows = count < PRODUCT_ROWS ? count : PRODUCT_ROWS;
+        if (task->args->is_bf16)
+            loss_product_rows(1, task, first, rows, logits);
+        else
+            loss_product_rows(0, task, first, rows, logits);
     }
     free(logits);
 }
@@ -152,7 +156,8 @@ static index_t block_rows(const LossArgs *args) {
 int linear_cross_entropy(const LossArgs *args) {
     int is_bf16 = (int)args->is_bf16, has_gradient = args->dweight != NULL;
     index_t V = args->vocabulary_size, columns = args->columns, H = args->units, padded = args->padded_units;
-    index_t step = is_bf16 ? 2 : 1, depth = (H + step - 1) / step, token_depth = (V + step - 1) / step;
+    index_t step = is_bf16 ? 2 : 1, depth = pad_depth(is_bf16, (H + step - 1) / step);
+    index_t token_depth = pad_depth(is_bf16, (V + step - 1) / step);
     index_t rows = has_gradient ? block_rows(args) : args->rows;
     for (index_t i = 0; i < args->rows; i++)
         if (args->targets[i] < 0 || args->targets[i] >= V) return INVALID_TOKEN;

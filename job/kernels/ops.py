@@ -56,6 +56,13 @@ def supports_dtype(dtype: torch.dtype) -> bool:
     return library is not None and (dtype == torch.float32 or (dtype == torch.bfloat16 and library.supports_bf16()))
 
 
+@functools.cache
+def uses_amx() -> bool:
+    """Whether the kernels multiply bf16 with AMX, which gives other bits than AVX-512 does."""
+    library = load_library()
+    return library is not None and bool(library.uses_amx())
+
+
 def _call(function: str, **fields: Any) -> None:
     """Calls a function of api.h that computes; the fields are those of its struct."""
     struct = FUNCTIONS[function][0]._type_

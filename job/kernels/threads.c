@@ -6,6 +6,8 @@
 #include <pthread.h>
 #include <stdatomic.h>
 
+#include "tiles.h"
+
 enum { MAX_THREADS = 64, SPINS = 2000 /* some 20 to 50 us */ };
 
 typedef struct {
@@ -25,7 +27,10 @@ static worker workers[MAX_THREADS - 1];
 static index_t num_workers; /* that were started */
 static pthread_mutex_t in_use = PTHREAD_MUTEX_INITIALIZER;
 
-static void run_slice(const work_slice *slice) { slice->work(slice->task, slice->first, slice->count); }
+static void run_slice(const work_slice *slice) {
+    slice->work(slice->task, slice->first, slice->count);
+    release_tiles();
+}
 
 static void pause_briefly(void) {
 #if defined __x86_64__

@@ -8,7 +8,7 @@ import torch
 from job.distributed.collectives import gather_json
 from job.distributed.context import Precision, World, device_name
 from job.errors import UnrecoverableError
-from job.kernels.ops import kernel_unavailable_reason, supports_dtype
+from job.kernels.ops import kernel_unavailable_reason, supports_dtype, uses_amx
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Implementation:
     """
 
     node: str
-    processor: str  # the GPU's model, or the CPU's architecture and the instructions that torch uses
+    processor: str  # the GPU's model, or the CPU's architecture and the instructions that torch and the kernel use
     uses_kernel: bool
     kernel_unavailable: str  # the reason; empty if the kernel is available or the device is not a CPU
 
@@ -33,6 +33,8 @@ def gather_implementations(world: World, precision: Precision) -> list[Implement
     device = world.device
     on_cpu = device.type == "cpu"
     instructions = f" {torch.backends.cpu.get_cpu_capability()}" if on_cpu else ""
+    if on_cpu and precision.autocast and uses_amx():
+        instructions += " with AMX"
     own = (
         platform.node(),
         device_name(device) + instructions,
@@ -70,7 +72,7 @@ def check_same_implementation(implementations: list[Implementation]) -> None:
             raise UnrecoverableError(
                 f"train.reproducible: worker {rank} on {other.node} would compute {other}, "
                 f"but worker 0 on {first.node} {first}, which gives other bits",
-                "use nodes that are alike; without the kernel: LANES_KERNEL=off on all of them",
+                "use nodes that are alike, or set LANES_KERNEL=off on all of them (no-amx, if they differ in AMX only)",
             )
 
 
