@@ -491,7 +491,7 @@ def test_wandb_without_a_key_fails_instead_of_asking_on_the_terminal_of_the_run(
         process = subprocess.Popen(command, cwd=tmp_path, env=env, stdin=end, stdout=end, stderr=end)
         os.close(end)
         try:
-            assert output.read(1000) == b"UsageError\r\n"
+            assert output.readline() == b"UsageError\r\n"
         finally:
             process.kill()
             process.wait()
