@@ -1,4 +1,5 @@
-/* Permission to use tiles, and the sizes of each thread's tiles. To set them takes as long as twenty products, so they are kept until they change. */
+/* Permission to use tiles, and the sizes of each thread's tiles. To set these takes as long as some ten products of tiles,
+   so they are kept until they change. */
 
 #include "tiles.h"
 

@@ -3,7 +3,7 @@
 
    One instruction adds the products of 16 words of up to 16 rows with 16 columns to a tile of floats. Each row's sums are
    taken in a fixed order, as in gemm.h, but in another one than there.
-   Source: Intel, "Intel 64 and IA-32 Architectures Optimization Reference Manual", chapter 20. */
+   Source: Intel, "Intel 64 and IA-32 Architectures Optimization Reference Manual", the chapter on AMX. */
 
 #ifndef TILES_H
 #define TILES_H
@@ -28,9 +28,9 @@ INLINE void multiply_tiles(const int two_rows, const int two_columns, const uint
                            index_t depth, const uint32_t *next, index_t prefetched, const float *start,
                            index_t start_stride, float *sums, index_t stride) {
     index_t row_bytes = row_stride * 4, panel_bytes = panel_width * 4, sum_bytes = stride * 4;
-    const float *second = start + TILE * start_stride;
     __asm__ volatile("" ::: "memory"); /* gcc's intrinsics do not declare what memory they read */
     if (start) {
+        const float *second = start + TILE * start_stride;
         _tile_loadd(0, start, start_stride * 4);
         if (two_columns) _tile_loadd(1, start + TILE, start_stride * 4);
         if (two_rows) _tile_loadd(2, second, start_stride * 4);
