@@ -70,9 +70,9 @@ INLINE void transpose_tile(uint32_t *words, index_t stride) {
         }
         for (int i = 0; i < TILE; i++) {
             if (i & half) continue;
-            ivec a = row[i], b = row[i + half];
-            row[i] = __builtin_shuffle(a, b, upper);
-            row[i + half] = __builtin_shuffle(a, b, lower);
+            __m512i a = (__m512i)row[i], b = (__m512i)row[i + half];
+            row[i] = (ivec)_mm512_permutex2var_epi32(a, (__m512i)upper, b);
+            row[i + half] = (ivec)_mm512_permutex2var_epi32(a, (__m512i)lower, b);
         }
     }
     for (int i = 0; i < TILE; i++) *(ivec *)(words + i * stride) = row[i];
