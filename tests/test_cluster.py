@@ -72,7 +72,7 @@ def test_submitted_job_with_relative_storage_fails(job_server: JobServer, prose:
 def test_stopped_job_resumes_when_submitted_again(job_server: JobServer, stored_prose: Path, tmp_path: Path) -> None:
     """So does its run of a tracker, to which the driver sends each step once."""
     tracker = ["--tracking.mlflow", f"sqlite:///{tmp_path}/mlflow.db", "--tracking.checkpoint", "false"]
-    size = ["--model.hidden_size", 512]  # a step takes longer than the driver needs to record it
+    size = ["--model.hidden_size", 1024]  # a step takes longer than the driver needs to record it
     command = train_flags(stored_prose, tmp_path, "run", "--scale.workers", 1, "--train.epochs", 3000, *size, *tracker)
     started = job_server.submit("long", *command, wait=False)
     assert started.returncode == 0, started.stdout + started.stderr

@@ -115,13 +115,10 @@ class RayLauncher:
             events = _poll_events(event_channel)
             for event in events:
                 recorder.handle(event)
-            if stop_request.pop_checkpoint_request():
-                ray.get(event_channel.request.remote(checkpoint=True))
+                stop_sent = _send_requests(event_channel, stop_request, stop_sent)  # there may be thousands of events
             if stop_request.exit_code and not recorder.status.has_workers:
                 raise KeyboardInterrupt  # no worker is running that could save anything
-            if stop_request.exit_code and not stop_sent:
-                ray.get(event_channel.request.remote(stop=True))
-                stop_sent = True
+            stop_sent = _send_requests(event_channel, stop_request, stop_sent)
             if not self.fit.is_alive() and not events and not recorder.is_done:
                 raise RunFailed(
                     f"Ray Train ended: {one_line(self.fit.error) if self.fit.error else 'without an error'}"
@@ -185,6 +182,16 @@ def _poll_events(event_channel: Any) -> list[Event]:
     while not ray.wait([call], timeout=2 * POLL_INTERVAL_S)[0]:
         check_processes()
     return [loads(payload) for payload in ray.get(call)]
+
+
+def _send_requests(event_channel: Any, stop_request: StopRequest, stop_sent: bool) -> bool:
+    """Sends a request for a checkpoint, and one to stop unless it was sent. Returns whether that was sent."""
+    if stop_request.pop_checkpoint_request():
+        ray.get(event_channel.request.remote(checkpoint=True))
+    is_stopping = bool(stop_request.exit_code)
+    if is_stopping and not stop_sent:
+        ray.get(event_channel.request.remote(stop=True))
+    return is_stopping
 
 
 def _build_trainer(
