@@ -234,7 +234,7 @@ def training_facts(outcome: Outcome, rows: list[dict[str, Any]], start: float, s
 # Part, its seconds on a GPU and with --quick, its function; in the order of importance, within 10 minutes together.
 PARTS = [
     ("smoke", 60, 60, run_smoke),
-    ("tests", 170, 110, run_tests),
+    ("tests", 220, 110, run_tests),
     ("benchmarks", 170, 80, run_benchmarks),
     ("training", 70, 50, run_training),
     ("transformer", 110, 50, run_transformer),

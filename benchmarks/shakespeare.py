@@ -36,6 +36,11 @@ BASE: dict[str, Any] = {
     "optimizer.decay_scope": "matrices", "optimizer.averaging": "ema", "train.epochs": 16,
     "train.keep_checkpoints": 1, "train.checkpoint_every": "600s", "generate.length": 0,
 }  # fmt: skip
+RECIPE = {  # configs/shakespeare.toml, with a model of its own
+    "stream.batch_size": 64, "stream.num_steps": 25, "model.embedding_size": 64, "optimizer.weight_decay": 0.2,
+    "train.epochs": 9,
+}  # fmt: skip
+LARGE = {"model.hidden_size": 1024, "model.dropout": 0.45}
 EXPERIMENTS: dict[str, dict[str, Any]] = {
     "base": {},
     "less weight decay": {"optimizer.weight_decay": 0.3},
@@ -50,17 +55,17 @@ EXPERIMENTS: dict[str, dict[str, Any]] = {
     "GRU": {"model.cell": "gru", "model.hidden_size": 888},
     "wide": {"model.hidden_size": 1024},
     "long windows": {"stream.batch_size": 64, "stream.num_steps": 100},
-    "recipe": {  # configs/shakespeare.toml
-        "stream.batch_size": 64, "stream.num_steps": 25, "model.hidden_size": 512, "model.embedding_size": 64,
-        "model.dropout": 0.3, "optimizer.weight_decay": 0.2, "train.epochs": 9,
-    },
-    "recipe with 640 units": {
-        "stream.batch_size": 64, "stream.num_steps": 25, "model.hidden_size": 640, "model.embedding_size": 64,
-        "model.dropout": 0.36, "optimizer.weight_decay": 0.2, "train.epochs": 9,
-    },
     "combined": {
         "model.hidden_size": 1024, "model.dropout": 0.5, "optimizer.weight_decay": 0.3, "train.epochs": 36,
     },
+    "recipe": {**RECIPE, "model.hidden_size": 512, "model.dropout": 0.3},
+    "recipe with 640 units": {**RECIPE, "model.hidden_size": 640, "model.dropout": 0.36},
+    "1024 units": {**RECIPE, **LARGE, "optimizer.weight_decay": 0.4},
+    "1024 units with less weight decay": {**RECIPE, **LARGE},
+    "1024 units with more dropout": {**RECIPE, **LARGE, "model.dropout": 0.5},
+    "1024 units with most dropout": {**RECIPE, **LARGE, "model.dropout": 0.55},
+    "1024 units with lower learning rate": {**RECIPE, **LARGE, "optimizer.learning_rate": 2e-3},
+    "1024 units with 12 epochs": {**RECIPE, **LARGE, "model.dropout": 0.5, "train.epochs": 12},
 }  # fmt: skip
 ANCHORS = {"nanoGPT, 10.7 M weights, A100": 1.4697, "nanoGPT's recipe for CPUs": 1.8857}  # as published; fresh state
 
