@@ -91,6 +91,36 @@ def test_output_layer_in_blocks_of_rows_agrees_with_float64_on_any_number_of_thr
 
 
 @needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_output_layer_with_large_logits_agrees_with_float64_and_each_row_has_the_bits_of_the_row_alone(
+    dtype: torch.dtype,
+) -> None:
+    torch.manual_seed(0)
+    rows, units, tokens = 20, 32, 200
+    hidden, weight = torch.randn(1, rows, units), torch.randn(tokens, units)
+    bias, targets = torch.zeros(tokens), torch.arange(rows)[None] * 10
+    weight[:, 0], weight[40, 0] = 0, 1
+    hidden[..., 0] = torch.tensor([-1e4, -100, 0, 55, 65, 100, 300, 1e4, 1e6, 0.0] * 2)  # of the logit of token 40
+    bias[:32], bias[150] = -10, 20
+    rounded = [x.to(dtype).float().requires_grad_() for x in (hidden, weight, bias)]
+    exact = [x.detach().double().requires_grad_() for x in rounded]
+    expected_R = F.cross_entropy(F.linear(*exact)[0], targets[0], reduction="none")
+    with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+        nats = linear_cross_entropy(rounded[0], rounded[1], rounded[2], targets)
+        found = [nats, *torch.autograd.grad(nats, rounded)]
+        for row in range(rows):
+            one = slice(row, row + 1)
+            alone = linear_cross_entropy(rounded[0][:, one], rounded[1], rounded[2], targets[:, one])
+            torch.testing.assert_close(alone.double(), expected_R[row], rtol=1e-5, atol=1e-4)
+            (dhidden,) = torch.autograd.grad(alone, rounded[0])
+            assert torch.equal(dhidden[:, one], found[1][:, one]), row
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    expected = [expected_R.sum(), *torch.autograd.grad(expected_R.sum(), exact)]
+    for result, value in zip(found, expected, strict=True):
+        assert (result - value).abs().max() <= tolerance * value.abs().max()
+
+
+@needs_kernel
 def test_embedding_gradient_has_the_bits_of_torch_on_any_number_of_threads() -> None:
     torch.manual_seed(0)
     tokens = torch.randint(0, 40, (35, 20)) * 60

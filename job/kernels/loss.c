@@ -1,6 +1,11 @@
-/* The cross-entropy of an output layer, and its gradients in the same pass. Logits exist for BLOCK_ROWS rows of each thread
-   at a time, their gradients for the rows of a block, whose products are added before the next block begins.
-   Source: Hsu et al., "Liger Kernel: efficient Triton kernels for LLM training", 2024. */
+/* The cross-entropy of an output layer, and its gradients in the same pass.
+
+   Logits exist for PANEL columns of PRODUCT_ROWS rows of each thread at a time. Their exponentials are stored before the sums
+   that divide them are known, and the products with them are divided instead. The gradient of the target's logit is left
+   out of these products; what it adds is added in float32. Exponentials exist for the rows of a block, whose gradients are
+   added before the next block begins.
+   Sources: Hsu et al., "Liger Kernel: efficient Triton kernels for LLM training", 2024; Milakov and Gimelshein, "Online
+   normalizer calculation for softmax", 2018. */
 
 #include <math.h>
 #include <stdatomic.h>
@@ -13,99 +18,153 @@
 #endif
 enum {
     MIN_ROWS = 2 * BLOCK_ROWS,
-    BIAS_COLUMNS = 1 << 11 /* for fewer a thread does not start */
+    BIAS_COLUMNS = 1 << 11,  /* for fewer a thread does not start */
+    TARGET_COLUMNS = 1 << 6, /* likewise */
+    MAX_EXPONENT = 60        /* a row whose exponentials add up to exp(60) needs another reference */
 };
 
 typedef struct {
     const LossArgs *args;
     packed_product logits;  /* the left factor is all hidden states */
-    packed_product dhidden; /* the left factor is `dlogits` */
-    void *dlogits;          /* of the rows from `first_row` on (rows, V padded); NULL if not needed */
+    packed_product dhidden; /* the left factor is `exponentials` */
+    /* Of the rows from `first_row` on; NULL if there is no gradient: */
+    void *exponentials; /* (rows, V padded), zero for the target */
+    float *inverse;     /* (rows): 1 / their sum, with the target's */
+    float *dtarget;     /* (rows): the gradient of the target's logit */
+    void *scaled;       /* (rows, H padded): hidden states times `inverse` */
     index_t first_row;
     atomic_int *failed; /* set if a thread has no memory */
 } loss_task;
 
-/* Returns a row's loss. Replaces its logits, with the padding up to `padded`, by exp(logit - max); `sum` is their sum. */
-INLINE float softmax_loss(float *logits, index_t count, index_t padded, int64_t target, float *sum) {
-    for (index_t j = count; j < padded; j++) logits[j] = -INFINITY;
-    vec max = load(0, logits, 0), total = {};
-    for (index_t j = WIDTH; j < padded; j += WIDTH) max = vmax(max, load(0, logits, j));
-    max = broadcast(reduce_max(max));
-    float target_logit = logits[target] - max[0];
-    for (index_t j = 0; j < padded; j += WIDTH) {
-        vec power, rest = expm1_parts(vmax(broadcast(-87), load(0, logits, j) - max), &power), e = power * rest + power;
-        store(0, logits, j, e);
-        total += e;
-    }
-    *sum = reduce_add(total);
-    return logf(*sum) - target_logit;
+/* Of some rows: the sums of exp(logit - reference). */
+typedef struct {
+    float reference[PRODUCT_ROWS], target_logit[PRODUCT_ROWS];
+    vec sum[PRODUCT_ROWS];
+} row_sums;
+
+/* logits (count, PANEL), of the columns from `n` on. */
+INLINE void logits_panel(int is_bf16, const loss_task *task, index_t first, index_t count, index_t n, float *logits) {
+    const packed_product *p = &task->logits;
+    gemm_panel(is_bf16, count, PANEL, (const uint32_t *)p->left + first * p->left_stride, p->left_stride, 1,
+               p->packed + n * p->depth, p->depth, logits, PANEL, 0, p->bias + n);
 }
 
-/* The losses of some rows, and the gradients of their logits. */
-INLINE void loss_block(int is_bf16, const loss_task *task, index_t first, index_t count, float *logits) {
-    const LossArgs *args = task->args;
+/* Sets the reference of each row whose sum is too large to the maximum of its first `columns` logits. */
+INLINE void set_references(int is_bf16, const loss_task *task, index_t first, index_t count, index_t columns,
+                           row_sums *rows) {
+    float logits[PRODUCT_ROWS * PANEL] __attribute__((aligned(64)));
+    vec max[PRODUCT_ROWS];
+    for (index_t i = 0; i < count; i++) max[i] = broadcast(-INFINITY);
+    for (index_t n = 0; n < columns; n += PANEL) {
+        logits_panel(is_bf16, task, first, count, n, logits);
+        for (index_t i = 0; i < count; i++)
+            max[i] = vmax(vmax(max[i], load(0, logits, i * PANEL)), load(0, logits, i * PANEL + WIDTH));
+    }
+    for (index_t i = 0; i < count; i++)
+        if (reduce_add(rows->sum[i]) >= expf(MAX_EXPONENT)) rows->reference[i] = reduce_max(max[i]);
+}
+
+/* exp(x) for x of -87 … MAX_EXPONENT + 1, the value of the nearer of these elsewhere. */
+INLINE vec bounded_exp(vec x) {
+    vec power, rest = expm1_parts(-vmax(broadcast(-MAX_EXPONENT - 1), -vmax(broadcast(-87), x)), &power);
+    return power * rest + power;
+}
+
+/* The sums of the exponentials of some rows, which are stored if there is a gradient. Returns whether one is too large. */
+INLINE int add_exponentials(int is_bf16, const loss_task *task, index_t first, index_t count, row_sums *rows) {
+    float logits[PRODUCT_ROWS * PANEL] __attribute__((aligned(64)));
     index_t N = task->logits.columns;
-    int32_t columns[WIDTH];
-    for (int v = 0; v < WIDTH; v++) columns[v] = v;
-    const packed_product *p = &task->logits;
-    for (index_t n = 0; n < N; n += PANEL)
-        gemm_panel(is_bf16, count, PANEL, (const uint32_t *)p->left + first * p->left_stride, p->left_stride, 1,
-                   p->packed + n * p->depth, p->depth, logits + n, N, 0, p->bias + n);
-    for (index_t i = 0; i < count; i++) {
-        float sum, *row = logits + i * N;
-        int64_t target = args->targets[first + i];
-        args->nats[first + i] = softmax_loss(row, args->vocabulary_size, N, target, &sum);
-        vec inverse = broadcast(1 / sum);
-        for (index_t j = 0; task->dlogits && j < N; j += WIDTH) {
-            ivec is_target = *(ivec *)columns + (int32_t)j == (int32_t)target;
-            vec one_hot = (vec)(is_target & (ivec)broadcast(1));
-            store(is_bf16, task->dlogits, (first - task->first_row + i) * N + j, inverse * load(0, row, j) - one_hot);
+    int is_too_large = 0;
+    for (index_t i = 0; i < count; i++) rows->sum[i] = (vec){};
+    for (index_t n = 0; n < N; n += PANEL) {
+        logits_panel(is_bf16, task, first, count, n, logits);
+        for (index_t i = 0; i < count; i++) {
+            index_t column = task->args->targets[first + i] - n;
+            if (column >= 0 && column < PANEL) rows->target_logit[i] = logits[i * PANEL + column];
+            vec reference = broadcast(rows->reference[i]);
+            vec left = bounded_exp(load(0, logits, i * PANEL) - reference);
+            vec right = bounded_exp(load(0, logits, i * PANEL + WIDTH) - reference);
+            rows->sum[i] += left + right;
+            if (!task->exponentials) continue;
+            index_t index = (first - task->first_row + i) * N + n;
+            store(is_bf16, task->exponentials, index, left);
+            store(is_bf16, task->exponentials, index + WIDTH, right);
         }
+    }
+    for (index_t i = 0; i < count; i++) is_too_large |= reduce_add(rows->sum[i]) >= expf(MAX_EXPONENT);
+    return is_too_large;
+}
+
+/* The losses of some rows, and what their gradients need. */
+INLINE void loss_block(int is_bf16, const loss_task *task, index_t first, index_t count) {
+    const LossArgs *args = task->args;
+    row_sums rows;
+    for (index_t i = 0; i < count; i++) rows.sum[i] = broadcast(INFINITY);
+    set_references(is_bf16, task, first, count, PANEL, &rows);
+    if (add_exponentials(is_bf16, task, first, count, &rows)) {
+        set_references(is_bf16, task, first, count, task->logits.columns, &rows);
+        add_exponentials(is_bf16, task, first, count, &rows);
+    }
+    for (index_t i = 0; i < count; i++) {
+        index_t row = first - task->first_row + i, padded = args->padded_units;
+        float sum = reduce_add(rows.sum[i]), logit = rows.target_logit[i] - rows.reference[i];
+        args->nats[first + i] = logf(sum) - logit;
+        if (!task->exponentials) continue;
+        index_t target = row * task->logits.columns + args->targets[first + i];
+        memset((void *)offset_ptr(is_bf16, task->exponentials, target), 0, is_bf16 ? 2 : 4);
+        task->dtarget[row] = bounded_exp(broadcast(logit))[0] / sum - 1;
+        vec inverse = broadcast(task->inverse[row] = 1 / sum);
+        for (index_t j = 0; j < padded; j += WIDTH)
+            store(is_bf16, task->scaled, row * padded + j,
+                  inverse * load(is_bf16, args->hidden, (first + i) * padded + j));
     }
 }
 
 /* The gradients of the hidden states of the same rows. */
 INLINE void hidden_gradient(int is_bf16, const loss_task *task, index_t first, index_t count) {
     const packed_product *p = &task->dhidden;
-    const uint32_t *dlogits = (const uint32_t *)p->left + (first - task->first_row) * p->left_stride;
+    index_t row = first - task->first_row, H = task->args->units;
+    const uint32_t *exponentials = (const uint32_t *)p->left + row * p->left_stride;
     float *out = task->args->dhidden + first * p->columns;
     for (index_t k = 0; k < p->depth; k += BLOCK_DEPTH)
-        for (index_t n = 0; n < task->args->units; n += PANEL)
-            gemm_panel(is_bf16, count, task->args->units - n, dlogits + k, p->left_stride, 1,
-                       p->packed + n * p->depth + k * PANEL, p->depth - k < BLOCK_DEPTH ? p->depth - k : BLOCK_DEPTH,
-                       out + n, p->columns, k > 0, NULL);
-}
-
-/* Both, of at most PRODUCT_ROWS rows. */
-INLINE void loss_product_rows(int is_bf16, const loss_task *task, index_t first, index_t count, float *logits) {
-    for (index_t i = 0; i < count; i += BLOCK_ROWS)
-        loss_block(is_bf16, task, first + i, count - i < BLOCK_ROWS ? count - i : BLOCK_ROWS, logits);
-    if (task->dlogits) hidden_gradient(is_bf16, task, first, count);
+        for (index_t n = 0; n < H; n += PANEL)
+            gemm_panel(is_bf16, count, H - n, exponentials + k, p->left_stride, 1, p->packed + n * p->depth + k * PANEL,
+                       p->depth - k < BLOCK_DEPTH ? p->depth - k : BLOCK_DEPTH, out + n, p->columns, k > 0, NULL);
+    for (index_t i = 0; i < count; i++, out += p->columns) {
+        const float *weight = task->args->weight + task->args->targets[first + i] * H;
+        for (index_t n = 0; n < H; n += WIDTH)
+            store(0, out, n,
+                  load(0, out, n) * task->inverse[row + i] + load_some(weight, n, H - n) * task->dtarget[row + i]);
+    }
 }
 
 static void loss_rows(const void *argument, index_t first, index_t count) {
     const loss_task *task = argument;
-    float *logits = alloc_floats(BLOCK_ROWS * task->logits.columns);
-    if (!logits) *task->failed = 1;
+    int is_bf16 = (int)task->args->is_bf16;
     first += task->first_row;
-    for (; logits && count > 0; first += PRODUCT_ROWS, count -= PRODUCT_ROWS) {
+    for (; count > 0; first += PRODUCT_ROWS, count -= PRODUCT_ROWS) {
         index_t rows = count < PRODUCT_ROWS ? count : PRODUCT_ROWS;
-        if (task->args->is_bf16)
-            loss_product_rows(1, task, first, rows, logits);
+        if (is_bf16)
+            loss_block(1, task, first, rows);
         else
-            loss_product_rows(0, task, first, rows, logits);
+            loss_block(0, task, first, rows);
+        if (!task->exponentials) continue;
+        if (is_bf16)
+            hidden_gradient(1, task, first, rows);
+        else
+            hidden_gradient(0, task, first, rows);
     }
-    free(logits);
 }
 
-/* dbias += the sums of the columns of `dlogits`, some rows at a time. */
+/* dbias += the sums of the columns of the logits' gradients but those of targets, some rows at a time. */
 INLINE void bias_gradient(int is_bf16, const loss_task *task, index_t rows, index_t first, index_t count) {
     float *dbias = task->args->dbias;
     index_t N = task->logits.columns;
     for (index_t row = 0; row < rows; row += TILE_ROWS)
         for (index_t j = first; j < first + count; j += WIDTH) {
             vec sum = load(0, dbias, j);
-            for (index_t i = row; i < row + TILE_ROWS && i < rows; i++) sum += load(is_bf16, task->dlogits, i * N + j);
+            for (index_t i = row; i < row + TILE_ROWS && i < rows; i++)
+                sum += task->inverse[i] * load(is_bf16, task->exponentials, i * N + j);
             store(0, dbias, j, sum);
         }
 }
@@ -113,28 +172,52 @@ INLINE void bias_gradient(int is_bf16, const loss_task *task, index_t rows, inde
 typedef struct {
     const loss_task *loss;
     index_t rows;
-} bias_task;
+} gradients_task;
 
 static void bias_columns(const void *argument, index_t first, index_t count) {
-    const bias_task *task = argument;
+    const gradients_task *task = argument;
     if (task->loss->args->is_bf16)
         bias_gradient(1, task->loss, task->rows, first, count);
     else
         bias_gradient(0, task->loss, task->rows, first, count);
 }
 
+/* What the targets of a block's rows add to some columns of the weight's gradient. */
+INLINE void target_gradient(int is_bf16, const gradients_task *task, index_t first, index_t count) {
+    const loss_task *loss = task->loss;
+    const LossArgs *args = loss->args;
+    index_t end = first + count < args->units ? first + count : args->units;
+    for (index_t i = 0; i < task->rows; i++) {
+        index_t row = loss->first_row + i;
+        float *dweight = args->dweight + args->targets[row] * args->units;
+        for (index_t j = first; j < end; j += WIDTH) {
+            vec product = load(is_bf16, args->hidden, row * args->padded_units + j) * loss->dtarget[i];
+            store_some(dweight, j, load_some(dweight, j, end - j) + product, end - j);
+        }
+    }
+}
+
+static void target_columns(const void *argument, index_t first, index_t count) {
+    const gradients_task *task = argument;
+    if (task->loss->args->is_bf16)
+        target_gradient(1, task, first, count);
+    else
+        target_gradient(0, task, first, count);
+}
+
 /* Adds the products of a block's gradients to those of the weight and the bias. */
 static void add_gradients(const loss_task *task, index_t rows) {
     const LossArgs *args = task->args;
     index_t columns = task->logits.columns;
-    bias_task bias = {task, rows};
-    parallel_for(bias_columns, &bias, columns, BIAS_COLUMNS, args->num_threads);
+    gradients_task block = {task, rows};
+    parallel_for(bias_columns, &block, columns, BIAS_COLUMNS, args->num_threads);
+    for (index_t i = 0; i < rows; i++) args->dbias[args->targets[task->first_row + i]] += task->dtarget[i];
     WeightGradientArgs gradient = {
         args->is_bf16, task->first_row > 0, 1, rows, columns, columns, args->padded_units, args->vocabulary_size,
         args->units,   args->num_threads};
-    gradient.left = task->dlogits, gradient.out = args->dweight;
-    gradient.right = offset_ptr((int)args->is_bf16, args->hidden, task->first_row * args->padded_units);
+    gradient.left = task->exponentials, gradient.right = task->scaled, gradient.out = args->dweight;
     if (weight_gradient(&gradient)) *task->failed = 1;
+    parallel_for(target_columns, &block, args->units, TARGET_COLUMNS, args->num_threads);
 }
 
 static void loss_blocks(loss_task *task, index_t block) {
@@ -142,7 +225,7 @@ static void loss_blocks(loss_task *task, index_t block) {
     for (; task->first_row < args->rows && !*task->failed; task->first_row += block) {
         index_t rows = args->rows - task->first_row < block ? args->rows - task->first_row : block;
         parallel_for(loss_rows, task, rows, TILE_ROWS, args->num_threads);
-        if (task->dlogits && !*task->failed) add_gradients(task, rows);
+        if (task->exponentials && !*task->failed) add_gradients(task, rows);
     }
 }
 
@@ -161,15 +244,17 @@ int linear_cross_entropy(const LossArgs *args) {
     index_t rows = has_gradient ? block_rows(args) : args->rows;
     for (index_t i = 0; i < args->rows; i++)
         if (args->targets[i] < 0 || args->targets[i] >= V) return INVALID_TOKEN;
-    float *bias = alloc_floats(columns);
-    uint32_t *dlogits = has_gradient ? alloc_floats(rows * columns / step) : NULL;
-    atomic_int failed = !bias || (has_gradient && !dlogits);
+    float *bias = alloc_floats(columns), *inverse = has_gradient ? alloc_floats(2 * rows) : NULL;
+    uint32_t *exponentials = has_gradient ? alloc_floats(rows * columns / step) : NULL;
+    uint32_t *scaled = has_gradient ? alloc_floats(rows * padded / step) : NULL;
+    atomic_int failed = !bias || (has_gradient && !(exponentials && inverse && scaled));
     if (!failed) {
-        for (index_t j = 0; j < columns; j++) bias[j] = j < V ? args->bias[j] : 0;
+        for (index_t j = 0; j < columns; j++) bias[j] = j < V ? args->bias[j] : -INFINITY;
         pack_weight(&(packing){is_bf16, 1, 1, args->weight, V, H, depth, columns, args->packed}, args->num_threads);
         loss_task task = {args, {args->hidden, args->packed, bias, padded / step, depth, columns}};
-        task.dhidden = (packed_product){dlogits, args->token_packed, NULL, columns / step, token_depth, padded};
-        task.dlogits = dlogits, task.failed = &failed;
+        task.dhidden = (packed_product){exponentials, args->token_packed, NULL, columns / step, token_depth, padded};
+        task.exponentials = exponentials, task.inverse = inverse, task.dtarget = inverse + rows, task.scaled = scaled,
+        task.failed = &failed;
         if (has_gradient) {
             pack_weight(&(packing){is_bf16, 0, 1, args->weight, V, H, token_depth, padded, args->token_packed},
                         args->num_threads);
@@ -178,6 +263,8 @@ int linear_cross_entropy(const LossArgs *args) {
         loss_blocks(&task, rows);
     }
     free(bias);
-    free(dlogits);
+    free(exponentials);
+    free(scaled);
+    free(inverse);
     return failed ? OUT_OF_MEMORY : OK;
 }
