@@ -100,10 +100,9 @@ INLINE void loss_block(int is_bf16, const loss_task *task, index_t first, index_
     const LossArgs *args = task->args;
     row_sums rows;
     for (index_t i = 0; i < count; i++) rows.sum[i] = broadcast(INFINITY);
-    set_references(is_bf16, task, first, count, PANEL, &rows);
-    if (add_exponentials(is_bf16, task, first, count, &rows)) {
-        set_references(is_bf16, task, first, count, task->logits.columns, &rows);
-        add_exponentials(is_bf16, task, first, count, &rows);
+    for (index_t columns = PANEL, N = task->logits.columns;; columns = N) {
+        set_references(is_bf16, task, first, count, columns, &rows);
+        if (!add_exponentials(is_bf16, task, first, count, &rows) || columns == N) break;
     }
     for (index_t i = 0; i < count; i++) {
         index_t row = first - task->first_row + i, padded = args->padded_units;
