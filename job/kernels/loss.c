@@ -1,9 +1,9 @@
 /* The cross-entropy of an output layer, and its gradients in the same pass.
 
-   Logits exist for PANEL columns of PRODUCT_ROWS rows of each thread at a time. Their exponentials are stored before the sums
-   that divide them are known, and the products with them are divided instead. The gradient of the target's logit is left
-   out of these products; what it adds is added in float32. Exponentials exist for the rows of a block, whose gradients are
-   added before the next block begins.
+   Logits exist for PANEL columns of PRODUCT_ROWS rows of each thread at a time. Their exponentials are stored before the
+   sums that divide them are known, and the products with them are divided instead. The gradient of the target's logit is
+   left out of these products; what it adds is added in float32. Exponentials exist for the rows of a block, whose
+   gradients are added before the next block begins.
    Sources: Hsu et al., "Liger Kernel: efficient Triton kernels for LLM training", 2024; Milakov and Gimelshein, "Online
    normalizer calculation for softmax", 2018. */
 
@@ -14,7 +14,7 @@
 #include "threads.h"
 
 #ifndef MAX_LOGITS
-#define MAX_LOGITS (1 << 22) /* whose gradients exist at a time, unless those of MIN_ROWS rows are more */
+#define MAX_LOGITS (1 << 22) /* whose exponentials are stored at a time, unless those of MIN_ROWS rows are more */
 #endif
 enum {
     MIN_ROWS = 2 * BLOCK_ROWS,
