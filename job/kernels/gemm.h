@@ -121,14 +121,16 @@ INLINE void micro_kernel(int is_bf16, const int rows, const int vectors, const u
 
 #ifdef __AMX_BF16__
 /* gemm_panel with tiles, in blocks of rows that are as equal as possible: few need other sizes of the tiles. If the stride
-   of the words is not 1, `a` is a panel whose tiles were transposed. */
+   of the words is not 1, `a` is a panel whose tiles were transposed, as in the gradient of a weight. Its right factor, unlike
+   a weight, is in the L2 cache already, so that nothing is prefetched. */
 INLINE void gemm_tiles(index_t rows, index_t columns, const uint32_t *a, index_t row_stride, index_t word_stride,
                        const uint32_t *panel, index_t depth, float *sums, index_t stride, int accumulate,
                        const float *bias) {
     index_t a_stride = word_stride == 1 ? row_stride : word_stride;
     index_t second_row = word_stride == 1 ? TILE * row_stride : TILE, next_tile = TILE * word_stride;
     index_t num_blocks = (rows + 2 * TILE - 1) / (2 * TILE), block = (rows + num_blocks - 1) / num_blocks;
-    index_t max_depth = num_blocks > 1 ? BLOCK_DEPTH : depth, prefetched = TILE * PANEL / num_blocks;
+    index_t max_depth = num_blocks > 1 ? BLOCK_DEPTH : depth;
+    index_t prefetched = word_stride == 1 ? TILE * PANEL / num_blocks : 0;
     for (index_t k = 0; k < depth; k += max_depth, accumulate = 1) {
         index_t block_depth = depth - k < max_depth ? depth - k : max_depth;
         const uint32_t *words = panel + k * PANEL, *next = words + block_depth * PANEL;
