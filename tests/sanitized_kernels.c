@@ -180,6 +180,7 @@ static void run_segment_sum(int is_bf16, index_t rows, index_t columns, index_t 
 
 static void run_update(void) {
     const index_t sizes[] = {1, 70001, 512, 130001};
+    double sums[4];
     Parameter parameters[4];
     float *gradients[4], *weights[4], *expected[4];
     for (int n = 0; n < 4; n++) gradients[n] = numbers(0, sizes[n]), weights[n] = numbers(0, sizes[n]);
@@ -187,6 +188,9 @@ static void run_update(void) {
     for (int i = 0; i < 4; i++) {
         for (int n = 0; n < 4; n++)
             parameters[n] = (Parameter){sizes[n], copy(gradients[n], sizes[n] * 4), copy(weights[n], sizes[n] * 4)};
+        SquaresArgs squares = {4, THREADS[i], parameters, &sums[i]};
+        CHECK_OUT_OF_MEMORY(sum_squares(&squares));
+        check(sums[i] == sums[0] && sums[0] > 0, "sum_squares on several threads");
         check(update(&(UpdateArgs){4, THREADS[i], 0.3f, 0.7f, parameters}) == OK, "update");
         for (int n = 0; n < 4; n++) {
             expected[n] = i ? expected[n] : parameters[n].weight;

@@ -12,6 +12,7 @@ from torch import nn
 from job.config.model import ModelConfig
 from job.config.training import OptimizerConfig
 from job.distributed.gradient_sync import ControlFlags
+from job.kernels.ops import gradient_norm
 from job.training.loop import train_steps
 from job.training.optimizer import build_optimizer, clip_and_update
 
@@ -37,7 +38,7 @@ def test_sgd_step_decays_weights_of_its_scope_and_clips_all_together(decay_scope
 @pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize("max_norm", [0.0, 0.5, 1e6])
 @pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_clip_and_update_has_the_bits_of_torch(name: str, max_norm: float, threads: int) -> None:
+def test_clip_and_update_given_the_norm_has_the_bits_of_torch(name: str, max_norm: float, threads: int) -> None:
     torch.manual_seed(0)
     torch.set_num_threads(threads)
     layers = [nn.Embedding(3001, 200), nn.Linear(24, 160)]
@@ -53,13 +54,26 @@ def test_clip_and_update_has_the_bits_of_torch(name: str, max_norm: float, threa
                 group["lr"] = 0.25
         clip_and_update(optimizers[0], max_norm)
         gradients = [not_none(weight.grad) for weight in models[1].parameters()]
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]))
+        norm = gradient_norm(gradients)
         for gradient in gradients:
             gradient.mul_((max_norm / norm).clamp(max=1) if max_norm else 1)
         optimizers[1].step()
         for weight, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
             assert torch.equal(weight, other)
             assert torch.equal(not_none(weight.grad), not_none(other.grad))
+
+
+def test_gradient_norm_agrees_with_float64_and_has_the_same_bits_on_any_number_of_threads() -> None:
+    torch.manual_seed(0)
+    shapes = ((3001, 200), 1e-3), ((511,), 1.0), ((1,), 100.0)
+    gradients = [torch.randn(shape) * scale for shape, scale in shapes]
+    expected = torch.cat([gradient.double().flatten() for gradient in gradients]).norm()
+    norms = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        norms.append(gradient_norm(gradients))
+    assert abs(norms[0] / expected - 1) < 1e-7
+    assert norms[1:] == norms[:1] * 2
 
 
 def test_update_with_a_gradient_that_is_not_finite_changes_all_weights_as_torch_does() -> None:

@@ -14,7 +14,7 @@ int struct_size(const char *name) {
     } SIZES[] = {
         SIZE(RnnArgs),      SIZE(LinearArgs),   SIZE(LossArgs),    SIZE(WeightGradientArgs), SIZE(PackArgs),
         SIZE(DecoderLayer), SIZE(DecoderState), SIZE(DecoderArgs), SIZE(SegmentSumArgs),     SIZE(DropoutKeysArgs),
-        SIZE(DropoutArgs),  SIZE(ShmGroup),     SIZE(Parameter),   SIZE(UpdateArgs),
+        SIZE(DropoutArgs),  SIZE(ShmGroup),     SIZE(Parameter),   SIZE(UpdateArgs),         SIZE(SquaresArgs),
     };
     for (size_t i = 0; i < sizeof SIZES / sizeof *SIZES; i++)
         if (!strcmp(name, SIZES[i].name)) return SIZES[i].size;

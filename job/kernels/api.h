@@ -110,6 +110,15 @@ typedef struct {
 
 int update(const UpdateArgs *args);
 
+/* The sum of the squares of all gradients. */
+typedef struct {
+    index_t count, num_threads;
+    const Parameter *parameters;
+    double *sum;
+} SquaresArgs;
+
+int sum_squares(const SquaresArgs *args);
+
 /* Packs a weight (columns, inner) of floats for `decode`, padded with zeros to `depth`. */
 typedef struct {
     index_t columns, inner, depth, num_threads;

@@ -388,14 +388,31 @@ def scale_gradients(
         weights: that of each gradient, for which ``can_update`` is true, too; none: nothing is updated
         learning_rate: of plain SGD
     """
+    _call(
+        "update", count=len(gradients), num_threads=torch.get_num_threads(), scale=scale, learning_rate=learning_rate,
+        parameters=_parameters(gradients, weights),
+    )  # fmt: skip
+
+
+def gradient_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Returns the Euclidean norm of all gradients together, for which ``can_update`` is true, in float64.
+
+    It does not depend on the number of threads.
+    """
+    squares, threads = torch.empty((), dtype=torch.float64), torch.get_num_threads()
+    _call(
+        "sum_squares", count=len(gradients), num_threads=threads, parameters=_parameters(gradients), sum=squares
+    )  # fmt: skip
+    return squares.sqrt()
+
+
+def _parameters(gradients: Sequence[Tensor], weights: Sequence[Tensor] = ()) -> Any:
+    """Returns an array of the kernels' Parameter."""
     pairs = zip_longest(gradients, weights)
     parameters = [
         STRUCTS["Parameter"](size=gradient.numel(), gradient=gradient, weight=weight) for gradient, weight in pairs
     ]
-    _call(
-        "update", count=len(parameters), num_threads=torch.get_num_threads(), scale=scale, learning_rate=learning_rate,
-        parameters=(STRUCTS["Parameter"] * len(parameters))(*parameters),
-    )  # fmt: skip
+    return (STRUCTS["Parameter"] * len(parameters))(*parameters)
 
 
 class _FusedDropout(torch.autograd.Function):

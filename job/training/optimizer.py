@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from job.config.training import OptimizerConfig
 from job.errors import UserError
-from job.kernels.ops import can_update, scale_gradients
+from job.kernels.ops import can_update, gradient_norm, scale_gradients
 
 
 def build_optimizer(optimizer_config: OptimizerConfig, model: nn.Module) -> torch.optim.Optimizer:
@@ -34,17 +34,19 @@ def clip_and_update(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
     """
     weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
     gradients = [weight.grad for weight in weights]
-    scale = _clip_scale(gradients, max_norm) if max_norm else None
     if not can_update([*weights, *gradients]):
-        for gradient in gradients if scale is not None else ():
-            gradient.mul_(scale)
+        if max_norm:
+            norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
+            scale = _clip_scale(torch.linalg.vector_norm(norms), max_norm)
+            for gradient in gradients:
+                gradient.mul_(scale)
         optimizer.step()
         return
-    factor = 1.0 if scale is None else float(scale)
+    factor = float(_clip_scale(gradient_norm(gradients), max_norm)) if max_norm else 1.0
     if _is_plain_sgd(optimizer):
         scale_gradients(gradients, factor, weights, optimizer.param_groups[0]["lr"])
         return
-    if scale is not None:
+    if max_norm:
         scale_gradients(gradients, factor)
     optimizer.step()
 
@@ -54,8 +56,7 @@ def _is_plain_sgd(optimizer: torch.optim.Optimizer) -> bool:
     return isinstance(optimizer, torch.optim.SGD) and not any(x["momentum"] or x["weight_decay"] for x in groups)
 
 
-def _clip_scale(gradients: list[Tensor], max_norm: float) -> Tensor:
-    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]))
+def _clip_scale(norm: Tensor, max_norm: float) -> Tensor:
     return (max_norm / norm).clamp(max=1.0)
 
 
