@@ -204,7 +204,7 @@ static void run_update(void) {
 
 static void run_loss(int is_bf16, index_t rows, index_t units, index_t vocabulary_size, int full) {
     index_t columns = (vocabulary_size + 31) / 32 * 32, padded_units = (units + 31) / 32 * 32;
-    LossArgs args = {is_bf16, rows, units, vocabulary_size, padded_units, columns, 1}, expected = args;
+    LossArgs args = {is_bf16, rows, units, vocabulary_size, padded_units, columns, 1, 0.3f}, expected = args;
     args.hidden = numbers(is_bf16, rows * padded_units);
     args.weight = numbers(0, vocabulary_size * units);
     args.bias = numbers(0, vocabulary_size);

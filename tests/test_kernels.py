@@ -91,6 +91,19 @@ def test_output_layer_in_blocks_of_rows_agrees_with_float64_on_any_number_of_thr
 
 
 @needs_kernel
+@pytest.mark.parametrize("upstream", [1.0, 0.25, 1e-3])
+def test_output_layer_has_the_gradients_of_the_loss_whatever_gradient_was_expected(upstream: float) -> None:
+    torch.manual_seed(0)
+    shapes = (3, 5, 24), (70, 24), (70,)
+    tensors = [torch.randn(*shape).requires_grad_() for shape in shapes]
+    targets = torch.randint(0, 70, (3, 5))
+    loss = F.cross_entropy(F.linear(*tensors).flatten(0, 1), targets.flatten(), reduction="sum") / 4
+    found = linear_cross_entropy(tensors[0], tensors[1], tensors[2], targets, upstream) / 4
+    for gradient, expected in zip(torch.autograd.grad(found, tensors), torch.autograd.grad(loss, tensors), strict=True):
+        torch.testing.assert_close(gradient, expected)
+
+
+@needs_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_output_layer_with_large_logits_agrees_with_float64_and_each_row_has_the_bits_of_the_row_alone(
     dtype: torch.dtype,

@@ -120,12 +120,15 @@ class LossModule(nn.Module):
         weight = model.linear.weight
         self.stats = nn.Parameter(weight.new_zeros(4))
         self.loss_scale = weight.new_tensor(1 / num_targets)
+        self.upstream = float(self.loss_scale)
 
     def forward(self, batch: Batch, state: State) -> tuple[tuple[Tensor, Tensor], State]:
         """Returns (the summed cross-entropy, the ``stats`` parameter) and the state after the window."""
         regularization = Regularization(self.model_config, batch.mask_keys_SB) if self.model_config else None
         with torch.autocast(batch.inputs_TB.device.type, self.autocast, enabled=self.autocast is not None):
-            nats, state = self.model.cross_entropy_sum(batch.inputs_TB, batch.targets_TB, state, regularization)
+            nats, state = self.model.cross_entropy_sum(
+                batch.inputs_TB, batch.targets_TB, state, regularization, self.upstream
+            )
         return (nats, self.stats.view(4)), state  # a view, because DDP needs a grad_fn
 
     def grad_outputs(self, nats: Tensor, flags: Tensor) -> tuple[Tensor, Tensor]:

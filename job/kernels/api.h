@@ -53,20 +53,21 @@ typedef struct {
 
 int linear(const LinearArgs *args);
 
-/* The cross-entropy of an output layer, for each row, and the gradients of the sum. */
+/* The cross-entropy of an output layer, for each row, and the gradients of the sum times `scale`. */
 typedef struct {
     index_t is_bf16, rows, units, vocabulary_size; /* units: H, any number */
     index_t padded_units, columns, num_threads;    /* H and V, rounded up to multiples of 32 */
-    const void *hidden;                            /* (R, padded_units); the last ones are zero */
-    const float *weight;                           /* (V, H) */
-    const float *bias;                             /* (V) */
-    const int64_t *targets;                        /* (R) */
-    void *packed;       /* (columns, padded_units), aligned to 64 bytes: memory for the weight */
-    float *nats;        /* (R): the result */
-    float *dhidden;     /* (R, padded_units), of which the first are written: the gradients of the sum of all losses, */
-    float *dweight;     /* (V, H) */
-    float *dbias;       /* (columns); these are NULL if they are not needed, as is */
-    void *token_packed; /* (columns, padded_units), aligned to 64 bytes: memory for the weight */
+    float scale;
+    const void *hidden;     /* (R, padded_units); the last ones are zero */
+    const float *weight;    /* (V, H) */
+    const float *bias;      /* (V) */
+    const int64_t *targets; /* (R) */
+    void *packed;           /* (columns, padded_units), aligned to 64 bytes: memory for the weight */
+    float *nats;            /* (R): the result */
+    float *dhidden;         /* (R, padded_units), of which the first are written: the gradients, */
+    float *dweight;         /* (V, H) */
+    float *dbias;           /* (columns); these are NULL if they are not needed, as is */
+    void *token_packed;     /* (columns, padded_units), aligned to 64 bytes: memory for the weight */
 } LossArgs;
 
 int linear_cross_entropy(const LossArgs *args);

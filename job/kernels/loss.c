@@ -29,7 +29,7 @@ typedef struct {
     packed_product dhidden; /* the left factor is `exponentials` */
     /* Of the rows from `first_row` on; NULL if there is no gradient: */
     void *exponentials; /* (rows, V padded), zero for the target */
-    float *inverse;     /* (rows): 1 / their sum, with the target's */
+    float *inverse;     /* (rows): the scale / their sum, with the target's */
     float *dtarget;     /* (rows): the gradient of the target's logit */
     void *scaled;       /* (rows, H padded): hidden states times `inverse` */
     index_t first_row;
@@ -120,8 +120,8 @@ INLINE void loss_block(int is_bf16, const loss_task *task, index_t first, index_
         if (!task->exponentials) continue;
         index_t target = row * task->logits.columns + args->targets[first + i];
         memset((void *)offset_ptr(is_bf16, task->exponentials, target), 0, is_bf16 ? 2 : 4);
-        task->dtarget[row] = bounded_exp(is_bf16, broadcast(logit))[0] / sum - 1;
-        vec inverse = broadcast(task->inverse[row] = 1 / sum);
+        task->dtarget[row] = (bounded_exp(is_bf16, broadcast(logit))[0] / sum - 1) * args->scale;
+        vec inverse = broadcast(task->inverse[row] = args->scale / sum);
         for (index_t j = 0; j < padded; j += WIDTH)
             store(is_bf16, task->scaled, row * padded + j,
                   inverse * load(is_bf16, args->hidden, (first + i) * padded + j));

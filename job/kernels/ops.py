@@ -274,12 +274,13 @@ class _FusedRnn(torch.autograd.Function):
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):
-    """The gradients of the sum are computed with it, so that none of all logits is kept; they are scaled later."""
+    """The gradients are computed with the sum, so that none of all logits is kept, for the upstream gradient scale."""
 
     @staticmethod
     def forward(
-        ctx: Any, needs_grad: bool, hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_TB: Tensor
-    ) -> Tensor:
+        ctx: Any, needs_grad: bool, scale: float, hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Tensor,
+        targets_TB: Tensor,
+    ) -> Tensor:  # fmt: skip
         (vocabulary_size, units), rows = weight_VH.shape, targets_TB.numel()
         columns = vocabulary_size + -vocabulary_size % VECTOR_WIDTH
         padded_TBH, nats_R = pad_vectors(hidden_TBH).contiguous(), torch.empty(rows)
@@ -288,13 +289,13 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
         if needs_grad:
             dhidden_TBH, dweight_VH = torch.empty(padded_TBH.shape), empty_weight(vocabulary_size, units)
             dbias, token_packed = torch.empty(columns), _empty_packed(*packed_shape)
-            ctx.gradients, ctx.units = (dhidden_TBH, dweight_VH, dbias[:vocabulary_size]), units
+            ctx.gradients, ctx.units, ctx.scale = (dhidden_TBH, dweight_VH, dbias[:vocabulary_size]), units, scale
         _call(
             "linear_cross_entropy", is_bf16=_is_bf16(hidden_TBH), rows=rows, units=units,
             padded_units=padded_TBH.shape[2], columns=columns, vocabulary_size=vocabulary_size,
-            num_threads=torch.get_num_threads(), hidden=padded_TBH, weight=weight_VH, bias=bias_V, targets=targets_TB,
-            packed=_empty_packed(*packed_shape), nats=nats_R, dhidden=dhidden_TBH, dweight=dweight_VH, dbias=dbias,
-            token_packed=token_packed,
+            num_threads=torch.get_num_threads(), scale=scale, hidden=padded_TBH, weight=weight_VH, bias=bias_V,
+            targets=targets_TB, packed=_empty_packed(*packed_shape), nats=nats_R, dhidden=dhidden_TBH,
+            dweight=dweight_VH, dbias=dbias, token_packed=token_packed,
         )  # fmt: skip
         ctx.dtype = hidden_TBH.dtype
         return nats_R.sum()
@@ -304,9 +305,10 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dnats: Tensor) -> tuple[Tensor | None, ...]:
         gradients, ctx.gradients = ctx.gradients, None  # scaling overwrites them
         assert gradients is not None, "the kernel's backward pass can run once only"
-        scale_gradients(gradients, float(dnats))
+        if (factor := float(dnats) / ctx.scale) != 1:
+            scale_gradients(gradients, factor)
         dhidden_TBH, dweight_VH, dbias_V = gradients
-        return None, dhidden_TBH[..., : ctx.units].to(ctx.dtype), dweight_VH, dbias_V, None
+        return None, None, dhidden_TBH[..., : ctx.units].to(ctx.dtype), dweight_VH, dbias_V, None
 
 
 def fused_rnn(
@@ -343,10 +345,13 @@ def fused_rnn(
     return _FusedRnn.apply(cell, dtype, needs_grad, inputs, embedding_VE, state[0], c0, starts_TB, *weights)
 
 
-def fused_linear_cross_entropy(hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_TB: Tensor) -> Tensor:
+def fused_linear_cross_entropy(
+    hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_TB: Tensor, upstream: float = 1.0
+) -> Tensor:
     """The summed cross-entropy of an output layer, of which neither all logits nor their gradients exist at once.
 
-    Products are in the dtype of ``hidden_TBH`` (float32 or bfloat16), all else is in float32.
+    Products are in the dtype of ``hidden_TBH`` (float32 or bfloat16), all else is in float32. The gradients are computed
+    for the upstream gradient ``upstream``, and scaled if it is another one, which takes a pass over the memory.
 
     Raises:
         ValueError: if the shapes of the hidden states and the targets do not match
@@ -355,7 +360,7 @@ def fused_linear_cross_entropy(hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Te
     if hidden_TBH.shape != (*targets_TB.shape, weight_VH.shape[1]):
         raise ValueError(f"hidden states {tuple(hidden_TBH.shape)} do not match targets {tuple(targets_TB.shape)}")
     needs_grad = torch.is_grad_enabled()
-    return _FusedLinearCrossEntropy.apply(needs_grad, hidden_TBH, weight_VH, bias_V, targets_TB.contiguous())
+    return _FusedLinearCrossEntropy.apply(needs_grad, upstream, hidden_TBH, weight_VH, bias_V, targets_TB.contiguous())
 
 
 def write_dropout_keys(seed: int, step: int, layer: int, first_lane: int, keys_B: Tensor) -> bool:

@@ -15,7 +15,9 @@ from job.kernels.ops import can_use_kernel, compute_dtype, fused_linear_cross_en
 CHUNK_LOGITS = 1 << 24  # 64 MiB of float32
 
 
-def linear_cross_entropy(hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_TB: Tensor) -> Tensor:
+def linear_cross_entropy(
+    hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Tensor, targets_TB: Tensor, upstream: float = 1.0
+) -> Tensor:
     """Returns the summed cross-entropy, in nats, of targets under a linear output layer.
 
     The compiled kernel holds the logits and gradients of some rows at a time. Without it there are at most CHUNK_LOGITS
@@ -26,6 +28,8 @@ def linear_cross_entropy(hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Tensor, 
         weight_VH: weight of the output layer
         bias_V: bias of the output layer
         targets_TB: token ids, int64; there may be none
+        upstream: the gradient with respect to the result that the backward pass will most likely be given; it does not
+            change the result
 
     Returns:
         A scalar of the weight's dtype. Autocast affects only the matrix product.
@@ -35,7 +39,7 @@ def linear_cross_entropy(hidden_TBH: Tensor, weight_VH: Tensor, bias_V: Tensor, 
     """
     dtype = compute_dtype(weight_VH)
     if targets_TB.numel() and can_use_kernel(weight_VH, dtype):
-        return fused_linear_cross_entropy(hidden_TBH.to(dtype), weight_VH, bias_V, targets_TB)
+        return fused_linear_cross_entropy(hidden_TBH.to(dtype), weight_VH, bias_V, targets_TB, upstream)
     return chunked_cross_entropy(hidden_TBH, weight_VH, bias_V, targets_TB)
 
 

@@ -5,6 +5,7 @@ Axes: T steps, B lanes, H hidden units, E input features, H hidden units, V toke
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -91,15 +92,21 @@ class LanguageModel(nn.Module):
         return self._hidden_states(tokens_TB, state, None)[1]
 
     def cross_entropy_sum(
-        self, tokens_TB: Tensor, targets_TB: Tensor, state: State, regularization: Regularization | None = None
+        self,
+        tokens_TB: Tensor,
+        targets_TB: Tensor,
+        state: State,
+        regularization: Regularization | None = None,
+        upstream: float = 1.0,
     ) -> tuple[Tensor, State]:
         """Returns the summed cross-entropy of ``targets_TB`` in nats, a scalar, and the state after the window.
 
-        The other arguments are those of ``forward``.
+        ``upstream`` is that of ``linear_cross_entropy``. The other arguments are those of ``forward``.
         """
+        cross_entropy = partial(linear_cross_entropy, upstream=upstream)
         hidden_TBH, state = self._hidden_states(tokens_TB, state, regularization)
         dropped_TBH = hidden_TBH if regularization is None else regularization.drop_outputs(hidden_TBH)
-        nats = self.tails.cross_entropy_sum(self.linear, dropped_TBH, targets_TB, linear_cross_entropy)
+        nats = self.tails.cross_entropy_sum(self.linear, dropped_TBH, targets_TB, cross_entropy)
         if regularization is None:
             return nats, state
         return regularization.add_penalty(nats, hidden_TBH, dropped_TBH, self._document_starts(tokens_TB)), state
