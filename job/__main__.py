@@ -105,15 +105,15 @@ def _evaluate(line: CommandLine) -> int:
     """
     from job.data.text_size import bits_per_unit
     from job.data.vocabulary import format_unknown_share, unknown_warnings
-    from job.inference.evaluate import evaluate_text
+    from job.inference.evaluate import evaluate_here, evaluate_text
     from job.run.text_cache import TextCache
 
     values = parse_flags(line.flags)
     if "corpus.source" in line.flags:  # another text is evaluated whole, however the training text was cut
         values.setdefault("corpus.max_tokens", 0)
-    scale = ScaleConfig(workers=values.pop("scale.workers", 0), accelerator="cpu")
+    scale = ScaleConfig(values.pop("scale.workers", 0), values.pop("scale.accelerator", "auto"))
     checkpoints, config = _open(line.targets, values)
-    evaluate, cache = None, TextCache(Console(sys.stderr), is_local=True)
+    evaluate, cache = partial(evaluate_here, scale), TextCache(Console(sys.stderr), is_local=True)
     if scale.max_workers:
         from job.cluster.connection import is_local
         from job.cluster.evaluate import evaluate_on_cluster
@@ -298,6 +298,7 @@ VERBS = {
             "corpus.max_tokens",
             "model.cell",
             "scale.workers",
+            "scale.accelerator",
             "evaluate",
         ),
         JSON_FLAG,

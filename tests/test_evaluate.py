@@ -225,6 +225,23 @@ def test_evaluate_search_without_finished_trials_is_one_line(search: Path, tmp_p
 # --- workers ---
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_evaluate_that_requires_a_gpu_without_one_is_one_line(search: Path) -> None:
+    ended = job("evaluate", search, "--scale.accelerator", "gpu")
+    problem = "scale.accelerator = gpu: this machine has no GPU that torch can use"
+    assert (ended.status, ended.out, ended.err) == (2, "", f"error: {problem}; leave it out\n")
+
+
+def test_evaluate_out_of_memory_of_the_gpu_is_one_line(search: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(evaluate, "evaluate_tokens", fail)
+    ended = job("evaluate", search)
+    assert (ended.status, ended.out, ended.err.count("\n")) == (2, "", 1)
+    assert ended.err.startswith("error: evaluation has run out of memory on ")
+
+
 @pytest.mark.cluster
 @pytest.mark.usefixtures("on_cluster")
 def test_evaluate_on_workers_has_the_same_bits_as_in_one_process(search: Path, prose: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 import ray
 
@@ -14,6 +15,7 @@ from job.config.schema import Config
 from job.console import Console
 from job.data.lanes import split_evenly
 from job.data.tokens import Tokens
+from job.distributed.context import local_device
 from job.distributed.tree_reduce import tree_sum
 from job.errors import RunFailed, UserError
 from job.inference.evaluate import GROUP_LANES, count_groups, evaluate_groups, load_models
@@ -25,7 +27,7 @@ from job.training.checkpoint import LoadedCheckpoint
 def evaluate_on_cluster(
     scale: ScaleConfig, checkpoints: Sequence[LoadedCheckpoint], config: Config, tokens: Tokens
 ) -> float:
-    """Returns the loss of all tokens but the first in nats, summed: the same bits as in one process.
+    """Returns the loss of all tokens but the first in nats, summed: on CPUs the same bits as in one process.
 
     Args:
         scale: the workers
@@ -45,12 +47,17 @@ def evaluate_on_cluster(
     with ExitStack() as stack:
         placement, _ = connect(scale, stack)
         stack.callback(disconnect)
-        if ray_address() and (missing := scale.max_workers - placement.capacity(free_resources())) > 0:
-            waiting = f"waiting for {missing} of {scale.max_workers} workers ({placement.describe()})"
-            Console(sys.stderr).print(f"{waiting}: not enough resources are free")
-        task, inputs = ray.remote(_evaluate_groups).options(num_cpus=placement.cpus_per_worker), ray.put(tokens)
-        parts = split_evenly(num_groups, scale.max_workers)
-        calls = [task.remote(folders, config, inputs, numbers) for numbers in parts]
+        console, workers = Console(sys.stderr), placement.max_workers
+        if placement.notice:
+            console.print(placement.notice)
+        if ray_address() and (missing := workers - placement.capacity(free_resources())) > 0:
+            waiting = f"waiting for {missing} of {workers} workers ({placement.describe()})"
+            console.print(f"{waiting}: not enough resources are free")
+        resources = {"num_cpus": placement.cpus_per_worker, "num_gpus": placement.resources.get("GPU", 0)}
+        task, inputs = ray.remote(_evaluate_groups).options(**resources), ray.put(tokens)
+        task_scale = replace(scale, accelerator="auto" if placement.use_gpu else "cpu")
+        parts = split_evenly(num_groups, workers)
+        calls = [task.remote(task_scale, folders, config, inputs, numbers) for numbers in parts]
         try:
             sums: list[list[float]] = ray.get(calls)
         except ray.exceptions.RayTaskError as error:
@@ -62,6 +69,9 @@ def evaluate_on_cluster(
     return tree_sum([nats for part in sums for nats in part])
 
 
-def _evaluate_groups(folders: list[Folder], config: Config, tokens: Tokens, numbers: range) -> list[float]:
-    models = load_models([open_checkpoint(folder) for folder in folders], config)
+def _evaluate_groups(
+    scale: ScaleConfig, folders: list[Folder], config: Config, tokens: Tokens, numbers: range
+) -> list[float]:
+    # Ray lets the process see only the GPU that it has assigned to it.
+    models = load_models([open_checkpoint(folder) for folder in folders], config, local_device(scale))
     return evaluate_groups(models, tokens, config.evaluate, numbers)

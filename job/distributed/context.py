@@ -10,6 +10,9 @@ from pathlib import Path
 
 import torch
 
+from job.config.run import ScaleConfig
+from job.errors import UserError
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _MAX_MMAP_THRESHOLD = 32 << 20  # to which glibc itself raises it, in a process that frees blocks of such a size
 
@@ -50,6 +53,23 @@ def _has_fast_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
     return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def local_device(scale: ScaleConfig) -> torch.device:
+    """Returns the device of a process that computes alone: its GPU if it has one and may use it, else the CPU.
+
+    Raises:
+        UserError: the configuration requires a GPU, and there is none that torch can use
+    """
+    has_gpu = torch.cuda.is_available()
+    if scale.gpu_requirement and not has_gpu:
+        raise UserError(f"{scale.gpu_requirement}: this machine has no GPU that torch can use", "leave it out")
+    return torch.device("cuda" if has_gpu and scale.accelerator != "cpu" else "cpu")
+
+
+def use_full_precision() -> None:
+    """Lets cuDNN multiply float32 as IEEE float32 in this process. Its default is TF32, unlike that of cuBLAS."""
+    torch.backends.cudnn.allow_tf32 = False
 
 
 def device_name(device: torch.device) -> str:

@@ -59,7 +59,9 @@ def evaluate_dynamic(models: Sequence[LanguageModel], tokens: Tokens, evaluate_c
         evaluate_config: learning rate, decay and length of a segment
     """
     copies = [DynamicModel(model, evaluate_config) for model in models]
-    total = torch.zeros((), dtype=torch.float64)
+    device = models[0].linear.weight.device
+    total = torch.zeros((), dtype=torch.float64, device=device)
     for window_TB in lane_windows(tokens, [range(len(tokens) - 1)], evaluate_config.dynamic_steps):
-        total -= mean_log_probabilities([model.predict_and_learn(window_TB[:, 0]) for model in copies]).sum()
+        window_T = window_TB[:, 0].to(device)
+        total -= mean_log_probabilities([model.predict_and_learn(window_T) for model in copies]).sum()
     return float(total)

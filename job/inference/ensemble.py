@@ -88,8 +88,9 @@ def evaluate_ensemble(models: Sequence[LanguageModel], tokens: Tokens, lanes: Se
     The arguments are those of ``evaluate_group``. Memory is needed for all models, and for the logits of one of them.
     """
     states: list[State] = [None] * len(models)
-    total = torch.zeros((), dtype=torch.float64)
-    for window_TB in lane_windows(tokens, lanes, num_steps):
+    device = models[0].linear.weight.device
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    for window_TB in (window_TB.to(device) for window_TB in lane_windows(tokens, lanes, num_steps)):
         targets_TB1, log_probabilities = window_TB[1:, :, None], []
         for number, model in enumerate(models):
             logits_TBV, states[number] = model(window_TB[:-1].clamp(min=0), states[number])

@@ -7,7 +7,10 @@ from functools import partial
 from itertools import islice, pairwise
 from typing import cast
 
+import torch
+
 from job.config.inference import EvaluateConfig
+from job.config.run import ScaleConfig
 from job.config.schema import Config
 from job.data.corpus import Corpus, read_corpus
 from job.data.lanes import split_evenly
@@ -15,6 +18,7 @@ from job.data.text_size import TextSize, measure_targets
 from job.data.token_store import OpenText, StoredTokens, open_stored
 from job.data.tokens import Tokens, count_characters, count_unknown
 from job.data.vocabulary import END_OF_LINE, Vocabulary
+from job.distributed.context import device_name, local_device, use_full_precision
 from job.distributed.tree_reduce import tree_sum
 from job.errors import UserError
 from job.inference.dynamic import evaluate_dynamic
@@ -66,7 +70,7 @@ def evaluate_text(
     Args:
         checkpoints: of one model, or of several whose mean of probabilities is evaluated
         config: its sections ``corpus`` and ``evaluate``, and the cell of ``model`` as the user gave it
-        evaluate: computes the loss; None: in this process
+        evaluate: computes the loss; None: in this process, on its GPU if it has one
         open_large: opens a text that is too large for the memory; None: read a text of any size into memory
 
     Raises:
@@ -93,7 +97,7 @@ def evaluate_text(
         blanks = " with blanks between its words" if vocabulary.kind == "word" else ""
         raise UserError(problem, f"give more text{blanks}")
     num_characters = count(tokens[1:])
-    nats = (evaluate or evaluate_here)(checkpoints, config, tokens)
+    nats = (evaluate or partial(evaluate_here, ScaleConfig()))(checkpoints, config, tokens)
     unknown_share = count_unknown(tokens[1:], vocabulary) / (len(tokens) - 1)
     return Evaluation(
         LossSum(nats, len(tokens) - 1), num_characters, unknown_share, measure_targets(tokens, vocabulary)
@@ -103,14 +107,25 @@ def evaluate_text(
 Evaluate = Callable[[Sequence[LoadedCheckpoint], Config, Tokens], float]  # returns the summed loss of the tokens
 
 
-def evaluate_here(checkpoints: Sequence[LoadedCheckpoint], config: Config, tokens: Tokens) -> float:
-    """Returns the loss of all tokens but the first in nats, summed, computed in this process."""
-    return evaluate_tokens(load_models(checkpoints, config), tokens, config.evaluate)
+def evaluate_here(scale: ScaleConfig, checkpoints: Sequence[LoadedCheckpoint], config: Config, tokens: Tokens) -> float:
+    """Returns the loss of all tokens but the first in nats, summed, computed in this process.
+
+    Raises:
+        UserError: as ``load_model``, or the configuration requires a GPU and there is none, or its memory is too small
+    """
+    device = local_device(scale)
+    try:
+        return evaluate_tokens(load_models(checkpoints, config, device), tokens, config.evaluate)
+    except torch.OutOfMemoryError:
+        remedy = "set scale.accelerator = cpu, or evaluate fewer models at a time"
+        raise UserError(f"evaluation has run out of memory on {device_name(device)}", remedy) from None
 
 
-def load_models(checkpoints: Sequence[LoadedCheckpoint], config: Config) -> list[LanguageModel]:
+def load_models(checkpoints: Sequence[LoadedCheckpoint], config: Config, device: torch.device) -> list[LanguageModel]:
     """Returns the models with the weights that ``evaluate.weights`` chooses. Raises UserError as ``load_model``."""
-    return [load_model(checkpoint, config.model, config.evaluate.weights) for checkpoint in checkpoints]
+    use_full_precision()
+    weights = config.evaluate.weights
+    return [load_model(checkpoint, config.model, weights).to(device) for checkpoint in checkpoints]
 
 
 def evaluate_tokens(models: Sequence[LanguageModel], tokens: Tokens, evaluate_config: EvaluateConfig) -> float:

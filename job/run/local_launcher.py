@@ -3,12 +3,10 @@
 import threading
 import uuid
 
-import torch
-
 from job.console import Console
-from job.distributed.context import World, available_cpus, release_freed_memory
+from job.distributed.context import World, available_cpus, local_device, release_freed_memory
 from job.distributed.gradient_sync import ControlFlags
-from job.errors import RunFailed, UserError
+from job.errors import RunFailed
 from job.inference.training_samples import generate_samples
 from job.kernels.memory import release_memory
 from job.run.estimate import check_workers
@@ -28,16 +26,12 @@ class LocalLauncher:
         """Raises UserError if this machine lacks the cores or the memory, or a GPU that the configuration requires."""
         config = spec.config
         check_workers(spec)
-        if config.scale.gpu_requirement and not torch.cuda.is_available():
-            raise UserError(
-                f"{config.scale.gpu_requirement}: this machine has no GPU that torch can use", "leave it out"
-            )
+        local_device(config.scale)
 
     def run(self, spec: RunSpec, recorder: Recorder, stop_request: StopRequest) -> None:
         """Trains until the run is over. Raises RunFailed if the training raises."""
         scale = spec.config.scale
-        device = torch.device("cuda" if torch.cuda.is_available() and scale.accelerator != "cpu" else "cpu")
-        world = World(0, 1, device, scale.cpus_per_worker or available_cpus(), uuid.uuid4().hex[:8])
+        world = World(0, 1, local_device(scale), scale.cpus_per_worker or available_cpus(), uuid.uuid4().hex[:8])
         try:
             train(spec, world, _LocalLink(recorder, stop_request), generate_samples)
         except RunFailed:

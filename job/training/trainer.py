@@ -10,7 +10,7 @@ import torch
 
 from job.config.model import BUILTIN_CELLS
 from job.config.schema import Config
-from job.distributed.context import World, device_name, raise_malloc_thresholds
+from job.distributed.context import World, device_name, raise_malloc_thresholds, use_full_precision
 from job.distributed.gradient_sync import ControlFlags
 from job.errors import Diverged, UnrecoverableError, UserError
 from job.nn.language_model import LanguageModel
@@ -100,7 +100,7 @@ def _resume(spec: RunSpec, world: World) -> tuple[TrainState, tuple[CorruptCheck
 def configure_process(config: Config, world: World) -> None:
     """Sets torch's threads, determinism and products in float32, and malloc's thresholds, for the whole process."""
     raise_malloc_thresholds()
-    torch.backends.cudnn.allow_tf32 = False  # the default is True, unlike that of cuBLAS
+    use_full_precision()
     torch.set_num_threads(1 if config.train.reproducible else world.threads)
     torch.use_deterministic_algorithms(config.train.reproducible)
 

@@ -15,6 +15,7 @@ from job.config.run import ScaleConfig
 from job.config.schema import Config
 from job.config.search_space import SearchConfig
 from job.console import Console
+from job.distributed.context import local_device
 from job.errors import UserError
 
 pytestmark = pytest.mark.gpu
@@ -75,6 +76,23 @@ def test_search_whose_trials_would_share_a_gpu_is_refused(monkeypatch: pytest.Mo
 def test_placement_describes_share_of_gpu() -> None:
     assert place(1, workers=2, accelerator="gpu").describe() == "4 CPUs and 1/2 of a GPU each"
     assert place(2, workers=2, accelerator="gpu").describe() == "4 CPUs and a GPU each"
+
+
+@pytest.mark.parametrize(
+    ("is_available", "accelerator", "device"),
+    [
+        (True, "auto", "cuda"),
+        (True, "gpu", "cuda"),
+        (True, "cpu", "cpu"),
+        (False, "auto", "cpu"),
+        (False, "cpu", "cpu"),
+    ],
+)
+def test_local_device_is_the_gpu_unless_there_is_none_or_the_cpu_is_configured(
+    monkeypatch: pytest.MonkeyPatch, is_available: bool, accelerator: str, device: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: is_available)
+    assert local_device(ScaleConfig(accelerator=accelerator)) == torch.device(device)
 
 
 @pytest.mark.parametrize(("is_available", "device"), [(True, "cuda:1"), (False, "cpu")])
