@@ -350,8 +350,8 @@ def fused_linear_cross_entropy(
 ) -> Tensor:
     """The summed cross-entropy of an output layer, of which neither all logits nor their gradients exist at once.
 
-    Products are in the dtype of ``hidden_TBH`` (float32 or bfloat16), all else is in float32. The gradients are computed
-    for the upstream gradient ``upstream``, and scaled if it is another one, which takes a pass over the memory.
+    Products are in the dtype of ``hidden_TBH`` (float32 or bfloat16), all else is in float32. The gradients are
+    computed for the upstream gradient ``upstream``; for another one they are scaled, in one more pass over the memory.
 
     Raises:
         ValueError: if the shapes of the hidden states and the targets do not match
