@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -217,29 +218,27 @@ def test_token_outside_vocabulary_raises_index_error() -> None:
             linear_cross_entropy(torch.zeros(1, 1, 32), torch.zeros(3, 32), torch.zeros(3), torch.tensor([[token]]))
 
 
-def reason_in_subprocess(cache: Path, **environment: Any) -> str:
-    """Returns ``unavailable_reason()`` of a new process with that folder as the user's cache."""
-    code = "from job.kernels.build import unavailable_reason; print(unavailable_reason())"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**os.environ, "LANES_KERNEL": "", "XDG_CACHE_HOME": str(cache), **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout.strip()
+@pytest.fixture
+def load_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Loads the kernels with the test's folder as the user's cache; returns why that is impossible, or None."""
+
+    def load(**environment: str) -> str:
+        with monkeypatch.context() as patch:
+            for name, value in {"LANES_KERNEL": "", "XDG_CACHE_HOME": str(tmp_path), **environment}.items():
+                patch.setenv(name, value)
+            return str(build._load_or_explain.__wrapped__()[1])
+
+    return load
 
 
-@pytest.mark.slow
-def test_load_without_working_compiler_explains_why(tmp_path: Path) -> None:
-    assert "no C compiler" in reason_in_subprocess(tmp_path, PATH="")
-    assert "off" in reason_in_subprocess(tmp_path, LANES_KERNEL="off")
-    assert "'amx', which is neither off nor no-amx" in reason_in_subprocess(tmp_path, LANES_KERNEL="amx")
+def test_load_without_working_compiler_explains_why(tmp_path: Path, load_with: Callable[..., str]) -> None:
+    assert "no C compiler" in load_with(PATH="")
+    assert "off" in load_with(LANES_KERNEL="off")
+    assert "'amx', which is neither off nor no-amx" in load_with(LANES_KERNEL="amx")
     broken = tmp_path / "cc"
     broken.write_text("#!/bin/sh\necho no such flag >&2\nexit 1\n")
     broken.chmod(0o755)
-    assert "no such flag" in reason_in_subprocess(tmp_path, PATH=str(tmp_path))
+    assert "no such flag" in load_with(PATH=str(tmp_path))
 
 
 @pytest.mark.slow
@@ -256,25 +255,27 @@ def test_kernels_without_amx_pass_the_tests_of_bf16() -> None:
 
 @pytest.mark.slow
 @needs_kernel
-def test_load_rejects_cache_that_others_can_write(tmp_path: Path) -> None:
+def test_load_rejects_cache_that_others_can_write(tmp_path: Path, load_with: Callable[..., str]) -> None:
     (tmp_path / "lanes").mkdir(0o775)  # as if texts had been cached with a umask of 002
-    assert reason_in_subprocess(tmp_path) == "None"
+    assert load_with() == "None"
     folder = tmp_path / "lanes" / "kernels"
     (built,) = folder.iterdir()
     assert folder.stat().st_mode & 0o777 == 0o700
     modified = built.stat().st_mtime_ns
-    assert reason_in_subprocess(tmp_path) == "None"
+    assert load_with() == "None"
     assert built.stat().st_mtime_ns == modified
     built.chmod(0o777)
-    assert "others may write it" in reason_in_subprocess(tmp_path)
+    assert "others may write it" in load_with()
     built.unlink()
     built.symlink_to(ROOT / "README.md")
-    assert "belongs to another user" in reason_in_subprocess(tmp_path)
+    assert "belongs to another user" in load_with()
     built.unlink()
     built.write_bytes(b"no library")
-    assert reason_in_subprocess(tmp_path) != "None"
+    code = "from job.kernels.build import load_library; assert load_library() is None"  # not loaded in this process yet
+    environment = {**os.environ, "LANES_KERNEL": "", "XDG_CACHE_HOME": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
     folder.chmod(0o777)
-    assert "others may write it" in reason_in_subprocess(tmp_path)
+    assert "others may write it" in load_with()
 
 
 @needs_kernel
