@@ -289,7 +289,7 @@ def test_train_interrupted_equals_uninterrupted_and_generates(cell: str, prose: 
     flags += ["--model.tied", "true", "--model.dropout", 0.2, "--train.precision", "fp32", "--generate.prefix", "the"]
     flags += ["--optimizer.name", "adamw", "--optimizer.learning_rate", 0.01, "--optimizer.averaging", "ema"]
     flags += ["--train.reproducible", "true", "--train.max_steps"]
-    for name, steps in (("whole", 40), ("parts", 13), ("parts", 40)):
+    for name, steps in (("whole", 20), ("parts", 7), ("parts", 20)):
         trained = job("train", *flags, steps, "--run.name", name)
         assert trained.status == 0, trained.err
     whole, parts = result(tmp_path / "whole"), result(tmp_path / "parts")
@@ -301,5 +301,5 @@ def test_train_interrupted_equals_uninterrupted_and_generates(cell: str, prose: 
         assert texts[0] == texts[1]
     evaluated = job("evaluate", tmp_path / "whole", "--corpus.source", prose, "--corpus.max_tokens", 2000)
     assert evaluated.status == 0, evaluated.err
-    trained = job("train", *flags, 50, "--run.name", "init", "--model.init", tmp_path / "whole")
+    trained = job("train", *flags, 22, "--run.name", "init", "--model.init", tmp_path / "whole")
     assert trained.status == 0, trained.err

@@ -67,7 +67,7 @@ def test_train_from_interrupted_golden_run_gives_uninterrupted_weights(folder: P
 
 
 @pytest.mark.cluster
-@pytest.mark.parametrize("workers", [*(pytest.param(count, marks=pytest.mark.long) for count in (2, 3)), 4])
+@pytest.mark.parametrize("workers", [2, *(pytest.param(count, marks=pytest.mark.long) for count in (3, 4))])
 def test_train_reproducibly_on_workers_gives_golden_weights_of_one_process(
     workers: int, folder: Path, on_cluster: None
 ) -> None:
@@ -79,6 +79,7 @@ def test_train_reproducibly_on_workers_gives_golden_weights_of_one_process(
 
 
 @pytest.mark.cluster
+@pytest.mark.long
 def test_tune_from_interrupted_golden_search_gives_uninterrupted_trials(folder: Path, on_cluster: None) -> None:
     shutil.copytree(GOLDEN / "search", folder / "runs" / "search")
     finished_trial = folder / "runs" / "search" / "trials" / "00000" / "result.json"

@@ -222,6 +222,7 @@ def test_tune_records_diverged_and_failed_trials_and_finishes_the_others(
     assert "best is trial 1" in ended.out
 
 
+@pytest.mark.long
 def test_pbt_exploit_without_perturbation_continues_bitwise_like_the_winner(
     prose: Path, tmp_path: Path, on_cluster: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -139,6 +139,7 @@ def listening_addresses(processes: list[int]) -> set[str]:
     return {row[1].partition(":")[0] for row in tables if row[3] == listening and f"socket:[{row[9]}]" in sockets}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not Path("/proc/net/tcp").exists(), reason="the sockets of processes are read from /proc")
 def test_own_cluster_is_closed_to_others_and_an_interrupt_saves_and_leaves_nothing(prose: Path, tmp_path: Path) -> None:
     """It starts without a home or a token, and although the path of TMPDIR is too long for Ray's sockets."""
