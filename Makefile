@@ -24,7 +24,7 @@ train: setup  ## train configs/seed.toml on a local Ray cluster
 tune: setup  ## search for a learning rate on this machine; results in runs/tune
 	$(RUN) -m job tune configs/tune.toml
 
-test: setup  ## all tests but the long ones (13 to 19 minutes on two cores; PYTEST="--time-table" and so on)
+test: setup  ## all tests but the long ones (13 to 15 minutes on two cores; PYTEST="--time-table" and so on)
 	$(RUN) -m pytest -m "not long" --numprocesses 2 --dist loadgroup $(PYTEST)
 
 test-long: setup  ## the long tests: traces of the book, faults on several nodes, memory over 10,000 steps, sanitizers
