@@ -105,6 +105,7 @@ def _evaluate(line: CommandLine) -> int:
     """
     from job.data.text_size import bits_per_unit
     from job.data.vocabulary import format_unknown_share, unknown_warnings
+    from job.distributed.context import local_device
     from job.inference.evaluate import evaluate_here, evaluate_text
     from job.run.text_cache import TextCache
 
@@ -113,8 +114,10 @@ def _evaluate(line: CommandLine) -> int:
         values.setdefault("corpus.max_tokens", 0)
     scale = ScaleConfig(values.pop("scale.workers", 0), values.pop("scale.accelerator", "auto"))
     checkpoints, config = _open(line.targets, values)
-    evaluate, cache = partial(evaluate_here, scale), TextCache(Console(sys.stderr), is_local=True)
-    if scale.max_workers:
+    cache = TextCache(Console(sys.stderr), is_local=True)
+    if not scale.max_workers:
+        evaluate = partial(evaluate_here, local_device(scale))
+    else:
         from job.cluster.connection import is_local
         from job.cluster.evaluate import evaluate_on_cluster
 

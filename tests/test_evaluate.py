@@ -227,7 +227,8 @@ def test_evaluate_search_without_finished_trials_is_one_line(search: Path, tmp_p
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_evaluate_that_requires_a_gpu_without_one_is_one_line(search: Path) -> None:
-    ended = job("evaluate", search, "--scale.accelerator", "gpu")
+    """The text, which may take minutes to prepare, is not read before."""
+    ended = job("evaluate", search, "--scale.accelerator", "gpu", "--corpus.source", "/absent")
     problem = "scale.accelerator = gpu: this machine has no GPU that torch can use"
     assert (ended.status, ended.out, ended.err) == (2, "", f"error: {problem}; leave it out\n")
 

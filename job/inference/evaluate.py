@@ -97,7 +97,7 @@ def evaluate_text(
         blanks = " with blanks between its words" if vocabulary.kind == "word" else ""
         raise UserError(problem, f"give more text{blanks}")
     num_characters = count(tokens[1:])
-    nats = (evaluate or partial(evaluate_here, ScaleConfig()))(checkpoints, config, tokens)
+    nats = (evaluate or partial(evaluate_here, local_device(ScaleConfig())))(checkpoints, config, tokens)
     unknown_share = count_unknown(tokens[1:], vocabulary) / (len(tokens) - 1)
     return Evaluation(
         LossSum(nats, len(tokens) - 1), num_characters, unknown_share, measure_targets(tokens, vocabulary)
@@ -107,13 +107,14 @@ def evaluate_text(
 Evaluate = Callable[[Sequence[LoadedCheckpoint], Config, Tokens], float]  # returns the summed loss of the tokens
 
 
-def evaluate_here(scale: ScaleConfig, checkpoints: Sequence[LoadedCheckpoint], config: Config, tokens: Tokens) -> float:
+def evaluate_here(
+    device: torch.device, checkpoints: Sequence[LoadedCheckpoint], config: Config, tokens: Tokens
+) -> float:
     """Returns the loss of all tokens but the first in nats, summed, computed in this process.
 
     Raises:
-        UserError: as ``load_model``, or the configuration requires a GPU and there is none, or its memory is too small
+        UserError: as ``load_model``, or the memory of the GPU is too small
     """
-    device = local_device(scale)
     try:
         return evaluate_tokens(load_models(checkpoints, config, device), tokens, config.evaluate)
     except torch.OutOfMemoryError:
