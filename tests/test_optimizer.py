@@ -12,9 +12,8 @@ from torch import nn
 from job.config.model import ModelConfig
 from job.config.training import OptimizerConfig
 from job.distributed.gradient_sync import ControlFlags
-from job.kernels.ops import gradient_norm
 from job.training.loop import train_steps
-from job.training.optimizer import build_optimizer, clip_and_update
+from job.training.optimizer import build_optimizer, clip_and_update, total_norm
 
 
 @pytest.mark.parametrize("decay_scope", ["all", "matrices"])
@@ -54,7 +53,7 @@ def test_clip_and_update_given_the_norm_has_the_bits_of_torch(name: str, max_nor
                 group["lr"] = 0.25
         clip_and_update(optimizers[0], max_norm)
         gradients = [not_none(weight.grad) for weight in models[1].parameters()]
-        norm = gradient_norm(gradients)
+        norm = total_norm(gradients)
         for gradient in gradients:
             gradient.mul_((max_norm / norm).clamp(max=1) if max_norm else 1)
         optimizers[1].step()
@@ -63,7 +62,7 @@ def test_clip_and_update_given_the_norm_has_the_bits_of_torch(name: str, max_nor
             assert torch.equal(not_none(weight.grad), not_none(other.grad))
 
 
-def test_gradient_norm_agrees_with_float64_and_has_the_same_bits_on_any_number_of_threads() -> None:
+def test_total_norm_agrees_with_float64_and_has_the_same_bits_on_any_number_of_threads() -> None:
     torch.manual_seed(0)
     shapes = ((3001, 200), 1e-3), ((511,), 1.0), ((1,), 100.0)
     gradients = [torch.randn(shape) * scale for shape, scale in shapes]
@@ -71,7 +70,7 @@ def test_gradient_norm_agrees_with_float64_and_has_the_same_bits_on_any_number_o
     norms = []
     for threads in (1, 2, 3):
         torch.set_num_threads(threads)
-        norms.append(gradient_norm(gradients))
+        norms.append(total_norm(gradients))
     assert abs(norms[0] / expected - 1) < 1e-7
     assert norms[1:] == norms[:1] * 2
 

@@ -1,5 +1,7 @@
 """The optimizer, and gradient clipping."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -34,30 +36,31 @@ def clip_and_update(optimizer: torch.optim.Optimizer, max_norm: float) -> None:
     """
     weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
     gradients = [weight.grad for weight in weights]
+    scale = (max_norm / total_norm(gradients)).clamp(max=1.0) if max_norm else None
     if not can_update([*weights, *gradients]):
-        if max_norm:
-            norms = torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients])
-            scale = _clip_scale(torch.linalg.vector_norm(norms), max_norm)
-            for gradient in gradients:
-                gradient.mul_(scale)
+        for gradient in gradients if scale is not None else ():
+            gradient.mul_(scale)
         optimizer.step()
         return
-    factor = float(_clip_scale(gradient_norm(gradients), max_norm)) if max_norm else 1.0
+    factor = 1.0 if scale is None else float(scale)
     if _is_plain_sgd(optimizer):
         scale_gradients(gradients, factor, weights, optimizer.param_groups[0]["lr"])
         return
-    if max_norm:
+    if scale is not None:
         scale_gradients(gradients, factor)
     optimizer.step()
+
+
+def total_norm(gradients: Sequence[Tensor]) -> Tensor:
+    """Returns the Euclidean norm of all gradients together, by the kernel if it can read them."""
+    if can_update(gradients):
+        return gradient_norm(gradients)
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(gradient) for gradient in gradients]))
 
 
 def _is_plain_sgd(optimizer: torch.optim.Optimizer) -> bool:
     groups = optimizer.param_groups
     return isinstance(optimizer, torch.optim.SGD) and not any(x["momentum"] or x["weight_decay"] for x in groups)
-
-
-def _clip_scale(norm: Tensor, max_norm: float) -> Tensor:
-    return (max_norm / norm).clamp(max=1.0)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Tensor]:
